@@ -1,0 +1,388 @@
+"""What unmodified TransformerLens and transformers make of a checkpoint of the zoo.
+
+Stock refuses folders and decides by name, so its own functions run here as private copies whose
+globals read the folder instead of the hub: names, configuration and files come from the folder;
+converters, guards, processing and the model are stock's, untouched. Nothing of tl_fastload is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import types
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformer_lens.loading_from_pretrained as loading
+import transformers
+from packaging.version import Version
+from transformer_lens import HookedTransformer
+from zoo import CASES, Case, read_weights
+
+_MOE_DTYPE = "the expert layers are made in float32 whatever cfg.dtype says, and the forward fails"
+_WHOLE_W_POS = "the converter does not cut W_pos to a smaller n_ctx: size mismatch"
+_TOYS = ("attn-only", "solu", "gelu", "shortformer", "solu-old", "solu-old-8l", "othello")
+
+STOCK_SKIPS: dict[str, dict[str, str]] = {
+    "forward in another dtype than float32": dict.fromkeys(
+        ("mixtral", "olmoe", "olmoe-gqa"), _MOE_DTYPE
+    ),
+    "smaller n_ctx": dict.fromkeys(("opt", "santacoder", *_TOYS), _WHOLE_W_POS),
+    "first_n_layers": {
+        "solu-old-8l": "the converter tells the weights' orientation by the number of layers"
+    },
+}
+"""What stock cannot do: what -> case -> why. Every case loads, given a repaired configuration."""
+
+CONFIG_REPAIRS: dict[str, str] = {
+    "GPT2LMHeadModel": "stock reads config.n_ctx, which transformers 5 does not write",
+    "PhiForCausalLM": "stock reads config.partial_rotary_factor, which transformers 5 moved",
+    "GemmaForCausalLM": "stock has fixed sizes under official names only",
+    "Gemma2ForCausalLM": "stock has fixed sizes under official names only",
+    "Gemma3ForCausalLM": "stock has fixed sizes under official names only",
+    "Gemma3ForConditionalGeneration": "stock has fixed sizes under official names only",
+    "OlmoForCausalLM": "stock has fixed sizes under official names only",
+    "Olmo2ForCausalLM": "stock has fixed sizes under official names only",
+    "LlamaForCausalLM": "stock takes hidden_size / num_attention_heads for head_dim",
+}
+"""Architectures whose configuration is repaired here before stock goes on: architecture -> why."""
+
+
+@dataclass(frozen=True)
+class StockWrong:
+    """A checkpoint that stock 3.9 loads without a word and whose log-probabilities are then wrong.
+
+    off_by: the largest difference from transformers' own, in nats, on `tokens(case_id)`.
+    overrides: configuration keywords for `zoo.build`. flags: arguments of `from_pretrained`,
+    on top of NO_PROCESSING.
+    """
+
+    case_id: str
+    off_by: float
+    why: str
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    flags: Mapping[str, Any] = field(default_factory=dict)
+
+
+NO_PROCESSING = {
+    "fold_ln": False,
+    "center_writing_weights": False,
+    "center_unembed": False,
+    "fold_value_biases": False,
+}
+_LINEAR_ROPE = {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}
+_YARN_ROPE = {
+    "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+}
+_ALL_SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}
+
+STOCK_WRONG: tuple[StockWrong, ...] = (
+    StockWrong(
+        "gpt-oss",
+        1.3,
+        "attention sinks make pattern rows sum to less than one, so b_V does not fold",
+        flags={"fold_value_biases": True},
+    ),
+    StockWrong("bloom-5-heads", 4.5, "ALiBi slopes for a head count that is no power of two"),
+    StockWrong("llama", 3.5, "drops the attention biases", {"attention_bias": True}),
+    StockWrong("llama", 1.6, "drops the MLP biases", {"mlp_bias": True}),
+    StockWrong("llama", 5.8, "ignores linear rope scaling", _LINEAR_ROPE),
+    StockWrong("mistral-nemo", 1.8, "ignores linear rope scaling", _LINEAR_ROPE),
+    StockWrong("qwen2", 1.4, "ignores yarn rope scaling", _YARN_ROPE),
+    StockWrong("qwen2", 4.7, "ignores the sliding window", _ALL_SLIDING),
+    StockWrong("qwen3", 14.0, "ignores the sliding window", _ALL_SLIDING),
+    StockWrong("qwen3", 9.2, "drops the attention biases", {"attention_bias": True}),
+    StockWrong("phi", 1.4, "drops the query and key norms", {"qk_layernorm": True}),
+    StockWrong("phi3", 2.8, "rotates whole heads", {"partial_rotary_factor": 2 / 3}),
+    StockWrong("gptj", 0.08, "takes 1e-5 for the epsilon", {"layer_norm_epsilon": 1e-2}),
+    StockWrong(
+        "bloom",
+        8.5,
+        "takes the residual before the norm",
+        {"apply_residual_connection_post_layernorm": True},
+    ),
+    StockWrong("gemma", 2.5, "drops the attention biases", {"attention_bias": True}),
+    StockWrong("gemma3", 17.0, "ignores the logit soft-cap", {"final_logit_softcapping": 4.0}),
+    StockWrong("apertus", 2.0, "drops the attention biases", {"attention_bias": True}),
+    StockWrong("gpt-oss", 3.3, "clamps the experts at 7 always", {"swiglu_limit": 0.5}),
+)
+"""Where stock is silently wrong, measured with transformers 5.23 in float32."""
+
+
+def stock_is_wrong_for(case_id: str) -> bool:
+    """Whether a case of the zoo, as it is and unprocessed, is wrong in stock."""
+    return any(
+        case_id == wrong.case_id and not wrong.overrides and not wrong.flags
+        for wrong in STOCK_WRONG
+    )
+
+
+# Neutral, so that no branch of stock that looks for a word in the name fires.
+_NAME = "checkpoint-of-the-zoo"
+_TABLES = {
+    "GemmaForCausalLM": "google/gemma-2b",
+    "Gemma2ForCausalLM": "google/gemma-2-2b",
+    "Gemma3ForCausalLM": "google/gemma-3-1b-pt",
+    "Gemma3ForConditionalGeneration": "google/gemma-3-4b-it",
+    "OlmoForCausalLM": "allenai/OLMo-1B-hf",
+    "Olmo2ForCausalLM": "allenai/OLMo-2-0425-1B",
+}
+
+
+class _Overlay:
+    """`base` with some attributes replaced."""
+
+    def __init__(self, base: Any, **replacements: Any) -> None:
+        self.__dict__.update(replacements)
+        self._base = base
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._base, name)
+
+
+def _copy_with_globals(function: Any, **replacements: Any) -> Callable[..., Any]:
+    copy = types.FunctionType(
+        function.__code__,
+        {**function.__globals__, **replacements},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def stock_model(case_id: str, folder: Path, **flags: Any) -> HookedTransformer:
+    """Stock's `HookedTransformer.from_pretrained(checkpoint in folder, **flags)`.
+
+    `cfg.model_name` and `cfg.tokenizer_name` are what stock derives from a folder as the name
+    (no tokenizer when the folder has none); of a .pth model, what it derives from its hub name.
+    """
+    case = CASES[case_id]
+    from_pretrained = _copy_with_globals(
+        HookedTransformer.from_pretrained.__func__, loading=_stock_loading(case, folder)
+    )
+    name = case.repo if case.kind == "pth" else _NAME
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        return from_pretrained(HookedTransformer, name, **flags)
+
+
+def stock_config_dict(case_id: str, folder: Path) -> dict[str, Any]:
+    """Stock's configuration dictionary of a checkpoint, repaired as CONFIG_REPAIRS says."""
+    case = CASES[case_id]
+    stock = _stock_loading(case, folder)
+    if case.kind == "pth":
+        return stock.convert_neel_model_config(case.repo)
+    return stock.convert_hf_model_config(_NAME)
+
+
+def _stock_loading(case: Case, folder: Path) -> Any:
+    """The module `loading_from_pretrained` as it would be if stock knew this folder."""
+    shared = {
+        "get_official_model_name": lambda name: name,
+        "HfApi": lambda: _LocalHub(folder),
+        "utils": _Overlay(loading.utils, download_file_from_hf=_local_download(folder)),
+        "AutoConfig": _Overlay(None, from_pretrained=lambda *_, **__: _hf_config(case, folder)),
+    }
+    labels = _copy_with_globals(loading.get_checkpoint_labels, **shared)
+    toy = _copy_with_globals(loading.convert_neel_model_config, **shared)
+    named = _copy_with_globals(loading.convert_hf_model_config, **shared)
+
+    def convert_hf_model_config(name: str, **kwargs: Any) -> dict[str, Any]:
+        hf_config = _hf_config(case, folder)
+        config = named(_TABLES.get(case.architecture, name), **kwargs)
+        config.update(_repairs(case.architecture, hf_config))
+        has_tokenizer = (folder / "tokenizer_config.json").exists()
+        config["tokenizer_name"] = str(folder) if has_tokenizer else None
+        return config
+
+    def named_config(name: str, **kwargs: Any) -> Any:
+        get = _copy_with_globals(
+            loading.get_pretrained_model_config,
+            **shared,
+            get_checkpoint_labels=labels,
+            convert_neel_model_config=toy,
+            convert_hf_model_config=convert_hf_model_config,
+        )
+        config = get(name, **kwargs)
+        if case.kind != "pth":
+            config.model_name = folder.name
+        return config
+
+    state_dict = _copy_with_globals(
+        loading.get_pretrained_state_dict,
+        **shared,
+        AutoModelForCausalLM=_LocalModels(case, folder, transformers.AutoModelForCausalLM),
+        AutoModel=_LocalModels(case, folder, transformers.AutoModel),
+    )
+    return _Overlay(
+        loading,
+        get_official_model_name=lambda name: name,
+        get_pretrained_model_config=named_config,
+        get_pretrained_state_dict=state_dict,
+        convert_hf_model_config=convert_hf_model_config,
+        convert_neel_model_config=toy,
+    )
+
+
+class _LocalHub:
+    """`huggingface_hub.HfApi` for one folder; the hub lists files in alphabetical order."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def list_repo_files(self, repo_id: str) -> list[str]:
+        files = (path for path in self.folder.rglob("*") if path.is_file())
+        return sorted(str(path.relative_to(self.folder)) for path in files)
+
+
+def _local_download(folder: Path) -> Callable[..., Any]:
+    def download_file_from_hf(repo_name: str, file_name: str, **_: Any) -> Any:
+        path = folder / file_name
+        if path.suffix == ".pth":
+            return torch.load(path, map_location="cpu", weights_only=True)
+        return json.loads(path.read_text())
+
+    return download_file_from_hf
+
+
+class _LocalModels:
+    """An `AutoModel...` class that loads the folder whatever name it is asked for."""
+
+    def __init__(self, case: Case, folder: Path, auto_class: Any) -> None:
+        self.case, self.folder, self.auto_class = case, folder, auto_class
+
+    def from_pretrained(self, name: str, **keywords: Any) -> torch.nn.Module:
+        if self.case.kind == "raw":
+            return raw_module(self.folder, keywords.get("dtype") or keywords["torch_dtype"])
+        model: torch.nn.Module = self.auto_class.from_pretrained(self.folder, **keywords)
+        return model
+
+
+def raw_module(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+    """A bare module tree with the parameters of a checkpoint that transformers has no code for.
+
+    It has a `config`, so that it also serves as `hf_model=`.
+    """
+    raw = json.loads((folder / "config.json").read_text())
+    root = torch.nn.Module()
+    root.config = types.SimpleNamespace(**raw, to_dict=lambda: dict(raw))
+    for name, value in read_weights(folder).items():
+        *parents, leaf = name.split(".")
+        module = root
+        for parent in parents:
+            if parent not in module._modules:
+                # The converters index the layers by number.
+                child = torch.nn.ModuleList() if parent == "h" else torch.nn.Module()
+                module.add_module(parent, child)
+            module = module.get_submodule(parent)
+        module.register_parameter(leaf, torch.nn.Parameter(value.to(dtype)))
+    return root
+
+
+def _hf_config(case: Case, folder: Path) -> Any:
+    """The Hugging Face configuration, with the fields that stock misses under transformers 5."""
+    raw = json.loads((folder / "config.json").read_text())
+    if case.architecture == "QWenLMHeadModel":
+        return types.SimpleNamespace(**raw)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if case.architecture == "GPT2LMHeadModel":
+        config.n_ctx = config.n_positions
+    if case.architecture == "PhiForCausalLM" and not hasattr(config, "partial_rotary_factor"):
+        config.partial_rotary_factor = config.rope_parameters["partial_rotary_factor"]
+    return config
+
+
+def _repairs(architecture: str, hf_config: Any) -> Mapping[str, Any]:
+    """Fields that stock takes from a table of official names, here from the configuration."""
+    if architecture == "LlamaForCausalLM":
+        return {"d_head": hf_config.head_dim, "rotary_dim": hf_config.head_dim}
+    if architecture not in _TABLES:
+        return {}
+    config = getattr(hf_config, "text_config", hf_config)
+    default_d_head = config.hidden_size // config.num_attention_heads
+    d_head = getattr(config, "head_dim", None) or default_d_head
+    fields = {
+        "d_model": config.hidden_size,
+        "d_head": d_head,
+        "n_heads": config.num_attention_heads,
+        "d_mlp": config.intermediate_size,
+        "n_layers": config.num_hidden_layers,
+        "n_ctx": config.max_position_embeddings,
+        "eps": getattr(config, "rms_norm_eps", 1e-5),
+        "d_vocab": config.vocab_size,
+        "rotary_dim": d_head,
+        "initializer_range": config.initializer_range,
+        "act_fn": getattr(config, "hidden_activation", None) or config.hidden_act,
+    }
+    if architecture.startswith("Olmo"):
+        return fields | {
+            "rotary_base": loading._get_rope_theta(config),
+            "attn_types": ["global"] * config.num_hidden_layers,
+            "clip_qkv": getattr(config, "clip_qkv", None),
+        }
+    fields["n_key_value_heads"] = config.num_key_value_heads
+    fields["rotary_base"] = loading._get_rope_theta(config)
+    if architecture.startswith("Gemma3"):
+        fields |= _gemma3_rope(config)
+    if architecture != "GemmaForCausalLM":
+        fields["window_size"] = config.sliding_window
+        fields["attn_types"] = [
+            "local" if kind == "sliding_attention" else "global" for kind in config.layer_types
+        ]
+        if config.query_pre_attn_scalar != d_head:
+            fields["attn_scale"] = math.sqrt(config.query_pre_attn_scalar)
+    if architecture == "Gemma2ForCausalLM":
+        fields["attn_scores_soft_cap"] = config.attn_logit_softcapping
+        fields["output_logits_soft_cap"] = config.final_logit_softcapping
+    return fields
+
+
+def _gemma3_rope(config: Any) -> Mapping[str, Any]:
+    """Gemma 3 has one rotary base for full attention, maybe stretched, and one for sliding."""
+    rope = getattr(config, "rope_parameters", None)
+    if rope is None:
+        full = {"rope_theta": config.rope_theta, **(config.rope_scaling or {})}
+        rope = {"full_attention": full, "sliding_attention": {}}
+        rope["sliding_attention"]["rope_theta"] = config.rope_local_base_freq
+    return {
+        "rotary_base": rope["full_attention"]["rope_theta"],
+        "rotary_scaling_factor": rope["full_attention"].get("factor", 1.0),
+        "rotary_base_local": rope["sliding_attention"]["rope_theta"],
+    }
+
+
+def hf_model(case_id: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """transformers' own model of a checkpoint, with eager attention; None where it has no code."""
+    case = CASES[case_id]
+    if case.kind != "hf":
+        return None
+    model_class = getattr(transformers, case.architecture)
+    options = {"attn_implementation": "eager"}
+    if Version(transformers.__version__).major >= 5:
+        # The grouped kernel wants rows of whole 16 bytes; the zoo's sizes are odd on purpose.
+        options["experts_implementation"] = "eager"
+    return model_class.from_pretrained(folder, torch_dtype=dtype, **options).eval()
+
+
+def log_probs(logits: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities in float32 (or float64): what centring the unembedding leaves alone."""
+    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+
+
+def hf_log_probs(
+    case_id: str, folder: Path, tokens: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> torch.Tensor | None:
+    """transformers' log-probabilities `[batch, position, d_vocab]`; None where it has no code."""
+    model = hf_model(case_id, folder, dtype)
+    if model is None:
+        return None
+    with torch.no_grad():
+        return log_probs(model(input_ids=tokens).logits)

@@ -1,0 +1,39 @@
+"""The exceptions of tl_fastload: one family, so that `except LeanLoadError` catches them all."""
+
+from __future__ import annotations
+
+
+class LeanLoadError(Exception):
+    """Base of every error that tl_fastload raises on purpose."""
+
+
+class ArgumentError(LeanLoadError, ValueError):
+    """An argument is wrong, or two arguments contradict each other."""
+
+
+class UnknownModelError(LeanLoadError, ValueError):
+    """A model name or folder that cannot be found; says what was tried."""
+
+
+class UnsupportedArchitectureError(LeanLoadError, NotImplementedError):
+    """A model that `HookedTransformer` cannot represent; names what can be."""
+
+
+class CheckpointError(LeanLoadError):
+    """A checkpoint file is missing, truncated, corrupt or unsafe."""
+
+
+class MissingWeightsError(CheckpointError):
+    """Weights are missing, unexpected or of the wrong shape; lists all of them."""
+
+
+class NotEnoughMemoryError(LeanLoadError, MemoryError):
+    """The model cannot fit; raised before weights are read."""
+
+
+class StrategyError(ArgumentError):
+    """A loading strategy that this torch does not have."""
+
+
+class RecordingError(LeanLoadError):
+    """An operation that cannot be recorded on a promise; names the operation."""

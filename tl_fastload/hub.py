@@ -1,0 +1,297 @@
+"""Files of a hub repository, through huggingface_hub: downloaded, or from its cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from tl_fastload.errors import ArgumentError, CheckpointError, LeanLoadError, UnknownModelError
+
+# huggingface_hub 0.x speaks through requests, 1.x and newer through httpx; either one's errors
+# share a base with HfHubHTTPError, whose bases therefore cover "could not reach the hub" too.
+_HUB_FAILURES: tuple[type[Exception], ...] = (OSError, ValueError, *HfHubHTTPError.__bases__)
+
+# What the hub's answers mean; the first that fits counts (a gated repository is "not found" too).
+_MEANINGS: tuple[tuple[type[Exception], type[LeanLoadError], str], ...] = (
+    (
+        HFValidationError,
+        UnknownModelError,
+        "{repo!r} is no valid hub name ({error}). Write 'name' or 'organisation/name'.",
+    ),
+    (
+        LocalTokenNotFoundError,
+        UnknownModelError,
+        "{repo}: token=True was passed, but no token is stored. Log in (`hf auth login`) or set "
+        "HF_TOKEN.",
+    ),
+    (
+        GatedRepoError,
+        UnknownModelError,
+        "{repo} on the hub is gated, and this token has no access. Ask for it at {url}, then log "
+        "in (`hf auth login`) or pass token=.",
+    ),
+    (
+        RepositoryNotFoundError,
+        UnknownModelError,
+        "The hub has no model {repo!r} that this token may see. Check the spelling; if it is "
+        "private, log in (`hf auth login`) or pass token=.",
+    ),
+    (
+        RevisionNotFoundError,
+        UnknownModelError,
+        "{repo} on the hub has no revision {revision!r}. Pass a branch, a tag or a full commit "
+        "hash from {url}/commits/main.",
+    ),
+    (
+        EntryNotFoundError,
+        CheckpointError,
+        "{repo} (revision {revision}) has no file {file!r} on the hub. Pass another revision, or a "
+        "repository that holds the model in Hugging Face's format.",
+    ),
+    (
+        HfHubHTTPError,
+        UnknownModelError,
+        "The hub refused {file} of {repo} (revision {revision}): {error}. Check the token "
+        "(`hf auth whoami`), or try again later.",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """How to reach the hub; the fields mean what they mean in `huggingface_hub.hf_hub_download`."""
+
+    revision: str | None = None
+    cache_dir: str | Path | None = None
+    token: str | bool | None = field(default=None, repr=False)
+    local_files_only: bool = False
+    force_download: bool = False
+
+    @property
+    def offline(self) -> bool:
+        """Whether the network must not be used."""
+        return bool(self.local_files_only or constants.HF_HUB_OFFLINE)
+
+    @property
+    def revision_name(self) -> str:
+        return self.revision or constants.DEFAULT_REVISION
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Names of a repository's files, relative and with forward slashes.
+
+    Attributes:
+        files: the names.
+        complete: False when only the cached ones could be seen.
+    """
+
+    files: list[str]
+    complete: bool
+
+
+def hub_file(repo: str, filename: str, options: HubOptions = HubOptions()) -> Path:
+    """Return the local path of one file, downloading it if it is not cached.
+
+    When the hub cannot be reached, the cached file is used.
+
+    Args:
+        repo: "name" or "organisation/name".
+        filename: relative to the repository's root, with forward slashes.
+
+    Raises:
+        UnknownModelError: no such repository or revision, no access to it, or the hub cannot be
+            reached and nothing of the repository is cached.
+        CheckpointError: the repository has no such file, or it could not be downloaded.
+        ArgumentError: `force_download` without a network.
+    """
+    if options.force_download and options.offline:
+        raise ArgumentError(
+            "force_download=True needs the network, but local_files_only or HF_HUB_OFFLINE forbids "
+            "it. Drop one of them."
+        )
+    try:
+        return _fetch(repo, filename, options)
+    except _HUB_FAILURES as error:
+        raise _explain(repo, filename, options, error) from error
+
+
+def list_files(repo: str, options: HubOptions = HubOptions()) -> Listing:
+    """List a repository's files; from its cached snapshot when the hub cannot be reached.
+
+    Raises:
+        UnknownModelError: as `hub_file`.
+    """
+    if not options.offline:
+        try:
+            return Listing(_list_on_hub(repo, options), complete=True)
+        except _HUB_FAILURES as error:
+            folder = cached_snapshot(repo, options)
+            if folder is None or isinstance(error, RevisionNotFoundError):
+                raise _explain(repo, "", options, error) from error
+    return Listing(cached_files(repo, options), complete=False)
+
+
+def repo_files(repo: str, options: HubOptions = HubOptions()) -> list[str]:
+    """The names that `list_files` finds."""
+    return list_files(repo, options).files
+
+
+def cached_files(repo: str, options: HubOptions) -> list[str]:
+    """Names of the files that the cache holds whole at this revision.
+
+    Raises:
+        UnknownModelError: nothing is cached.
+    """
+    folder = cached_snapshot(repo, options)
+    if folder is None:
+        raise _not_cached(repo, options, None)
+    # A link whose blob is gone is no file: is_file follows links.
+    return sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    )
+
+
+def cached_snapshot(repo: str, options: HubOptions) -> Path | None:
+    """The snapshot folder of this revision in the cache, or None."""
+    store = _repo_folder(repo, options)
+    snapshots = store / "snapshots"
+    reference = store / "refs" / options.revision_name
+    try:
+        commit = reference.read_text().strip() if reference.is_file() else options.revision_name
+    except OSError:
+        return None
+    folder = snapshots / commit
+    # A revision such as ".." must not lead out of the snapshots.
+    return folder if folder.is_dir() and folder.parent == snapshots and commit != ".." else None
+
+
+def _repo_folder(repo: str, options: HubOptions) -> Path:
+    cache = Path(options.cache_dir or constants.HF_HUB_CACHE).expanduser()
+    return cache / "--".join(["models", *repo.split("/")])
+
+
+def _fetch(repo: str, filename: str, options: HubOptions) -> Path:
+    """`hf_hub_download`, but with the cached file whenever the hub cannot be reached."""
+    if options.offline:
+        return _download(repo, filename, options, local_files_only=True)
+    if not options.force_download and not _is_cached(repo, filename, options):
+        # One request that does not retry: hf_hub_download would back off for half a minute first.
+        unreachable = _unreachable(repo, options)
+        if unreachable is not None:
+            raise unreachable
+    try:
+        return _download(repo, filename, options, local_files_only=False)
+    except (HFValidationError, RevisionNotFoundError, LocalEntryNotFoundError):
+        raise
+    except _HUB_FAILURES:
+        # It gives up on some failures (a proxy's, say) without a look at the cache.
+        if options.force_download or not _is_cached(repo, filename, options):
+            raise
+        return _download(repo, filename, options, local_files_only=True)
+
+
+def _download(repo: str, filename: str, options: HubOptions, *, local_files_only: bool) -> Path:
+    return Path(
+        hf_hub_download(
+            repo,
+            filename,
+            revision=options.revision,
+            cache_dir=options.cache_dir,
+            token=options.token,
+            force_download=options.force_download,
+            local_files_only=local_files_only,
+        )
+    )
+
+
+def _is_cached(repo: str, filename: str, options: HubOptions) -> bool:
+    found = try_to_load_from_cache(
+        repo, filename, cache_dir=options.cache_dir, revision=options.revision
+    )
+    return isinstance(found, str)
+
+
+def _list_on_hub(repo: str, options: HubOptions) -> list[str]:
+    # model_info and not list_repo_files: it takes a timeout and does not retry.
+    info = HfApi().model_info(
+        repo,
+        revision=options.revision,
+        token=options.token,
+        timeout=constants.DEFAULT_ETAG_TIMEOUT,
+    )
+    return [sibling.rfilename for sibling in info.siblings or ()]
+
+
+def _unreachable(repo: str, options: HubOptions) -> Exception | None:
+    """The failure to reach the hub at all; None when it answers, whatever its answer."""
+    try:
+        _list_on_hub(repo, options)
+    except (HfHubHTTPError, HFValidationError):
+        return None
+    except _HUB_FAILURES as error:
+        return error
+    return None
+
+
+def _explain(repo: str, filename: str, options: HubOptions, error: Exception) -> LeanLoadError:
+    """The error of our family that says what the hub's failure means and what to do."""
+    for kind, ours, meaning in _MEANINGS:
+        if isinstance(error, kind) and not isinstance(error, LocalEntryNotFoundError):
+            fields = {
+                "repo": repo,
+                "file": filename or "the list of files",
+                "revision": options.revision_name,
+                "url": f"{constants.ENDPOINT}/{repo}",
+                "error": " ".join(str(error).split()),
+            }
+            return ours(meaning.format(**fields))
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        return CheckpointError(
+            f"Cannot store {filename} of {repo}: {error}. Free space or give permission there, or "
+            "pass another cache_dir=."
+        )
+    return _not_cached(repo, options, error, filename)
+
+
+def _not_cached(
+    repo: str, options: HubOptions, error: Exception | None, filename: str = ""
+) -> LeanLoadError:
+    """The error for a file that is not in the cache while the hub is out of reach."""
+    store = _repo_folder(repo, options)
+    if options.local_files_only:
+        why, remedy = "local_files_only=True", "Drop it"
+    elif options.offline:
+        why, remedy = "HF_HUB_OFFLINE is set", "Unset it"
+    else:
+        cause = getattr(error, "__cause__", None) or error
+        why = f"the hub cannot be reached ({type(cause).__name__}: {cause})"
+        remedy = "Check the connection"
+    commits = _names(store / "snapshots")
+    parts = [
+        f"{why}, and {filename or 'the model'} of {repo} (revision {options.revision_name}) is not "
+        f"in the cache {store.parent}"
+    ]
+    if any(name.endswith(".incomplete") for name in _names(store / "blobs")):
+        parts.append(f"a download that was cut off lies in {store / 'blobs'}")
+    if commits and cached_snapshot(repo, options) is None:
+        parts.append(f"cached are the revisions {', '.join(commits)}")
+    message = f"{'; '.join(parts)}. {remedy}, or pass the cache_dir= or local folder that has it."
+    known = filename and cached_snapshot(repo, options) is not None
+    return CheckpointError(message) if known else UnknownModelError(message)
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []

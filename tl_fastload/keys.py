@@ -1,0 +1,159 @@
+"""From the tensor names of a checkpoint to the names of a transformers model.
+
+The rules are transformers' own: version 5 has a table of renamings and conversions (per-expert matrices are merged,
+for instance), which is run on promises; version 4 only adds or strips the base model's prefix.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tl_fastload import compat
+from tl_fastload.promise import Promise
+
+# Tables that old checkpoints carry and no model reads: causal masks and rotary frequencies.
+_NOT_WEIGHTS = re.compile(
+    r"(\.attn\.(masked_)?bias|\.attention\.(masked_)?bias|masked_bias|rotary_emb\.(inv_freq|cos_cached|sin_cached)"
+    r"|rotary_pos_emb\.inv_freq|position_ids)$"
+)
+
+
+@dataclass
+class Ledger:
+    """What a checkpoint has and a model does not, and the other way round.
+
+    Attributes:
+        unexpected: checkpoint names that no part of the model takes.
+        misshapen: model name -> (shape in the file, shape that the configuration asks for).
+    """
+
+    unexpected: list[str] = field(default_factory=list)
+    misshapen: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+
+
+def rename_to_model(
+    model: Any, promises: Mapping[str, Promise], dtype: torch.dtype
+) -> tuple[dict[str, Promise], Ledger]:
+    """Rename, cast and convert promises as transformers would on loading.
+
+    Args:
+        model: a transformers model on the meta device.
+        promises: by checkpoint name.
+        dtype: the dtype that the model is loaded in.
+
+    Returns:
+        Promises by model name, and the ledger of what fitted nowhere.
+    """
+    wanted = model.state_dict(keep_vars=True)
+    plan = _dtype_plan(model, dtype)
+
+    def cast(name: str, promise: Promise) -> Any:
+        if not promise.is_floating_point():
+            return promise
+        planned = plan.get(name)
+        return promise.to(planned or wanted[name].dtype)
+
+    if compat.HAS_WEIGHT_CONVERSIONS:
+        return _rename_by_table(model, promises, wanted, cast)
+    return _rename_by_prefix(model, promises, wanted, cast)
+
+
+def _rename_by_table(
+    model: Any, promises: Mapping[str, Promise], wanted: Mapping[str, Any], cast: Any
+) -> tuple[dict[str, Promise], Ledger]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    table = get_model_conversion_mapping(model)
+    renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in table if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    prefix = model.base_model_prefix
+    found: dict[str, Promise] = {}
+    collected: dict[str, Any] = {}
+    ledger = Ledger()
+    for name in sorted(promises, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, wanted)
+        if target not in wanted and name in wanted:
+            target, pattern = rename_source_key(name, [], [], prefix, wanted)
+        if target not in wanted:
+            _note_unexpected(model, name, target, ledger)
+        elif pattern is None:
+            found[target] = cast(target, promises[name])
+        else:
+            converter = collected.setdefault(target, copy.deepcopy(by_pattern[pattern]))
+            value = cast(target, promises[name])
+            converter.add_tensor(target, name, pattern, lambda value=value: value)
+    for target, converter in collected.items():
+        for name, value in converter.convert(target, model=model, config=model.config).items():
+            found[name] = value[0] if isinstance(value, list) else value
+    return found, ledger
+
+
+def _rename_by_prefix(
+    model: Any, promises: Mapping[str, Promise], wanted: Mapping[str, Any], cast: Any
+) -> tuple[dict[str, Promise], Ledger]:
+    found: dict[str, Promise] = {}
+    ledger = Ledger()
+    prefix = model.base_model_prefix + "."
+    renames = getattr(model, "_checkpoint_conversion_mapping", None) or {}
+    for name, promise in promises.items():
+        target = name
+        for pattern, replacement in renames.items():
+            target, count = re.subn(pattern, replacement, target)
+            if count:
+                break
+        target = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", target)
+        target = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", target)
+        candidates = (target, prefix + target, target[len(prefix) :] if target.startswith(prefix) else "")
+        match = next((c for c in candidates if c in wanted), None)
+        if match is None:
+            _note_unexpected(model, name, target, ledger)
+        else:
+            found[match] = cast(match, promise)
+    return found, ledger
+
+
+def _note_unexpected(model: Any, name: str, target: str, ledger: Ledger) -> None:
+    patterns = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
+    if _NOT_WEIGHTS.search(name) or any(re.search(p, key) for p in patterns for key in (name, target)):
+        return
+    ledger.unexpected.append(name)
+
+
+def _dtype_plan(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Model names that transformers keeps in another dtype than the one asked for."""
+    if not hasattr(model, "_get_dtype_plan"):
+        return {}
+    rules: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+    if not rules:
+        return {}
+    from transformers.core_model_loading import build_glob_alternation
+
+    pattern, by_group, _ = build_glob_alternation(list(rules))
+    plan: dict[str, torch.dtype] = {}
+    for name in model.state_dict():
+        match = pattern.search(name)
+        if match is not None and match.lastgroup is not None:
+            plan[name] = rules[by_group[match.lastgroup]]
+    return plan
+
+
+def tied_groups(model: Any) -> list[list[str]]:
+    """Groups of names that are one parameter in this model."""
+    groups: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups[id(parameter)].append(name)
+    return [names for names in groups.values() if len(names) > 1]

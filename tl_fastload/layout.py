@@ -1,0 +1,56 @@
+"""The strides in which the forward pass wants each parameter.
+
+TransformerLens' components turn `W_Q`, `W_in` ... into the `[out, in]` matrix of a linear map on every call
+(`W_in.T.contiguous()`, `einops.rearrange(...).contiguous()`). That copies the whole model per token when the parameter
+is stored as its logical shape says, and nothing when it is stored as that matrix and only viewed in the logical shape.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformer_lens.components import GatedMLP, Unembed
+from transformer_lens.components.abstract_attention import AbstractAttention
+
+_HEADS_IN = ("W_Q", "W_K", "W_V", "_W_K", "_W_V")
+
+# Memory order of the dimensions, slowest first, of the matrix that the forward pass multiplies by.
+_HEADS_IN_ORDER = (0, 2, 1)  # [head, d_model, d_head] stored as [(head d_head), d_model]
+_HEADS_OUT_ORDER = (2, 0, 1)  # [head, d_head, d_model] stored as [d_model, (head d_head)]
+_TRANSPOSED_ORDER = (1, 0)  # [in, out] stored as [out, in]
+
+
+def forward_strides(module: nn.Module, name: str, shape: torch.Size) -> tuple[int, ...]:
+    """Strides that make a parameter's use in the forward pass free of copies.
+
+    Args:
+        module: the component that owns the parameter.
+        name: the parameter's name in it, such as "W_Q".
+        shape: the parameter's logical shape.
+
+    Returns:
+        Strides in elements; contiguous ones where the forward pass wants nothing else.
+    """
+    order: tuple[int, ...] = tuple(range(len(shape)))
+    if isinstance(module, AbstractAttention) and len(shape) == 3:
+        if name in _HEADS_IN:
+            order = _HEADS_IN_ORDER
+        elif name == "W_O":
+            order = _HEADS_OUT_ORDER
+    elif isinstance(module, (GatedMLP, Unembed)) and len(shape) == 2:
+        order = _TRANSPOSED_ORDER
+    return _strides_of_order(shape, order)
+
+
+def _strides_of_order(shape: torch.Size, order: tuple[int, ...]) -> tuple[int, ...]:
+    strides = [0] * len(shape)
+    step = 1
+    for dim in reversed(order):
+        strides[dim] = step
+        step *= max(shape[dim], 1)
+    return tuple(strides)
+
+
+def same_layout(shape: torch.Size, one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether two strides mean the same memory order; the stride of a dimension of size one means nothing."""
+    return all(n == 1 or a == b for n, a, b in zip(shape, one, other, strict=True))

@@ -1,0 +1,137 @@
+"""How much memory this process uses, and giving freed memory back to the system."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Callable, Optional
+
+import psutil
+import torch
+
+SAMPLE_SECONDS = 0.005
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Resident memory of this process, in bytes: all of it, and the part that no file backs."""
+
+    resident_bytes: int
+    anonymous_bytes: int
+
+
+def host_memory() -> HostMemory:
+    """Read this process's memory; without `/proc`, all resident memory counts as anonymous."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as status:
+            fields = dict(line.split(":", 1) for line in status)
+        return HostMemory(_kib(fields["VmRSS"]), _kib(fields["RssAnon"]))
+    except (OSError, KeyError):
+        resident = int(psutil.Process().memory_info().rss)
+        return HostMemory(resident, resident)
+
+
+def _kib(field: str) -> int:
+    return int(field.split()[0]) * 1024
+
+
+class PeakSampler:
+    """Samples this process's memory in a thread and keeps the peaks above where it started.
+
+    Attributes:
+        peak_host_bytes: resident memory, file pages included.
+        peak_anonymous_bytes: resident memory that no file backs.
+        peak_device_bytes: CUDA memory allocated by torch on all devices, or None without CUDA.
+    """
+
+    def __init__(self) -> None:
+        self.peak_host_bytes = 0
+        self.peak_anonymous_bytes = 0
+        self.peak_device_bytes: Optional[int] = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="tl_fastload-memory", daemon=True)
+
+    def __enter__(self) -> PeakSampler:
+        self._start = host_memory()
+        self._device_start = _device_start()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: Optional[type[BaseException]],
+        error: Optional[BaseException],
+        trace: Optional[TracebackType],
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.sample()
+        if self._device_start is not None:
+            self.peak_device_bytes = max(
+                torch.cuda.max_memory_allocated(i) - before
+                for i, before in enumerate(self._device_start)
+            )
+
+    def sample(self) -> None:
+        """Look once, now."""
+        now = host_memory()
+        self.peak_host_bytes = max(
+            self.peak_host_bytes, now.resident_bytes - self._start.resident_bytes
+        )
+        self.peak_anonymous_bytes = max(
+            self.peak_anonymous_bytes, now.anonymous_bytes - self._start.anonymous_bytes
+        )
+
+    def _run(self) -> None:
+        while not self._stop.wait(SAMPLE_SECONDS):
+            self.sample()
+
+
+def _device_start() -> Optional[list[int]]:
+    if not torch.cuda.is_available():
+        return None
+    before = []
+    for index in range(torch.cuda.device_count()):
+        torch.cuda.reset_peak_memory_stats(index)
+        before.append(torch.cuda.memory_allocated(index))
+    return before
+
+
+def _find_malloc_trim() -> Optional[Callable[[int], int]]:
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):
+        return None
+    return trim
+
+
+def return_freed_memory() -> None:
+    """Give freed heap memory back to the system: glibc keeps blocks below its growing threshold otherwise."""
+    trim = _find_malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+def collect_and_return() -> None:
+    """Collect cycles, then give freed memory back."""
+    gc.collect()
+    return_freed_memory()
+
+
+def unique_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the elements that these tensors hold; tensors on the same elements count once."""
+    seen: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()
+    total = 0
+    for tensor in tensors:
+        key = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
+        if key not in seen:
+            seen.add(key)
+            total += tensor.numel() * tensor.element_size()
+    return total

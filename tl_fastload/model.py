@@ -1,0 +1,209 @@
+"""The public classes: HookedTransformer, loaded lean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import torch
+from transformer_lens import HookedTransformer
+
+from tl_fastload import session as sessions
+from tl_fastload.progress import ProgressOption
+from tl_fastload.promise import Promise
+from tl_fastload.report import LoadReport
+
+
+class LeanLoadingMixin:
+    """Makes a `HookedTransformer` class load lean: `class Mine(LeanLoadingMixin, TheirClass)`.
+
+    Every way to load weights goes the lean way: `from_pretrained_lean`, and also `from_pretrained`,
+    `from_pretrained_no_processing`, `load_and_process_state_dict` and `process_weights_`.
+
+    Attributes:
+        load_report: what the last load did.
+    """
+
+    load_report: LoadReport
+    _session: Optional[sessions.Session] = None
+
+    @classmethod
+    def from_pretrained_lean(
+        cls,
+        model_name: Union[str, Path],
+        fold_ln: bool = True,
+        center_writing_weights: bool = True,
+        center_unembed: bool = True,
+        refactor_factored_attn_matrices: bool = False,
+        checkpoint_index: Optional[int] = None,
+        checkpoint_value: Optional[int] = None,
+        checkpoint_label: Optional[int] = None,
+        hf_model: Any = None,
+        device: Optional[Union[str, torch.device]] = None,
+        n_devices: int = 1,
+        tokenizer: Any = None,
+        move_to_device: bool = True,
+        fold_value_biases: bool = True,
+        default_prepend_bos: Optional[bool] = None,
+        default_padding_side: Optional[str] = None,
+        dtype: Union[str, torch.dtype] = "float32",
+        first_n_layers: Optional[int] = None,
+        n_ctx: Optional[int] = None,
+        *,
+        strategy: str = "auto",
+        mmap: Union[str, bool] = "auto",
+        progress: ProgressOption = None,
+        **from_pretrained_kwargs: Any,
+    ) -> Any:
+        """Load a pretrained model with the numbers of `from_pretrained` and about one copy of its weights in memory.
+
+        Args:
+            model_name: TransformerLens name or alias, any hub name, or a local folder.
+            fold_ln: fold the norm weights into the following layer.
+            center_writing_weights: give what writes to the residual stream zero mean.
+            center_unembed: give the unembedding zero mean over the vocabulary.
+            refactor_factored_attn_matrices: make the factors of the QK and OV circuits even.
+            checkpoint_index: which training checkpoint, counted from zero.
+            checkpoint_value: which training checkpoint, by step or tokens.
+            checkpoint_label: another name of `checkpoint_value`.
+            hf_model: a transformers model in memory; read, never changed, and not shared.
+            device: where the parameters go; CUDA if there is one, else the CPU.
+            n_devices: how many CUDA devices share the layers.
+            tokenizer: the tokenizer; by default the one that lies with the model, or none.
+            move_to_device: False leaves the parameters on the CPU.
+            fold_value_biases: fold the value biases into the output bias.
+            default_prepend_bos: whether strings get a BOS token.
+            default_padding_side: "left" or "right".
+            dtype: dtype of the parameters, such as "bfloat16" or torch.float32.
+            first_n_layers: load only that many layers.
+            n_ctx: another context length than the model's own.
+            strategy: "assign" puts finished tensors into the model (torch 2.1 or newer), "copy" copies into the
+                model's own; "auto" assigns where it can.
+            mmap: whether weights that need no change are mapped from the file instead of read; "auto" does so on
+                local disks.
+            progress: None for a bar when somebody watches, True or False, or a function of a
+                `tl_fastload.ProgressEvent`.
+            **from_pretrained_kwargs: for Hugging Face: revision, cache_dir, token, local_files_only, subfolder,
+                trust_remote_code (False by default), torch_dtype, or fields of the model's configuration.
+
+        Returns:
+            The model, with a `load_report`.
+
+        Raises:
+            LeanLoadError: the base of all of: ArgumentError, UnknownModelError, UnsupportedArchitectureError,
+                CheckpointError, MissingWeightsError, NotEnoughMemoryError, StrategyError. Raised before weights are
+                read whenever that is possible; nothing half-loaded is returned.
+        """
+        arguments = {
+            name: value
+            for name, value in locals().items()
+            if name not in ("cls", "from_pretrained_kwargs", "strategy", "mmap", "progress")
+        }
+        options = sessions.Options(strategy=strategy, mmap=mmap, progress=progress)
+        return sessions.load(cls, options, arguments, from_pretrained_kwargs)
+
+    @classmethod
+    def from_pretrained_no_processing_lean(
+        cls,
+        model_name: Union[str, Path],
+        fold_ln: bool = False,
+        center_writing_weights: bool = False,
+        center_unembed: bool = False,
+        refactor_factored_attn_matrices: bool = False,
+        fold_value_biases: bool = False,
+        **arguments: Any,
+    ) -> Any:
+        """`from_pretrained_lean` with every processing step off by default; the other arguments are the same."""
+        return cls.from_pretrained_lean(
+            model_name,
+            fold_ln=fold_ln,
+            center_writing_weights=center_writing_weights,
+            center_unembed=center_unembed,
+            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
+            fold_value_biases=fold_value_biases,
+            **arguments,
+        )
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """`from_pretrained_lean` under the name that existing code calls."""
+        return cls.from_pretrained_lean(*args, **kwargs)
+
+    @classmethod
+    def from_pretrained_no_processing(cls, *args: Any, **kwargs: Any) -> Any:
+        """`from_pretrained_no_processing_lean` under the name that existing code calls."""
+        return cls.from_pretrained_no_processing_lean(*args, **kwargs)
+
+    def load_and_process_state_dict(
+        self,
+        state_dict: dict[str, torch.Tensor],
+        fold_ln: bool = True,
+        center_writing_weights: bool = True,
+        center_unembed: bool = True,
+        fold_value_biases: bool = True,
+        refactor_factored_attn_matrices: bool = False,
+    ) -> None:
+        """Load a state dict in TransformerLens' naming and process it, one parameter at a time.
+
+        The model's Parameter objects keep their identity (an optimizer goes on holding them); their values are
+        written in place. `state_dict` and its tensors are left as they are, and share no memory with the model.
+
+        Args:
+            state_dict: parameter name -> tensor.
+            fold_ln: fold the norm weights into the following layer.
+            center_writing_weights: give what writes to the residual stream zero mean.
+            center_unembed: give the unembedding zero mean over the vocabulary.
+            fold_value_biases: fold the value biases into the output bias.
+            refactor_factored_attn_matrices: make the factors of the QK and OV circuits even.
+
+        Raises:
+            MissingWeightsError: weights are missing or misshapen; the model is as it was.
+        """
+        steps = {
+            name: value for name, value in locals().items() if name not in ("self", "state_dict")
+        }
+        steps.pop("__class__", None)
+        stock = super().load_and_process_state_dict  # type: ignore[misc]
+        sessions.load_state_dict_into(self, state_dict, steps, stock)
+
+    def process_weights_(
+        self,
+        fold_ln: bool = True,
+        center_writing_weights: bool = True,
+        center_unembed: bool = True,
+        refactor_factored_attn_matrices: bool = False,
+    ) -> None:
+        """Process the weights of this model in place, one parameter at a time.
+
+        A second call with nothing changed in between does nothing and says so in `load_report.notes`: steps are never
+        applied twice. Parameter objects keep their identity.
+
+        Args:
+            fold_ln: fold the norm weights into the following layer.
+            center_writing_weights: give what writes to the residual stream zero mean.
+            center_unembed: give the unembedding zero mean over the vocabulary.
+            refactor_factored_attn_matrices: make the factors of the QK and OV circuits even.
+        """
+        steps = {
+            "fold_ln": fold_ln,
+            "center_writing_weights": center_writing_weights,
+            "center_unembed": center_unembed,
+            "fold_value_biases": True,
+            "refactor_factored_attn_matrices": refactor_factored_attn_matrices,
+        }
+        if not sessions.is_already_processed(self, steps):
+            self.load_and_process_state_dict(self.state_dict(), **steps)  # type: ignore[attr-defined]
+
+    def fill_missing_keys(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Complete a state dict with the model's own defaults; a missing weight matrix is an error."""
+        return sessions.fill_missing_keys(self, state_dict)
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        """`torch.nn.Module.load_state_dict`; while a lean load runs, recorded values are collected instead."""
+        if self._session is not None and any(isinstance(v, Promise) for v in state_dict.values()):
+            return self._session.collect(state_dict)
+        return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
+
+
+class LeanHookedTransformer(LeanLoadingMixin, HookedTransformer):
+    """`HookedTransformer` that loads lean; everything else about it is TransformerLens' own."""

@@ -1,0 +1,238 @@
+"""Puts evaluated recipes into a model: in which order, on which device, mapped, assigned or copied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+import torch
+from torch import nn
+
+from tl_fastload import layout
+from tl_fastload.evaluator import Evaluation, Value, sources
+from tl_fastload.memory import return_freed_memory
+from tl_fastload.progress import Progress
+from tl_fastload.promise import MemorySource, Promise, SourceView, dtype_of, meta_of
+from tl_fastload.reader import FileMaps, FileSource, has_overlap
+
+# Freed scratch memory is given back once that much of it has passed through.
+_TRIM_BYTES = 128 << 20
+
+
+@dataclass
+class Placer:
+    """Places recipes into one model.
+
+    Args:
+        model: the model; its parameters give names, shapes and dtypes.
+        device_of: target device of each parameter name.
+        assign: replace each parameter by the evaluated tensor, or else copy into it.
+        maps: where untransformed file ranges are mapped, or None to read everything.
+        map_any_layout: map a range even if the forward pass would want other strides.
+        progress: told of every placed parameter.
+    """
+
+    model: nn.Module
+    device_of: Callable[[str], torch.device]
+    assign: bool
+    maps: Optional[FileMaps]
+    map_any_layout: bool
+    progress: Progress
+    mapped_bytes: int = 0
+    not_finite: list[str] = field(default_factory=list)
+    _passed_bytes: int = 0
+
+    def place(self, recipes: dict[str, Promise]) -> None:
+        """Evaluate and place every recipe whose name the model has; others were only needed on the way."""
+        targets = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        todo = {
+            name: promise
+            for name, promise in recipes.items()
+            if name in targets and not _is_itself(promise, targets[name])
+        }
+        self.progress.start(sum(_size_bytes(targets[name]) for name in todo))
+        for group in groups(todo):
+            self._place_group({name: todo[name] for name in group}, targets)
+        return_freed_memory()
+
+    def _place_group(
+        self, recipes: dict[str, Promise], targets: dict[str, torch.Tensor]
+    ) -> None:
+        rest: dict[str, Promise] = {}
+        for name, promise in recipes.items():
+            mapped = self._map(name, promise, targets[name])
+            if mapped is None:
+                rest[name] = promise
+            else:
+                self.mapped_bytes += _size_bytes(mapped)
+                self._put(name, mapped)
+        by_device: dict[torch.device, dict[str, Promise]] = {}
+        for name, promise in rest.items():
+            by_device.setdefault(self.device_of(name), {})[name] = promise
+        for device, some in by_device.items():
+            evaluation = Evaluation([promise.node for promise in some.values()], device)
+            waiting = _Waiting(some, targets, self.assign)
+            for name, promise in some.items():
+                value = self._finish(name, evaluation.value(promise.node), targets[name])
+                for ready, tensor in waiting.add(name, value):
+                    self._put(ready, tensor)
+
+    def _map(
+        self, name: str, promise: Promise, target: torch.Tensor
+    ) -> Optional[torch.Tensor]:
+        node = promise.node
+        if self.maps is None or not self.assign or not isinstance(node, SourceView):
+            return None
+        if node.casts or not isinstance(node.source, FileSource) or has_overlap(node.geometry):
+            return None
+        entry = node.source.entry
+        if self.device_of(name).type != "cpu" or node.dtype != target.dtype:
+            return None
+        if node.geometry.shape != target.shape or entry.offset % target.element_size():
+            return None
+        wanted = self._strides(name, target.shape)
+        if not self.map_any_layout and not layout.same_layout(
+            target.shape, node.geometry.stride(), wanted
+        ):
+            return None
+        return self.maps.view(entry, node.geometry)
+
+    def _strides(self, name: str, shape: torch.Size) -> tuple[int, ...]:
+        parent, _, leaf = name.rpartition(".")
+        return layout.forward_strides(self.model.get_submodule(parent), leaf, shape)
+
+    def _finish(self, name: str, value: Value, target: torch.Tensor) -> torch.Tensor:
+        """The tensor to place: right dtype and layout, memory of its own."""
+        tensor = value.tensor
+        if tensor.shape != target.shape:
+            # One number: torch's own load_state_dict takes shape (1,) for () as well.
+            tensor = tensor.reshape(target.shape)
+        if tensor.is_floating_point() and not _is_finite(tensor):
+            self.not_finite.append(name)
+        if not self.assign:
+            return tensor
+        strides = self._strides(name, tensor.shape)
+        size = tensor.numel() * tensor.element_size()
+        if (
+            value.buffer.owned
+            and tensor.dtype == target.dtype
+            and tensor.untyped_storage().nbytes() == size
+            and layout.same_layout(tensor.shape, tensor.stride(), strides)
+        ):
+            value.buffer.owned = False  # this parameter owns it from now on
+            return tensor
+        final = torch.empty_strided(
+            tensor.shape, strides, dtype=target.dtype, device=tensor.device
+        )
+        return final.copy_(tensor)
+
+    def _put(self, name: str, tensor: torch.Tensor) -> None:
+        parent_name, _, leaf = name.rpartition(".")
+        parent = self.model.get_submodule(parent_name)
+        with torch.no_grad():
+            if leaf in parent._buffers:
+                buffer = parent._buffers[leaf]
+                if buffer is not None:
+                    buffer.copy_(tensor)
+            elif self.assign:
+                old = parent._parameters[leaf]
+                needs_grad = old is None or old.requires_grad
+                parent._parameters[leaf] = nn.Parameter(tensor, requires_grad=needs_grad)
+            else:
+                target = parent._parameters[leaf]
+                if target is not None:
+                    target.copy_(tensor)
+        self.progress.advance(name, _size_bytes(tensor))
+        self._passed_bytes += _size_bytes(tensor)
+        if self._passed_bytes > _TRIM_BYTES:
+            self._passed_bytes = 0
+            return_freed_memory()
+
+
+class _Waiting:
+    """Holds results back until no pending recipe reads the memory that they will overwrite."""
+
+    def __init__(
+        self, recipes: dict[str, Promise], targets: dict[str, torch.Tensor], assign: bool
+    ) -> None:
+        self._done: dict[str, torch.Tensor] = {}
+        self._readers: dict[str, set[str]] = {name: set() for name in recipes}
+        if assign:
+            return
+        owner = {targets[name].data_ptr(): name for name in recipes}
+        for name, promise in recipes.items():
+            for view in sources(promise.node):
+                if isinstance(view.source, MemorySource):
+                    read = owner.get(view.source.tensor.data_ptr())
+                    if read is not None and read != name:
+                        self._readers[read].add(name)
+
+    def add(self, name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+        """Take a result; give back those that may be written now."""
+        self._done[name] = tensor
+        for readers in self._readers.values():
+            readers.discard(name)
+        ready = [done for done in self._done if not self._readers[done]]
+        return [(done, self._done.pop(done)) for done in ready]
+
+
+def groups(recipes: dict[str, Promise]) -> list[list[str]]:
+    """The order of placement: groups of names that are evaluated together.
+
+    Largest parameter first, so that scratch memory falls when little has been allocated. Small parameters that read
+    the same weight (a folded bias) are evaluated just before it, so that the weight is read once.
+    """
+    names = sorted(recipes, key=lambda name: -_size_bytes(recipes[name]))
+    big = {id(view.source): name for name in reversed(names) for view in _large_sources(recipes[name])}
+    joined: dict[str, list[str]] = {}
+    for name in names:
+        readers = {big[id(view.source)] for view in _large_sources(recipes[name])}
+        heads = [head for head in joined if head in readers]
+        joined.setdefault(heads[0] if heads else name, []).append(name)
+    return [_small_before_big(group, recipes) for group in joined.values()]
+
+
+def _small_before_big(group: list[str], recipes: dict[str, Promise]) -> list[str]:
+    reads = {name: {view for view in sources(recipes[name].node)} for name in group}
+    order: list[str] = []
+    for name in group:
+        if name in order:
+            continue
+        for small in reversed(group):
+            is_small = recipes[small].numel() * 8 < recipes[name].numel()
+            if is_small and small not in order and reads[small] & reads[name]:
+                order.append(small)
+        order.append(name)
+    return order
+
+
+def _large_sources(promise: Promise) -> Iterable[SourceView]:
+    views = sources(promise.node)
+    largest = max((view.source.shape.numel() for view in views), default=0)
+    return [view for view in views if view.source.shape.numel() * 8 > largest]
+
+
+def _is_itself(promise: Promise, target: torch.Tensor) -> bool:
+    """Whether a recipe only says that a tensor of the model keeps its value."""
+    node = promise.node
+    return (
+        isinstance(node, SourceView)
+        and not node.casts
+        and isinstance(node.source, MemorySource)
+        and node.source.tensor.data_ptr() == target.data_ptr()
+        and node.geometry.storage_offset() == 0
+        and node.geometry.shape == target.shape
+        and node.geometry.stride() == target.stride()
+    )
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    # One pass over the memory: a sum is finite unless an element is not (or it overflows: then look closely).
+    half = tensor.dtype in (torch.float16, torch.bfloat16)
+    total: Any = tensor.sum(dtype=torch.float32 if half else None)
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
+
+
+def _size_bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,337 @@
+"""A tensor that records what is done to it instead of doing it.
+
+TransformerLens' own converters and weight processing run on `Promise` tensors unmodified: a promise knows its shape,
+strides, dtype and device, and every operation on it gives another promise that holds a small recipe. Recipes are
+evaluated later, one parameter at a time, by `tl_fastload.evaluator`.
+
+A recipe is a graph of three kinds of node: `SourceView` (elements of one stored tensor, seen through views and casts),
+`Call` (one ATen operation) and `Pick` (one result of an operation that returns several).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, Callable, Optional
+
+import torch
+from torch.utils._pytree import tree_map
+
+from tl_fastload.errors import RecordingError
+
+aten = torch.ops.aten
+
+# A cast there and back changes nothing when the type in between holds every value exactly.
+_HOLDS = {
+    torch.float32: (torch.float16, torch.bfloat16),
+    torch.float64: (torch.float16, torch.bfloat16, torch.float32),
+}
+
+
+class Source(ABC):
+    """A stored tensor that recipes start from: a range of a file, or a tensor that somebody else holds."""
+
+    name: str
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @abstractmethod
+    def read_into(
+        self, out: torch.Tensor, geometry: torch.Tensor, casts: tuple[torch.dtype, ...]
+    ) -> None:
+        """Copy the elements that `geometry` (a meta view of this source) selects into `out`, casting on the way."""
+
+    @abstractmethod
+    def lend(self, geometry: torch.Tensor) -> Optional[torch.Tensor]:
+        """The selected elements without a copy (the result is never written to), or None if that is not possible."""
+
+
+class MemorySource(Source):
+    """A tensor in memory that belongs to somebody else: read, never written."""
+
+    def __init__(self, tensor: torch.Tensor, name: str = "") -> None:
+        self.tensor = tensor.detach()
+        self.name = name
+        self.shape = tensor.shape
+        self.stride = tensor.stride()
+        self.dtype = tensor.dtype
+
+    def lend(self, geometry: torch.Tensor) -> Optional[torch.Tensor]:
+        offset = self.tensor.storage_offset() + geometry.storage_offset()
+        return self.tensor.as_strided(geometry.shape, geometry.stride(), offset)
+
+    def read_into(
+        self, out: torch.Tensor, geometry: torch.Tensor, casts: tuple[torch.dtype, ...]
+    ) -> None:
+        value = self.lend(geometry)
+        for dtype in casts[:-1]:
+            value = value.to(dtype) if value is not None else None
+        out.copy_(value)
+
+
+class Node:
+    """One step of a recipe."""
+
+    __slots__ = ()
+
+
+@dataclass(eq=False)
+class SourceView(Node):
+    """Elements of a source, seen through views, then cast.
+
+    Attributes:
+        source: where the values come from.
+        geometry: meta tensor; its shape, strides and offset select elements of the source's storage.
+        casts: dtypes to cast through, in order; empty for the stored dtype.
+    """
+
+    source: Source
+    geometry: torch.Tensor
+    casts: tuple[torch.dtype, ...] = ()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.casts[-1] if self.casts else self.source.dtype
+
+
+@dataclass(eq=False)
+class Call(Node):
+    """One ATen operation. `args` and `kwargs` hold nodes where the operation took tensors."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    meta: Any = field(repr=False)
+
+
+@dataclass(eq=False)
+class Pick(Node):
+    """One of the tensors that a call returns."""
+
+    call: Call
+    index: int
+
+
+class Promise(torch.Tensor):
+    """A tensor whose values do not exist yet.
+
+    Attributes:
+        node: the recipe.
+        meta: meta tensor of the same shape, strides and dtype, on which results are inferred.
+    """
+
+    node: Node
+    meta: torch.Tensor
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, node: Node, meta: torch.Tensor, device: torch.device) -> Promise:
+        promise: Promise = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, meta.shape, strides=meta.stride(), dtype=meta.dtype, device=device
+        )
+        promise.node = node
+        promise.meta = meta
+        return promise
+
+    def __init__(self, *args: Any) -> None:
+        # torch.Tensor.__init__ takes no arguments of a subclass.
+        pass
+
+    @classmethod
+    def of(cls, source: Source, device: torch.device = torch.device("cpu")) -> Promise:
+        """The promise of a whole source."""
+        geometry = torch.empty_strided(
+            source.shape, source.stride, dtype=source.dtype, device="meta"
+        )
+        return cls(SourceView(source, geometry), geometry, device)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return _record(func, args, kwargs or {})
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"Promise(shape={tuple(self.shape)}, dtype={self.dtype}, node={type(self.node).__name__})"
+
+
+def node_of(tensor: torch.Tensor) -> Node:
+    """The recipe of a tensor; a real tensor's recipe is itself."""
+    if isinstance(tensor, Promise):
+        return tensor.node
+    return Promise.of(MemorySource(tensor), tensor.device).node
+
+
+def dense_strides(geometry: torch.Tensor) -> tuple[int, ...]:
+    """Strides of a dense tensor that keeps the memory order of `geometry`."""
+    return tuple(torch.empty_like(geometry, memory_format=torch.preserve_format).stride())
+
+
+def _record(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if func._schema.is_mutable:
+        raise RecordingError(
+            f"{func} writes into a tensor whose values are not loaded yet. Load the model first, then change it."
+        )
+    if func is aten._local_scalar_dense.default:
+        from tl_fastload.evaluator import evaluate  # the evaluator builds on this module
+
+        return evaluate(args[0].node, torch.device("cpu")).tensor.item()
+    device = kwargs.get("device") or _device_of(args)
+    meta_kwargs = {**kwargs, "device": torch.device("meta")} if "device" in kwargs else kwargs
+    meta = func(*tree_map(_to_meta, args), **tree_map(_to_meta, meta_kwargs))
+    if isinstance(meta, (tuple, list)):
+        return _record_several(func, args, kwargs, meta, device)
+    if not isinstance(meta, torch.Tensor):
+        return meta
+    node = _simplify(func, args, kwargs, meta) or _call(func, args, kwargs, meta)
+    return Promise(node, meta, torch.device(device))
+
+
+def _record_several(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], metas: Any, device: Any
+) -> Any:
+    if _is_view(func) and isinstance(args[0].node, SourceView):
+        view = args[0].node
+        parts = func(view.geometry, *args[1:], **kwargs)
+        nodes: list[Node] = [SourceView(view.source, part, view.casts) for part in parts]
+    else:
+        call = _call(func, args, kwargs, metas)
+        nodes = [Pick(call, index) for index in range(len(metas))]
+    promises = [
+        Promise(node, meta, torch.device(device)) for node, meta in zip(nodes, metas, strict=True)
+    ]
+    return type(metas)(promises) if isinstance(metas, list) else tuple(promises)
+
+
+def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], meta: Any) -> Call:
+    def to_node(x: Any) -> Any:
+        return node_of(x) if isinstance(x, torch.Tensor) else x
+
+    return Call(func, tree_map(to_node, args), tree_map(to_node, kwargs), meta)
+
+
+def _to_meta(x: Any) -> Any:
+    if isinstance(x, Promise):
+        return x.meta
+    if isinstance(x, torch.Tensor):
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+    return x
+
+
+def _device_of(args: Any) -> torch.device:
+    for x in args:
+        if isinstance(x, (tuple, list)):
+            return _device_of(x)
+        if isinstance(x, Promise):
+            return x.device
+    return torch.device("cpu")
+
+
+def _is_view(func: Any) -> bool:
+    # aten.view.dtype reinterprets bytes: its geometry is not one of the source's elements.
+    return func is not aten.view.dtype and any(
+        argument.alias_info is not None and not argument.alias_info.is_write
+        for argument in func._schema.arguments
+    )
+
+
+def _simplify(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], meta: torch.Tensor
+) -> Optional[Node]:
+    """A shorter recipe with the same values, or None."""
+    node = args[0].node if isinstance(args[0], Promise) else None
+    if isinstance(node, SourceView):
+        if _is_view(func):
+            return SourceView(node.source, func(node.geometry, *args[1:], **kwargs), node.casts)
+        same_layout = meta.stride() == node.geometry.stride()
+        if func is aten.clone.default and same_layout:
+            return node
+        if func is aten._to_copy.default and same_layout:
+            return SourceView(node.source, node.geometry, _shorten(node, meta.dtype))
+    if isinstance(node, Call) and func in (aten.select.int, aten.slice.Tensor):
+        return _look_inside(node, func, args, meta)
+    return None
+
+
+def _shorten(node: SourceView, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """The casts of `node` followed by `dtype`, without those that change no value."""
+    chain = [node.source.dtype, *node.casts]
+    if chain[-1] == dtype:
+        return node.casts
+    if len(chain) >= 2 and chain[-2] == dtype and dtype in _HOLDS.get(chain[-1], ()):
+        return tuple(chain[1:-1])
+    return (*node.casts, dtype)
+
+
+def _look_inside(
+    node: Call, func: Any, args: tuple[Any, ...], meta: torch.Tensor
+) -> Optional[Node]:
+    """One expert of stacked experts is that expert's own tensor: do not stack them all to take one out."""
+    dim = args[1] if len(args) > 1 else 0
+    dim = dim % args[0].dim()
+    if func is aten.select.int:
+        index = args[2] % args[0].shape[dim]
+        return _select_inside(node, dim, index, meta)
+    start, end, step = (*args[2:], None, None, None)[:3]
+    size = args[0].shape[dim]
+    start = 0 if start is None else max(0, start + size if start < 0 else start)
+    end = size if end is None else min(size, end + size if end < 0 else end)
+    if step not in (None, 1):
+        return None
+    if (start, end) == (0, size):
+        return node
+    if node.func is aten.cat.default and _dim_of(node) == dim:
+        position = 0
+        for part in node.args[0]:
+            length = shape_of(part)[dim]
+            if (position, position + length) == (start, end):
+                return _as_node(part)
+            position += length
+    return None
+
+
+def _select_inside(node: Call, dim: int, index: int, meta: torch.Tensor) -> Optional[Node]:
+    if node.func is aten.stack.default:
+        return _as_node(node.args[0][index]) if _dim_of(node) == dim else None
+    if node.func is aten.cat.default and _dim_of(node) != dim:
+        parts = [_selected(_as_node(part), dim, index) for part in node.args[0]]
+        joined = _dim_of(node) - (1 if _dim_of(node) > dim else 0)
+        return Call(aten.cat.default, (parts, joined), {}, meta)
+    return None
+
+
+def _selected(node: Node, dim: int, index: int) -> Node:
+    part = Promise(node, torch.empty(shape_of(node), dtype=dtype_of(node), device="meta"), torch.device("cpu"))
+    return node_of(torch.select(part, dim, index))
+
+
+def _dim_of(node: Call) -> int:
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    return int(dim % node.meta.dim())
+
+
+def _as_node(part: Any) -> Node:
+    return part if isinstance(part, Node) else node_of(part)
+
+
+def meta_of(node: Node) -> torch.Tensor:
+    """A meta tensor with the shape and strides that a node's value has (for a cast view: before the cast)."""
+    if isinstance(node, SourceView):
+        return node.geometry
+    if isinstance(node, Pick):
+        picked: torch.Tensor = node.call.meta[node.index]
+        return picked
+    meta: torch.Tensor = node.meta  # type: ignore[attr-defined]
+    return meta
+
+
+def shape_of(node: Node) -> torch.Size:
+    """The shape of a node's value."""
+    return meta_of(node).shape
+
+
+def dtype_of(node: Node) -> torch.dtype:
+    """The dtype of a node's value."""
+    return node.dtype if isinstance(node, SourceView) else meta_of(node).dtype

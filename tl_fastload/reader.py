@@ -1,0 +1,209 @@
+"""Bytes of checkpoint files as tensors: read in pieces, cast on the way, or mapped.
+
+What will be transformed is read (mapped pages would count as resident memory); what will not be is mapped, which
+costs no memory and no time. A mapping is private: writing to a mapped tensor never reaches the file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Optional
+
+import torch
+
+from tl_fastload.checkpoint import TensorEntry
+from tl_fastload.errors import CheckpointError
+from tl_fastload.promise import Source
+
+CHUNK_BYTES = 16 << 20
+HELD_SPAN_BYTES = 64 << 20
+
+
+class FileReader:
+    """Reads ranges of files; keeps each file open and one scratch buffer for the whole load.
+
+    Args:
+        may_map: whether torch files may be mapped while they are read.
+    """
+
+    def __init__(self, may_map: bool = True) -> None:
+        self.may_map = may_map
+        self._descriptors: dict[Path, int] = {}
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._held: Optional[tuple[Path, int, int]] = None
+
+    def close(self) -> None:
+        """Close the files and free the scratch buffer."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._held = None
+
+    def read(self, path: Path, offset: int, out: torch.Tensor) -> None:
+        """Fill the one-dimensional uint8 tensor `out` with the bytes of `path` from `offset` on."""
+        if path not in self._descriptors:
+            self._descriptors[path] = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        descriptor = self._descriptors[path]
+        target = memoryview(out.numpy())
+        done = 0
+        while done < len(target):
+            got = _read_at(descriptor, target[done : done + (1 << 30)], offset + done)
+            if got == 0:
+                raise CheckpointError(
+                    f"{path} ended {len(target) - done} bytes early: it was cut while it was being read. "
+                    "Download or copy the file again."
+                )
+            done += got
+
+    def scratch(self, path: Path, start: int, stop: int) -> torch.Tensor:
+        """The bytes `start:stop` of a file in the shared scratch buffer; the last range read is not read again."""
+        size = stop - start
+        if self._scratch.numel() < size:
+            self._scratch = torch.empty(size, dtype=torch.uint8)
+            self._held = None
+        view = self._scratch[:size]
+        if self._held != (path, start, stop):
+            self._held = None
+            self.read(path, start, view)
+            self._held = (path, start, stop)
+        return view
+
+
+def _read_at(descriptor: int, target: memoryview, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [target], offset)
+    os.lseek(descriptor, offset, os.SEEK_SET)  # Windows has no positioned read
+    data = os.read(descriptor, len(target))
+    target[: len(data)] = data
+    return len(data)
+
+
+class FileMaps:
+    """Private mappings of whole files.
+
+    Two parameters that select the same elements (tied weights) get two mappings, so that writing to one does not
+    change the other; unwritten pages stay shared.
+    """
+
+    def __init__(self) -> None:
+        self._storages: dict[tuple[Path, int], torch.UntypedStorage] = {}
+        self._taken: dict[Path, list[list[tuple[int, int]]]] = defaultdict(list)
+
+    def view(self, entry: TensorEntry, geometry: torch.Tensor) -> torch.Tensor:
+        """The selected elements of a file as a tensor that no other view of this object overlaps."""
+        start, stop = byte_span(entry, geometry)
+        layers = self._taken[entry.path]
+        for number, spans in enumerate(layers):
+            if all(stop <= first or last <= start for first, last in spans):
+                break
+        else:
+            number = len(layers)
+            layers.append([])
+        layers[number].append((start, stop))
+        flat = torch.empty(0, dtype=entry.dtype).set_(  # type: ignore[call-overload]
+            self._storage(entry.path, number)
+        )
+        offset = entry.offset // entry.dtype.itemsize + geometry.storage_offset()
+        return flat.as_strided(geometry.shape, geometry.stride(), offset)
+
+    def _storage(self, path: Path, number: int) -> torch.UntypedStorage:
+        key = (path, number)
+        if key not in self._storages:
+            self._storages[key] = torch.UntypedStorage.from_file(
+                str(path), False, path.stat().st_size
+            )
+        return self._storages[key]
+
+
+class FileSource(Source):
+    """One tensor of a checkpoint file."""
+
+    def __init__(self, entry: TensorEntry, reader: FileReader) -> None:
+        self.entry = entry
+        self.reader = reader
+        self.name = entry.name
+        self.shape = torch.Size(entry.shape)
+        self.stride = torch.empty(entry.shape, device="meta").stride()
+        self.dtype = entry.dtype
+
+    def lend(self, geometry: torch.Tensor) -> Optional[torch.Tensor]:
+        return None
+
+    def read_into(
+        self, out: torch.Tensor, geometry: torch.Tensor, casts: tuple[torch.dtype, ...]
+    ) -> None:
+        if out.numel() == 0:
+            return
+        if is_dense(geometry) and out.stride() == geometry.stride():
+            self._read_dense(out, geometry, casts)
+        else:
+            self._read_strided(out, geometry, casts)
+
+    def _read_dense(
+        self, out: torch.Tensor, geometry: torch.Tensor, casts: tuple[torch.dtype, ...]
+    ) -> None:
+        start, stop = byte_span(self.entry, geometry)
+        flat = out.as_strided((out.numel(),), (1,), out.storage_offset())
+        if not casts and out.device.type == "cpu":
+            self.reader.read(self.entry.path, start, flat.view(torch.uint8))
+            return
+        step = CHUNK_BYTES
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            piece = self.reader.scratch(self.entry.path, first, last).view(self.dtype)
+            at = (first - start) // self.dtype.itemsize
+            flat[at : at + piece.numel()].copy_(_cast(piece, casts[:-1]))
+
+    def _read_strided(
+        self, out: torch.Tensor, geometry: torch.Tensor, casts: tuple[torch.dtype, ...]
+    ) -> None:
+        start, stop = byte_span(self.entry, geometry)
+        if stop - start > HELD_SPAN_BYTES and geometry.dim() > 0:
+            # Too much to hold at once: one slice of the slowest dimension after the other.
+            slowest = max(range(geometry.dim()), key=lambda dim: geometry.stride(dim))
+            if geometry.shape[slowest] > 1:
+                half = geometry.shape[slowest] // 2
+                sizes = [half, geometry.shape[slowest] - half]
+                for part, target in zip(
+                    geometry.split(sizes, slowest), out.split(sizes, slowest), strict=True
+                ):
+                    self.read_into(target, part, casts)
+                return
+        held = self.reader.scratch(self.entry.path, start, stop).view(self.dtype)
+        view = held.as_strided(geometry.shape, geometry.stride(), 0)
+        out.copy_(_cast(view, casts[:-1]))
+
+
+def _cast(tensor: torch.Tensor, casts: tuple[torch.dtype, ...]) -> torch.Tensor:
+    for dtype in casts:
+        tensor = tensor.to(dtype)
+    return tensor
+
+
+def is_dense(geometry: torch.Tensor) -> bool:
+    """Whether a view covers one unbroken range of its source, each element once."""
+    expected = 1
+    dims = [(s, n) for s, n in zip(geometry.stride(), geometry.shape, strict=True) if n != 1]
+    for stride, size in sorted(dims):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def has_overlap(geometry: torch.Tensor) -> bool:
+    """Whether a view shows some element twice (an expanded dimension)."""
+    return any(s == 0 and n > 1 for s, n in zip(geometry.stride(), geometry.shape, strict=True))
+
+
+def byte_span(entry: TensorEntry, geometry: torch.Tensor) -> tuple[int, int]:
+    """First byte, and the byte after the last, of the file range that a view touches."""
+    itemsize = entry.dtype.itemsize
+    first = geometry.storage_offset()
+    last = first + sum(
+        (size - 1) * stride for size, stride in zip(geometry.shape, geometry.stride(), strict=True)
+    )
+    return entry.offset + first * itemsize, entry.offset + (last + 1) * itemsize

@@ -1,0 +1,109 @@
+"""What a load did: strategy, versions, memory, time, processing."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+import torch
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """The result of one lean load, readable when printed and in a notebook.
+
+    Attributes:
+        strategy: "assign" or "copy".
+        reason: why that strategy ran.
+        torch_version: version of torch.
+        transformers_version: version of transformers.
+        transformer_lens_version: version of TransformerLens.
+        source: folder, hub name with revision, or "hf_model".
+        dtype: dtype of the parameters.
+        device: device of the parameters; several are joined by commas.
+        seconds: wall time of the whole call.
+        parameter_bytes: bytes of the parameters, each storage once.
+        peak_host_bytes: highest resident host memory above the start of the call, mapped file pages included.
+        peak_anonymous_bytes: the part of it that no file backs.
+        mapped_bytes: parameter bytes that are mapped from files instead of held in memory.
+        peak_device_bytes: highest CUDA memory above the start of the call; None without CUDA.
+        processing: each processing step -> "done", or "skipped: ..." with the reason.
+        notes: anything else worth knowing, in sentences.
+    """
+
+    strategy: str
+    reason: str
+    torch_version: str
+    transformers_version: str
+    transformer_lens_version: str
+    source: str
+    dtype: torch.dtype
+    device: str
+    seconds: float
+    parameter_bytes: int
+    peak_host_bytes: int
+    peak_anonymous_bytes: int
+    mapped_bytes: int
+    peak_device_bytes: Optional[int]
+    processing: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The report as (label, text) pairs, in reading order."""
+        rows = [
+            ("source", self.source),
+            ("strategy", f"{self.strategy} ({self.reason})"),
+            ("dtype, device", f"{str(self.dtype).removeprefix('torch.')}, {self.device}"),
+            ("time", f"{self.seconds:.2f} s"),
+            ("parameters", format_bytes(self.parameter_bytes)),
+            ("of these mapped", format_bytes(self.mapped_bytes)),
+            ("peak host memory", self._peak(self.peak_host_bytes)),
+            ("peak anonymous memory", self._peak(self.peak_anonymous_bytes)),
+        ]
+        if self.peak_device_bytes is not None:
+            rows.append(("peak device memory", self._peak(self.peak_device_bytes)))
+        rows += list(self.processing.items())
+        versions = (
+            f"torch {self.torch_version}, transformers {self.transformers_version}, "
+            f"transformer_lens {self.transformer_lens_version}"
+        )
+        rows.append(("versions", versions))
+        rows += [("note", note) for note in self.notes]
+        return rows
+
+    def _peak(self, size_bytes: int) -> str:
+        ratio = size_bytes / max(self.parameter_bytes, 1)
+        return f"{format_bytes(size_bytes)} ({ratio:.2f}x of the parameters)"
+
+    def __str__(self) -> str:
+        rows = self.rows()
+        width = max(len(label) for label, _ in rows)
+        return "\n".join(
+            ["LoadReport", *(f"  {label:<{width}}  {text}" for label, text in rows)]
+        )
+
+    def _repr_html_(self) -> str:
+        cells = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(label)}</th>"
+            f"<td style='text-align:left'>{html.escape(text)}</td></tr>"
+            for label, text in self.rows()
+        )
+        return f"<table><caption>LoadReport</caption>{cells}</table>"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: dtype as text, everything else as it is."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {**values, "dtype": str(self.dtype), "notes": list(self.notes)}
+
+
+def format_bytes(size_bytes: float) -> str:
+    """A size in binary units, such as "1.52 GiB"."""
+    size = float(size_bytes)
+    for unit in _UNITS:
+        if abs(size) < 1024 or unit == _UNITS[-1]:
+            break
+        size /= 1024
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"

@@ -1,0 +1,110 @@
+"""The empty model that weights are placed into, and the device of each of its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformer_lens.utilities import get_device_for_block_index
+
+from tl_fastload.errors import UnknownModelError
+from tl_fastload.promise import aten
+
+
+class _SkipRandomInit(TorchDispatchMode):
+    """Leaves fresh memory untouched instead of filling it with random numbers, so that it costs nothing.
+
+    Everything else runs, so that buffers (rotary tables, masks) are what TransformerLens computes.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (aten.uniform_.default, aten.normal_.default):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def build_empty(
+    cls: type, cfg: Any, origin: Any, notes: list[str], tokenizer: Any = None, *args: Any, **kwargs: Any
+) -> Any:
+    """Build the model class with untouched memory for parameters.
+
+    Args:
+        cls: the model class.
+        cfg: its HookedTransformerConfig.
+        origin: where the model comes from (`tl_fastload.origin.Origin`).
+        notes: gets a sentence if no tokenizer was found.
+        tokenizer: the caller's tokenizer, or None.
+        *args: for the class.
+        **kwargs: for the class.
+    """
+    # Code of a checkpoint runs only if the caller allowed it, whatever TransformerLens' tables say.
+    wanted = cfg.trust_remote_code
+    cfg.trust_remote_code = origin.keywords.trust_remote_code
+    try:
+        with _SkipRandomInit():
+            model = _construct(cls, cfg, notes, tokenizer, *args, **kwargs)
+    finally:
+        cfg.trust_remote_code = wanted
+    if _give_experts_the_dtype(model):
+        notes.append(
+            f"Expert layers are {cfg.dtype}, as asked for. TransformerLens makes them float32 whatever dtype says, and "
+            "its forward pass then fails."
+        )
+    return model
+
+
+def _give_experts_the_dtype(model: Any) -> bool:
+    changed = False
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.weight.dtype != model.cfg.dtype:
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                empty = torch.empty_like(parameter, dtype=model.cfg.dtype)
+                setattr(module, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+            changed = True
+    return changed
+
+
+def _construct(cls: type, cfg: Any, notes: list[str], tokenizer: Any, *args: Any, **kwargs: Any) -> Any:
+    name = cfg.tokenizer_name
+    try:
+        return cls(cfg, tokenizer, *args, **kwargs)
+    except (OSError, ValueError, UnknownModelError) as error:
+        if tokenizer is not None or name is None:
+            raise
+        # The weights do not need the tokenizer: token ids still work.
+        notes.append(f"No tokenizer could be loaded from {name} ({type(error).__name__}): pass token ids, or tokenizer=.")
+        cfg.tokenizer_name = None
+        return cls(cfg, tokenizer, *args, **kwargs)
+
+
+def device_map(model: Any, move_to_device: bool) -> Callable[[str], torch.device]:
+    """Where each parameter goes.
+
+    With several devices, blocks are spread as the forward pass expects them, the embedding lies with the first block
+    and the final norm and unembedding with the last.
+    """
+    cfg = model.cfg
+    if not move_to_device or cfg.device is None:
+        return lambda name: torch.device("cpu")
+    if cfg.n_devices <= 1:
+        return lambda name: torch.device(cfg.device)
+
+    def device_of(name: str) -> torch.device:
+        parts = name.split(".")
+        index = 0 if parts[0] in ("embed", "pos_embed") else cfg.n_layers - 1
+        if parts[0] == "blocks":
+            index = int(parts[1])
+        return torch.device(get_device_for_block_index(index, cfg))
+
+    return device_of
+
+
+def reset_to_device(model: nn.Module, device_of: Callable[[str], torch.device]) -> None:
+    """Give a model that will be copied into fresh memory on its target devices."""
+    for name, parameter in model.named_parameters():
+        device = device_of(name)
+        if parameter.device != device:
+            parameter.data = torch.empty_like(parameter, device=device)

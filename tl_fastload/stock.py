@@ -1,0 +1,155 @@
+"""Runs TransformerLens' own loading functions with our checkpoint behind them.
+
+TransformerLens looks models up by name and lets transformers load them. Private copies of its functions
+(`tl_fastload.borrow`) find our answers where they would ask the hub, transformers or the file system; everything
+else in them (guards, defaults, the choice of converter, the order of steps) runs as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+from transformer_lens import HookedTransformer
+from transformer_lens import loading_from_pretrained as loading
+
+from tl_fastload.borrow import borrow
+
+_OWN_BRANCHES = ("NeelNanda", "ArthurConmy", "Baidicoot")
+
+
+class Answers(Protocol):
+    """What TransformerLens asks about a model.
+
+    Attributes:
+        stock_name: the name that TransformerLens sees: the official one, or one that means nothing to it.
+        is_toy: whether the model is one of the `.pth` toy models, whose tensors have TransformerLens' names.
+    """
+
+    stock_name: str
+    is_toy: bool
+
+    def hf_config_dict(self) -> dict[str, Any]:
+        """The configuration of the caller's `hf_model`, or {}."""
+
+    def config_dict(self, **kwargs: Any) -> dict[str, Any]:
+        """What `convert_hf_model_config` returns."""
+
+    def tree(self, revision: str | None, dtype: Any) -> Any:
+        """The Hugging Face module tree with promises for weights."""
+
+    def list_repo_files(self, *args: Any, **kwargs: Any) -> list[str]:
+        """The files beside the weights of a toy model."""
+
+    def download_file_from_hf(self, repo: str, file_name: str, **kwargs: Any) -> Any:
+        """A toy model's JSON file as a dictionary, or its weights as promises."""
+
+
+class _Loading:
+    """TransformerLens' loading module, with an `Answers` behind three of its functions."""
+
+    def __init__(self, answers: Answers) -> None:
+        self._answers = answers
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(loading, name)
+
+    def get_official_model_name(self, model_name: str) -> str:
+        return self._answers.stock_name
+
+    def get_pretrained_model_config(self, model_name: str, **kwargs: Any) -> Any:
+        answers = self._answers
+        own = {"HfApi": lambda: answers, "utils": _utilities(answers)}
+        names = {"get_official_model_name": _same}
+        run = borrow(
+            loading.get_pretrained_model_config,
+            Path=_NoPath,
+            NEED_REMOTE_CODE_MODELS=(),
+            convert_hf_model_config=lambda name, **kw: answers.config_dict(**kw),
+            convert_neel_model_config=borrow(loading.convert_neel_model_config, **names, **own),
+            get_checkpoint_labels=borrow(loading.get_checkpoint_labels, **names, **own),
+            **names,
+        )
+        return run(model_name, **{**kwargs, "hf_cfg": answers.hf_config_dict()})
+
+    def get_pretrained_state_dict(
+        self, model_name: str, cfg: Any, hf_model: Any = None, **kwargs: Any
+    ) -> Any:
+        answers = self._answers
+        transformers_class = SimpleNamespace(
+            from_pretrained=lambda name, **kw: answers.tree(
+                kw.get("revision"), kw.get("dtype", kw.get("torch_dtype"))
+            )
+        )
+        run = borrow(
+            loading.get_pretrained_state_dict,
+            Path=_NoPath,
+            NEED_REMOTE_CODE_MODELS=(),
+            NON_HF_HOSTED_MODEL_NAMES=(),
+            get_official_model_name=_same,
+            AutoModel=transformers_class,
+            AutoModelForCausalLM=transformers_class,
+            BertForPreTraining=transformers_class,
+            HubertModel=transformers_class,
+            T5ForConditionalGeneration=transformers_class,
+            Wav2Vec2Model=transformers_class,
+            HfApi=lambda: answers,
+            utils=_utilities(answers),
+            # Quantization is judged on the checkpoint's own configuration, before this.
+            _refuse_unsupported_quantization=lambda cfg, hf_model: None,
+            _mxfp4_dequantize_config=lambda cfg: None,
+        )
+        return run(model_name, cfg, None, **kwargs)
+
+
+def run_from_pretrained(
+    answers: Answers, build: Callable[..., Any], model_name: str, **arguments: Any
+) -> Any:
+    """Run TransformerLens' own `HookedTransformer.from_pretrained`.
+
+    Args:
+        answers: what is known about the model.
+        build: stands where the class is called: takes a configuration and a tokenizer, returns the empty model.
+        model_name: only for messages.
+        **arguments: of `from_pretrained`, without `hf_model`.
+
+    Returns:
+        What `build` returned, after its `load_and_process_state_dict` has run.
+    """
+    function = HookedTransformer.from_pretrained.__func__  # type: ignore[attr-defined]
+    return borrow(function, loading=_Loading(answers))(build, model_name, **arguments)
+
+
+def stock_name_for(official_name: str | None, label: str) -> str:
+    """A name that keeps TransformerLens' special cases for official models and means nothing to it otherwise."""
+    if official_name is not None:
+        return official_name
+    # The last part becomes cfg.model_name, as it does for stock's own names.
+    return f"checkpoint/{label.rstrip('/').rsplit('/', 1)[-1]}"
+
+
+def is_toy_name(official_name: str | None) -> bool:
+    """Whether an official name is one of the `.pth` toy models."""
+    return official_name is not None and official_name.startswith(_OWN_BRANCHES)
+
+
+def _utilities(answers: Answers) -> SimpleNamespace:
+    return SimpleNamespace(
+        download_file_from_hf=answers.download_file_from_hf,
+        select_compatible_kwargs=lambda kwargs, function: {},
+    )
+
+
+def _same(name: str) -> str:
+    return name
+
+
+class _NoPath:
+    """A path that never exists: what TransformerLens sees is a name, whatever lies in the working directory."""
+
+    def __init__(self, *parts: str) -> None:
+        self._parts = parts
+
+    def exists(self) -> bool:
+        return False

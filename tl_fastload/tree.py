@@ -1,0 +1,203 @@
+"""The Hugging Face module tree of a checkpoint, with a promise where each weight would be.
+
+TransformerLens' converters walk the attributes of a Hugging Face model (`model.layers[0].self_attn.q_proj.weight`).
+They get the real module tree, built without memory, so that names, ties and conversions are transformers' own. Where
+transformers has no class (the code lies in the checkpoint), a bare tree of the tensors' names serves as well, and
+nobody's code is run.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any, Optional
+
+import torch
+import transformers
+from torch import nn
+
+from tl_fastload import compat
+from tl_fastload.checkpoint import Checkpoint
+from tl_fastload.errors import CheckpointError
+from tl_fastload.keys import Ledger, rename_to_model, tied_groups
+from tl_fastload.promise import MemorySource, Promise, Source
+from tl_fastload.reader import FileReader, FileSource
+
+
+class MissingSource(Source):
+    """Stands where the checkpoint has no tensor; an error only if some parameter needs it."""
+
+    def __init__(self, name: str, like: torch.Tensor) -> None:
+        self.name = name
+        self.shape = like.shape
+        self.stride = like.stride()
+        self.dtype = like.dtype
+
+    def lend(self, geometry: torch.Tensor) -> Optional[torch.Tensor]:
+        raise CheckpointError(f"the checkpoint has no weight {self.name}")
+
+    def read_into(
+        self, out: torch.Tensor, geometry: torch.Tensor, casts: tuple[torch.dtype, ...]
+    ) -> None:
+        self.lend(geometry)
+
+
+class Branch:
+    """A node of a tree made from dotted names: attributes for words, items for numbers."""
+
+    def __init__(self, config: Any = None) -> None:
+        self.config = config
+
+    def __getitem__(self, index: int) -> Any:
+        return self.__dict__[str(index)]
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor below this node with its dotted name."""
+        for name, child in self.__dict__.items():
+            if isinstance(child, Branch):
+                yield from ((f"{name}.{below}", tensor) for below, tensor in child.named_parameters())
+            elif isinstance(child, torch.Tensor):
+                yield name, child
+
+    def parameters(self) -> Iterator[torch.Tensor]:
+        """Every tensor below this node."""
+        return (tensor for _, tensor in self.named_parameters())
+
+    def place(self, name: str, tensor: torch.Tensor) -> None:
+        """Put a tensor at a dotted name."""
+        head, _, rest = name.partition(".")
+        if not rest:
+            self.__dict__[head] = tensor
+            return
+        self.__dict__.setdefault(head, Branch())
+        self.__dict__[head].place(rest, tensor)
+
+
+def checkpoint_promises(
+    checkpoint: Checkpoint, reader: FileReader
+) -> tuple[dict[str, Promise], list[str]]:
+    """A promise for every tensor of a checkpoint, under the names of its files, and notes for the report."""
+    promises: dict[str, Promise] = {
+        name: Promise.of(FileSource(entry, reader)) for name, entry in checkpoint.entries.items()
+    }
+    contents = checkpoint.load_tensors(mmap=reader.may_map)
+    for name, tensor in contents.tensors.items():
+        promises[name] = Promise.of(MemorySource(tensor, name))
+    return promises, list(contents.notes)
+
+
+def tree_from_checkpoint(
+    promises: Mapping[str, Promise], hf_config: Any, architecture: str, dtype: torch.dtype
+) -> tuple[Any, Ledger]:
+    """The module tree of a checkpoint.
+
+    Args:
+        promises: the checkpoint's tensors, by the names of its files.
+        hf_config: the Hugging Face configuration; not changed.
+        architecture: name of the transformers class, such as "LlamaForCausalLM".
+        dtype: what stock would load the Hugging Face model in; each weight is cast to it first.
+
+    Returns:
+        The tree, and what did not fit: missing, unexpected and misshapen names.
+    """
+    model_class = getattr(transformers, architecture, None)
+    if model_class is None:
+        return _bare_tree(promises, hf_config, dtype), Ledger()
+    model = _empty_model(model_class, hf_config, dtype)
+    return model, fill_tree(model, promises, dtype)
+
+
+def _empty_model(model_class: Any, hf_config: Any, dtype: torch.dtype) -> Any:
+    config = copy.deepcopy(hf_config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config._attn_implementation = "eager"
+    setattr(config, compat.CONFIG_DTYPE_NAME, dtype)  # some modules make their parameters in it
+    dtype_before = torch.get_default_dtype()
+    log = logging.getLogger("transformers")
+    level = log.level
+    log.setLevel(logging.ERROR)  # generation settings of a model that is never run are no news
+    try:
+        torch.set_default_dtype(dtype)
+        with torch.device("meta"):
+            model = model_class(config)
+    finally:
+        torch.set_default_dtype(dtype_before)
+        log.setLevel(level)
+    model.tie_weights()
+    return model
+
+
+def fill_tree(model: Any, promises: Mapping[str, Promise], dtype: torch.dtype) -> Ledger:
+    """Put promises in place of a model's meta weights, under transformers' own renaming and tying rules."""
+    found, ledger = rename_to_model(model, promises, dtype)
+    for group in tied_groups(model):
+        present = [name for name in group if name in found]
+        for name in group:
+            if present and name not in found:
+                found[name] = found[present[0]]
+    for name, like in list(model.state_dict(keep_vars=True).items()):
+        promise = found.get(name)
+        if promise is None:
+            promise = Promise.of(MissingSource(name, like))
+        elif promise.shape != like.shape:
+            ledger.misshapen[name] = (tuple(promise.shape), tuple(like.shape))
+        _put(model, name, promise)
+    return ledger
+
+
+def tree_from_model(hf_model: Any) -> Any:
+    """A shadow of the caller's model: the same modules in form, promises for weights, nothing shared that changes."""
+    if not isinstance(hf_model, nn.Module):
+        return hf_model
+    for name, tensor in hf_model.named_parameters():
+        if tensor.device.type == "meta":
+            raise CheckpointError(
+                f"hf_model has no values for {name}: it is on the meta device (offloaded to disk, or never loaded). "
+                "Load it without offloading, or pass the folder instead of hf_model."
+            )
+    promises: dict[int, Promise] = {}
+    return _shadow(hf_model, "", promises)
+
+
+def _shadow(module: nn.Module, prefix: str, promises: dict[int, Promise]) -> nn.Module:
+    shadow: nn.Module = object.__new__(type(module))
+    shadow.__dict__ = dict(module.__dict__)
+    for kind in ("_parameters", "_buffers"):
+        shadow.__dict__[kind] = {
+            name: None if tensor is None else _promise_once(tensor, prefix + name, promises)
+            for name, tensor in getattr(module, kind).items()
+        }
+    shadow.__dict__["_modules"] = {
+        name: None if child is None else _shadow(child, f"{prefix}{name}.", promises)
+        for name, child in module._modules.items()
+    }
+    return shadow
+
+
+def _promise_once(tensor: torch.Tensor, name: str, promises: dict[int, Promise]) -> Promise:
+    if id(tensor) not in promises:
+        promises[id(tensor)] = _as_parameter(Promise.of(MemorySource(tensor, name), tensor.device))
+    return promises[id(tensor)]
+
+
+def _bare_tree(promises: Mapping[str, Promise], hf_config: Any, dtype: torch.dtype) -> Branch:
+    tree = Branch(hf_config)
+    for name, promise in promises.items():
+        tree.place(name, promise.to(dtype) if promise.is_floating_point() else promise)
+    if "lm_head.weight" not in promises and "transformer.wte.weight" in promises:
+        tree.place("lm_head.weight", promises["transformer.wte.weight"].to(dtype))
+    return tree
+
+
+def _put(model: nn.Module, name: str, promise: Promise) -> None:
+    parent_name, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    holder = parent._parameters if leaf in parent._parameters else parent._buffers
+    holder[leaf] = _as_parameter(promise)  # type: ignore[assignment]
+
+
+def _as_parameter(promise: Promise) -> Promise:
+    promise._is_param = True  # type: ignore[attr-defined]  # how nn.Parameter recognises tensor subclasses
+    return promise
