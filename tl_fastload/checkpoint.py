@@ -30,7 +30,15 @@ from tl_fastload.weight_files import (
     stays_inside,
 )
 
-__all__ = ["Checkpoint", "Location", "TensorEntry", "open_weights", "resolve", "resolve_config"]
+__all__ = [
+    "Checkpoint",
+    "Location",
+    "TensorEntry",
+    "names_at_hand",
+    "open_weights",
+    "resolve",
+    "resolve_config",
+]
 
 _NAMED_AT_MOST = 20
 

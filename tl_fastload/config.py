@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformer_lens import loading_from_pretrained as loading
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tl_fastload.borrow import borrow
 from tl_fastload.config_architectures import (
@@ -112,7 +112,7 @@ def load_hf_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig
         elif raw.get("model_type") == model_type:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         else:
-            config = CONFIG_MAPPING[model_type].from_pretrained(folder)
+            config = CONFIG_MAPPING[model_type].from_dict({**raw, "model_type": model_type})
     except UnsupportedArchitectureError:
         raise
     except Exception as error:  # config classes raise anything for values they do not expect
@@ -148,10 +148,10 @@ def _model_type(raw: Mapping[str, Any]) -> str | None:
     declared = raw.get("model_type")
     if isinstance(declared, str) and declared in CONFIG_MAPPING:
         return declared
-    names = declared_architectures(raw.get("architectures"))
-    for model_type, causal in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
-        if causal in names and causal in SUPPORTED_ARCHITECTURES:
-            return str(model_type)
+    for name in declared_architectures(raw.get("architectures")):
+        if name in SUPPORTED_ARCHITECTURES and hasattr(transformers, name):
+            # Several model types may name one class: the class says which is its own.
+            return str(getattr(transformers, name).config_class.model_type)
     return None
 
 
@@ -172,7 +172,7 @@ def config_dict(
 
     Returns the dictionary and notes for the load report.
 
-    Raises UnsupportedArchitectureError, and CheckpointError when the config lacks a value.
+    Raises UnsupportedArchitectureError, and CheckpointError when a value is missing or wrong.
     """
     architecture = architecture_of(hf_config)
     text = getattr(hf_config, "text_config", None) or hf_config
@@ -180,10 +180,10 @@ def config_dict(
     try:
         fields = _read_fields(hf_config, text, architecture, trust_remote_code)
         notes = repair(fields, text, architecture)
-    except AttributeError as error:
+    except (AttributeError, TypeError, ZeroDivisionError) as error:
         raise CheckpointError(
-            f"The config of this {architecture} lacks a value that the model needs: {error}. "
-            "Add it to config.json."
+            f"The config of this {architecture} lacks a value that the model needs, or has an "
+            f"impossible one: {error}. Correct config.json."
         ) from error
     if official_name is not None:
         official = _stock_fields(hf_config, official_name, trust_remote_code)

@@ -48,7 +48,7 @@ _DECODERS = (
 SUPPORTED_ARCHITECTURES: tuple[str, ...] = tuple(
     name for name in _DECODERS if name in loading.get_pretrained_state_dict.__code__.co_consts
 )
-"""Decoders whose weights the installed TransformerLens converts: the names that it compares with."""
+"""Decoders whose weights the installed TransformerLens converts (the names it compares with)."""
 
 
 def declared_architectures(value: Any) -> list[str]:

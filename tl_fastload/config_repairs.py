@@ -163,6 +163,8 @@ def _repair_blocks(fields: dict[str, Any], config: Any, architecture: str) -> No
         fields["d_mlp"] = mlp
     if architecture == "GPTJForCausalLM":
         fields["eps"] = config.layer_norm_epsilon
+    if architecture == "GPT2LMHeadModel":
+        fields["use_attn_scale"] = config.scale_attn_weights
     if architecture == "GPTNeoXForCausalLM":
         fields["parallel_attn_mlp"] = config.use_parallel_residual
     if fields.get("positional_embedding_type") == "rotary" and architecture not in _FIXED_HEADS:

@@ -9,6 +9,7 @@ else can see it. Sources (file pages, the caller's tensors) are never written.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -197,14 +198,15 @@ def sources(node: Node) -> list[SourceView]:
 def _fill(node: Call, tensors: list[torch.Tensor]) -> tuple[list[Any], dict[str, Any]]:
     """The arguments of a call with tensors in place of nodes, and without devices: there is one device."""
     remaining = iter(tensors)
-
-    def fill(argument: Any) -> Any:
-        if isinstance(argument, Node):
-            return next(remaining)
-        if isinstance(argument, (tuple, list)):
-            return type(argument)(fill(x) for x in argument)
-        return argument
-
-    arguments = [fill(argument) for argument in node.args]
-    kwargs = {key: fill(value) for key, value in node.kwargs.items() if key != "device"}
+    arguments = [_filled(argument, remaining) for argument in node.args]
+    kwargs = {k: _filled(v, remaining) for k, v in node.kwargs.items() if k != "device"}
     return arguments, kwargs
+
+
+def _filled(argument: Any, remaining: Iterator[torch.Tensor]) -> Any:
+    # Not a closure that calls itself: such a cycle would keep the tensors alive until the next collection.
+    if isinstance(argument, Node):
+        return next(remaining)
+    if isinstance(argument, (tuple, list)):
+        return type(argument)(_filled(x, remaining) for x in argument)
+    return argument

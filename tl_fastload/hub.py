@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import HfApi, ModelInfo, constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -136,7 +136,8 @@ def list_files(repo: str, options: HubOptions = HubOptions()) -> Listing:
     """
     if not options.offline:
         try:
-            return Listing(_list_on_hub(repo, options), complete=True)
+            siblings = _ask(repo, options).siblings or ()
+            return Listing([file.rfilename for file in siblings], complete=True)
         except _HUB_FAILURES as error:
             folder = cached_snapshot(repo, options)
             if folder is None or isinstance(error, RevisionNotFoundError):
@@ -184,23 +185,29 @@ def _repo_folder(repo: str, options: HubOptions) -> Path:
 
 
 def _fetch(repo: str, filename: str, options: HubOptions) -> Path:
-    """`hf_hub_download`, but with the cached file whenever the hub cannot be reached."""
-    if options.offline:
+    """`hf_hub_download`, but with the cached file at once when it is current or the hub is away.
+
+    Left alone, huggingface_hub would retry for half a minute before it says or does either.
+    """
+    snapshot = None if options.force_download else _snapshot_with(repo, filename, options)
+    if options.offline or (snapshot is not None and snapshot.name == options.revision):
         return _download(repo, filename, options, local_files_only=True)
-    if not options.force_download and not _is_cached(repo, filename, options):
-        # One request that does not retry: hf_hub_download would back off for half a minute first.
-        unreachable = _unreachable(repo, options)
-        if unreachable is not None:
-            raise unreachable
+    newest = None
     try:
-        return _download(repo, filename, options, local_files_only=False)
-    except (HFValidationError, RevisionNotFoundError, LocalEntryNotFoundError):
-        raise
-    except _HUB_FAILURES:
-        # It gives up on some failures (a proxy's, say) without a look at the cache.
-        if options.force_download or not _is_cached(repo, filename, options):
-            raise
-        return _download(repo, filename, options, local_files_only=True)
+        newest = _ask(repo, options).sha
+    except _HUB_FAILURES as error:
+        if _is_out_of_reach(error):
+            if snapshot is None:
+                raise
+            return _download(repo, filename, options, local_files_only=True)
+        # Any other answer is left to the download, which knows what it means for this file.
+    is_current = snapshot is not None and snapshot.name == newest
+    return _download(repo, filename, options, local_files_only=is_current)
+
+
+def _snapshot_with(repo: str, filename: str, options: HubOptions) -> Path | None:
+    snapshot = cached_snapshot(repo, options)
+    return snapshot if snapshot is not None and (snapshot / filename).is_file() else None
 
 
 def _download(repo: str, filename: str, options: HubOptions, *, local_files_only: bool) -> Path:
@@ -217,33 +224,21 @@ def _download(repo: str, filename: str, options: HubOptions, *, local_files_only
     )
 
 
-def _is_cached(repo: str, filename: str, options: HubOptions) -> bool:
-    found = try_to_load_from_cache(
-        repo, filename, cache_dir=options.cache_dir, revision=options.revision
-    )
-    return isinstance(found, str)
-
-
-def _list_on_hub(repo: str, options: HubOptions) -> list[str]:
-    # model_info and not list_repo_files: it takes a timeout and does not retry.
-    info = HfApi().model_info(
+def _ask(repo: str, options: HubOptions) -> ModelInfo:
+    """The commit and the files of a repository, in one request that does not retry."""
+    return HfApi().model_info(
         repo,
         revision=options.revision,
         token=options.token,
         timeout=constants.DEFAULT_ETAG_TIMEOUT,
     )
-    return [sibling.rfilename for sibling in info.siblings or ()]
 
 
-def _unreachable(repo: str, options: HubOptions) -> Exception | None:
-    """The failure to reach the hub at all; None when it answers, whatever its answer."""
-    try:
-        _list_on_hub(repo, options)
-    except (HfHubHTTPError, HFValidationError):
-        return None
-    except _HUB_FAILURES as error:
-        return error
-    return None
+def _is_out_of_reach(error: Exception) -> bool:
+    """Whether there was no answer, or only that the hub is down."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response is not None and error.response.status_code >= 500
+    return not isinstance(error, ValueError)
 
 
 def _explain(repo: str, filename: str, options: HubOptions, error: Exception) -> LeanLoadError:
@@ -277,7 +272,7 @@ def _not_cached(
         why, remedy = "HF_HUB_OFFLINE is set", "Unset it"
     else:
         cause = getattr(error, "__cause__", None) or error
-        why = f"the hub cannot be reached ({type(cause).__name__}: {cause})"
+        why = f"The hub cannot be reached ({type(cause).__name__}: {str(cause)[:200]})"
         remedy = "Check the connection"
     commits = _names(store / "snapshots")
     parts = [

@@ -141,7 +141,9 @@ def fetch_shards(location: Location, names: Sequence[str]) -> dict[str, Path]:
 
 def unfinished_downloads(folder: Path) -> list[str]:
     """Names of the half-written files that a cut-off download left in a local folder."""
-    return sorted(path.name for path in folder.rglob("*.incomplete"))
+    # The second place is where huggingface_hub downloads to when it is given a local folder.
+    places = (folder.glob("*.incomplete"), (folder / ".cache/huggingface").rglob("*.incomplete"))
+    return sorted(path.name for place in places for path in place)
 
 
 def _expanded(text: str) -> Path:
@@ -220,7 +222,7 @@ def _unknown_message(name: str, official: str | None, error: Exception) -> str:
         parts.append(f"TransformerLens has no such name or alias (nearest: {nearest}).")
     elif official != name:
         parts.append(f"It is TransformerLens' name for {official}.")
-    return " ".join([*parts, f"On the hub: {error}"])
+    return " ".join([*parts, str(error)])
 
 
 def _missing_message(location: Location, names: Sequence[str], missing: Sequence[str]) -> str:
@@ -246,8 +248,8 @@ def _check_link(folder: Path, name: str) -> None:
         if any(target.is_relative_to(folder) for folder in blobs):
             return
     raise CheckpointError(
-        f"{path} is a link that leads out of its folder, to {path.resolve()}. Nothing was read from "
-        "there. Put the file itself in the folder, or pass the folder that holds it."
+        f"{path} is a link that leads out of its folder, to {path.resolve()}. Nothing was read "
+        "from there. Put the file itself in the folder, or pass the folder that holds it."
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 from torch import nn
@@ -14,10 +14,11 @@ from tl_fastload.evaluator import Evaluation, Value, sources
 from tl_fastload.memory import return_freed_memory
 from tl_fastload.progress import Progress
 from tl_fastload.promise import MemorySource, Promise, SourceView, dtype_of, meta_of
-from tl_fastload.reader import FileMaps, FileSource, has_overlap
+from tl_fastload.reader import FileMaps, FileSource, has_overlap, is_dense
 
-# Freed scratch memory is given back once that much of it has passed through.
-_TRIM_BYTES = 128 << 20
+# Freed scratch memory is given back each time that this part of the model has passed through it.
+_TRIM_FRACTION = 0.01
+_TRIM_LEAST_BYTES = 4 << 20
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Placer:
     mapped_bytes: int = 0
     not_finite: list[str] = field(default_factory=list)
     _passed_bytes: int = 0
+    _trim_bytes: int = _TRIM_LEAST_BYTES
 
     def place(self, recipes: dict[str, Promise]) -> None:
         """Evaluate and place every recipe whose name the model has; others were only needed on the way."""
@@ -51,7 +53,9 @@ class Placer:
             for name, promise in recipes.items()
             if name in targets and not _is_itself(promise, targets[name])
         }
-        self.progress.start(sum(_size_bytes(targets[name]) for name in todo))
+        total_bytes = sum(_size_bytes(targets[name]) for name in todo)
+        self._trim_bytes = max(_TRIM_LEAST_BYTES, int(total_bytes * _TRIM_FRACTION))
+        self.progress.start(total_bytes)
         for group in groups(todo):
             self._place_group({name: todo[name] for name in group}, targets)
         return_freed_memory()
@@ -74,9 +78,9 @@ class Placer:
             evaluation = Evaluation([promise.node for promise in some.values()], device)
             waiting = _Waiting(some, targets, self.assign)
             for name, promise in some.items():
-                value = self._finish(name, evaluation.value(promise.node), targets[name])
-                for ready, tensor in waiting.add(name, value):
-                    self._put(ready, tensor)
+                done = waiting.add(name, self._finish(name, evaluation.value(promise.node), targets[name]))
+                while done:
+                    self._put(*done.pop())
 
     def _map(
         self, name: str, promise: Promise, target: torch.Tensor
@@ -143,9 +147,11 @@ class Placer:
                 target = parent._parameters[leaf]
                 if target is not None:
                     target.copy_(tensor)
-        self.progress.advance(name, _size_bytes(tensor))
-        self._passed_bytes += _size_bytes(tensor)
-        if self._passed_bytes > _TRIM_BYTES:
+        size_bytes = _size_bytes(tensor)
+        del tensor
+        self.progress.advance(name, size_bytes)
+        self._passed_bytes += size_bytes
+        if self._passed_bytes > self._trim_bytes:
             self._passed_bytes = 0
             return_freed_memory()
 
@@ -228,10 +234,12 @@ def _is_itself(promise: Promise, target: torch.Tensor) -> bool:
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    # One pass over the memory: a sum is finite unless an element is not (or it overflows: then look closely).
-    half = tensor.dtype in (torch.float16, torch.bfloat16)
-    total: Any = tensor.sum(dtype=torch.float32 if half else None)
-    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
+    # One pass over the memory, without a temporary: a sum is finite unless an element is not (or it overflows).
+    flat = tensor.as_strided((tensor.numel(),), (1,)) if is_dense(tensor) else tensor
+    if tensor.numel() and tensor.dtype == torch.float16:  # where sums overflow easily
+        least, greatest = torch.aminmax(flat)
+        return bool(torch.isfinite(least)) and bool(torch.isfinite(greatest))
+    return bool(torch.isfinite(flat.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def _size_bytes(tensor: torch.Tensor) -> int:

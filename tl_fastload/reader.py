@@ -17,7 +17,7 @@ from tl_fastload.checkpoint import TensorEntry
 from tl_fastload.errors import CheckpointError
 from tl_fastload.promise import Source
 
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 4 << 20
 HELD_SPAN_BYTES = 64 << 20
 
 

@@ -99,6 +99,7 @@ class _Loading:
             # Quantization is judged on the checkpoint's own configuration, before this.
             _refuse_unsupported_quantization=lambda cfg, hf_model: None,
             _mxfp4_dequantize_config=lambda cfg: None,
+            convert_olmo2_weights=_convert_olmo2_weights,
         )
         return run(model_name, cfg, None, **kwargs)
 
@@ -139,6 +140,13 @@ def _utilities(answers: Answers) -> SimpleNamespace:
         download_file_from_hf=answers.download_file_from_hf,
         select_compatible_kwargs=lambda kwargs, function: {},
     )
+
+
+def _convert_olmo2_weights(tree: Any, cfg: Any) -> Any:
+    """OLMo 2 with grouped heads: TransformerLens' converter assumes one per query head, that of OLMo 3 does not."""
+    grouped = cfg.n_key_value_heads is not None and hasattr(loading, "convert_olmo3_weights")
+    convert = loading.convert_olmo3_weights if grouped else loading.convert_olmo2_weights
+    return convert(tree, cfg)
 
 
 def _same(name: str) -> str:

@@ -108,7 +108,7 @@ def no_weights_message(label: str, names: Collection[str], looked_for: Collectio
     )
     several = [name for name in names if name.endswith((SAFETENSORS, *TORCH_SUFFIXES))]
     weights = [name for name in sorted(several) if not name.startswith(_NOT_WEIGHTS)]
-    unfinished = sorted(name for name in names if name.endswith(".incomplete"))
+    unfinished = sorted({name for name in names if name.endswith(".incomplete")})
     suffixes = {PurePosixPath(name).suffix for name in names}
     others = sorted(kind for suffix, kind in _OTHER_FORMATS.items() if suffix in suffixes)
     if unfinished:
