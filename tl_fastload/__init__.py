@@ -1,4 +1,6 @@
-"""tl_fastload: load models into TransformerLens' HookedTransformer with one copy of the weights in memory."""
+"""tl_fastload: load models into TransformerLens' HookedTransformer with one copy of the weights in
+memory.
+"""
 
 from tl_fastload import compat as _compat
 

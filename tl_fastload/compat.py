@@ -28,17 +28,18 @@ def can_map_torch_files() -> bool:
     """Whether `torch.load` takes `mmap=True` (torch 2.1 and newer)."""
     return Version(TORCH.base_version) >= Version("2.1")
 
+
 # transformers 5 renames and merges checkpoint tensors by a table; version 4 had plain names.
 HAS_WEIGHT_CONVERSIONS = TRANSFORMERS.major >= 5
 
 # The field of a configuration that holds the model's dtype.
-CONFIG_DTYPE_NAME = "dtype" if TRANSFORMERS >= Version("4.56") else "torch_dtype"
+CONFIG_DTYPE_NAME = "dtype" if Version("4.56") <= TRANSFORMERS else "torch_dtype"
 
 
 def require_hooked_transformer() -> None:
     """Raise ImportError on a TransformerLens that has no HookedTransformer any more."""
     if TRANSFORMER_LENS >= HOOKED_TRANSFORMER_GONE_IN:
         raise ImportError(
-            f"TransformerLens {TRANSFORMER_LENS} has no HookedTransformer, which tl_fastload loads into: "
-            'pip install "transformer-lens>=2.16.1,<4".'
+            f"TransformerLens {TRANSFORMER_LENS} has no HookedTransformer, which tl_fastload loads "
+            'into: pip install "transformer-lens>=2.16.1,<4".'
         )

@@ -1,9 +1,10 @@
 """Evaluates one recipe with as little memory as its operations allow.
 
-The result is bit for bit what running the recorded operations one after the other would give: the same ATen
-operations run on values of the same strides. What is saved is memory: a value is released at its last use, the first
-operand of an operation is evaluated last, and elementwise operations write into their first operand when nothing
-else can see it. Sources (file pages, the caller's tensors) are never written.
+The result is bit for bit what running the recorded operations one after the other would give: the
+same ATen operations run on values of the same strides. What is saved is memory: a value is
+released at its last use, the first operand of an operation is evaluated last, and elementwise
+operations write into their first operand when nothing else can see it. Sources (file pages, the
+caller's tensors) are never written.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 
 from tl_fastload.promise import Call, Node, Pick, SourceView, aten, dense_strides
 
-_IN_PLACE = {
+_IN_PLACE: dict[Any, Any] = {
     aten.mul.Tensor: aten.mul_.Tensor,
     aten.add.Tensor: aten.add_.Tensor,
     aten.sub.Tensor: aten.sub_.Tensor,
@@ -48,7 +49,9 @@ class Value:
 
 
 def evaluate(node: Node, device: torch.device) -> Value:
-    """Evaluate one recipe on a device; `buffer.owned` of the result says whether its memory is the caller's now."""
+    """Evaluate one recipe on a device; `buffer.owned` of the result says whether its memory is the
+    caller's now.
+    """
     return Evaluation([node], device).value(node)
 
 
@@ -56,7 +59,8 @@ class Evaluation:
     """Evaluates recipes that share steps: each shared step runs once.
 
     Args:
-        roots: the recipes; ask for the `value` of each exactly once, in this order for the least memory.
+        roots: the recipes; ask for the `value` of each exactly once, in this order for the least
+            memory.
         device: where sources are read to and operations run; devices in the recipes are ignored.
     """
 
@@ -109,7 +113,9 @@ class Evaluation:
         return self._read_into_new(view, view.casts, dense_strides(view.geometry))
 
     def _read_and_cast(self, node: Call, view: SourceView) -> Value:
-        """A cast of a source is read straight into the wider type: the narrow one is never held whole."""
+        """A cast of a source is read straight into the wider type: the narrow one is never held
+        whole.
+        """
         if self.uses[view] > 1:
             return self._run(node)
         self.uses[view] -= 1
@@ -157,7 +163,8 @@ class Evaluation:
 
     def _buffer_of(self, result: Any, inputs: list[Value]) -> Buffer:
         if not isinstance(result, torch.Tensor):
-            # Several results may lie in one another's memory: never written, never handed out as one's own.
+            # Several results may lie in one another's memory: never written, never handed out as
+            # one's own.
             return Buffer(owned=False)
         storage = result.untyped_storage().data_ptr()
         for value in inputs:
@@ -196,7 +203,9 @@ def sources(node: Node) -> list[SourceView]:
 
 
 def _fill(node: Call, tensors: list[torch.Tensor]) -> tuple[list[Any], dict[str, Any]]:
-    """The arguments of a call with tensors in place of nodes, and without devices: there is one device."""
+    """The arguments of a call with tensors in place of nodes, and without devices: there is one
+    device.
+    """
     remaining = iter(tensors)
     arguments = [_filled(argument, remaining) for argument in node.args]
     kwargs = {k: _filled(v, remaining) for k, v in node.kwargs.items() if k != "device"}
@@ -204,7 +213,8 @@ def _fill(node: Call, tensors: list[torch.Tensor]) -> tuple[list[Any], dict[str,
 
 
 def _filled(argument: Any, remaining: Iterator[torch.Tensor]) -> Any:
-    # Not a closure that calls itself: such a cycle would keep the tensors alive until the next collection.
+    # Not a closure that calls itself: such a cycle would keep the tensors alive until the next
+    # collection.
     if isinstance(argument, Node):
         return next(remaining)
     if isinstance(argument, (tuple, list)):

@@ -1,7 +1,8 @@
 """From the tensor names of a checkpoint to the names of a transformers model.
 
-The rules are transformers' own: version 5 has a table of renamings and conversions (per-expert matrices are merged,
-for instance), which is run on promises; version 4 only adds or strips the base model's prefix.
+The rules are transformers' own: version 5 has a table of renamings and conversions (per-expert
+matrices are merged, for instance), which is run on promises; version 4 only adds or strips the
+base model's prefix.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def rename_to_model(
     Returns:
         Promises by model name, and the ledger of what fitted nowhere.
     """
-    wanted = model.state_dict(keep_vars=True)
+    wanted: dict[str, Any] = model.state_dict(keep_vars=True)
     plan = _dtype_plan(model, dtype)
 
     def cast(name: str, promise: Promise) -> Any:
@@ -66,7 +67,7 @@ def rename_to_model(
 
 
 def _rename_by_table(
-    model: Any, promises: Mapping[str, Promise], wanted: Mapping[str, Any], cast: Any
+    model: Any, promises: Mapping[str, Promise], wanted: dict[str, Any], cast: Any
 ) -> tuple[dict[str, Promise], Ledger]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
@@ -103,7 +104,7 @@ def _rename_by_table(
 
 
 def _rename_by_prefix(
-    model: Any, promises: Mapping[str, Promise], wanted: Mapping[str, Any], cast: Any
+    model: Any, promises: Mapping[str, Promise], wanted: dict[str, Any], cast: Any
 ) -> tuple[dict[str, Promise], Ledger]:
     found: dict[str, Promise] = {}
     ledger = Ledger()
@@ -117,7 +118,11 @@ def _rename_by_prefix(
                 break
         target = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", target)
         target = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", target)
-        candidates = (target, prefix + target, target[len(prefix) :] if target.startswith(prefix) else "")
+        candidates = (
+            target,
+            prefix + target,
+            target[len(prefix) :] if target.startswith(prefix) else "",
+        )
         match = next((c for c in candidates if c in wanted), None)
         if match is None:
             _note_unexpected(model, name, target, ledger)
@@ -128,7 +133,9 @@ def _rename_by_prefix(
 
 def _note_unexpected(model: Any, name: str, target: str, ledger: Ledger) -> None:
     patterns = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
-    if _NOT_WEIGHTS.search(name) or any(re.search(p, key) for p in patterns for key in (name, target)):
+    if _NOT_WEIGHTS.search(name) or any(
+        re.search(p, key) for p in patterns for key in (name, target)
+    ):
         return
     ledger.unexpected.append(name)
 

@@ -1,16 +1,18 @@
 """The strides in which the forward pass wants each parameter.
 
-TransformerLens' components turn `W_Q`, `W_in` ... into the `[out, in]` matrix of a linear map on every call
-(`W_in.T.contiguous()`, `einops.rearrange(...).contiguous()`). That copies the whole model per token when the parameter
-is stored as its logical shape says, and nothing when it is stored as that matrix and only viewed in the logical shape.
+TransformerLens' components turn `W_Q`, `W_in` ... into the `[out, in]` matrix of a linear map on
+every call (`W_in.T.contiguous()`, `einops.rearrange(...).contiguous()`). That copies the whole
+model per token when the parameter is stored as its logical shape says, and nothing when it is
+stored as that matrix and only viewed in the logical shape.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import nn
-from transformer_lens.components import GatedMLP, Unembed
 from transformer_lens.components.abstract_attention import AbstractAttention
+from transformer_lens.components.mlps.gated_mlp import GatedMLP
+from transformer_lens.components.unembed import Unembed
 
 _HEADS_IN = ("W_Q", "W_K", "W_V", "_W_K", "_W_V")
 
@@ -52,5 +54,7 @@ def _strides_of_order(shape: torch.Size, order: tuple[int, ...]) -> tuple[int, .
 
 
 def same_layout(shape: torch.Size, one: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Whether two strides mean the same memory order; the stride of a dimension of size one means nothing."""
+    """Whether two strides mean the same memory order; the stride of a dimension of size one means
+    nothing.
+    """
     return all(n == 1 or a == b for n, a, b in zip(shape, one, other, strict=True))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
-from typing import Callable, Optional
 
 import psutil
 import torch
@@ -28,7 +27,7 @@ class HostMemory:
 def host_memory() -> HostMemory:
     """Read this process's memory; without `/proc`, all resident memory counts as anonymous."""
     try:
-        with open("/proc/self/status", encoding="ascii") as status:
+        with Path("/proc/self/status").open(encoding="ascii") as status:
             fields = dict(line.split(":", 1) for line in status)
         return HostMemory(_kib(fields["VmRSS"]), _kib(fields["RssAnon"]))
     except (OSError, KeyError):
@@ -52,7 +51,7 @@ class PeakSampler:
     def __init__(self) -> None:
         self.peak_host_bytes = 0
         self.peak_anonymous_bytes = 0
-        self.peak_device_bytes: Optional[int] = None
+        self.peak_device_bytes: int | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tl_fastload-memory", daemon=True)
 
@@ -64,9 +63,9 @@ class PeakSampler:
 
     def __exit__(
         self,
-        kind: Optional[type[BaseException]],
-        error: Optional[BaseException],
-        trace: Optional[TracebackType],
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._stop.set()
         self._thread.join()
@@ -92,7 +91,7 @@ class PeakSampler:
             self.sample()
 
 
-def _device_start() -> Optional[list[int]]:
+def _device_start() -> list[int] | None:
     if not torch.cuda.is_available():
         return None
     before = []
@@ -102,7 +101,7 @@ def _device_start() -> Optional[list[int]]:
     return before
 
 
-def _find_malloc_trim() -> Optional[Callable[[int], int]]:
+def _find_malloc_trim() -> Callable[[int], int] | None:
     if not sys.platform.startswith("linux"):
         return None
     try:
@@ -113,16 +112,55 @@ def _find_malloc_trim() -> Optional[Callable[[int], int]]:
 
 
 def return_freed_memory() -> None:
-    """Give freed heap memory back to the system: glibc keeps blocks below its growing threshold otherwise."""
+    """Give freed heap memory back to the system: glibc keeps blocks below its growing threshold
+    otherwise.
+    """
     trim = _find_malloc_trim()
     if trim is not None:
         trim(0)
 
 
-def collect_and_return() -> None:
-    """Collect cycles, then give freed memory back."""
-    gc.collect()
-    return_freed_memory()
+# Where Linux says how much memory this container may use, and how much it uses: cgroup v2, then v1.
+_CGROUP_FILES = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    ),
+)
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that can still be allocated on a device, or None where that is unknown."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type != "cpu":
+        return None
+    free = int(psutil.virtual_memory().available)
+    for limit_file, usage_file in _CGROUP_FILES:
+        limit, usage = _number(limit_file), _number(usage_file)
+        if limit is not None and usage is not None:
+            # Page cache counts as usage but gives way, so what the system calls available bounds
+            # it.
+            return min(free, max(limit - usage, 0) + _reclaimable_bytes())
+    return free
+
+
+def _number(path: str) -> int | None:
+    try:
+        return int(Path(path).read_text(encoding="ascii"))
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
+
+
+def _reclaimable_bytes() -> int:
+    """File pages of this container that the kernel drops when memory is needed."""
+    try:
+        lines = Path("/sys/fs/cgroup/memory.stat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    fields = dict(line.split() for line in lines)
+    return int(fields.get("inactive_file", 0)) + int(fields.get("active_file", 0))
 
 
 def unique_bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from transformer_lens import HookedTransformer
 
 from tl_fastload import session as sessions
+from tl_fastload.options import Options
 from tl_fastload.progress import ProgressOption
 from tl_fastload.promise import Promise
 from tl_fastload.report import LoadReport
@@ -25,37 +26,38 @@ class LeanLoadingMixin:
     """
 
     load_report: LoadReport
-    _session: Optional[sessions.Session] = None
+    _session: sessions.Session | None = None
 
     @classmethod
     def from_pretrained_lean(
         cls,
-        model_name: Union[str, Path],
+        model_name: str | Path,
         fold_ln: bool = True,
         center_writing_weights: bool = True,
         center_unembed: bool = True,
         refactor_factored_attn_matrices: bool = False,
-        checkpoint_index: Optional[int] = None,
-        checkpoint_value: Optional[int] = None,
-        checkpoint_label: Optional[int] = None,
+        checkpoint_index: int | None = None,
+        checkpoint_value: int | None = None,
+        checkpoint_label: int | None = None,
         hf_model: Any = None,
-        device: Optional[Union[str, torch.device]] = None,
+        device: str | torch.device | None = None,
         n_devices: int = 1,
         tokenizer: Any = None,
         move_to_device: bool = True,
         fold_value_biases: bool = True,
-        default_prepend_bos: Optional[bool] = None,
-        default_padding_side: Optional[str] = None,
-        dtype: Union[str, torch.dtype] = "float32",
-        first_n_layers: Optional[int] = None,
-        n_ctx: Optional[int] = None,
+        default_prepend_bos: bool | None = None,
+        default_padding_side: str | None = None,
+        dtype: str | torch.dtype = "float32",
+        first_n_layers: int | None = None,
+        n_ctx: int | None = None,
         *,
         strategy: str = "auto",
-        mmap: Union[str, bool] = "auto",
+        mmap: str | bool = "auto",
         progress: ProgressOption = None,
         **from_pretrained_kwargs: Any,
     ) -> Any:
-        """Load a pretrained model with the numbers of `from_pretrained` and about one copy of its weights in memory.
+        """Load a pretrained model with the numbers of `from_pretrained` and about one copy of its
+        weights in memory.
 
         Args:
             model_name: TransformerLens name or alias, any hub name, or a local folder.
@@ -77,35 +79,37 @@ class LeanLoadingMixin:
             dtype: dtype of the parameters, such as "bfloat16" or torch.float32.
             first_n_layers: load only that many layers.
             n_ctx: another context length than the model's own.
-            strategy: "assign" puts finished tensors into the model (torch 2.1 or newer), "copy" copies into the
-                model's own; "auto" assigns where it can.
-            mmap: whether weights that need no change are mapped from the file instead of read; "auto" does so on
-                local disks.
+            strategy: "assign" puts finished tensors into the model (torch 2.1 or newer), "copy"
+                copies into the model's own; "auto" assigns where it can.
+            mmap: whether weights that need no change are mapped from the file instead of read;
+                "auto" does so on local disks.
             progress: None for a bar when somebody watches, True or False, or a function of a
                 `tl_fastload.ProgressEvent`.
-            **from_pretrained_kwargs: for Hugging Face: revision, cache_dir, token, local_files_only, subfolder,
-                trust_remote_code (False by default), torch_dtype, or fields of the model's configuration.
+            **from_pretrained_kwargs: for Hugging Face: revision, cache_dir, token,
+                local_files_only, subfolder, trust_remote_code (False by default), torch_dtype, or
+                fields of the model's configuration.
 
         Returns:
             The model, with a `load_report`.
 
         Raises:
-            LeanLoadError: the base of all of: ArgumentError, UnknownModelError, UnsupportedArchitectureError,
-                CheckpointError, MissingWeightsError, NotEnoughMemoryError, StrategyError. Raised before weights are
-                read whenever that is possible; nothing half-loaded is returned.
+            LeanLoadError: the base of all of: ArgumentError, UnknownModelError,
+                UnsupportedArchitectureError, CheckpointError, MissingWeightsError,
+                NotEnoughMemoryError, StrategyError. Raised before weights are read whenever that
+                is possible; nothing half-loaded is returned.
         """
         arguments = {
             name: value
             for name, value in locals().items()
             if name not in ("cls", "from_pretrained_kwargs", "strategy", "mmap", "progress")
         }
-        options = sessions.Options(strategy=strategy, mmap=mmap, progress=progress)
+        options = Options(strategy=strategy, mmap=mmap, progress=progress)
         return sessions.load(cls, options, arguments, from_pretrained_kwargs)
 
     @classmethod
     def from_pretrained_no_processing_lean(
         cls,
-        model_name: Union[str, Path],
+        model_name: str | Path,
         fold_ln: bool = False,
         center_writing_weights: bool = False,
         center_unembed: bool = False,
@@ -113,7 +117,9 @@ class LeanLoadingMixin:
         fold_value_biases: bool = False,
         **arguments: Any,
     ) -> Any:
-        """`from_pretrained_lean` with every processing step off by default; the other arguments are the same."""
+        """`from_pretrained_lean` with every processing step off by default; the other arguments
+        are the same.
+        """
         return cls.from_pretrained_lean(
             model_name,
             fold_ln=fold_ln,
@@ -145,8 +151,9 @@ class LeanLoadingMixin:
     ) -> None:
         """Load a state dict in TransformerLens' naming and process it, one parameter at a time.
 
-        The model's Parameter objects keep their identity (an optimizer goes on holding them); their values are
-        written in place. `state_dict` and its tensors are left as they are, and share no memory with the model.
+        The model's Parameter objects keep their identity (an optimizer goes on holding them);
+        their values are written in place. `state_dict` and its tensors are left as they are, and
+        share no memory with the model.
 
         Args:
             state_dict: parameter name -> tensor.
@@ -175,8 +182,8 @@ class LeanLoadingMixin:
     ) -> None:
         """Process the weights of this model in place, one parameter at a time.
 
-        A second call with nothing changed in between does nothing and says so in `load_report.notes`: steps are never
-        applied twice. Parameter objects keep their identity.
+        A second call with nothing changed in between does nothing and says so in
+        `load_report.notes`: steps are never applied twice. Parameter objects keep their identity.
 
         Args:
             fold_ln: fold the norm weights into the following layer.
@@ -195,11 +202,15 @@ class LeanLoadingMixin:
             self.load_and_process_state_dict(self.state_dict(), **steps)  # type: ignore[attr-defined]
 
     def fill_missing_keys(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Complete a state dict with the model's own defaults; a missing weight matrix is an error."""
+        """Complete a state dict with the model's own defaults; a missing weight matrix is an
+        error.
+        """
         return sessions.fill_missing_keys(self, state_dict)
 
     def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        """`torch.nn.Module.load_state_dict`; while a lean load runs, recorded values are collected instead."""
+        """`torch.nn.Module.load_state_dict`; while a lean load runs, recorded values are collected
+        instead.
+        """
         if self._session is not None and any(isinstance(v, Promise) for v in state_dict.values()):
             return self._session.collect(state_dict)
         return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]

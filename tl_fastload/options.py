@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 import psutil
 
@@ -28,7 +28,7 @@ class Options:
     """
 
     strategy: str = "auto"
-    mmap: Union[str, bool] = "auto"
+    mmap: str | bool = "auto"
     progress: ProgressOption = None
     move_to_device: bool = True
 
@@ -40,8 +40,8 @@ class Options:
             raise ArgumentError(f'mmap={self.mmap!r} is none of "auto", True, False.')
         if self.strategy == "assign" and not compat.can_assign():
             raise StrategyError(
-                f'strategy="assign" needs torch {compat.ASSIGN_NEEDS_TORCH} or newer, this is {compat.TORCH}. '
-                'Use strategy="auto", which copies here.'
+                f'strategy="assign" needs torch {compat.ASSIGN_NEEDS_TORCH} or newer, this is '
+                f'{compat.TORCH}. Use strategy="auto", which copies here.'
             )
 
     @property
@@ -57,7 +57,7 @@ class Options:
             return f"torch {compat.TORCH} can assign"
         return f"torch {compat.TORCH} cannot assign, that takes {compat.ASSIGN_NEEDS_TORCH}"
 
-    def may_map(self, checkpoint: Optional[Any]) -> bool:
+    def may_map(self, checkpoint: Any | None) -> bool:
         """Whether untransformed weights of a checkpoint are mapped."""
         if checkpoint is None or self.mmap is False or not self.assigns:
             return False
@@ -65,7 +65,9 @@ class Options:
 
 
 def is_on_network(folder: Path) -> bool:
-    """Whether a folder lies on a file system that another machine serves, where a mapping may break any time."""
+    """Whether a folder lies on a file system that another machine serves, where a mapping may
+    break any time.
+    """
     real = folder.resolve()
     best, kind = "", ""
     for partition in psutil.disk_partitions(all=True):

@@ -10,19 +10,25 @@ import difflib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 from tl_fastload import config, tree
 from tl_fastload.checkpoint import Checkpoint, Location, names_at_hand, open_weights, resolve_config
 from tl_fastload.errors import ArgumentError, CheckpointError
-from tl_fastload.hub import HubOptions, repo_files
+from tl_fastload.hub import repo_files
 from tl_fastload.keys import Ledger
 from tl_fastload.names import official_name
-from tl_fastload.promise import Promise
 from tl_fastload.reader import FileReader
 from tl_fastload.stock import is_toy_name, stock_name_for
 
-_HUB_KEYWORDS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
+_HUB_KEYWORDS = (
+    "revision",
+    "cache_dir",
+    "token",
+    "local_files_only",
+    "force_download",
+    "subfolder",
+)
 _FILE_KEYWORDS = ("variant", "use_safetensors")
 # Ways of loading that transformers has and that change nothing here: weights are streamed anyway.
 _WITHOUT_EFFECT = ("low_cpu_mem_usage", "attn_implementation", "proxies", "resume_download")
@@ -86,21 +92,24 @@ class Origin:
         notes: for the report.
         ledger: what of the checkpoint fitted nowhere; filled by `tree`.
         root: the module tree of promises; filled by `tree`.
+        checkpoint: the opened weight files; filled by `tree`.
+        n_layers: layers of the whole model, once its configuration is known.
     """
 
     label: str
     stock_name: str
-    official: Optional[str]
+    official: str | None
     is_toy: bool
     hf_config: Any
     hf_model: Any
-    location: Optional[Location]
+    location: Location | None
     keywords: Keywords
     reader: FileReader
     notes: list[str] = field(default_factory=list)
     ledger: Ledger = field(default_factory=Ledger)
     root: Any = None
-    checkpoint: Optional[Checkpoint] = None
+    checkpoint: Checkpoint | None = None
+    n_layers: int | None = None
 
     def hf_config_dict(self) -> dict[str, Any]:
         if self.hf_model is None:
@@ -117,16 +126,17 @@ class Origin:
             trust_remote_code=self.keywords.trust_remote_code,
         )
         self.notes.extend(notes)
+        self.n_layers = fields["n_layers"]
         return fields
 
-    def _tokenizer_name(self) -> Optional[str]:
+    def _tokenizer_name(self) -> str | None:
         if self.location is None:
             return self.official
         if self.location.repo is None:
             return str(self.location.folder) if has_tokenizer(self.location) else None
         return self.official or self.location.repo
 
-    def tree(self, revision: Optional[str], dtype: Any) -> Any:
+    def tree(self, revision: str | None, dtype: Any) -> Any:
         if self.hf_model is not None:
             self.root = tree.tree_from_model(self.hf_model)
             return self.root
@@ -139,7 +149,7 @@ class Origin:
         )
         return self.root
 
-    def _open(self, revision: Optional[str]) -> Checkpoint:
+    def _open(self, revision: str | None) -> Checkpoint:
         location = self.location
         if location is None:
             raise ArgumentError(f"{self.label}: there is no checkpoint to read, pass hf_model.")
@@ -164,7 +174,9 @@ class Origin:
     def download_file_from_hf(self, repo: str, file_name: str, **kwargs: Any) -> Any:
         location = self._place()
         if file_name == "config.json":
-            return json.loads((location.folder / file_name).read_text(encoding="utf-8"))
+            fields = json.loads((location.folder / file_name).read_text(encoding="utf-8"))
+            self.n_layers = fields["n_layers"]
+            return fields
         self.checkpoint = open_weights(location, weights_file=file_name)
         promises, notes = tree.checkpoint_promises(self.checkpoint, self.reader)
         self.notes.extend(notes)
@@ -177,7 +189,7 @@ class Origin:
 
 
 def find_origin(
-    model_name: Union[str, Path], hf_model: Any, keywords: dict[str, Any], reader: FileReader
+    model_name: str | Path, hf_model: Any, keywords: dict[str, Any], reader: FileReader
 ) -> Origin:
     """Find a model and read its configuration, no weights.
 
@@ -209,19 +221,28 @@ def find_origin(
         hf_config = _override(hf_config, sorted_keywords.overrides)
     notes: list[str] = []
     return Origin(
-        label, stock_name, official, is_toy, hf_config, None, location, sorted_keywords, reader, notes
+        label,
+        stock_name,
+        official,
+        is_toy,
+        hf_config,
+        None,
+        location,
+        sorted_keywords,
+        reader,
+        notes,
     )
 
 
 def _from_model(
-    name: str, official: Optional[str], hf_model: Any, keywords: Keywords, reader: FileReader
+    name: str, official: str | None, hf_model: Any, keywords: Keywords, reader: FileReader
 ) -> Origin:
     if not hasattr(hf_model, "config"):
         raise ArgumentError(
-            f"hf_model is a {type(hf_model).__name__} without a configuration. Pass a transformers model, such as "
-            "AutoModelForCausalLM.from_pretrained(...) returns."
+            f"hf_model is a {type(hf_model).__name__} without a configuration. Pass a transformers "
+            "model, such as AutoModelForCausalLM.from_pretrained(...) returns."
         )
-    location: Optional[Location] = None
+    location: Location | None = None
     if Path(name).is_dir():
         location = resolve_config(name)
     stock_name = stock_name_for(official, name)
@@ -241,7 +262,8 @@ def _override(hf_config: Any, overrides: dict[str, Any]) -> Any:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {close[0]}?" if close else ""
             raise ArgumentError(
-                f"{name}= is neither an argument of from_pretrained nor a field of this model's configuration.{hint}"
+                f"{name}= is neither an argument of from_pretrained nor a field of this model's "
+                f"configuration.{hint}"
             )
         setattr(changed, name, value)
     return changed
@@ -249,7 +271,13 @@ def _override(hf_config: Any, overrides: dict[str, Any]) -> Any:
 
 def has_tokenizer(location: Location) -> bool:
     """Whether a local folder holds a tokenizer's files."""
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+    names = (
+        "tokenizer.json",
+        "tokenizer.model",
+        "vocab.json",
+        "vocab.txt",
+        "tokenizer_config.json",
+    )
     return any((location.folder / name).is_file() for name in names)
 
 
@@ -262,7 +290,9 @@ def _is_toy_folder(location: Location) -> bool:
 
 
 def _toy_name(location: Location) -> str:
-    """A name whose prefix sends TransformerLens to its toy branch; "_old" marks the early SoLU format."""
+    """A name whose prefix sends TransformerLens to its toy branch; "_old" marks the early SoLU
+    format.
+    """
     values = json.loads((location.folder / "config.json").read_text(encoding="utf-8"))
     name = location.folder.name
     if "architecture" not in values and _has_old_names(location):
@@ -274,12 +304,8 @@ def _has_old_names(location: Location) -> bool:
     weights = [name for name in names_at_hand(location) if name.endswith("final.pth")]
     if not weights:
         raise CheckpointError(
-            f"{location.label} has the configuration of a toy model but no file that ends in final.pth."
+            f"{location.label} has the configuration of a toy model but no file that ends in "
+            "final.pth. Put the weights beside config.json."
         )
     contents = open_weights(location, weights_file=weights[0]).load_tensors()
     return any("norm" in name for name in contents.tensors)
-
-
-def is_promise(value: Any) -> bool:
-    """Whether a value is recorded rather than real."""
-    return isinstance(value, Promise)

@@ -1,10 +1,11 @@
-"""Puts evaluated recipes into a model: in which order, on which device, mapped, assigned or copied."""
+"""Puts evaluated recipes into a model: in which order, on which device, mapped, assigned or
+copied.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Optional
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from tl_fastload import layout
 from tl_fastload.evaluator import Evaluation, Value, sources
 from tl_fastload.memory import return_freed_memory
 from tl_fastload.progress import Progress
-from tl_fastload.promise import MemorySource, Promise, SourceView, dtype_of, meta_of
+from tl_fastload.promise import MemorySource, Promise, SourceView
 from tl_fastload.reader import FileMaps, FileSource, has_overlap, is_dense
 
 # Freed scratch memory is given back each time that this part of the model has passed through it.
@@ -37,7 +38,7 @@ class Placer:
     model: nn.Module
     device_of: Callable[[str], torch.device]
     assign: bool
-    maps: Optional[FileMaps]
+    maps: FileMaps | None
     map_any_layout: bool
     progress: Progress
     mapped_bytes: int = 0
@@ -46,7 +47,9 @@ class Placer:
     _trim_bytes: int = _TRIM_LEAST_BYTES
 
     def place(self, recipes: dict[str, Promise]) -> None:
-        """Evaluate and place every recipe whose name the model has; others were only needed on the way."""
+        """Evaluate and place every recipe whose name the model has; others were only needed on the
+        way.
+        """
         targets = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         todo = {
             name: promise
@@ -60,9 +63,7 @@ class Placer:
             self._place_group({name: todo[name] for name in group}, targets)
         return_freed_memory()
 
-    def _place_group(
-        self, recipes: dict[str, Promise], targets: dict[str, torch.Tensor]
-    ) -> None:
+    def _place_group(self, recipes: dict[str, Promise], targets: dict[str, torch.Tensor]) -> None:
         rest: dict[str, Promise] = {}
         for name, promise in recipes.items():
             mapped = self._map(name, promise, targets[name])
@@ -78,29 +79,45 @@ class Placer:
             evaluation = Evaluation([promise.node for promise in some.values()], device)
             waiting = _Waiting(some, targets, self.assign)
             for name, promise in some.items():
-                done = waiting.add(name, self._finish(name, evaluation.value(promise.node), targets[name]))
+                done = waiting.add(
+                    name, self._finish(name, evaluation.value(promise.node), targets[name])
+                )
                 while done:
                     self._put(*done.pop())
 
-    def _map(
-        self, name: str, promise: Promise, target: torch.Tensor
-    ) -> Optional[torch.Tensor]:
+    def needed_bytes(self, recipes: dict[str, Promise]) -> dict[torch.device, int]:
+        """Bytes that placing will allocate on each device; mapped parameters need none."""
+        needed: dict[torch.device, int] = {}
+        for name, target in self.model.named_parameters():
+            if name in recipes and self._mappable(name, recipes[name], target) is None:
+                device = self.device_of(name)
+                needed[device] = needed.get(device, 0) + _size_bytes(target)
+        return needed
+
+    def _map(self, name: str, promise: Promise, target: torch.Tensor) -> torch.Tensor | None:
+        view = self._mappable(name, promise, target)
+        if view is None or self.maps is None:
+            return None
+        source = view.source
+        return (
+            self.maps.view(source.entry, view.geometry) if isinstance(source, FileSource) else None
+        )
+
+    def _mappable(self, name: str, promise: Promise, target: torch.Tensor) -> SourceView | None:
+        """The part of a file that is this parameter as it stands, if it may be mapped."""
         node = promise.node
         if self.maps is None or not self.assign or not isinstance(node, SourceView):
             return None
         if node.casts or not isinstance(node.source, FileSource) or has_overlap(node.geometry):
             return None
-        entry = node.source.entry
         if self.device_of(name).type != "cpu" or node.dtype != target.dtype:
             return None
-        if node.geometry.shape != target.shape or entry.offset % target.element_size():
+        aligned = node.source.entry.offset % target.element_size() == 0
+        if node.geometry.shape != target.shape or not aligned:
             return None
-        wanted = self._strides(name, target.shape)
-        if not self.map_any_layout and not layout.same_layout(
-            target.shape, node.geometry.stride(), wanted
-        ):
-            return None
-        return self.maps.view(entry, node.geometry)
+        strides, wanted = node.geometry.stride(), self._strides(name, target.shape)
+        fits = self.map_any_layout or layout.same_layout(target.shape, strides, wanted)
+        return node if fits else None
 
     def _strides(self, name: str, shape: torch.Size) -> tuple[int, ...]:
         parent, _, leaf = name.rpartition(".")
@@ -108,7 +125,7 @@ class Placer:
 
     def _finish(self, name: str, value: Value, target: torch.Tensor) -> torch.Tensor:
         """The tensor to place: right dtype and layout, memory of its own."""
-        tensor = value.tensor
+        tensor: torch.Tensor = value.tensor
         if tensor.shape != target.shape:
             # One number: torch's own load_state_dict takes shape (1,) for () as well.
             tensor = tensor.reshape(target.shape)
@@ -126,10 +143,9 @@ class Placer:
         ):
             value.buffer.owned = False  # this parameter owns it from now on
             return tensor
-        final = torch.empty_strided(
-            tensor.shape, strides, dtype=target.dtype, device=tensor.device
-        )
-        return final.copy_(tensor)
+        final = torch.empty_strided(tensor.shape, strides, dtype=target.dtype, device=tensor.device)
+        final.copy_(tensor)
+        return final
 
     def _put(self, name: str, tensor: torch.Tensor) -> None:
         parent_name, _, leaf = name.rpartition(".")
@@ -186,11 +202,14 @@ class _Waiting:
 def groups(recipes: dict[str, Promise]) -> list[list[str]]:
     """The order of placement: groups of names that are evaluated together.
 
-    Largest parameter first, so that scratch memory falls when little has been allocated. Small parameters that read
-    the same weight (a folded bias) are evaluated just before it, so that the weight is read once.
+    Largest parameter first, so that scratch memory falls when little has been allocated. Small
+    parameters that read the same weight (a folded bias) are evaluated just before it, so that the
+    weight is read once.
     """
     names = sorted(recipes, key=lambda name: -_size_bytes(recipes[name]))
-    big = {id(view.source): name for name in reversed(names) for view in _large_sources(recipes[name])}
+    big = {
+        id(view.source): name for name in reversed(names) for view in _large_sources(recipes[name])
+    }
     joined: dict[str, list[str]] = {}
     for name in names:
         readers = {big[id(view.source)] for view in _large_sources(recipes[name])}
@@ -200,7 +219,7 @@ def groups(recipes: dict[str, Promise]) -> list[list[str]]:
 
 
 def _small_before_big(group: list[str], recipes: dict[str, Promise]) -> list[str]:
-    reads = {name: {view for view in sources(recipes[name].node)} for name in group}
+    reads = {name: set(sources(recipes[name].node)) for name in group}
     order: list[str] = []
     for name in group:
         if name in order:
@@ -234,7 +253,8 @@ def _is_itself(promise: Promise, target: torch.Tensor) -> bool:
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    # One pass over the memory, without a temporary: a sum is finite unless an element is not (or it overflows).
+    # One pass over the memory, without a temporary: a sum is finite unless an element is not (or
+    # it overflows).
     flat = tensor.as_strided((tensor.numel(),), (1,)) if is_dense(tensor) else tensor
     if tensor.numel() and tensor.dtype == torch.float16:  # where sums overflow easily
         least, greatest = torch.aminmax(flat)

@@ -6,10 +6,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Optional, Union
+from typing import Any
 
 ProgressCallback = Callable[["ProgressEvent"], None]
-ProgressOption = Union[None, bool, ProgressCallback]
+ProgressOption = None | bool | ProgressCallback
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Progress:
     """Reports bytes placed to whoever listens.
 
     Args:
-        option: None for a bar when stderr is a terminal or in a notebook, True or False, or a callback.
+        option: None for a bar when stderr is a terminal or in a notebook, True or False, or a
+            callback.
     """
 
     def __init__(self, option: ProgressOption = None) -> None:
@@ -64,9 +65,9 @@ class Progress:
 
     def __exit__(
         self,
-        kind: Optional[type[BaseException]],
-        error: Optional[BaseException],
-        trace: Optional[TracebackType],
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._bar is not None:
             self._bar.stop()

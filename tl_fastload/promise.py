@@ -1,18 +1,21 @@
 """A tensor that records what is done to it instead of doing it.
 
-TransformerLens' own converters and weight processing run on `Promise` tensors unmodified: a promise knows its shape,
-strides, dtype and device, and every operation on it gives another promise that holds a small recipe. Recipes are
-evaluated later, one parameter at a time, by `tl_fastload.evaluator`.
+TransformerLens' own converters and weight processing run on `Promise` tensors unmodified: a
+promise knows its shape, strides, dtype and device, and every operation on it gives another promise
+that holds a small recipe. Recipes are evaluated later, one parameter at a time, by
+`tl_fastload.evaluator`.
 
-A recipe is a graph of three kinds of node: `SourceView` (elements of one stored tensor, seen through views and casts),
-`Call` (one ATen operation) and `Pick` (one result of an operation that returns several).
+A recipe is a graph of three kinds of node: `SourceView` (elements of one stored tensor, seen
+through views and casts), `Call` (one ATen operation) and `Pick` (one result of an operation that
+returns several).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Callable, Optional
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map
@@ -20,6 +23,7 @@ from torch.utils._pytree import tree_map
 from tl_fastload.errors import RecordingError
 
 aten = torch.ops.aten
+_CPU = torch.device("cpu")
 
 # A cast there and back changes nothing when the type in between holds every value exactly.
 _HOLDS = {
@@ -29,7 +33,9 @@ _HOLDS = {
 
 
 class Source(ABC):
-    """A stored tensor that recipes start from: a range of a file, or a tensor that somebody else holds."""
+    """A stored tensor that recipes start from: a range of a file, or a tensor that somebody else
+    holds.
+    """
 
     name: str
     shape: torch.Size
@@ -40,11 +46,15 @@ class Source(ABC):
     def read_into(
         self, out: torch.Tensor, geometry: torch.Tensor, casts: tuple[torch.dtype, ...]
     ) -> None:
-        """Copy the elements that `geometry` (a meta view of this source) selects into `out`, casting on the way."""
+        """Copy the elements that `geometry` (a meta view of this source) selects into `out`,
+        casting on the way.
+        """
 
     @abstractmethod
-    def lend(self, geometry: torch.Tensor) -> Optional[torch.Tensor]:
-        """The selected elements without a copy (the result is never written to), or None if that is not possible."""
+    def lend(self, geometry: torch.Tensor) -> torch.Tensor | None:
+        """The selected elements without a copy (the result is never written to), or None if that
+        is not possible.
+        """
 
 
 class MemorySource(Source):
@@ -57,16 +67,19 @@ class MemorySource(Source):
         self.stride = tensor.stride()
         self.dtype = tensor.dtype
 
-    def lend(self, geometry: torch.Tensor) -> Optional[torch.Tensor]:
+    def lend(self, geometry: torch.Tensor) -> torch.Tensor | None:
+        return self._view(geometry)
+
+    def _view(self, geometry: torch.Tensor) -> torch.Tensor:
         offset = self.tensor.storage_offset() + geometry.storage_offset()
         return self.tensor.as_strided(geometry.shape, geometry.stride(), offset)
 
     def read_into(
         self, out: torch.Tensor, geometry: torch.Tensor, casts: tuple[torch.dtype, ...]
     ) -> None:
-        value = self.lend(geometry)
+        value = self._view(geometry)
         for dtype in casts[:-1]:
-            value = value.to(dtype) if value is not None else None
+            value = value.to(dtype)
         out.copy_(value)
 
 
@@ -82,7 +95,8 @@ class SourceView(Node):
 
     Attributes:
         source: where the values come from.
-        geometry: meta tensor; its shape, strides and offset select elements of the source's storage.
+        geometry: meta tensor; its shape, strides and offset select elements of the source's
+            storage.
         casts: dtypes to cast through, in order; empty for the stored dtype.
     """
 
@@ -128,7 +142,7 @@ class Promise(torch.Tensor):
 
     @staticmethod
     def __new__(cls, node: Node, meta: torch.Tensor, device: torch.device) -> Promise:
-        promise: Promise = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        promise: Promise = torch.Tensor._make_wrapper_subclass(
             cls, meta.shape, strides=meta.stride(), dtype=meta.dtype, device=device
         )
         promise.node = node
@@ -140,7 +154,7 @@ class Promise(torch.Tensor):
         pass
 
     @classmethod
-    def of(cls, source: Source, device: torch.device = torch.device("cpu")) -> Promise:
+    def of(cls, source: Source, device: torch.device = _CPU) -> Promise:
         """The promise of a whole source."""
         geometry = torch.empty_strided(
             source.shape, source.stride, dtype=source.dtype, device="meta"
@@ -148,13 +162,14 @@ class Promise(torch.Tensor):
         return cls(SourceView(source, geometry), geometry, device)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # torch passes no kwargs at times
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         return _record(func, args, kwargs or {})
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"Promise(shape={tuple(self.shape)}, dtype={self.dtype}, node={type(self.node).__name__})"
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
+        kind = type(self.node).__name__
+        return f"Promise(shape={tuple(self.shape)}, dtype={self.dtype}, node={kind})"
 
 
 def node_of(tensor: torch.Tensor) -> Node:
@@ -172,7 +187,8 @@ def dense_strides(geometry: torch.Tensor) -> tuple[int, ...]:
 def _record(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func._schema.is_mutable:
         raise RecordingError(
-            f"{func} writes into a tensor whose values are not loaded yet. Load the model first, then change it."
+            f"{func} writes into a tensor whose values are not loaded yet. Load the model first, "
+            "then change it."
         )
     if func is aten._local_scalar_dense.default:
         from tl_fastload.evaluator import evaluate  # the evaluator builds on this module
@@ -239,7 +255,7 @@ def _is_view(func: Any) -> bool:
 
 def _simplify(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], meta: torch.Tensor
-) -> Optional[Node]:
+) -> Node | None:
     """A shorter recipe with the same values, or None."""
     node = args[0].node if isinstance(args[0], Promise) else None
     if isinstance(node, SourceView):
@@ -265,10 +281,10 @@ def _shorten(node: SourceView, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
     return (*node.casts, dtype)
 
 
-def _look_inside(
-    node: Call, func: Any, args: tuple[Any, ...], meta: torch.Tensor
-) -> Optional[Node]:
-    """One expert of stacked experts is that expert's own tensor: do not stack them all to take one out."""
+def _look_inside(node: Call, func: Any, args: tuple[Any, ...], meta: torch.Tensor) -> Node | None:
+    """One expert of stacked experts is that expert's own tensor: do not stack them all to take one
+    out.
+    """
     dim = args[1] if len(args) > 1 else 0
     dim = dim % args[0].dim()
     if func is aten.select.int:
@@ -292,7 +308,7 @@ def _look_inside(
     return None
 
 
-def _select_inside(node: Call, dim: int, index: int, meta: torch.Tensor) -> Optional[Node]:
+def _select_inside(node: Call, dim: int, index: int, meta: torch.Tensor) -> Node | None:
     if node.func is aten.stack.default:
         return _as_node(node.args[0][index]) if _dim_of(node) == dim else None
     if node.func is aten.cat.default and _dim_of(node) != dim:
@@ -303,7 +319,9 @@ def _select_inside(node: Call, dim: int, index: int, meta: torch.Tensor) -> Opti
 
 
 def _selected(node: Node, dim: int, index: int) -> Node:
-    part = Promise(node, torch.empty(shape_of(node), dtype=dtype_of(node), device="meta"), torch.device("cpu"))
+    part = Promise(
+        node, torch.empty(shape_of(node), dtype=dtype_of(node), device="meta"), torch.device("cpu")
+    )
     return node_of(torch.select(part, dim, index))
 
 
@@ -317,7 +335,9 @@ def _as_node(part: Any) -> Node:
 
 
 def meta_of(node: Node) -> torch.Tensor:
-    """A meta tensor with the shape and strides that a node's value has (for a cast view: before the cast)."""
+    """A meta tensor with the shape and strides that a node's value has (for a cast view: before
+    the cast).
+    """
     if isinstance(node, SourceView):
         return node.geometry
     if isinstance(node, Pick):

@@ -1,7 +1,8 @@
 """Bytes of checkpoint files as tensors: read in pieces, cast on the way, or mapped.
 
-What will be transformed is read (mapped pages would count as resident memory); what will not be is mapped, which
-costs no memory and no time. A mapping is private: writing to a mapped tensor never reaches the file.
+What will be transformed is read (mapped pages would count as resident memory); what will not be is
+mapped, which costs no memory and no time. A mapping is private: writing to a mapped tensor never
+reaches the file.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from pathlib import Path
-from typing import Optional
+from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ class FileReader:
         self.may_map = may_map
         self._descriptors: dict[Path, int] = {}
         self._scratch = torch.empty(0, dtype=torch.uint8)
-        self._held: Optional[tuple[Path, int, int]] = None
+        self._held: tuple[Path, int, int] | None = None
 
     def close(self) -> None:
         """Close the files and free the scratch buffer."""
@@ -47,19 +48,21 @@ class FileReader:
         if path not in self._descriptors:
             self._descriptors[path] = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         descriptor = self._descriptors[path]
-        target = memoryview(out.numpy())
+        target = memoryview(out.numpy())  # type: ignore[arg-type]
         done = 0
         while done < len(target):
             got = _read_at(descriptor, target[done : done + (1 << 30)], offset + done)
             if got == 0:
                 raise CheckpointError(
-                    f"{path} ended {len(target) - done} bytes early: it was cut while it was being read. "
-                    "Download or copy the file again."
+                    f"{path} ended {len(target) - done} bytes early: it was cut while it was being "
+                    "read. Download or copy the file again."
                 )
             done += got
 
     def scratch(self, path: Path, start: int, stop: int) -> torch.Tensor:
-        """The bytes `start:stop` of a file in the shared scratch buffer; the last range read is not read again."""
+        """The bytes `start:stop` of a file in the shared scratch buffer; the last range read is
+        not read again.
+        """
         size = stop - start
         if self._scratch.numel() < size:
             self._scratch = torch.empty(size, dtype=torch.uint8)
@@ -84,8 +87,8 @@ def _read_at(descriptor: int, target: memoryview, offset: int) -> int:
 class FileMaps:
     """Private mappings of whole files.
 
-    Two parameters that select the same elements (tied weights) get two mappings, so that writing to one does not
-    change the other; unwritten pages stay shared.
+    Two parameters that select the same elements (tied weights) get two mappings, so that writing
+    to one does not change the other; unwritten pages stay shared.
     """
 
     def __init__(self) -> None:
@@ -93,29 +96,30 @@ class FileMaps:
         self._taken: dict[Path, list[list[tuple[int, int]]]] = defaultdict(list)
 
     def view(self, entry: TensorEntry, geometry: torch.Tensor) -> torch.Tensor:
-        """The selected elements of a file as a tensor that no other view of this object overlaps."""
+        """The selected elements of a file as a tensor that no other view of this object
+        overlaps.
+        """
         start, stop = byte_span(entry, geometry)
         layers = self._taken[entry.path]
-        for number, spans in enumerate(layers):
-            if all(stop <= first or last <= start for first, last in spans):
-                break
-        else:
+        number = next((i for i, spans in enumerate(layers) if _is_free(spans, start, stop)), None)
+        if number is None:
             number = len(layers)
             layers.append([])
         layers[number].append((start, stop))
-        flat = torch.empty(0, dtype=entry.dtype).set_(  # type: ignore[call-overload]
-            self._storage(entry.path, number)
-        )
+        flat = torch.empty(0, dtype=entry.dtype).set_(self._storage(entry.path, number))
         offset = entry.offset // entry.dtype.itemsize + geometry.storage_offset()
         return flat.as_strided(geometry.shape, geometry.stride(), offset)
 
     def _storage(self, path: Path, number: int) -> torch.UntypedStorage:
         key = (path, number)
         if key not in self._storages:
-            self._storages[key] = torch.UntypedStorage.from_file(
-                str(path), False, path.stat().st_size
-            )
+            storage: Any = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+            self._storages[key] = storage
         return self._storages[key]
+
+
+def _is_free(spans: list[tuple[int, int]], start: int, stop: int) -> bool:
+    return all(stop <= first or last <= start for first, last in spans)
 
 
 class FileSource(Source):
@@ -129,7 +133,7 @@ class FileSource(Source):
         self.stride = torch.empty(entry.shape, device="meta").stride()
         self.dtype = entry.dtype
 
-    def lend(self, geometry: torch.Tensor) -> Optional[torch.Tensor]:
+    def lend(self, geometry: torch.Tensor) -> torch.Tensor | None:
         return None
 
     def read_into(
@@ -167,9 +171,11 @@ class FileSource(Source):
             if geometry.shape[slowest] > 1:
                 half = geometry.shape[slowest] // 2
                 sizes = [half, geometry.shape[slowest] - half]
-                for part, target in zip(
-                    geometry.split(sizes, slowest), out.split(sizes, slowest), strict=True
-                ):
+                parts, targets = (
+                    torch.split(geometry, sizes, slowest),
+                    torch.split(out, sizes, slowest),
+                )
+                for part, target in zip(parts, targets, strict=True):
                     self.read_into(target, part, casts)
                 return
         held = self.reader.scratch(self.entry.path, start, stop).view(self.dtype)
@@ -202,7 +208,7 @@ def has_overlap(geometry: torch.Tensor) -> bool:
 def byte_span(entry: TensorEntry, geometry: torch.Tensor) -> tuple[int, int]:
     """First byte, and the byte after the last, of the file range that a view touches."""
     itemsize = entry.dtype.itemsize
-    first = geometry.storage_offset()
+    first = int(geometry.storage_offset())
     last = first + sum(
         (size - 1) * stride for size, stride in zip(geometry.shape, geometry.stride(), strict=True)
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any
 
 import torch
 
@@ -26,7 +26,8 @@ class LoadReport:
         device: device of the parameters; several are joined by commas.
         seconds: wall time of the whole call.
         parameter_bytes: bytes of the parameters, each storage once.
-        peak_host_bytes: highest resident host memory above the start of the call, mapped file pages included.
+        peak_host_bytes: highest resident host memory above the start of the call, mapped file
+            pages included.
         peak_anonymous_bytes: the part of it that no file backs.
         mapped_bytes: parameter bytes that are mapped from files instead of held in memory.
         peak_device_bytes: highest CUDA memory above the start of the call; None without CUDA.
@@ -47,7 +48,7 @@ class LoadReport:
     peak_host_bytes: int
     peak_anonymous_bytes: int
     mapped_bytes: int
-    peak_device_bytes: Optional[int]
+    peak_device_bytes: int | None
     processing: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -81,9 +82,7 @@ class LoadReport:
     def __str__(self) -> str:
         rows = self.rows()
         width = max(len(label) for label, _ in rows)
-        return "\n".join(
-            ["LoadReport", *(f"  {label:<{width}}  {text}" for label, text in rows)]
-        )
+        return "\n".join(["LoadReport", *(f"  {label:<{width}}  {text}" for label, text in rows)])
 
     def _repr_html_(self) -> str:
         cells = "".join(

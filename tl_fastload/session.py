@@ -1,32 +1,30 @@
-"""One load, from a name to a placed model: the order of events, and what is checked before the next."""
+"""One load, from a name to a placed model: the order of events, and what is checked before the
+next.
+"""
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Optional, Union
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from tl_fastload import compat, steps, verify
-from tl_fastload.errors import ArgumentError, MissingWeightsError
-from tl_fastload.memory import PeakSampler, collect_and_return, unique_bytes
+from tl_fastload.errors import MissingWeightsError
+from tl_fastload.memory import PeakSampler, unique_bytes
 from tl_fastload.options import Options
-from tl_fastload.origin import Origin, find_origin, is_promise
+from tl_fastload.origin import Origin, find_origin
 from tl_fastload.placement import Placer
 from tl_fastload.progress import Progress
 from tl_fastload.promise import MemorySource, Promise
 from tl_fastload.reader import FileMaps, FileReader
 from tl_fastload.report import LoadReport
-from tl_fastload.skeleton import build_empty, device_map
+from tl_fastload.skeleton import build_empty, device_map, reset_to_device
 from tl_fastload.stock import run_from_pretrained
-
-__all__ = ["Options", "Session", "load"]
 
 
 @dataclass
@@ -37,14 +35,14 @@ class Session:
         options: strategy, mapping, progress.
         requested: the processing steps that the caller asked for.
         origin: where the weights come from; None for a state dict.
-        recipes: parameter name -> recipe, collected from TransformerLens' own `load_state_dict` calls.
-        place_in_memory: write into the model's tensors instead of replacing them.
+        recipes: parameter name -> recipe, collected from TransformerLens' `load_state_dict` calls.
         notes: for the report.
+        mapped_bytes: parameter bytes that were mapped.
     """
 
     options: Options
     requested: dict[str, bool]
-    origin: Optional[Origin] = None
+    origin: Origin | None = None
     recipes: dict[str, Promise] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     mapped_bytes: int = 0
@@ -55,9 +53,7 @@ class Session:
         return _IncompatibleKeys([], [])
 
 
-def load(
-    cls: type, options: Options, arguments: dict[str, Any], keywords: dict[str, Any]
-) -> Any:
+def load(cls: type, options: Options, arguments: dict[str, Any], keywords: dict[str, Any]) -> Any:
     """Load a model.
 
     Args:
@@ -70,37 +66,54 @@ def load(
     options.check()
     verify.check_arguments(arguments, keywords)
     reader = FileReader(may_map=options.mmap is not False)
-    model_name, hf_model = arguments.pop("model_name"), arguments.pop("hf_model")
-    dtype_keyword = {k: keywords.pop(k) for k in ("torch_dtype",) if k in keywords}
     try:
         with PeakSampler() as sampler:
-            origin = find_origin(model_name, hf_model, keywords, reader)
-            session = Session(options, {s: bool(arguments[s]) for s in steps.STEPS}, origin)
-            move = arguments.pop("move_to_device")
-
-            def build(cfg: Any, *args: Any, **kwargs: Any) -> Any:
-                model = build_empty(cls, cfg, origin, session.notes, *args, **kwargs)
-                model._session = session
-                session.options.move_to_device = move
-                return model
-
-            model = run_from_pretrained(
-                origin, build, str(model_name), move_to_device=False, **arguments, **dtype_keyword
-            )
-            model._session = None
-            origin.root = None
-            del origin.reader
+            model, session = _load(cls, options, dict(arguments), dict(keywords), reader)
     finally:
         reader.close()
-    collect_and_return()
     model.load_report = _report(model, session, sampler, time.perf_counter() - started)
     return model
+
+
+def _load(
+    cls: type,
+    options: Options,
+    arguments: dict[str, Any],
+    keywords: dict[str, Any],
+    reader: FileReader,
+) -> tuple[Any, Session]:
+    model_name, hf_model = arguments.pop("model_name"), arguments.pop("hf_model")
+    move_to_device = arguments.pop("move_to_device")
+    if "torch_dtype" in keywords:
+        arguments["torch_dtype"] = keywords.pop("torch_dtype")
+    origin = find_origin(model_name, hf_model, keywords, reader)
+    requested = {step: bool(arguments[step]) for step in steps.STEPS}
+    session = Session(replace(options, move_to_device=move_to_device), requested, origin)
+
+    def build(cfg: Any, *args: Any, **kwargs: Any) -> Any:
+        verify.check_layers(cfg, origin)
+        model = build_empty(cls, cfg, origin, session.notes, *args, **kwargs)
+        model._session = session
+        return model
+
+    try:
+        model = run_from_pretrained(
+            origin, build, str(model_name), move_to_device=False, **arguments
+        )
+    except (AttributeError, KeyError, RuntimeError, ValueError, AssertionError) as error:
+        # A converter stumbled: the reason is what of the checkpoint does not fit, if anything.
+        verify.explain(origin, error)
+        raise
+    model._session = None
+    origin.root = None
+    return model, session
 
 
 def load_state_dict_into(
     model: Any, state_dict: dict[str, Any], flags: dict[str, bool], stock: Callable[..., None]
 ) -> None:
-    """Run TransformerLens' `load_and_process_state_dict` on promises, then place what it would have loaded.
+    """Run TransformerLens' `load_and_process_state_dict` on promises, then place what it would
+    load.
 
     Args:
         model: the model to fill.
@@ -108,27 +121,22 @@ def load_state_dict_into(
         flags: the processing steps.
         stock: the model's own bound `load_and_process_state_dict`.
     """
-    session: Optional[Session] = model._session
-    if session is not None:
-        _process(model, session, state_dict, flags, stock)
-        _place(model, session)
+    if model._session is not None:
+        _process_and_place(model, model._session, state_dict, flags, stock)
         return
     started = time.perf_counter()
-    session = Session(Options(strategy="copy"), dict(flags))
     verify.check_state_dict(model, state_dict)
+    session = Session(Options(strategy="copy", progress=False), dict(flags))
     model._session = session
     try:
         with PeakSampler() as sampler:
-            _process(model, session, state_dict, flags, stock)
-            _place(model, session)
+            _process_and_place(model, session, state_dict, flags, stock)
     finally:
         model._session = None
-    collect_and_return()
     model.load_report = _report(model, session, sampler, time.perf_counter() - started)
-    model._processed = _fingerprint(model, flags)
 
 
-def _process(
+def _process_and_place(
     model: Any,
     session: Session,
     state_dict: dict[str, Any],
@@ -136,7 +144,7 @@ def _process(
     stock: Callable[..., None],
 ) -> None:
     promises = {
-        name: value if is_promise(value) else Promise.of(MemorySource(value, name), value.device)
+        name: value if isinstance(value, Promise) else _promise(value, name)
         for name, value in state_dict.items()
         if isinstance(value, torch.Tensor)
     }
@@ -147,100 +155,105 @@ def _process(
     stock(promises, **allowed)
     if session.origin is not None:
         verify.check_recipes(model, session.origin, session.recipes)
+    _place(model, session)
+
+
+def _promise(tensor: torch.Tensor, name: str) -> Promise:
+    return Promise.of(MemorySource(tensor, name), tensor.device)
 
 
 def _place(model: nn.Module, session: Session) -> None:
-    options = session.options
+    options, origin = session.options, session.origin
     device_of = device_map(model, options.move_to_device)
-    maps = None
-    if session.origin is not None and options.may_map(session.origin.checkpoint):
-        maps = FileMaps()
+    if origin is None:  # a live model keeps its tensors where they are
+        homes = {name: tensor.device for name, tensor in model.state_dict(keep_vars=True).items()}
+        device_of = homes.__getitem__
+    elif not options.assigns:
+        reset_to_device(model, device_of)
+    may_map = origin is not None and options.may_map(origin.checkpoint)
     with Progress(options.progress) as progress:
         placer = Placer(
             model,
             device_of,
             assign=options.assigns,
-            maps=maps,
+            maps=FileMaps() if may_map else None,
             map_any_layout=not any(session.requested.values()),
             progress=progress,
         )
+        if origin is not None:
+            verify.check_room(placer.needed_bytes(session.recipes), origin.label)
         placer.place(session.recipes)
     session.mapped_bytes = placer.mapped_bytes
     session.recipes = {}
     if placer.not_finite:
         session.notes.append(f"NaN or infinite values in {_listed(placer.not_finite)}.")
-    for name, buffer in model.named_buffers():
-        _move_buffer(model, name, buffer, device_of(name))
-
-
-def _move_buffer(model: nn.Module, name: str, buffer: torch.Tensor, device: torch.device) -> None:
-    parent, _, leaf = name.rpartition(".")
-    model.get_submodule(parent)._buffers[leaf] = buffer.to(device)
+    for name, buffer in list(model.named_buffers()):
+        parent, _, leaf = name.rpartition(".")
+        model.get_submodule(parent)._buffers[leaf] = buffer.to(device_of(name))
 
 
 def fill_missing_keys(model: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Complete a state dict with what the model has by default: zero biases, unit norms, its buffers.
+    """Complete a state dict with what the model has by default: zero biases, unit norms, its
+    buffers.
 
     Raises:
-        MissingWeightsError: a weight matrix is missing; TransformerLens would go on with uninitialised memory.
+        MissingWeightsError: a weight matrix is missing; TransformerLens would go on with
+            uninitialised memory.
     """
     own = model.state_dict(keep_vars=True)
     missing = [name for name in own if name not in state_dict]
-    lost = [name for name in missing if "W_" in name.rsplit(".", 2)[-1] or _is_matrix(own[name], name)]
-    if getattr(model.cfg, "positional_embedding_type", None) == "alibi" and "pos_embed.W_pos" in lost:
+    lost = [name for name in missing if _is_weight_matrix(name)]
+    if model.cfg.positional_embedding_type == "alibi" and "pos_embed.W_pos" in lost:
         # ALiBi models have no position embedding; TransformerLens never reads this parameter.
         lost.remove("pos_embed.W_pos")
         with torch.no_grad():
             own["pos_embed.W_pos"].zero_()
     if lost:
         raise MissingWeightsError(
-            f"The weights lack {_listed(lost)}. Nothing was loaded. Check that the checkpoint is complete and of "
-            "this architecture."
+            f"The weights lack {_listed(lost)}. Nothing was loaded. Check that the checkpoint is "
+            "complete and of this architecture."
         )
-    complete = dict(state_dict)
-    for name in missing:
-        complete[name] = Promise.of(MemorySource(own[name], name), own[name].device)
-    return complete
+    defaults = {name: _promise(own[name], name) for name in missing}
+    return {**state_dict, **defaults}
 
 
-def _is_matrix(tensor: torch.Tensor, name: str) -> bool:
-    return isinstance(tensor, nn.Parameter) and tensor.dim() > 1 and not name.rsplit(".", 1)[-1].startswith(("b_", "_b_"))
+def _is_weight_matrix(name: str) -> bool:
+    # A leaf such as W_Q or _W_K, or the weight of an expert's linear layer such as W_in.weight.
+    return any(part.lstrip("_").startswith("W_") for part in name.split(".")[-2:]) and not (
+        name.endswith(".bias")
+    )
 
 
 def is_already_processed(model: Any, flags: dict[str, bool]) -> bool:
-    """Whether these steps were done and no parameter has changed since; notes it in the report if so."""
-    before = getattr(model, "_processed", None)
-    if before is None or before != _fingerprint(model, {**before[0], **_asked(flags)}):
+    """Whether these steps were done and no parameter has changed since; the report says so then."""
+    asked = {step for step, value in flags.items() if value}
+    done, versions = getattr(model, "_processed", (set(), None))
+    if not asked <= done or versions != _versions(model):
         return False
-    report = model.load_report
     note = "process_weights_ was called again with nothing changed: nothing was done."
-    object.__setattr__(report, "notes", (*report.notes, note))
+    model.load_report = replace(model.load_report, notes=(*model.load_report.notes, note))
     return True
 
 
-def _asked(flags: dict[str, bool]) -> dict[str, bool]:
-    return {name: True for name, value in flags.items() if value}
-
-
-def _fingerprint(model: nn.Module, flags: dict[str, bool]) -> tuple[Any, ...]:
-    versions = tuple((name, id(p), p.data_ptr(), p._version) for name, p in model.named_parameters())
-    return (_asked(flags), versions)
+def _versions(model: nn.Module) -> list[tuple[str, int, int]]:
+    """Changes whenever a parameter is replaced or written to."""
+    return [(name, p.data_ptr(), p._version) for name, p in model.named_parameters()]
 
 
 def _report(model: Any, session: Session, sampler: PeakSampler, seconds: float) -> LoadReport:
     origin = session.origin
     parameters = list(model.parameters())
-    devices = sorted({str(parameter.device) for parameter in parameters})
-    model._processed = _fingerprint(model, session.requested)
+    asked = {step for step, value in session.requested.items() if value}
+    model._processed = (asked, _versions(model))
     return LoadReport(
         strategy="assign" if session.options.assigns else "copy",
-        reason=session.options.reason(),
+        reason=session.options.reason() if origin is not None else "parameters keep their identity",
         torch_version=str(compat.TORCH),
         transformers_version=str(compat.TRANSFORMERS),
         transformer_lens_version=str(compat.TRANSFORMER_LENS),
         source=origin.label if origin is not None else "state_dict",
         dtype=model.cfg.dtype,
-        device=", ".join(devices),
+        device=", ".join(sorted({str(parameter.device) for parameter in parameters})),
         seconds=seconds,
         parameter_bytes=unique_bytes(parameters),
         peak_host_bytes=sampler.peak_host_bytes,
@@ -248,7 +261,7 @@ def _report(model: Any, session: Session, sampler: PeakSampler, seconds: float) 
         mapped_bytes=session.mapped_bytes,
         peak_device_bytes=sampler.peak_device_bytes,
         processing=steps.describe(session.requested, model.cfg),
-        notes=tuple([*(origin.notes if origin is not None else ()), *session.notes]),
+        notes=(*(origin.notes if origin is not None else ()), *session.notes),
     )
 
 

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformer_lens.utilities import get_device_for_block_index
+from transformer_lens.utilities.multi_gpu import get_device_for_block_index
 
 from tl_fastload.errors import UnknownModelError
 from tl_fastload.promise import aten
 
 
-class _SkipRandomInit(TorchDispatchMode):
-    """Leaves fresh memory untouched instead of filling it with random numbers, so that it costs nothing.
+class _SkipRandomInit(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Leaves fresh memory untouched instead of filling it with random numbers, so that it costs
+    nothing.
 
     Everything else runs, so that buffers (rotary tables, masks) are what TransformerLens computes.
     """
@@ -27,7 +28,13 @@ class _SkipRandomInit(TorchDispatchMode):
 
 
 def build_empty(
-    cls: type, cfg: Any, origin: Any, notes: list[str], tokenizer: Any = None, *args: Any, **kwargs: Any
+    cls: type,
+    cfg: Any,
+    origin: Any,
+    notes: list[str],
+    tokenizer: Any = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """Build the model class with untouched memory for parameters.
 
@@ -44,14 +51,14 @@ def build_empty(
     wanted = cfg.trust_remote_code
     cfg.trust_remote_code = origin.keywords.trust_remote_code
     try:
-        with _SkipRandomInit():
+        with _SkipRandomInit():  # type: ignore[no-untyped-call]
             model = _construct(cls, cfg, notes, tokenizer, *args, **kwargs)
     finally:
         cfg.trust_remote_code = wanted
     if _give_experts_the_dtype(model):
         notes.append(
-            f"Expert layers are {cfg.dtype}, as asked for. TransformerLens makes them float32 whatever dtype says, and "
-            "its forward pass then fails."
+            f"Expert layers are {cfg.dtype}, as asked for. TransformerLens makes them float32 "
+            "whatever dtype says, and its forward pass then fails."
         )
     return model
 
@@ -67,7 +74,9 @@ def _give_experts_the_dtype(model: Any) -> bool:
     return changed
 
 
-def _construct(cls: type, cfg: Any, notes: list[str], tokenizer: Any, *args: Any, **kwargs: Any) -> Any:
+def _construct(
+    cls: type, cfg: Any, notes: list[str], tokenizer: Any, *args: Any, **kwargs: Any
+) -> Any:
     name = cfg.tokenizer_name
     try:
         return cls(cfg, tokenizer, *args, **kwargs)
@@ -75,7 +84,10 @@ def _construct(cls: type, cfg: Any, notes: list[str], tokenizer: Any, *args: Any
         if tokenizer is not None or name is None:
             raise
         # The weights do not need the tokenizer: token ids still work.
-        notes.append(f"No tokenizer could be loaded from {name} ({type(error).__name__}): pass token ids, or tokenizer=.")
+        notes.append(
+            f"No tokenizer could be loaded from {name} ({type(error).__name__}): pass token ids, "
+            "or tokenizer=."
+        )
         cfg.tokenizer_name = None
         return cls(cfg, tokenizer, *args, **kwargs)
 
@@ -83,8 +95,8 @@ def _construct(cls: type, cfg: Any, notes: list[str], tokenizer: Any, *args: Any
 def device_map(model: Any, move_to_device: bool) -> Callable[[str], torch.device]:
     """Where each parameter goes.
 
-    With several devices, blocks are spread as the forward pass expects them, the embedding lies with the first block
-    and the final norm and unembedding with the last.
+    With several devices, blocks are spread as the forward pass expects them, the embedding lies
+    with the first block and the final norm and unembedding with the last.
     """
     cfg = model.cfg
     if not move_to_device or cfg.device is None:

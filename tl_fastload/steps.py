@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any
 
 STEPS = (
     "fold_ln",
@@ -16,7 +16,7 @@ STEPS = (
 _POST_NORM = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
 
 
-def reason_to_skip(step: str, cfg: Any) -> Optional[str]:
+def reason_to_skip(step: str, cfg: Any) -> str | None:
     """Why a step does not apply to a model, or None if it does.
 
     Args:
@@ -34,10 +34,18 @@ def reason_to_skip(step: str, cfg: Any) -> Optional[str]:
         return "RMSNorm does not remove the mean"
     if step == "center_writing_weights" and getattr(cfg, "final_rms", False):
         return "the final norm is an RMSNorm, which does not remove the mean"
-    if step == "center_unembed" and getattr(cfg, "output_logits_soft_cap", None) not in (None, -1, -1.0, 0):
+    if step == "center_unembed" and getattr(cfg, "output_logits_soft_cap", None) not in (
+        None,
+        -1,
+        -1.0,
+        0,
+    ):
         return "a soft cap on logits is not invariant under a shift"
     if step == "fold_value_biases" and getattr(cfg, "use_attention_sinks", False):
-        return "attention sinks make pattern rows sum to less than one, so the fold would change the model"
+        return (
+            "attention sinks make pattern rows sum to less than one, so the fold would change the "
+            "model's output"
+        )
     if step == "refactor_factored_attn_matrices" and cfg.positional_embedding_type == "rotary":
         return "rotary embeddings act between W_Q and W_K"
     return None

@@ -1,8 +1,9 @@
 """Runs TransformerLens' own loading functions with our checkpoint behind them.
 
-TransformerLens looks models up by name and lets transformers load them. Private copies of its functions
-(`tl_fastload.borrow`) find our answers where they would ask the hub, transformers or the file system; everything
-else in them (guards, defaults, the choice of converter, the order of steps) runs as it is.
+TransformerLens looks models up by name and lets transformers load them. Private copies of its
+functions (`tl_fastload.borrow`) find our answers where they would ask the hub, transformers or the
+file system; everything else in them (guards, defaults, the choice of converter, the order of
+steps) runs as it is.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ class Answers(Protocol):
     """What TransformerLens asks about a model.
 
     Attributes:
-        stock_name: the name that TransformerLens sees: the official one, or one that means nothing to it.
-        is_toy: whether the model is one of the `.pth` toy models, whose tensors have TransformerLens' names.
+        stock_name: the name that TransformerLens sees: the official one, or one that means nothing
+            to it.
+        is_toy: whether the model is one of the `.pth` toy models, whose tensors have
+            TransformerLens' names.
     """
 
     stock_name: str
@@ -111,7 +114,8 @@ def run_from_pretrained(
 
     Args:
         answers: what is known about the model.
-        build: stands where the class is called: takes a configuration and a tokenizer, returns the empty model.
+        build: stands where the class is called: takes a configuration and a tokenizer, returns the
+            empty model.
         model_name: only for messages.
         **arguments: of `from_pretrained`, without `hf_model`.
 
@@ -123,7 +127,9 @@ def run_from_pretrained(
 
 
 def stock_name_for(official_name: str | None, label: str) -> str:
-    """A name that keeps TransformerLens' special cases for official models and means nothing to it otherwise."""
+    """A name that keeps TransformerLens' special cases for official models and means nothing to it
+    otherwise.
+    """
     if official_name is not None:
         return official_name
     # The last part becomes cfg.model_name, as it does for stock's own names.
@@ -143,10 +149,11 @@ def _utilities(answers: Answers) -> SimpleNamespace:
 
 
 def _convert_olmo2_weights(tree: Any, cfg: Any) -> Any:
-    """OLMo 2 with grouped heads: TransformerLens' converter assumes one per query head, that of OLMo 3 does not."""
+    """OLMo 2 with grouped heads: TransformerLens' converter assumes one per query head, that of
+    OLMo 3 does not.
+    """
     grouped = cfg.n_key_value_heads is not None and hasattr(loading, "convert_olmo3_weights")
-    convert = loading.convert_olmo3_weights if grouped else loading.convert_olmo2_weights
-    return convert(tree, cfg)
+    return getattr(loading, f"convert_olmo{3 if grouped else 2}_weights")(tree, cfg)
 
 
 def _same(name: str) -> str:
@@ -154,7 +161,9 @@ def _same(name: str) -> str:
 
 
 class _NoPath:
-    """A path that never exists: what TransformerLens sees is a name, whatever lies in the working directory."""
+    """A path that never exists: what TransformerLens sees is a name, whatever lies in the working
+    directory.
+    """
 
     def __init__(self, *parts: str) -> None:
         self._parts = parts

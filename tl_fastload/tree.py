@@ -1,9 +1,10 @@
 """The Hugging Face module tree of a checkpoint, with a promise where each weight would be.
 
-TransformerLens' converters walk the attributes of a Hugging Face model (`model.layers[0].self_attn.q_proj.weight`).
-They get the real module tree, built without memory, so that names, ties and conversions are transformers' own. Where
-transformers has no class (the code lies in the checkpoint), a bare tree of the tensors' names serves as well, and
-nobody's code is run.
+TransformerLens' converters walk the attributes of a Hugging Face model
+(`model.layers[0].self_attn.q_proj.weight`). They get the real module tree, built without memory,
+so that names, ties and conversions are transformers' own. Where transformers has no class (the
+code lies in the checkpoint), a bare tree of the tensors' names serves as well, and nobody's code
+is run.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator, Mapping
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import transformers
@@ -34,7 +35,7 @@ class MissingSource(Source):
         self.stride = like.stride()
         self.dtype = like.dtype
 
-    def lend(self, geometry: torch.Tensor) -> Optional[torch.Tensor]:
+    def lend(self, geometry: torch.Tensor) -> torch.Tensor | None:
         raise CheckpointError(f"the checkpoint has no weight {self.name}")
 
     def read_into(
@@ -56,7 +57,9 @@ class Branch:
         """Every tensor below this node with its dotted name."""
         for name, child in self.__dict__.items():
             if isinstance(child, Branch):
-                yield from ((f"{name}.{below}", tensor) for below, tensor in child.named_parameters())
+                yield from (
+                    (f"{name}.{below}", tensor) for below, tensor in child.named_parameters()
+                )
             elif isinstance(child, torch.Tensor):
                 yield name, child
 
@@ -77,7 +80,9 @@ class Branch:
 def checkpoint_promises(
     checkpoint: Checkpoint, reader: FileReader
 ) -> tuple[dict[str, Promise], list[str]]:
-    """A promise for every tensor of a checkpoint, under the names of its files, and notes for the report."""
+    """A promise for every tensor of a checkpoint, under the names of its files, and notes for the
+    report.
+    """
     promises: dict[str, Promise] = {
         name: Promise.of(FileSource(entry, reader)) for name, entry in checkpoint.entries.items()
     }
@@ -130,7 +135,9 @@ def _empty_model(model_class: Any, hf_config: Any, dtype: torch.dtype) -> Any:
 
 
 def fill_tree(model: Any, promises: Mapping[str, Promise], dtype: torch.dtype) -> Ledger:
-    """Put promises in place of a model's meta weights, under transformers' own renaming and tying rules."""
+    """Put promises in place of a model's meta weights, under transformers' own renaming and tying
+    rules.
+    """
     found, ledger = rename_to_model(model, promises, dtype)
     for group in tied_groups(model):
         present = [name for name in group if name in found]
@@ -148,14 +155,16 @@ def fill_tree(model: Any, promises: Mapping[str, Promise], dtype: torch.dtype) -
 
 
 def tree_from_model(hf_model: Any) -> Any:
-    """A shadow of the caller's model: the same modules in form, promises for weights, nothing shared that changes."""
+    """A shadow of the caller's model: the same modules in form, promises for weights, nothing
+    shared that changes.
+    """
     if not isinstance(hf_model, nn.Module):
         return hf_model
     for name, tensor in hf_model.named_parameters():
         if tensor.device.type == "meta":
             raise CheckpointError(
-                f"hf_model has no values for {name}: it is on the meta device (offloaded to disk, or never loaded). "
-                "Load it without offloading, or pass the folder instead of hf_model."
+                f"hf_model has no values for {name}: it is on the meta device (offloaded to disk, or "
+                "never loaded). Load it without offloading, or pass the folder instead of hf_model."
             )
     promises: dict[int, Promise] = {}
     return _shadow(hf_model, "", promises)
@@ -199,5 +208,5 @@ def _put(model: nn.Module, name: str, promise: Promise) -> None:
 
 
 def _as_parameter(promise: Promise) -> Promise:
-    promise._is_param = True  # type: ignore[attr-defined]  # how nn.Parameter recognises tensor subclasses
+    promise._is_param = True  # how nn.Parameter recognises tensor subclasses
     return promise

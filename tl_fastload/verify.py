@@ -1,4 +1,6 @@
-"""Checks of what fits together: arguments, state dicts, recipes. Everything wrong is told in one error."""
+"""Checks of what fits together: arguments, state dicts, recipes. All that is wrong is told at
+once.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +8,20 @@ import re
 from typing import Any
 
 import torch
+from transformer_lens.HookedTransformer import DTYPE_FROM_STRING
 
-from tl_fastload.errors import ArgumentError, MissingWeightsError
+from tl_fastload.errors import (
+    ArgumentError,
+    LeanLoadError,
+    MissingWeightsError,
+    NotEnoughMemoryError,
+)
 from tl_fastload.evaluator import sources
+from tl_fastload.memory import available_bytes
 from tl_fastload.origin import Origin
 from tl_fastload.promise import Promise
-from tl_fastload.tree import MissingSource
+from tl_fastload.report import format_bytes
+from tl_fastload.tree import Branch, MissingSource
 
 _LAYER = re.compile(r"\.(?:h|layers|blocks)\.(\d+)\.")
 # Parts of multimodal checkpoints that the text model does not have.
@@ -19,19 +29,66 @@ _NOT_TEXT = re.compile(r"(vision_tower|vision_model|multi_modal_projector|audio_
 
 
 def check_arguments(arguments: dict[str, Any], keywords: dict[str, Any]) -> None:
-    """Raise ArgumentError for arguments that contradict each other."""
-    checkpoint = [n for n in ("checkpoint_index", "checkpoint_value", "checkpoint_label") if arguments[n] is not None]
-    if arguments["checkpoint_value"] is not None and arguments["checkpoint_label"] is not None:
-        raise ArgumentError("checkpoint_value and checkpoint_label are two names of one thing: pass one.")
-    if checkpoint and arguments["hf_model"] is not None:
-        raise ArgumentError(f"{checkpoint[0]}= picks a checkpoint on the hub, but hf_model= already has weights.")
-    if checkpoint and keywords.get("revision") is not None:
-        raise ArgumentError(f"{checkpoint[0]}= and revision= both name a version of the weights: pass one.")
-    first = arguments["first_n_layers"]
-    if first is not None and (not isinstance(first, int) or first < 0):
-        raise ArgumentError(f"first_n_layers={first!r} is not a number of layers.")
-    if arguments["n_ctx"] is not None and arguments["n_ctx"] < 1:
-        raise ArgumentError(f"n_ctx={arguments['n_ctx']!r} is not a context length.")
+    """Raise ArgumentError for arguments that mean nothing or contradict each other."""
+    _check_checkpoint(arguments, keywords)
+    _check_device(arguments)
+    dtype = keywords.get("torch_dtype", arguments["dtype"])
+    if not isinstance(dtype, torch.dtype) and dtype not in DTYPE_FROM_STRING:
+        known = ", ".join(DTYPE_FROM_STRING)
+        raise ArgumentError(f"dtype={dtype!r} is neither a torch.dtype nor one of {known}.")
+    for name, least in (("first_n_layers", 0), ("n_ctx", 1)):
+        value = arguments[name]
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise ArgumentError(f"{name}={value!r} is not a number from {least} on.")
+
+
+def _check_checkpoint(arguments: dict[str, Any], keywords: dict[str, Any]) -> None:
+    names = ("checkpoint_index", "checkpoint_value", "checkpoint_label")
+    given = [name for name in names if arguments[name] is not None]
+    if "checkpoint_value" in given and "checkpoint_label" in given:
+        raise ArgumentError(
+            "checkpoint_value and checkpoint_label are two names of one thing: pass one of them."
+        )
+    if given and arguments["hf_model"] is not None:
+        raise ArgumentError(
+            f"{given[0]}= picks a checkpoint on the hub, but hf_model= already has weights: "
+            "pass one of them."
+        )
+    if given and keywords.get("revision") is not None:
+        raise ArgumentError(
+            f"{given[0]}= and revision= both name a version of the weights: pass one of them."
+        )
+
+
+def _check_device(arguments: dict[str, Any]) -> None:
+    n_devices = arguments["n_devices"]
+    if not isinstance(n_devices, int) or n_devices < 1:
+        raise ArgumentError(f"n_devices={n_devices!r} is not a number from 1 on.")
+    if arguments["device"] is not None:
+        try:
+            device = torch.device(arguments["device"])
+        except RuntimeError as error:
+            raise ArgumentError(f"device={arguments['device']!r} is no device: {error}") from error
+    else:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type != "cuda":
+        if n_devices > 1:
+            raise ArgumentError(f"n_devices={n_devices} spreads over CUDA devices, not {device}.")
+        return
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (device.index or 0) + n_devices > count:
+        raise ArgumentError(
+            f"device={arguments['device']!r} with n_devices={n_devices} needs "
+            f"{(device.index or 0) + n_devices} CUDA devices, torch sees {count}."
+        )
+
+
+def check_layers(cfg: Any, origin: Origin) -> None:
+    """Raise ArgumentError if more layers are asked for than the model has."""
+    if origin.n_layers is not None and cfg.n_layers > origin.n_layers:
+        raise ArgumentError(
+            f"first_n_layers={cfg.n_layers}, but {origin.label} has {origin.n_layers} layers."
+        )
 
 
 def check_state_dict(model: Any, state_dict: dict[str, Any]) -> None:
@@ -44,7 +101,8 @@ def check_state_dict(model: Any, state_dict: dict[str, Any]) -> None:
     ]
     if wrong:
         raise MissingWeightsError(
-            "The state dict has tensors of the wrong shape; the model is unchanged:\n  " + "\n  ".join(wrong)
+            "The state dict has tensors of the wrong shape; the model is unchanged:\n  "
+            + "\n  ".join(wrong)
         )
 
 
@@ -52,23 +110,65 @@ def check_recipes(model: Any, origin: Origin, recipes: dict[str, Promise]) -> No
     """Raise MissingWeightsError for everything of the checkpoint that does not fit the model."""
     read = [view.source for promise in recipes.values() for view in sources(promise.node)]
     missing = sorted({source.name for source in read if isinstance(source, MissingSource)})
-    problems = [f"missing: {name}" for name in missing]
-    problems += [f"unexpected: {name}" for name in sorted(origin.ledger.unexpected) if not _NOT_TEXT.search(name)]
-    for name, (found, wanted) in sorted(origin.ledger.misshapen.items()):
-        problems.append(f"misshapen: {name} is {found}, the configuration asks for {wanted}")
+    problems = [f"missing: {name}" for name in missing] + _ledger_problems(origin)
     own = dict(model.named_parameters())
     for name, promise in recipes.items():
         if name in own and not _fits(promise, own[name]):
-            problems.append(f"misshapen: {name} comes out as {tuple(promise.shape)} instead of {tuple(own[name].shape)}")
-    names = {id(source) for source in read}
-    problems += [f"not used: {name}" for name in _unread(origin, names, model.cfg.n_layers)]
+            found, wanted = tuple(promise.shape), tuple(own[name].shape)
+            problems.append(f"misshapen: {name} comes out as {found} instead of {wanted}")
+    unread = _unread(origin, {id(source) for source in read}, model.cfg.n_layers)
+    problems += [f"no place in HookedTransformer for: {name}" for name in unread]
+    _raise_for(origin, problems)
+
+
+def explain(origin: Origin, error: Exception) -> None:
+    """Raise MissingWeightsError if an error of a converter comes from weights that do not fit."""
+    if isinstance(error, LeanLoadError):
+        return
+    problems = _ledger_problems(origin)
+    if isinstance(origin.root, Branch) and isinstance(error, (AttributeError, KeyError)):
+        problems.append(f"missing: a tensor that TransformerLens reads ({error})")
+    _raise_for(origin, problems)
+
+
+def check_room(needed_bytes: dict[torch.device, int], label: str) -> None:
+    """Raise NotEnoughMemoryError if parameters cannot fit where they are to go.
+
+    Args:
+        needed_bytes: bytes to be allocated on each device.
+        label: the model, for the message.
+    """
+    for device, needed in needed_bytes.items():
+        free = available_bytes(device)
+        if free is not None and needed > free:
+            raise NotEnoughMemoryError(
+                f"{label} needs {format_bytes(needed)} on {device}, where {format_bytes(free)} are "
+                "free. Load it in a smaller dtype, with first_n_layers=, or unprocessed in the "
+                "dtype of the file, which maps it."
+            )
+
+
+def _raise_for(origin: Origin, problems: list[str]) -> None:
+    """Raise one MissingWeightsError with all problems, if there are any."""
     if problems:
         raise MissingWeightsError(
             f"{origin.label} does not fit the model that its configuration describes:\n  "
             + "\n  ".join(problems)
-            + "\nNothing was loaded. Check that the checkpoint is complete and belongs to this config.json; to load it as "
-            "transformers does, pass hf_model=AutoModelForCausalLM.from_pretrained(...)."
+            + "\nNothing was loaded. Check that the checkpoint is complete and belongs to this "
+            "config.json; to load it as transformers does, pass "
+            "hf_model=AutoModelForCausalLM.from_pretrained(...)."
         )
+
+
+def _ledger_problems(origin: Origin) -> list[str]:
+    problems = [
+        f"unexpected: {name}"
+        for name in sorted(origin.ledger.unexpected)
+        if not _NOT_TEXT.search(name)
+    ]
+    for name, (found, wanted) in sorted(origin.ledger.misshapen.items()):
+        problems.append(f"misshapen: {name} is {found}, the configuration asks for {wanted}")
+    return problems
 
 
 def _fits(tensor: torch.Tensor, parameter: torch.Tensor) -> bool:
