@@ -37,3 +37,7 @@ class StrategyError(ArgumentError):
 
 class RecordingError(LeanLoadError):
     """An operation that cannot be recorded on a promise; names the operation."""
+
+
+class QuantizationError(LeanLoadError):
+    """Quantized weights that cannot be read, made or multiplied by; says which and why."""

@@ -5,15 +5,18 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import psutil
 import torch
 
 SAMPLE_SECONDS = 0.005
+
+_LIBC: Any = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
 
 
 @dataclass(frozen=True)
@@ -101,23 +104,12 @@ def _device_start() -> list[int] | None:
     return before
 
 
-def _find_malloc_trim() -> Callable[[int], int] | None:
-    if not sys.platform.startswith("linux"):
-        return None
-    try:
-        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError):
-        return None
-    return trim
-
-
 def return_freed_memory() -> None:
-    """Give freed heap memory back to the system: glibc keeps blocks below its growing threshold
-    otherwise.
+    """Give freed heap memory back to the system, which glibc does not do by itself below its
+    growing threshold.
     """
-    trim = _find_malloc_trim()
-    if trim is not None:
-        trim(0)
+    if hasattr(_LIBC, "malloc_trim"):
+        _LIBC.malloc_trim(0)
 
 
 # Where Linux says how much memory this container may use, and how much it uses: cgroup v2, then v1.

@@ -11,7 +11,6 @@ from transformer_lens import HookedTransformer
 from tl_fastload import session as sessions
 from tl_fastload.options import Options
 from tl_fastload.progress import ProgressOption
-from tl_fastload.promise import Promise
 from tl_fastload.report import LoadReport
 
 
@@ -211,7 +210,7 @@ class LeanLoadingMixin:
         """`torch.nn.Module.load_state_dict`; while a lean load runs, recorded values are collected
         instead.
         """
-        if self._session is not None and any(isinstance(v, Promise) for v in state_dict.values()):
+        if self._session is not None:
             return self._session.collect(state_dict)
         return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
 

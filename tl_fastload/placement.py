@@ -143,9 +143,7 @@ class Placer:
         ):
             value.buffer.owned = False  # this parameter owns it from now on
             return tensor
-        final = torch.empty_strided(tensor.shape, strides, dtype=target.dtype, device=tensor.device)
-        final.copy_(tensor)
-        return final
+        return layout.copied(tensor, strides, target.dtype)
 
     def _put(self, name: str, tensor: torch.Tensor) -> None:
         parent_name, _, leaf = name.rpartition(".")

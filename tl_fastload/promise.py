@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
 
 from tl_fastload.errors import RecordingError
 
@@ -196,7 +195,7 @@ def _record(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return evaluate(args[0].node, torch.device("cpu")).tensor.item()
     device = kwargs.get("device") or _device_of(args)
     meta_kwargs = {**kwargs, "device": torch.device("meta")} if "device" in kwargs else kwargs
-    meta = func(*tree_map(_to_meta, args), **tree_map(_to_meta, meta_kwargs))
+    meta = func(*_mapped(_to_meta, args), **_mapped(_to_meta, meta_kwargs))
     if isinstance(meta, (tuple, list)):
         return _record_several(func, args, kwargs, meta, device)
     if not isinstance(meta, torch.Tensor):
@@ -222,10 +221,20 @@ def _record_several(
 
 
 def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], meta: Any) -> Call:
-    def to_node(x: Any) -> Any:
-        return node_of(x) if isinstance(x, torch.Tensor) else x
+    return Call(func, _mapped(_to_node, args), _mapped(_to_node, kwargs), meta)
 
-    return Call(func, tree_map(to_node, args), tree_map(to_node, kwargs), meta)
+
+def _mapped(function: Callable[[Any], Any], x: Any) -> Any:
+    """Apply a function to the leaves of an operation's arguments, which nest in lists at most."""
+    if isinstance(x, dict):
+        return {key: _mapped(function, value) for key, value in x.items()}
+    if isinstance(x, (tuple, list)):
+        return type(x)([_mapped(function, value) for value in x])
+    return function(x)
+
+
+def _to_node(x: Any) -> Any:
+    return node_of(x) if isinstance(x, torch.Tensor) else x
 
 
 def _to_meta(x: Any) -> Any:

@@ -49,7 +49,8 @@ class Session:
 
     def collect(self, state_dict: dict[str, Any]) -> _IncompatibleKeys:
         """Take what TransformerLens would load; it is placed when all of it is known."""
-        self.recipes.update(state_dict)
+        for name, value in state_dict.items():
+            self.recipes[name] = value if isinstance(value, Promise) else _promise(value, name)
         return _IncompatibleKeys([], [])
 
 

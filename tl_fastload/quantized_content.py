@@ -1,0 +1,119 @@
+"""Quantized bytes with what is kept beside them: how to multiply by them, and exact weight processing.
+
+TransformerLens' weight processing never touches the bytes. With Q the quantized matrix [out, in], s a scale per input,
+and C = I - 11'/n the projection that removes a mean, the matrix stands for `W = C_out Q diag(s) C_in`:
+
+- `fold_layer_norm` multiplies the columns by ln.w first, and then removes from the product its mean over d_model, the
+  input side: `W - mean_in(W) = (Q diag(s)) C_in`.
+- `center_writing_weights` removes the mean over d_model where it is the output side: `C_out Q`.
+
+C is symmetric, so `x W' = C_out(Q (s * C_in(x)))`: an activation is centred first, scaled next, multiplied by the
+bytes, and centred again at the end. Scaling what is centred already (`Q C_in diag(s)`) has no such form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Optional
+
+import torch
+
+from tl_fastload import bnb_kernels
+from tl_fastload.errors import QuantizationError
+from tl_fastload.quantized_bytes import Declared, FourBitBytes, Int8Bytes, QuantizedBytes
+
+_STORED = {Int8Bytes.tag: Int8Bytes, FourBitBytes.tag: FourBitBytes}
+
+
+@dataclass(frozen=True, eq=False)
+class Content(Declared):
+    """What a quantized tensor holds: everything but the view.
+
+    Attributes:
+        stored: the bytes.
+        compute_dtype: what a 4-bit kernel multiplies in; None for the activations' dtype.
+        in_scale: [in] float32, multiplies the columns; None for ones.
+        center_in: whether the mean over the input is removed, after scaling.
+        center_out: whether the mean over the output is removed.
+    """
+
+    stored: QuantizedBytes
+    compute_dtype: torch.dtype | None = None
+    in_scale: torch.Tensor | None = None
+    center_in: bool = False
+    center_out: bool = False
+
+    @property
+    def is_processed(self) -> bool:
+        return self.in_scale is not None or self.center_in or self.center_out
+
+    def parts(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Its tensors, and all the rest as plain values: what is saved."""
+        plain = {k: v for k, v in self.plain().items() if k != "in_scale"}
+        return self.tensors(), {"stored": (self.stored.tag, _filled(self.stored.plain())), **plain}
+
+    @classmethod
+    def build(cls, tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any]) -> Content:
+        """The inverse of `parts`."""
+        own = dict(plain)
+        tag, options = own.pop("stored")
+        inner = {name: tensor for name, tensor in tensors.items() if name != "in_scale"}
+        return cls(_STORED[tag](**options, **inner), in_scale=tensors.get("in_scale"), **own)
+
+    def scaled_input(self, scale: torch.Tensor) -> Content:
+        """Its columns multiplied by `scale` [in]."""
+        if self.center_in:
+            raise QuantizationError(
+                "a quantized matrix that is centred over its input cannot be scaled exactly: scale it first."
+            )
+        columns = self.stored.shape[1]
+        if scale.shape != (columns,):
+            raise QuantizationError(
+                f"a matrix with {columns} inputs needs as many scales, not {list(scale.shape)}."
+            )
+        scale = scale.detach().to(self.stored.device)
+        scale = scale.to(torch.promote_types(scale.dtype, torch.float32))
+        return replace(self, in_scale=scale if self.in_scale is None else self.in_scale * scale)
+
+    def rows(self, index: torch.Tensor) -> Content:
+        """Some rows of the matrix.
+
+        Raises:
+            QuantizationError: they cannot be taken out without quantizing again.
+        """
+        if self.center_out and len(index) != self.stored.shape[0]:
+            raise QuantizationError("the matrix is centred over rows that this part does not have")
+        return replace(self, stored=self.stored.rows(index))
+
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`x @ W.T + bias` on bitsandbytes' kernel, for x [..., in]; in x's dtype."""
+        if self.center_in or self.in_scale is not None:
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            if self.center_in:
+                wide = wide - wide.mean(-1, keepdim=True)
+            x = (wide if self.in_scale is None else wide * self.in_scale).to(x.dtype)
+        if not self.center_out:
+            return bnb_kernels.linear(self.stored, x, bias, self.compute_dtype)
+        out = bnb_kernels.linear(self.stored, x, None, self.compute_dtype)
+        wide = out.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide - wide.mean(-1, keepdim=True)
+        return (wide if bias is None else wide + bias).to(x.dtype)
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """The matrix [out, in] that `linear` multiplies by."""
+        if not self.is_processed:
+            return bnb_kernels.dequantize(self.stored, dtype)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        values = bnb_kernels.dequantize(self.stored, wide)
+        if self.in_scale is not None:
+            values *= self.in_scale
+        if self.center_in:
+            values -= values.mean(1, keepdim=True)
+        if self.center_out:
+            values -= values.mean(0, keepdim=True)
+        return values.to(dtype)
+
+
+def _filled(plain: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in plain.items() if value is not None}

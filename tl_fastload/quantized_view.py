@@ -1,0 +1,91 @@
+"""Geometry of a view of an `[out, in]` matrix: which rows it shows, and whether it shows whole ones.
+
+A geometry is a meta tensor whose shape, strides and offset select elements of the matrix, rows one after the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+
+
+def whole(shape: tuple[int, int]) -> torch.Tensor:
+    """The geometry that shows the matrix itself."""
+    return torch.empty(shape, device="meta")
+
+
+@dataclass(frozen=True)
+class RowView:
+    """A view that shows whole rows, perhaps with its dimensions in another order.
+
+    Attributes:
+        row_dims: dimensions that run over rows, the one with the largest stride first.
+        input_dims: dimensions that run over the inputs, the one with the largest stride first.
+        columns: length of a row.
+        geometry: the view.
+    """
+
+    row_dims: tuple[int, ...]
+    input_dims: tuple[int, ...]
+    columns: int
+    geometry: torch.Tensor
+
+    def index(self, row_dims: tuple[int, ...] | None = None) -> torch.Tensor:
+        """The number of each row that the view shows, [n] int64, the last of `row_dims` fastest."""
+        index = torch.tensor([self.geometry.storage_offset() // self.columns])
+        for dim in self.row_dims if row_dims is None else row_dims:
+            step = self.geometry.stride(dim) // self.columns
+            steps = torch.arange(self.geometry.shape[dim]) * step
+            index = (index[:, None] + steps).flatten()
+        return index
+
+    def in_logical_order(self) -> tuple[int, ...] | None:
+        """The row dimensions as they stand, if gathering rows makes the view contiguous; or else None."""
+        rows = tuple(sorted(self.row_dims))
+        inputs = self.input_dims
+        is_last = not rows or not inputs or max(rows) < min(inputs)
+        return rows if is_last and inputs == tuple(sorted(inputs)) else None
+
+    def packed(self, row_dims: tuple[int, ...] | None = None) -> torch.Tensor:
+        """The geometry of the same view once only its rows are kept, in the order of `index`."""
+        shape = self.geometry.shape
+        strides = [1] * len(shape)
+        step = 1
+        inputs_last = (*(self.row_dims if row_dims is None else row_dims), *self.input_dims)
+        for dim in reversed(inputs_last):
+            strides[dim] = step
+            step *= shape[dim]
+        flat = torch.empty(step if inputs_last else self.columns, device="meta")
+        return flat.as_strided(shape, strides)
+
+
+def row_view(geometry: torch.Tensor, columns: int) -> RowView | None:
+    """How a geometry shows whole rows of `columns` values; None if it shows parts of rows, repeats or mixes them."""
+    if geometry.numel() == 0 or geometry.storage_offset() % columns:
+        return None
+    strides = geometry.stride()
+    # The stride of a dimension of size one means nothing.
+    dims = [dim for dim, size in enumerate(geometry.shape) if size > 1]
+    if any(strides[dim] == 0 for dim in dims):
+        return None
+    dims.sort(key=lambda dim: -strides[dim])
+    row_dims = tuple(dim for dim in dims if strides[dim] % columns == 0)
+    input_dims = tuple(dim for dim in dims if strides[dim] % columns)
+    covered = 1
+    for dim in reversed(input_dims):
+        if strides[dim] != covered:
+            return None
+        covered *= geometry.shape[dim]
+    return RowView(row_dims, input_dims, columns, geometry) if covered == columns else None
+
+
+def linear_rows(geometry: torch.Tensor, columns: int) -> RowView | None:
+    """`row_view` of a geometry that is a matrix [rows, inputs] as `torch.nn.functional.linear` wants it, or None."""
+    if geometry.dim() != 2 or geometry.shape[1] != columns:
+        return None
+    view = row_view(geometry, columns)
+    if view is None or 1 in view.row_dims:
+        return None
+    return view
