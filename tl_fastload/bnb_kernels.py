@@ -1,16 +1,19 @@
-"""bitsandbytes' kernels on quantized bytes. The only module that imports bitsandbytes, and only when it is used.
+"""bitsandbytes' kernels on quantized bytes. The only module that imports bitsandbytes, and only
+when it is used.
 
-Each product is what the layers of bitsandbytes compute from the same bytes, bit for bit: `Linear8bitLt.forward` in
-evaluation mode, and `Linear4bit.forward` without its AVX-512 shortcut, which rounds weights and scales to bfloat16.
+Each product is what the layers of bitsandbytes compute from the same bytes, bit for bit:
+`Linear8bitLt.forward` in evaluation mode, and `Linear4bit.forward` without its AVX-512 shortcut,
+which rounds weights and scales to bfloat16.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-from typing import Any, Optional
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from tl_fastload.errors import QuantizationError
 from tl_fastload.quantized_bytes import FourBitBytes, Int8Bytes, QuantizedBytes
@@ -57,7 +60,8 @@ def require_device(device: torch.device) -> None:
     if device.type not in supported:
         raise QuantizationError(
             f"bitsandbytes {bnb.__version__} has no kernels for device {device}, only for "
-            f"{', '.join(sorted(supported))}. Use one of these devices, a newer bitsandbytes, or unquantized weights."
+            f"{', '.join(sorted(supported))}. Use one of these devices, a newer bitsandbytes, or "
+            f"unquantized weights."
         )
 
 
@@ -73,7 +77,8 @@ def linear(
         stored: bytes of W [out, in].
         x: [..., in] activations.
         bias: [out], or None.
-        compute_dtype: what a 4-bit kernel multiplies in; None for x's own dtype. 8-bit kernels round x to float16.
+        compute_dtype: what a 4-bit kernel multiplies in; None for x's own dtype. 8-bit kernels
+            round x to float16.
 
     Returns:
         [..., out], in x's dtype.
@@ -115,9 +120,12 @@ def _linear_4bit(
     dtype = compute_dtype or x.dtype
     if dtype not in _KERNEL_DTYPES:
         dtype = torch.float32
-    # bitsandbytes multiplies by the weights in `dtype`, but differentiates through those of the state's dtype.
-    state = _quant_state(stored, dtype)
     bias = None if bias is None else bias.to(dtype)
+    if _is_misread(stored):
+        return F.linear(x.to(dtype), dequantize(stored, dtype), bias).to(x.dtype)
+    # bitsandbytes multiplies by the weights in `dtype`, but differentiates through those of the
+    # state's dtype.
+    state = _quant_state(stored, dtype)
     product: torch.Tensor = bnb.matmul_4bit(
         x.to(dtype), stored.packed.t(), bias=bias, quant_state=state
     )
@@ -137,9 +145,18 @@ def dequantize(stored: QuantizedBytes, dtype: torch.dtype) -> torch.Tensor:
         return values.to(dtype)
     if isinstance(stored, FourBitBytes):
         direct = dtype if dtype in _KERNEL_DTYPES else torch.float32
-        values = bnb.functional.dequantize_4bit(stored.packed, _quant_state(stored, direct))
+        state = _quant_state(stored, direct)
+        if _is_misread(stored):
+            state.shape = torch.Size((1, stored.shape[0] * stored.shape[1]))
+        values = bnb.functional.dequantize_4bit(stored.packed, state)
         return values.reshape(stored.shape).to(dtype)
     raise TypeError(f"no kernel for {type(stored).__name__}")
+
+
+def _is_misread(stored: FourBitBytes) -> bool:
+    # On AVX-512 CPUs bitsandbytes (0.50) starts each row in a block of its own, which is wrong
+    # unless rows are whole numbers of blocks. Of a single long row it makes the right values.
+    return stored.device.type == "cpu" and stored.shape[1] % stored.blocksize != 0
 
 
 def _quant_state(stored: FourBitBytes, dtype: torch.dtype) -> Any:
@@ -180,7 +197,8 @@ def quantize(
         double_quant: whether to quantize the scales too, for the 4-bit kinds.
 
     Raises:
-        QuantizationError: not a matrix, a kind or a block size of bitsandbytes; or values that int8 cannot scale.
+        QuantizationError: not a matrix, a kind or a block size of bitsandbytes; or values that int8
+            cannot scale.
     """
     if dense.dim() != 2 or not dense.is_floating_point():
         raise QuantizationError(
@@ -210,7 +228,8 @@ def _quantize_int8(dense: torch.Tensor, threshold: float) -> Int8Bytes:
     parameter = parameter.to(dense.device)
     if not bool(torch.isfinite(parameter.SCB).all()):
         raise QuantizationError(
-            "the matrix has values beyond float16, which int8 quantization goes through. Quantize to 'nf4' or 'fp4'."
+            "the matrix has values beyond float16, which int8 quantization goes through. Quantize "
+            "to 'nf4' or 'fp4'."
         )
     return Int8Bytes(parameter.data, parameter.SCB, threshold)
 
@@ -232,7 +251,8 @@ def from_linear8bit(source: Any, threshold: float | None = None) -> Int8Bytes:
     scales = getattr(state, "SCB", None) if scales is None else scales
     if weight.dtype != torch.int8:
         raise QuantizationError(
-            f"an 8-bit layer holds {weight.dtype} weights, not int8: it is not quantized yet, or keeps float16 weights "
+            f"an 8-bit layer holds {weight.dtype} weights, not int8: it is not quantized yet, or "
+            f"keeps float16 weights "
             "(`llm_int8_has_fp16_weight`). Move it to its device first, which quantizes it."
         )
     if scales is None:
@@ -246,7 +266,8 @@ def from_linear8bit(source: Any, threshold: float | None = None) -> Int8Bytes:
 def from_params4bit(source: Any) -> FourBitBytes:
     """The bytes of a `Linear4bit` or a `Params4bit`, shared.
 
-    A layer that has run on an AVX-512 CPU has re-ordered its bytes for that CPU; these are put back in order, a copy.
+    A layer that has run on an AVX-512 CPU has re-ordered its bytes for that CPU; these are put back
+    in order, a copy.
 
     Raises:
         QuantizationError: it is not quantized yet, or its scales are missing or misshapen.
@@ -256,7 +277,8 @@ def from_params4bit(source: Any) -> FourBitBytes:
     state = getattr(source, "quant_state", None) if state is None else state
     if state is None:
         raise QuantizationError(
-            "4-bit weights without a quant_state: they are not quantized yet. Move the layer to its device first, "
+            "4-bit weights without a quant_state: they are not quantized yet. Move the layer to "
+            "its device first, "
             "which quantizes it."
         )
     require_device(weight.device)

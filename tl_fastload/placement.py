@@ -54,7 +54,7 @@ class Placer:
         todo = {
             name: promise
             for name, promise in recipes.items()
-            if name in targets and not _is_itself(promise, targets[name])
+            if name in targets and not self._stays(name, promise, targets[name])
         }
         total_bytes = sum(_size_bytes(targets[name]) for name in todo)
         self._trim_bytes = max(_TRIM_LEAST_BYTES, int(total_bytes * _TRIM_FRACTION))
@@ -84,6 +84,9 @@ class Placer:
                 )
                 while done:
                     self._put(*done.pop())
+
+    def _stays(self, name: str, promise: Promise, target: torch.Tensor) -> bool:
+        return _is_itself(promise, target) and target.device == self.device_of(name)
 
     def needed_bytes(self, recipes: dict[str, Promise]) -> dict[torch.device, int]:
         """Bytes that placing will allocate on each device; mapped parameters need none."""
@@ -129,7 +132,7 @@ class Placer:
         if tensor.shape != target.shape:
             # One number: torch's own load_state_dict takes shape (1,) for () as well.
             tensor = tensor.reshape(target.shape)
-        if tensor.is_floating_point() and not _is_finite(tensor):
+        if isinstance(target, nn.Parameter) and not _is_finite(tensor):
             self.not_finite.append(name)
         if not self.assign:
             return tensor
@@ -160,6 +163,9 @@ class Placer:
             else:
                 target = parent._parameters[leaf]
                 if target is not None:
+                    if target.device != tensor.device:
+                        # Not all at once before the first is placed: kernels need room as well.
+                        target.data = torch.empty_like(target, device=tensor.device)
                     target.copy_(tensor)
         size_bytes = _size_bytes(tensor)
         del tensor
@@ -253,6 +259,8 @@ def _is_itself(promise: Promise, target: torch.Tensor) -> bool:
 def _is_finite(tensor: torch.Tensor) -> bool:
     # One pass over the memory, without a temporary: a sum is finite unless an element is not (or
     # it overflows).
+    if not tensor.is_floating_point():
+        return True
     flat = tensor.as_strided((tensor.numel(),), (1,)) if is_dense(tensor) else tensor
     if tensor.numel() and tensor.dtype == torch.float16:  # where sums overflow easily
         least, greatest = torch.aminmax(flat)

@@ -1,8 +1,10 @@
-"""A tensor that stays bytes: the dense matrix's shape, strides and dtype over bitsandbytes' rows or blocks.
+"""A tensor that stays bytes: the dense matrix's shape, strides and dtype over bitsandbytes' rows or
+blocks.
 
-Views are bookkeeping, linear maps run on bitsandbytes' kernels, and everything else sees the dequantized values;
-`tl_fastload.quantized_ops` holds the table that decides. The bytes are never written: an in-place operation raises,
-and what would replace them (`load_state_dict`, a move) puts other bytes in their place. So `clone` shares them, and
+Views are bookkeeping, linear maps run on bitsandbytes' kernels, and everything else sees the
+dequantized values; `tl_fastload.quantized_ops` holds the table that decides. The bytes are never
+written: an in-place operation raises, and what would replace them (`load_state_dict`, a move) puts
+    other bytes in their place. So `clone` shares them, and
 only `copy.deepcopy` copies.
 """
 
@@ -12,7 +14,7 @@ import contextlib
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Optional
+from typing import Any
 
 import torch
 
@@ -29,7 +31,8 @@ class QuantizedTensor(torch.Tensor):
 
     Attributes:
         content: the bytes and what belongs to them.
-        geometry: meta tensor; its shape, strides and offset select elements of the dense matrix [out, in].
+        geometry: meta tensor; its shape, strides and offset select elements of the dense matrix
+            [out, in].
     """
 
     content: Content
@@ -44,14 +47,16 @@ class QuantizedTensor(torch.Tensor):
         dtype = _default_dtype(content) if dtype is None else dtype
         if dtype not in COMPUTING_DTYPES:
             raise QuantizationError(f"quantized weights cannot compute in {dtype}.")
-        tensor: QuantizedTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls,
-            geometry.shape,
-            strides=geometry.stride(),
-            storage_offset=geometry.storage_offset(),
-            dtype=dtype,
-            device=content.stored.device,
-        )
+        # In inference mode torch cannot make views of an ordinary tensor's wrapper otherwise.
+        with torch.inference_mode(False):
+            tensor: QuantizedTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+                cls,
+                geometry.shape,
+                strides=geometry.stride(),
+                storage_offset=geometry.storage_offset(),
+                dtype=dtype,
+                device=content.stored.device,
+            )
         tensor.content = content
         tensor.geometry = geometry
         return tensor
@@ -62,7 +67,8 @@ class QuantizedTensor(torch.Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return (
-            f"QuantizedTensor({self.content.stored.kind}, shape={tuple(self.shape)}, dtype={self.dtype}, "
+            f"QuantizedTensor({self.content.stored.kind}, shape={tuple(self.shape)}, "
+            f"dtype={self.dtype}, "
             f"device={self.device}, bytes={self.nbytes_stored()})"
         )
 
@@ -82,10 +88,12 @@ class QuantizedTensor(torch.Tensor):
         )
 
     def compact(self) -> QuantizedTensor:
-        """The same values, holding only the rows that this view shows; a run of successive rows stays shared.
+        """The same values, holding only the rows that this view shows; a run of successive rows
+        stays shared.
 
         Raises:
-            QuantizationError: the view does not show whole rows, or rows that can be taken out exactly; says why.
+            QuantizationError: the view does not show whole rows, or rows that can be taken out
+                exactly; says why.
         """
         return type(self)(*self._compact(), self.dtype)
 
@@ -98,10 +106,12 @@ class QuantizedTensor(torch.Tensor):
         return None
 
     def scale_input(self, scale: torch.Tensor) -> QuantizedTensor:
-        """The same view of the matrix with its columns multiplied by `scale` [in], bytes untouched and shared.
+        """The same view of the matrix with its columns multiplied by `scale` [in], bytes untouched
+        and shared.
 
         Raises:
-            QuantizationError: the matrix is centred over its input already, or `scale` has another length.
+            QuantizationError: the matrix is centred over its input already, or `scale` has another
+                length.
         """
         return type(self)(self.content.scaled_input(scale), self.geometry, self.dtype)
 
@@ -220,7 +230,8 @@ def _rebuild_view(
 
 
 def _default_dtype(content: Content) -> torch.dtype:
-    # That of the matrix which was quantized, where it is known; what bitsandbytes dequantizes to, where not.
+    # That of the matrix which was quantized, where it is known; what bitsandbytes dequantizes to,
+    # where not.
     stored = content.stored
     return stored.quant_dtype if isinstance(stored, FourBitBytes) else torch.float32
 
@@ -233,10 +244,12 @@ def from_linear8bit(
     Args:
         source: the module, or its `Int8Params`.
         dtype: what the tensor computes in; None for float32.
-        threshold: of outlier activations; None for the module's own (for a bare weight 6, transformers' default).
+        threshold: of outlier activations; None for the module's own (for a bare weight 6,
+            transformers' default).
 
     Raises:
-        QuantizationError: not quantized yet, scales missing or misshapen, no bitsandbytes or no kernel.
+        QuantizationError: not quantized yet, scales missing or misshapen, no bitsandbytes or no
+            kernel.
     """
     return QuantizedTensor(Content(bnb_kernels.from_linear8bit(source, threshold)), None, dtype)
 
@@ -252,10 +265,12 @@ def from_params4bit(
     Args:
         source: the module, or its `Params4bit`.
         dtype: what the tensor computes in; None for the dtype that was quantized.
-        compute_dtype: what the kernel multiplies in; None for the module's own, or else the activations' dtype.
+        compute_dtype: what the kernel multiplies in; None for the module's own, or else the
+            activations' dtype.
 
     Raises:
-        QuantizationError: not quantized yet, scales missing or misshapen, no bitsandbytes or no kernel.
+        QuantizationError: not quantized yet, scales missing or misshapen, no bitsandbytes or no
+            kernel.
     """
     stored = bnb_kernels.from_params4bit(source)
     compute_dtype = compute_dtype or bnb_kernels.compute_dtype_of(source)
@@ -299,8 +314,8 @@ def quantize(
         compute_dtype: what a 4-bit kernel multiplies in; None for the activations' dtype.
 
     Raises:
-        QuantizationError: not a matrix, a kind or a block size of bitsandbytes; values that int8 cannot scale; no
-            bitsandbytes, or no kernel for the device.
+        QuantizationError: not a matrix, a kind or a block size of bitsandbytes; values that int8
+            cannot scale; no bitsandbytes, or no kernel for the device.
     """
     stored = bnb_kernels.quantize(
         dense, kind, threshold=threshold, blocksize=blocksize, double_quant=double_quant

@@ -1,7 +1,8 @@
-"""What a quantized matrix is made of: bytes, scales, and how to take some of its rows. Knows no kernel.
+"""What a quantized matrix is made of: bytes, scales, and how to take some of its rows. Knows no
+kernel.
 
-Every class declares its fields once, as a dataclass; moving, copying, counting and saving are derived from that
-declaration (`tensors`, `plain`, `map`).
+Every class declares its fields once, as a dataclass; moving, copying, counting and saving are
+derived from that declaration (`tensors`, `plain`, `map`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Optional, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -93,7 +94,8 @@ class Int8Bytes(QuantizedBytes):
     Attributes:
         codes: [out, in] int8.
         scales: [out] float32, the largest magnitude of each row (bitsandbytes' SCB).
-        threshold: activations from here on are outliers, whose columns are multiplied unquantized; 0 for none.
+        threshold: activations from here on are outliers, whose columns are multiplied unquantized;
+            0 for none.
     """
 
     codes: torch.Tensor
@@ -132,7 +134,8 @@ class Int8Bytes(QuantizedBytes):
 
 @dataclass(frozen=True, eq=False)
 class FourBitBytes(QuantizedBytes):
-    """Packed 4-bit blocks: value number i is `code[nibble i] * absmax[i // blocksize]`, rows one after the other.
+    """Packed 4-bit blocks: value number i is `code[nibble i] * absmax[i // blocksize]`, rows one
+    after the other.
 
     With double quantization, `absmax` is uint8 itself, and stands for
     `nested_code[absmax[j]] * nested_absmax[j // nested_blocksize] + nested_offset`.
@@ -187,7 +190,8 @@ class FourBitBytes(QuantizedBytes):
         if tensor is None or tensor.dtype != dtype or tensor.numel() != size:
             found = "nothing" if tensor is None else _describe(tensor)
             raise QuantizationError(
-                f"4-bit weights of a {list(self.shape)} matrix in blocks of {self.blocksize} need {size} x {dtype} "
+                f"4-bit weights of a {list(self.shape)} matrix in blocks of {self.blocksize} need "
+                f"{size} x {dtype} "
                 f"as {name}, not {found}."
             )
 
@@ -215,7 +219,8 @@ class FourBitBytes(QuantizedBytes):
         width = self.shape[1]
         values = [(start * width, stop * width) for start, stop in runs_of(index)]
         size = self.shape[0] * width
-        # Only the last block of the whole matrix may be a short one, and only at the end of the result.
+        # Only the last block of the whole matrix may be a short one, and only at the end of the
+        # result.
         whole = all(
             start % self.blocksize == 0
             and (stop % self.blocksize == 0 or (stop == size and i == len(values) - 1))
@@ -223,7 +228,8 @@ class FourBitBytes(QuantizedBytes):
         )
         if not whole:
             raise QuantizationError(
-                f"a row of {width} values is not a whole number of blocks of {self.blocksize}, so these rows share "
+                f"a row of {width} values is not a whole number of blocks of {self.blocksize}, so "
+                f"these rows share "
                 "blocks with others"
             )
         taken = self._with_scales(
@@ -249,7 +255,8 @@ class FourBitBytes(QuantizedBytes):
                     "nested_absmax": take(finer, groups),
                     "nested_blocksize": group,
                 }
-        # Rows that start inside a group of scales: keep the scales themselves, which are the same numbers.
+        # Rows that start inside a group of scales: keep the scales themselves, which are the same
+        # numbers.
         scales = take(self.block_scales(), blocks)
         return {"absmax": scales, "nested_absmax": None, "nested_code": None, "nested_offset": None}
 

@@ -26,14 +26,17 @@ def read(
     """The bytes of one layer, sharing the memory of the tensors given.
 
     Args:
-        pieces: the layer's tensors under their names in the layer: `weight` with `SCB` and perhaps `weight_format`
-            (int8), or with `weight.absmax`, `weight.quant_map`, `weight.quant_state.bitsandbytes__nf4` and, doubly
-            quantized, `weight.nested_absmax` and `weight.nested_quant_map` (4-bit).
+        pieces: the layer's tensors under their names in the layer: `weight` with `SCB` and perhaps
+            `weight_format` (int8), or with `weight.absmax`, `weight.quant_map`,
+            `weight.quant_state.bitsandbytes__nf4` and, doubly quantized, `weight.nested_absmax` and
+            `weight.nested_quant_map` (4-bit).
         name: the layer's name in the checkpoint, for errors.
-        threshold: of outlier activations, from the checkpoint's configuration (`llm_int8_threshold`).
+        threshold: of outlier activations, from the checkpoint's configuration
+            (`llm_int8_threshold`).
 
     Raises:
-        QuantizationError: pieces missing, misshapen, unreadable or of a layout that bitsandbytes gave up.
+        QuantizationError: pieces missing, misshapen, unreadable or of a layout that bitsandbytes
+            gave up.
     """
     try:
         if "weight" not in pieces:
@@ -59,7 +62,8 @@ def _read_int8(pieces: Mapping[str, torch.Tensor], threshold: float) -> Int8Byte
     layout = layout.item() if isinstance(layout, torch.Tensor) else layout
     if layout not in _ROW_FORMATS:
         raise QuantizationError(
-            f"int8 weights in layout {layout!r}, which was made for one kind of GPU. Save the checkpoint again with "
+            f"int8 weights in layout {layout!r}, which was made for one kind of GPU. Save the "
+            f"checkpoint again with "
             "a newer bitsandbytes, which writes rows."
         )
     # Some versions saved the scales as [1, out].

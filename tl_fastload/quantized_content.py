@@ -1,21 +1,24 @@
-"""Quantized bytes with what is kept beside them: how to multiply by them, and exact weight processing.
+"""Quantized bytes with what is kept beside them: how to multiply by them, and exact weight
+processing.
 
-TransformerLens' weight processing never touches the bytes. With Q the quantized matrix [out, in], s a scale per input,
-and C = I - 11'/n the projection that removes a mean, the matrix stands for `W = C_out Q diag(s) C_in`:
+TransformerLens' weight processing never touches the bytes. With Q the quantized matrix [out, in], s
+a scale per input, and C = I - 11'/n the projection that removes a mean, the matrix stands for `W =
+C_out Q diag(s) C_in`:
 
-- `fold_layer_norm` multiplies the columns by ln.w first, and then removes from the product its mean over d_model, the
-  input side: `W - mean_in(W) = (Q diag(s)) C_in`.
+- `fold_layer_norm` multiplies the columns by ln.w first, and then removes from the product its mean
+  over d_model, the input side: `W - mean_in(W) = (Q diag(s)) C_in`.
 - `center_writing_weights` removes the mean over d_model where it is the output side: `C_out Q`.
 
-C is symmetric, so `x W' = C_out(Q (s * C_in(x)))`: an activation is centred first, scaled next, multiplied by the
-bytes, and centred again at the end. Scaling what is centred already (`Q C_in diag(s)`) has no such form.
+C is symmetric, so `x W' = C_out(Q (s * C_in(x)))`: an activation is centred first, scaled next,
+multiplied by the bytes, and centred again at the end. Scaling what is centred already (`Q C_in
+diag(s)`) has no such form.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Optional
+from typing import Any
 
 import torch
 
@@ -65,7 +68,8 @@ class Content(Declared):
         """Its columns multiplied by `scale` [in]."""
         if self.center_in:
             raise QuantizationError(
-                "a quantized matrix that is centred over its input cannot be scaled exactly: scale it first."
+                "a quantized matrix that is centred over its input cannot be scaled exactly: scale "
+                "it first."
             )
         columns = self.stored.shape[1]
         if scale.shape != (columns,):

@@ -10,15 +10,15 @@
 | writing into it, requires_grad = True | error |
 | anything else | the dequantized values |
 
-Linear maps are caught above autograd, so that bitsandbytes' own backward pass runs; the rest below it, so that the
-graph holds bytes and every use dequantizes anew.
+Linear maps are caught above autograd, so that bitsandbytes' own backward pass runs; the rest below
+it, so that the graph holds bytes and every use dequantizes anew.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +30,10 @@ from tl_fastload.quantized import COMPUTING_DTYPES, QuantizedTensor
 aten = torch.ops.aten
 
 _VIEW_NAMES = """
-    _reshape_alias.default _unsafe_view.default alias.default detach.default diagonal.default expand.default
-    lift_fresh.default permute.default select.int slice.Tensor split.Tensor split_with_sizes.default squeeze.default
-    squeeze.dim squeeze.dims t.default transpose.int unbind.int unfold.default unsqueeze.default view.default
-    view_as.default
+    _reshape_alias.default _unsafe_view.default alias.default detach.default diagonal.default
+    expand.default lift_fresh.default permute.default select.int slice.Tensor split.Tensor
+    split_with_sizes.default squeeze.default squeeze.dim squeeze.dims t.default transpose.int
+    unbind.int unfold.default unsqueeze.default view.default view_as.default
 """.split()
 
 
@@ -67,6 +67,10 @@ def call_operator(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         result = handler(*args, **kwargs)
         if result is not NotImplemented:
             return result
+    # In inference mode composite operations (reshape, contiguous, to) arrive whole.
+    parts = func.decompose(*args, **kwargs)
+    if parts is not NotImplemented:
+        return parts
     _refuse_writes(func, args, kwargs)
     return func(*tree_map(_dense, args), **tree_map(_dense, kwargs))
 
@@ -82,7 +86,8 @@ def _refuse_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         value = args[position] if position < len(args) else kwargs.get(argument.name)
         if isinstance(value, QuantizedTensor):
             raise QuantizationError(
-                f"{func} writes into a quantized weight, whose values cannot be changed one by one. Work on "
+                f"{func} writes into a quantized weight, whose values cannot be changed one by "
+                f"one. Work on "
                 "`.dequantize()`, or replace the whole weight."
             )
 
@@ -137,13 +142,15 @@ def _copy_(target: Any, source: Any, non_blocking: bool = False) -> Any:
         return target.copy_(_dense(source), non_blocking)
     if not isinstance(source, QuantizedTensor):
         raise QuantizationError(
-            f"a quantized weight {list(target.shape)} cannot take the values of a {source.dtype} tensor: quantize them "
+            f"a quantized weight {list(target.shape)} cannot take the values of a {source.dtype} "
+            f"tensor: quantize them "
             "first, or load with `assign=True`."
         )
     same = source.shape == target.shape and source.stride() == target.stride()
     if not same or source.storage_offset() != target.storage_offset():
         raise QuantizationError(
-            f"a quantized weight {list(target.shape)} with strides {target.stride()} cannot take the bytes of a "
+            f"a quantized weight {list(target.shape)} with strides {target.stride()} cannot take "
+            f"the bytes of a "
             f"{list(source.shape)} one with strides {source.stride()}. Load with `assign=True`."
         )
     content = source.content.map(lambda tensor: tensor.to(target.device, copy=True))

@@ -1,12 +1,13 @@
-"""Geometry of a view of an `[out, in]` matrix: which rows it shows, and whether it shows whole ones.
+"""Geometry of a view of an `[out, in]` matrix: which rows it shows, and whether it shows whole
+ones.
 
-A geometry is a meta tensor whose shape, strides and offset select elements of the matrix, rows one after the other.
+A geometry is a meta tensor whose shape, strides and offset select elements of the matrix, rows one
+after the other.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 

@@ -23,7 +23,7 @@ from tl_fastload.progress import Progress
 from tl_fastload.promise import MemorySource, Promise
 from tl_fastload.reader import FileMaps, FileReader
 from tl_fastload.report import LoadReport
-from tl_fastload.skeleton import build_empty, device_map, reset_to_device
+from tl_fastload.skeleton import build_empty, device_map
 from tl_fastload.stock import run_from_pretrained
 
 
@@ -169,8 +169,6 @@ def _place(model: nn.Module, session: Session) -> None:
     if origin is None:  # a live model keeps its tensors where they are
         homes = {name: tensor.device for name, tensor in model.state_dict(keep_vars=True).items()}
         device_of = homes.__getitem__
-    elif not options.assigns:
-        reset_to_device(model, device_of)
     may_map = origin is not None and options.may_map(origin.checkpoint)
     with Progress(options.progress) as progress:
         placer = Placer(

@@ -112,11 +112,3 @@ def device_map(model: Any, move_to_device: bool) -> Callable[[str], torch.device
         return torch.device(get_device_for_block_index(index, cfg))
 
     return device_of
-
-
-def reset_to_device(model: nn.Module, device_of: Callable[[str], torch.device]) -> None:
-    """Give a model that will be copied into fresh memory on its target devices."""
-    for name, parameter in model.named_parameters():
-        device = device_of(name)
-        if parameter.device != device:
-            parameter.data = torch.empty_like(parameter, device=device)
