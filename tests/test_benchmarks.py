@@ -78,6 +78,7 @@ def test_known_allocation_is_measured_above_the_baseline() -> None:
         found.peak_anonymous_bytes,
         found.peak_resident_bytes,
         found.after_anonymous_bytes,
+        found.used_resident_bytes,
     ):
         assert measured == pytest.approx(200 * MB, rel=0.05)
     assert found.peak_file_bytes < 10 * MB
@@ -119,6 +120,15 @@ def test_shared_storage_counts_once() -> None:
     assert viewed_bytes([whole, whole.view(10, 10).T, whole[:50], other]) == 420
     assert viewed_bytes([whole[:50], whole[40:60]]) == 240
     assert viewed_bytes([other.expand(7, 10)]) == 20
+    assert viewed_bytes([]) == 0
+
+
+def test_gaps_of_a_view_do_not_count() -> None:
+    fused = torch.zeros(6, 30)
+    parts = [part.view(6, 2, 5).permute(1, 0, 2) for part in fused.chunk(3, dim=1)]
+    assert [viewed_bytes([part]) for part in parts] == [240, 240, 240]
+    assert viewed_bytes(parts) == viewed_bytes([fused.T]) == 720
+    assert viewed_bytes([fused[:, ::3], fused[:, 1:2]]) == 264
 
 
 @pytest.mark.parametrize("name", ["tiny-gpt2", "tiny-llama"])

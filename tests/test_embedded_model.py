@@ -7,14 +7,14 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from demo.first_look import stock_model
-from demo.induction import copy_losses, head_scores, repeated_tokens
-from demo.toy_language import ADJECTIVES, END, FIRST_ORDINARY_ID, IDS, UNKNOWN, WORDS
-from demo.train_embedded_model import Recipe, train
 from safetensors.torch import load_file
 from transformer_lens import HookedTransformer
 from transformers import AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerBase
 
+from demo.first_look import stock_model
+from demo.induction import copy_losses, head_scores, repeated_tokens
+from demo.toy_language import ADJECTIVES, END, FIRST_ORDINARY_ID, IDS, UNKNOWN, WORDS
+from demo.train_embedded_model import Recipe, train
 from tl_fastload import LeanHookedTransformer
 from tl_fastload.embedded_model import embedded_model_path
 

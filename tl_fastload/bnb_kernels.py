@@ -1,5 +1,4 @@
-"""bitsandbytes' kernels on quantized bytes. The only module that imports bitsandbytes, and only
-when it is used.
+"""bitsandbytes' kernels on quantized bytes: the only import of bitsandbytes, made at first use.
 
 Each product is what the layers of bitsandbytes compute from the same bytes, bit for bit:
 `Linear8bitLt.forward` in evaluation mode, and `Linear4bit.forward` without its AVX-512 shortcut,
@@ -133,7 +132,7 @@ def _linear_4bit(
 
 
 def dequantize(stored: QuantizedBytes, dtype: torch.dtype) -> torch.Tensor:
-    """The matrix that the kernels multiply by, [out, in], in a floating point dtype: bitsandbytes' own numbers."""
+    """The matrix [out, in] that the kernels multiply by: bitsandbytes' own numbers."""
     bnb = bitsandbytes()
     if isinstance(stored, Int8Bytes):
         if hasattr(bnb.functional, "int8_vectorwise_dequant"):

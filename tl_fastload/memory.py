@@ -155,11 +155,18 @@ def _reclaimable_bytes() -> int:
     return int(fields.get("inactive_file", 0)) + int(fields.get("active_file", 0))
 
 
+def _stored_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that hold a tensor's memory: several for a quantized one."""
+    content = getattr(tensor, "content", None)
+    return [tensor] if content is None else list(content.tensors().values())
+
+
 def unique_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the elements that these tensors hold; tensors on the same elements count once."""
     seen: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()
     total = 0
-    for tensor in tensors:
+    parts = [part for tensor in tensors for part in _stored_parts(tensor)]
+    for tensor in parts:
         key = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
         if key not in seen:
             seen.add(key)

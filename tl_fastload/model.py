@@ -9,8 +9,9 @@ import torch
 from transformer_lens import HookedTransformer
 
 from tl_fastload import session as sessions
-from tl_fastload.options import Options
+from tl_fastload.options import OWN_ARGUMENTS, Options
 from tl_fastload.progress import ProgressOption
+from tl_fastload.quantization import quantization_argument, read_quantization
 from tl_fastload.report import LoadReport
 
 
@@ -53,6 +54,7 @@ class LeanLoadingMixin:
         strategy: str = "auto",
         mmap: str | bool = "auto",
         progress: ProgressOption = None,
+        quantize: Any = None,
         **from_pretrained_kwargs: Any,
     ) -> Any:
         """Load a pretrained model with the numbers of `from_pretrained` and about one copy of its
@@ -84,6 +86,9 @@ class LeanLoadingMixin:
                 "auto" does so on local disks.
             progress: None for a bar when somebody watches, True or False, or a function of a
                 `tl_fastload.ProgressEvent`.
+            quantize: "8bit", "nf4", "fp4" or a `transformers.BitsAndBytesConfig` quantizes the
+                projections while they are loaded, after processing. None leaves weights as the
+                checkpoint has them; quantized ones stay quantized.
             **from_pretrained_kwargs: for Hugging Face: revision, cache_dir, token,
                 local_files_only, subfolder, trust_remote_code (False by default), torch_dtype, or
                 fields of the model's configuration.
@@ -100,9 +105,10 @@ class LeanLoadingMixin:
         arguments = {
             name: value
             for name, value in locals().items()
-            if name not in ("cls", "from_pretrained_kwargs", "strategy", "mmap", "progress")
+            if name not in ("cls", "from_pretrained_kwargs", *OWN_ARGUMENTS)
         }
-        options = Options(strategy=strategy, mmap=mmap, progress=progress)
+        asked = read_quantization(quantization_argument(quantize, from_pretrained_kwargs))
+        options = Options(strategy=strategy, mmap=mmap, progress=progress, quantize=asked)
         return sessions.load(cls, options, arguments, from_pretrained_kwargs)
 
     @classmethod

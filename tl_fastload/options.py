@@ -11,6 +11,10 @@ import psutil
 from tl_fastload import compat
 from tl_fastload.errors import ArgumentError, StrategyError
 from tl_fastload.progress import ProgressOption
+from tl_fastload.quantization import Quantization
+
+OWN_ARGUMENTS = ("strategy", "mmap", "progress", "quantize")
+"""Arguments of `from_pretrained_lean` that TransformerLens' `from_pretrained` does not have."""
 
 _STRATEGIES = ("auto", "assign", "copy")
 _NETWORK_FILE_SYSTEMS = ("nfs", "cifs", "smb", "fuse", "9p", "lustre", "gpfs", "afs", "ceph")
@@ -24,12 +28,14 @@ class Options:
         strategy: "auto", "assign" or "copy".
         mmap: "auto", True or False.
         progress: as `from_pretrained_lean` takes it.
+        quantize: how to quantize matrices while they are loaded, or None.
         move_to_device: whether parameters go to the configured device.
     """
 
     strategy: str = "auto"
     mmap: str | bool = "auto"
     progress: ProgressOption = None
+    quantize: Quantization | None = None
     move_to_device: bool = True
 
     def check(self) -> None:

@@ -5,8 +5,6 @@ An origin answers what TransformerLens' own loading functions ask (`tl_fastload.
 
 from __future__ import annotations
 
-import copy
-import difflib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,63 +15,12 @@ from tl_fastload.checkpoint import Checkpoint, Location, names_at_hand, open_wei
 from tl_fastload.errors import ArgumentError, CheckpointError
 from tl_fastload.hub import repo_files
 from tl_fastload.keys import Ledger
+from tl_fastload.keywords import Keywords, override, sort_keywords
 from tl_fastload.names import official_name
-from tl_fastload.reader import FileReader
+from tl_fastload.options import Options
+from tl_fastload.quantization import Quantization, of_checkpoint
+from tl_fastload.reader import FileMaps, FileReader
 from tl_fastload.stock import is_toy_name, stock_name_for
-
-_HUB_KEYWORDS = (
-    "revision",
-    "cache_dir",
-    "token",
-    "local_files_only",
-    "force_download",
-    "subfolder",
-)
-_FILE_KEYWORDS = ("variant", "use_safetensors")
-# Ways of loading that transformers has and that change nothing here: weights are streamed anyway.
-_WITHOUT_EFFECT = ("low_cpu_mem_usage", "attn_implementation", "proxies", "resume_download")
-
-
-@dataclass
-class Keywords:
-    """The keyword arguments for Hugging Face, sorted by who takes them.
-
-    Attributes:
-        hub: how to find the files.
-        files: which of the weight files to take.
-        overrides: fields of the Hugging Face configuration to set.
-        trust_remote_code: whether code of the checkpoint may run.
-    """
-
-    hub: dict[str, Any] = field(default_factory=dict)
-    files: dict[str, Any] = field(default_factory=dict)
-    overrides: dict[str, Any] = field(default_factory=dict)
-    trust_remote_code: bool = False
-
-
-def sort_keywords(keywords: dict[str, Any]) -> Keywords:
-    """Sort the keyword arguments that `from_pretrained` would hand to Hugging Face.
-
-    Raises:
-        ArgumentError: for one that contradicts how weights are loaded here.
-    """
-    found = Keywords()
-    for name, value in keywords.items():
-        if name == "use_auth_token":
-            found.hub["token"] = value
-        elif name in _HUB_KEYWORDS:
-            found.hub[name] = value
-        elif name in _FILE_KEYWORDS:
-            found.files[name] = value
-        elif name == "trust_remote_code":
-            found.trust_remote_code = bool(value)
-        elif name in ("device_map", "max_memory"):
-            raise ArgumentError(
-                f"{name}= is transformers' way to spread a model; here use device= and n_devices=."
-            )
-        elif name not in _WITHOUT_EFFECT:
-            found.overrides[name] = value
-    return found
 
 
 @dataclass
@@ -89,6 +36,9 @@ class Origin:
         hf_model: the caller's model, or None.
         location: folder or repository; None with `hf_model` alone.
         keywords: how to reach the files.
+        reader: reads the files.
+        options: strategy, mapping, quantization.
+        spec: how the weights are quantized already, if they are.
         notes: for the report.
         ledger: what of the checkpoint fitted nowhere; filled by `tree`.
         root: the module tree of promises; filled by `tree`.
@@ -105,6 +55,8 @@ class Origin:
     location: Location | None
     keywords: Keywords
     reader: FileReader
+    options: Options
+    spec: Quantization | None = None
     notes: list[str] = field(default_factory=list)
     ledger: Ledger = field(default_factory=Ledger)
     root: Any = None
@@ -138,14 +90,14 @@ class Origin:
 
     def tree(self, revision: str | None, dtype: Any) -> Any:
         if self.hf_model is not None:
-            self.root = tree.tree_from_model(self.hf_model)
+            self.root = tree.tree_from_model(self.hf_model, dtype)
             return self.root
         checkpoint = self._open(revision)
         promises, notes = tree.checkpoint_promises(checkpoint, self.reader)
         self.notes.extend(notes)
         architecture = config.architecture_of(self.hf_config)
         self.root, self.ledger = tree.tree_from_checkpoint(
-            promises, self.hf_config, architecture, dtype
+            promises, self.hf_config, architecture, dtype, self.spec
         )
         return self.root
 
@@ -159,6 +111,7 @@ class Origin:
             self.label = location.label
         self.checkpoint = open_weights(location, **self.keywords.files)
         self.notes.extend(self.checkpoint.notes)
+        self.reader.maps = FileMaps() if self.options.may_map(self.checkpoint) else None
         return self.checkpoint
 
     def list_repo_files(self, *args: Any, **kwargs: Any) -> list[str]:
@@ -178,6 +131,7 @@ class Origin:
             self.n_layers = fields["n_layers"]
             return fields
         self.checkpoint = open_weights(location, weights_file=file_name)
+        self.reader.maps = FileMaps() if self.options.may_map(self.checkpoint) else None
         promises, notes = tree.checkpoint_promises(self.checkpoint, self.reader)
         self.notes.extend(notes)
         return promises
@@ -189,7 +143,11 @@ class Origin:
 
 
 def find_origin(
-    model_name: str | Path, hf_model: Any, keywords: dict[str, Any], reader: FileReader
+    model_name: str | Path,
+    hf_model: Any,
+    keywords: dict[str, Any],
+    reader: FileReader,
+    options: Options,
 ) -> Origin:
     """Find a model and read its configuration, no weights.
 
@@ -198,75 +156,69 @@ def find_origin(
         hf_model: the caller's transformers model, or None; its own configuration is used then.
         keywords: keyword arguments for Hugging Face.
         reader: reads the files later.
+        options: strategy, mapping, quantization.
 
     Raises:
         UnknownModelError, CheckpointError, UnsupportedArchitectureError, ArgumentError.
     """
     sorted_keywords = sort_keywords(keywords)
-    official = None if isinstance(model_name, Path) else official_name(str(model_name))
-    if isinstance(model_name, str) and Path(model_name).is_dir():
-        official = None  # a folder wins over a name, as in transformers
+    is_folder = isinstance(model_name, Path) or Path(model_name).is_dir()
+    # A folder wins over a name, as in transformers.
+    official = None if is_folder else official_name(str(model_name))
     if hf_model is not None:
-        return _from_model(str(model_name), official, hf_model, sorted_keywords, reader)
+        return _from_model(model_name, official, hf_model, sorted_keywords, reader, options)
     location = resolve_config(model_name, **sorted_keywords.hub)
     is_toy = is_toy_name(official) or _is_toy_folder(location)
-    label = location.label
-    stock_name = stock_name_for(official, label if location.repo is None else location.repo)
+    stock_name = stock_name_for(official, location.repo or location.label)
+    hf_config, spec = None, None
     if is_toy and official is None:
         stock_name = _toy_name(location)
-    hf_config = None
     if not is_toy:
         trust = sorted_keywords.trust_remote_code
         hf_config = config.load_hf_config(location.folder, trust_remote_code=trust)
-        hf_config = _override(hf_config, sorted_keywords.overrides)
-    notes: list[str] = []
+        hf_config = override(hf_config, sorted_keywords.overrides)
+        spec = of_checkpoint(hf_config, location.label)
     return Origin(
-        label,
-        stock_name,
-        official,
-        is_toy,
-        hf_config,
-        None,
-        location,
-        sorted_keywords,
-        reader,
-        notes,
+        label=location.label,
+        stock_name=stock_name,
+        official=official,
+        is_toy=is_toy,
+        hf_config=hf_config,
+        hf_model=None,
+        location=location,
+        keywords=sorted_keywords,
+        reader=reader,
+        options=options,
+        spec=spec,
     )
 
 
 def _from_model(
-    name: str, official: str | None, hf_model: Any, keywords: Keywords, reader: FileReader
+    name: str | Path,
+    official: str | None,
+    hf_model: Any,
+    keywords: Keywords,
+    reader: FileReader,
+    options: Options,
 ) -> Origin:
     if not hasattr(hf_model, "config"):
         raise ArgumentError(
             f"hf_model is a {type(hf_model).__name__} without a configuration. Pass a transformers "
             "model, such as AutoModelForCausalLM.from_pretrained(...) returns."
         )
-    location: Location | None = None
-    if Path(name).is_dir():
-        location = resolve_config(name)
-    stock_name = stock_name_for(official, name)
-    hf_config = hf_model.config
     return Origin(
-        "hf_model", stock_name, official, False, hf_config, hf_model, location, keywords, reader
+        label="hf_model",
+        stock_name=stock_name_for(official, str(name)),
+        official=official,
+        is_toy=False,
+        hf_config=hf_model.config,
+        hf_model=hf_model,
+        location=resolve_config(name) if Path(name).is_dir() else None,
+        keywords=keywords,
+        reader=reader,
+        options=options,
+        spec=of_checkpoint(hf_model.config, "hf_model"),
     )
-
-
-def _override(hf_config: Any, overrides: dict[str, Any]) -> Any:
-    if not overrides:
-        return hf_config
-    changed = copy.deepcopy(hf_config)
-    for name, value in overrides.items():
-        if not hasattr(changed, name):
-            known = list(changed.to_dict())
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {close[0]}?" if close else ""
-            raise ArgumentError(
-                f"{name}= is neither an argument of from_pretrained nor a field of this model's "
-                f"configuration.{hint}"
-            )
-        setattr(changed, name, value)
-    return changed
 
 
 def has_tokenizer(location: Location) -> bool:

@@ -15,6 +15,9 @@ from tl_fastload.evaluator import Evaluation, Value, sources
 from tl_fastload.memory import return_freed_memory
 from tl_fastload.progress import Progress
 from tl_fastload.promise import MemorySource, Promise, SourceView
+from tl_fastload.quantized import QuantizedTensor
+from tl_fastload.quantized_recipes import reads_quantized
+from tl_fastload.quantizer import Quantizer
 from tl_fastload.reader import FileMaps, FileSource, has_overlap, is_dense
 
 # Freed scratch memory is given back each time that this part of the model has passed through it.
@@ -33,6 +36,7 @@ class Placer:
         maps: where untransformed file ranges are mapped, or None to read everything.
         map_any_layout: map a range even if the forward pass would want other strides.
         progress: told of every placed parameter.
+        quantizer: makes quantized tensors, or None.
     """
 
     model: nn.Module
@@ -41,10 +45,14 @@ class Placer:
     maps: FileMaps | None
     map_any_layout: bool
     progress: Progress
+    quantizer: Quantizer | None = None
     mapped_bytes: int = 0
     not_finite: list[str] = field(default_factory=list)
     _passed_bytes: int = 0
     _trim_bytes: int = _TRIM_LEAST_BYTES
+
+    def __post_init__(self) -> None:
+        self.parameters = {name for name, _ in self.model.named_parameters()}
 
     def place(self, recipes: dict[str, Promise]) -> None:
         """Evaluate and place every recipe whose name the model has; others were only needed on the
@@ -66,12 +74,16 @@ class Placer:
     def _place_group(self, recipes: dict[str, Promise], targets: dict[str, torch.Tensor]) -> None:
         rest: dict[str, Promise] = {}
         for name, promise in recipes.items():
-            mapped = self._map(name, promise, targets[name])
-            if mapped is None:
+            ready = self._map(name, promise, targets[name])
+            if ready is not None:
+                self.mapped_bytes += _size_bytes(ready)
+            elif self.quantizer is not None and name in self.parameters:
+                dtype, device = targets[name].dtype, self.device_of(name)
+                ready = self.quantizer.keep(name, promise, dtype, device)
+            if ready is None:
                 rest[name] = promise
             else:
-                self.mapped_bytes += _size_bytes(mapped)
-                self._put(name, mapped)
+                self._put(name, ready)
         by_device: dict[torch.device, dict[str, Promise]] = {}
         for name, promise in rest.items():
             by_device.setdefault(self.device_of(name), {})[name] = promise
@@ -92,7 +104,9 @@ class Placer:
         """Bytes that placing will allocate on each device; mapped parameters need none."""
         needed: dict[torch.device, int] = {}
         for name, target in self.model.named_parameters():
-            if name in recipes and self._mappable(name, recipes[name], target) is None:
+            if name not in recipes or self._mappable(name, recipes[name], target) is not None:
+                continue
+            if not reads_quantized(recipes[name].node):
                 device = self.device_of(name)
                 needed[device] = needed.get(device, 0) + _size_bytes(target)
         return needed
@@ -132,8 +146,12 @@ class Placer:
         if tensor.shape != target.shape:
             # One number: torch's own load_state_dict takes shape (1,) for () as well.
             tensor = tensor.reshape(target.shape)
-        if isinstance(target, nn.Parameter) and not _is_finite(tensor):
+        if name in self.parameters and not _is_finite(tensor):
             self.not_finite.append(name)
+        if self.quantizer is not None and name in self.parameters:
+            made = self.quantizer.quantize(name, tensor.to(target.dtype))
+            if made is not None:
+                return made
         if not self.assign:
             return tensor
         strides = self._strides(name, tensor.shape)
@@ -159,6 +177,7 @@ class Placer:
             elif self.assign:
                 old = parent._parameters[leaf]
                 needs_grad = old is None or old.requires_grad
+                needs_grad = needs_grad and not isinstance(tensor, QuantizedTensor)
                 parent._parameters[leaf] = nn.Parameter(tensor, requires_grad=needs_grad)
             else:
                 target = parent._parameters[leaf]

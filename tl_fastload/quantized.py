@@ -1,11 +1,9 @@
-"""A tensor that stays bytes: the dense matrix's shape, strides and dtype over bitsandbytes' rows or
-blocks.
+"""A tensor that stays bytes: a dense matrix's shape and dtype over bitsandbytes' rows or blocks.
 
 Views are bookkeeping, linear maps run on bitsandbytes' kernels, and everything else sees the
 dequantized values; `tl_fastload.quantized_ops` holds the table that decides. The bytes are never
 written: an in-place operation raises, and what would replace them (`load_state_dict`, a move) puts
-    other bytes in their place. So `clone` shares them, and
-only `copy.deepcopy` copies.
+other bytes in their place. So `clone` shares them, and only `copy.deepcopy` copies.
 """
 
 from __future__ import annotations
@@ -49,7 +47,7 @@ class QuantizedTensor(torch.Tensor):
             raise QuantizationError(f"quantized weights cannot compute in {dtype}.")
         # In inference mode torch cannot make views of an ordinary tensor's wrapper otherwise.
         with torch.inference_mode(False):
-            tensor: QuantizedTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            tensor: QuantizedTensor = torch.Tensor._make_wrapper_subclass(
                 cls,
                 geometry.shape,
                 strides=geometry.stride(),
@@ -65,7 +63,7 @@ class QuantizedTensor(torch.Tensor):
         # torch.Tensor.__init__ takes no arguments of a subclass.
         pass
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return (
             f"QuantizedTensor({self.content.stored.kind}, shape={tuple(self.shape)}, "
             f"dtype={self.dtype}, "
@@ -73,10 +71,10 @@ class QuantizedTensor(torch.Tensor):
         )
 
     def nbytes_stored(self) -> int:
-        """Bytes of everything that this tensor holds: codes, scales, and what it takes to read them."""
+        """Bytes of everything that this tensor holds, also of rows that its view does not show."""
         return sum(t.numel() * t.element_size() for t in self.content.tensors().values())
 
-    def dequantize(self) -> torch.Tensor:  # type: ignore[override]
+    def dequantize(self) -> torch.Tensor:
         """The values as an ordinary tensor of the same shape, strides and dtype."""
         content, geometry = self.content, self.geometry
         if geometry.numel() < self._size():
@@ -115,16 +113,22 @@ class QuantizedTensor(torch.Tensor):
         """
         return type(self)(self.content.scaled_input(scale), self.geometry, self.dtype)
 
+    def shift_input(self, shift: torch.Tensor) -> QuantizedTensor:
+        """The same map, whose kernel sees activations moved by `shift` [in]; values are the
+        same.
+        """
+        return type(self)(self.content.shifted_input(shift), self.geometry, self.dtype)
+
     def center_input(self) -> QuantizedTensor:
         """The same view of the matrix less its mean over the input, bytes untouched and shared."""
         return type(self)(replace(self.content, center_in=True), self.geometry, self.dtype)
 
     def center_output(self) -> QuantizedTensor:
-        """The same view of the matrix less its mean over the output: over all rows it has, also those not shown."""
+        """The same view of the matrix less its mean over the output, rows not shown included."""
         return type(self)(replace(self.content, center_out=True), self.geometry, self.dtype)
 
     def rows_content(self, geometry: torch.Tensor) -> Content | None:
-        """What multiplies by a view [rows, in] as `torch.nn.functional.linear` takes it; None if no kernel can."""
+        """What multiplies by a view [rows, in] of whole rows; None if no kernel can."""
         view = quantized_view.linear_rows(geometry, self.content.stored.shape[1])
         if view is None:
             return None
@@ -200,7 +204,9 @@ class QuantizedTensor(torch.Tensor):
         return quantized_ops.call_function(func, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch passes no kwargs at times
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         from tl_fastload import quantized_ops
 
         return quantized_ops.call_operator(func, args, kwargs or {})
@@ -215,7 +221,7 @@ def rebuild(
     dtype: torch.dtype,
     is_parameter: bool,
 ) -> QuantizedTensor:
-    """What a saved tensor is made of again; the one name that `torch.load(weights_only=True)` must be allowed."""
+    """Make a saved tensor again. `torch.load(weights_only=True)` must be allowed this name."""
     made = _rebuild_view(Content.build(tensors, plain), shape, stride, offset, dtype)
     if is_parameter:
         made = torch.nn.Parameter(made, requires_grad=False)  # type: ignore[assignment]

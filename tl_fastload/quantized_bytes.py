@@ -1,5 +1,4 @@
-"""What a quantized matrix is made of: bytes, scales, and how to take some of its rows. Knows no
-kernel.
+"""What a quantized matrix is made of, and how to take some of its rows. Knows no kernel.
 
 Every class declares its fields once, as a dataclass; moving, copying, counting and saving are
 derived from that declaration (`tensors`, `plain`, `map`).
@@ -51,7 +50,8 @@ class Declared:
         return replace(self, **changed)  # type: ignore[type-var]
 
     def _values(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        named = fields(self)  # type: ignore[arg-type]  # the base is no dataclass itself
+        return {field.name: getattr(self, field.name) for field in named}
 
 
 class QuantizedBytes(Declared, ABC):

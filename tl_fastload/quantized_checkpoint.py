@@ -1,4 +1,4 @@
-"""Quantized bytes from the tensors that transformers saves in a checkpoint. Needs no bitsandbytes."""
+"""Quantized bytes from the tensors that transformers saves. Needs no bitsandbytes."""
 
 from __future__ import annotations
 

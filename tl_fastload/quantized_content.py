@@ -1,17 +1,16 @@
-"""Quantized bytes with what is kept beside them: how to multiply by them, and exact weight
-processing.
+"""Quantized bytes and what is kept beside them: products, and exact weight processing.
 
-TransformerLens' weight processing never touches the bytes. With Q the quantized matrix [out, in], s
-a scale per input, and C = I - 11'/n the projection that removes a mean, the matrix stands for `W =
-C_out Q diag(s) C_in`:
+TransformerLens' weight processing never touches the bytes. With Q the quantized matrix [out, in],
+s a scale per input, and C = I - 11'/n the projection that removes a mean, the matrix stands for
+`W = C_out Q diag(s) C_in`:
 
 - `fold_layer_norm` multiplies the columns by ln.w first, and then removes from the product its mean
   over d_model, the input side: `W - mean_in(W) = (Q diag(s)) C_in`.
 - `center_writing_weights` removes the mean over d_model where it is the output side: `C_out Q`.
 
 C is symmetric, so `x W' = C_out(Q (s * C_in(x)))`: an activation is centred first, scaled next,
-multiplied by the bytes, and centred again at the end. Scaling what is centred already (`Q C_in
-diag(s)`) has no such form.
+multiplied by the bytes, and centred again at the end. Scaling what is centred already, as in
+`Q C_in diag(s)`, has no such form.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from tl_fastload import bnb_kernels
 from tl_fastload.errors import QuantizationError
 from tl_fastload.quantized_bytes import Declared, FourBitBytes, Int8Bytes, QuantizedBytes
 
+_BESIDE = ("in_scale", "in_shift", "out_shift")
 _STORED = {Int8Bytes.tag: Int8Bytes, FourBitBytes.tag: FourBitBytes}
 
 
@@ -39,6 +39,8 @@ class Content(Declared):
         in_scale: [in] float32, multiplies the columns; None for ones.
         center_in: whether the mean over the input is removed, after scaling.
         center_out: whether the mean over the output is removed.
+        in_shift: [in] float32, added to what reaches the kernel; the map stays what it was.
+        out_shift: [out] float32, what the kernel makes of `in_shift`; taken off its result.
     """
 
     stored: QuantizedBytes
@@ -46,6 +48,8 @@ class Content(Declared):
     in_scale: torch.Tensor | None = None
     center_in: bool = False
     center_out: bool = False
+    in_shift: torch.Tensor | None = None
+    out_shift: torch.Tensor | None = None
 
     @property
     def is_processed(self) -> bool:
@@ -53,7 +57,7 @@ class Content(Declared):
 
     def parts(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Its tensors, and all the rest as plain values: what is saved."""
-        plain = {k: v for k, v in self.plain().items() if k != "in_scale"}
+        plain = {k: v for k, v in self.plain().items() if k not in _BESIDE}
         return self.tensors(), {"stored": (self.stored.tag, _filled(self.stored.plain())), **plain}
 
     @classmethod
@@ -61,8 +65,9 @@ class Content(Declared):
         """The inverse of `parts`."""
         own = dict(plain)
         tag, options = own.pop("stored")
-        inner = {name: tensor for name, tensor in tensors.items() if name != "in_scale"}
-        return cls(_STORED[tag](**options, **inner), in_scale=tensors.get("in_scale"), **own)
+        beside: dict[str, Any] = {name: tensors.get(name) for name in _BESIDE}
+        inner = {name: tensor for name, tensor in tensors.items() if name not in _BESIDE}
+        return cls(_STORED[tag](**options, **inner), **beside, **own)
 
     def scaled_input(self, scale: torch.Tensor) -> Content:
         """Its columns multiplied by `scale` [in]."""
@@ -80,6 +85,17 @@ class Content(Declared):
         scale = scale.to(torch.promote_types(scale.dtype, torch.float32))
         return replace(self, in_scale=scale if self.in_scale is None else self.in_scale * scale)
 
+    def shifted_input(self, shift: torch.Tensor) -> Content:
+        """The same linear map, with `shift` [in] added in front of the kernel and its image taken
+        off behind: `x W = (x + shift) W - shift W`.
+
+        Folding a norm's bias or a value bias takes it out of the activation. An 8-bit kernel
+        rounds activations, so it has to see the one that the weights were quantized for.
+        """
+        shift = shift.detach().to(self.stored.device, torch.float32)
+        image = bnb_kernels.dequantize(self.stored, torch.float32) @ shift
+        return replace(self, in_shift=shift, out_shift=image)
+
     def rows(self, index: torch.Tensor) -> Content:
         """Some rows of the matrix.
 
@@ -88,21 +104,33 @@ class Content(Declared):
         """
         if self.center_out and len(index) != self.stored.shape[0]:
             raise QuantizationError("the matrix is centred over rows that this part does not have")
-        return replace(self, stored=self.stored.rows(index))
+        out_shift = None if self.out_shift is None else self.out_shift[index.to(self.stored.device)]
+        return replace(self, stored=self.stored.rows(index), out_shift=out_shift)
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`x @ W.T + bias` on bitsandbytes' kernel, for x [..., in]; in x's dtype."""
-        if self.center_in or self.in_scale is not None:
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            if self.center_in:
-                wide = wide - wide.mean(-1, keepdim=True)
-            x = (wide if self.in_scale is None else wide * self.in_scale).to(x.dtype)
-        if not self.center_out:
+        if self.center_in or self.in_scale is not None or self.in_shift is not None:
+            x = self._prepared(x)
+        if not self.center_out and self.out_shift is None:
             return bnb_kernels.linear(self.stored, x, bias, self.compute_dtype)
         out = bnb_kernels.linear(self.stored, x, None, self.compute_dtype)
         wide = out.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide - wide.mean(-1, keepdim=True)
+        if self.out_shift is not None:
+            wide = wide - self.out_shift
+        if self.center_out:
+            wide = wide - wide.mean(-1, keepdim=True)
         return (wide if bias is None else wide + bias).to(x.dtype)
+
+    def _prepared(self, x: torch.Tensor) -> torch.Tensor:
+        """The activation that the bytes are multiplied by."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.center_in:
+            wide = wide - wide.mean(-1, keepdim=True)
+        if self.in_scale is not None:
+            wide = wide * self.in_scale
+        if self.in_shift is not None:
+            wide = wide + self.in_shift
+        return wide.to(x.dtype)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """The matrix [out, in] that `linear` multiplies by."""

@@ -137,7 +137,7 @@ def _to_copy(
 
 
 def _copy_(target: Any, source: Any, non_blocking: bool = False) -> Any:
-    """`load_state_dict`: the target gets bytes of its own, the source's memory stays the source's."""
+    """`load_state_dict`: the target gets bytes of its own, the source keeps its memory."""
     if not isinstance(target, QuantizedTensor):
         return target.copy_(_dense(source), non_blocking)
     if not isinstance(source, QuantizedTensor):

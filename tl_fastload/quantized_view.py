@@ -1,5 +1,4 @@
-"""Geometry of a view of an `[out, in]` matrix: which rows it shows, and whether it shows whole
-ones.
+"""Geometry of a view of an `[out, in]` matrix: whether it shows whole rows, and which.
 
 A geometry is a meta tensor whose shape, strides and offset select elements of the matrix, rows one
 after the other.
@@ -43,7 +42,7 @@ class RowView:
         return index
 
     def in_logical_order(self) -> tuple[int, ...] | None:
-        """The row dimensions as they stand, if gathering rows makes the view contiguous; or else None."""
+        """The row dimensions as they stand, if gathering rows makes the view contiguous."""
         rows = tuple(sorted(self.row_dims))
         inputs = self.input_dims
         is_last = not rows or not inputs or max(rows) < min(inputs)
@@ -63,7 +62,7 @@ class RowView:
 
 
 def row_view(geometry: torch.Tensor, columns: int) -> RowView | None:
-    """How a geometry shows whole rows of `columns` values; None if it shows parts of rows, repeats or mixes them."""
+    """How a geometry shows whole rows; None if it shows parts of rows, or repeats or mixes them."""
     if geometry.numel() == 0 or geometry.storage_offset() % columns:
         return None
     strides = geometry.stride()
@@ -83,7 +82,7 @@ def row_view(geometry: torch.Tensor, columns: int) -> RowView | None:
 
 
 def linear_rows(geometry: torch.Tensor, columns: int) -> RowView | None:
-    """`row_view` of a geometry that is a matrix [rows, inputs] as `torch.nn.functional.linear` wants it, or None."""
+    """`row_view` of a matrix [rows, inputs], as a linear map wants it; None if it is none."""
     if geometry.dim() != 2 or geometry.shape[1] != columns:
         return None
     view = row_view(geometry, columns)

@@ -25,12 +25,12 @@ HELD_SPAN_BYTES = 64 << 20
 class FileReader:
     """Reads ranges of files; keeps each file open and one scratch buffer for the whole load.
 
-    Args:
-        may_map: whether torch files may be mapped while they are read.
+    Attributes:
+        maps: mappings for what need not be read; None where nothing may be mapped.
     """
 
-    def __init__(self, may_map: bool = True) -> None:
-        self.may_map = may_map
+    def __init__(self) -> None:
+        self.maps: FileMaps | None = None
         self._descriptors: dict[Path, int] = {}
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._held: tuple[Path, int, int] | None = None
@@ -135,6 +135,15 @@ class FileSource(Source):
 
     def lend(self, geometry: torch.Tensor) -> torch.Tensor | None:
         return None
+
+    def whole(self) -> torch.Tensor:
+        """The stored tensor itself: mapped if files may be mapped, else read."""
+        geometry = torch.empty(self.shape, dtype=self.dtype, device="meta")
+        if self.reader.maps is not None and self.entry.offset % geometry.element_size() == 0:
+            return self.reader.maps.view(self.entry, geometry)
+        out = torch.empty(self.shape, dtype=self.dtype)
+        self.read_into(out, geometry, ())
+        return out
 
     def read_into(
         self, out: torch.Tensor, geometry: torch.Tensor, casts: tuple[torch.dtype, ...]

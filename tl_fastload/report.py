@@ -32,6 +32,8 @@ class LoadReport:
         mapped_bytes: parameter bytes that are mapped from files instead of held in memory.
         peak_device_bytes: highest CUDA memory above the start of the call; None without CUDA.
         processing: each processing step -> "done", or "skipped: ..." with the reason.
+        quantization: kind of the quantized weights; None for a model without.
+        not_quantized: matrices of a quantized model that are dense -> why.
         notes: anything else worth knowing, in sentences.
     """
 
@@ -50,6 +52,8 @@ class LoadReport:
     mapped_bytes: int
     peak_device_bytes: int | None
     processing: dict[str, str] = field(default_factory=dict)
+    quantization: str | None = None
+    not_quantized: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def rows(self) -> list[tuple[str, str]]:
@@ -67,6 +71,9 @@ class LoadReport:
         if self.peak_device_bytes is not None:
             rows.append(("peak device memory", self._peak(self.peak_device_bytes)))
         rows += list(self.processing.items())
+        if self.quantization is not None:
+            rows.append(("quantization", self.quantization))
+            rows += [("not quantized", text) for text in _by_reason(self.not_quantized)]
         versions = (
             f"torch {self.torch_version}, transformers {self.transformers_version}, "
             f"transformer_lens {self.transformer_lens_version}"
@@ -96,6 +103,17 @@ class LoadReport:
         """Plain values for JSON: dtype as text, everything else as it is."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {**values, "dtype": str(self.dtype), "notes": list(self.notes)}
+
+
+def _by_reason(not_quantized: dict[str, str]) -> list[str]:
+    """One line a reason, with the first of the names and how many there are."""
+    names: dict[str, list[str]] = {}
+    for name, reason in not_quantized.items():
+        names.setdefault(reason, []).append(name)
+    return [
+        f"{found[0]}{f' and {len(found) - 1} more' if len(found) > 1 else ''} ({reason})"
+        for reason, found in names.items()
+    ]
 
 
 def format_bytes(size_bytes: float) -> str:

@@ -21,7 +21,10 @@ from tl_fastload.origin import Origin, find_origin
 from tl_fastload.placement import Placer
 from tl_fastload.progress import Progress
 from tl_fastload.promise import MemorySource, Promise
-from tl_fastload.reader import FileMaps, FileReader
+from tl_fastload.quantized import QuantizedTensor
+from tl_fastload.quantized_shifts import kernel_shifts
+from tl_fastload.quantizer import Quantizer
+from tl_fastload.reader import FileReader
 from tl_fastload.report import LoadReport
 from tl_fastload.skeleton import build_empty, device_map
 from tl_fastload.stock import run_from_pretrained
@@ -38,6 +41,8 @@ class Session:
         recipes: parameter name -> recipe, collected from TransformerLens' `load_state_dict` calls.
         notes: for the report.
         mapped_bytes: parameter bytes that were mapped.
+        shifts: what processing takes out of the inputs of quantized matrices.
+        not_quantized: matrices of a quantized model that are dense, and why.
     """
 
     options: Options
@@ -46,6 +51,8 @@ class Session:
     recipes: dict[str, Promise] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     mapped_bytes: int = 0
+    shifts: dict[str, Promise] = field(default_factory=dict)
+    not_quantized: dict[str, str] = field(default_factory=dict)
 
     def collect(self, state_dict: dict[str, Any]) -> _IncompatibleKeys:
         """Take what TransformerLens would load; it is placed when all of it is known."""
@@ -66,7 +73,7 @@ def load(cls: type, options: Options, arguments: dict[str, Any], keywords: dict[
     started = time.perf_counter()
     options.check()
     verify.check_arguments(arguments, keywords)
-    reader = FileReader(may_map=options.mmap is not False)
+    reader = FileReader()
     try:
         with PeakSampler() as sampler:
             model, session = _load(cls, options, dict(arguments), dict(keywords), reader)
@@ -87,7 +94,8 @@ def _load(
     move_to_device = arguments.pop("move_to_device")
     if "torch_dtype" in keywords:
         arguments["torch_dtype"] = keywords.pop("torch_dtype")
-    origin = find_origin(model_name, hf_model, keywords, reader)
+    origin = find_origin(model_name, hf_model, keywords, reader, options)
+    verify.check_quantization(origin, options, arguments)
     requested = {step: bool(arguments[step]) for step in steps.STEPS}
     session = Session(replace(options, move_to_device=move_to_device), requested, origin)
 
@@ -153,6 +161,8 @@ def _process_and_place(
     if steps.reason_to_skip("fold_value_biases", model.cfg) is not None:
         # TransformerLens folds all the same, which changes the model's output.
         allowed["fold_value_biases"] = False
+    if session.origin is not None and session.origin.spec is not None:
+        session.shifts = kernel_shifts(promises, model.cfg, allowed)
     stock(promises, **allowed)
     if session.origin is not None:
         verify.check_recipes(model, session.origin, session.recipes)
@@ -169,21 +179,25 @@ def _place(model: nn.Module, session: Session) -> None:
     if origin is None:  # a live model keeps its tensors where they are
         homes = {name: tensor.device for name, tensor in model.state_dict(keep_vars=True).items()}
         device_of = homes.__getitem__
-    may_map = origin is not None and options.may_map(origin.checkpoint)
+    quantizer = None
+    if origin is not None and (origin.spec is not None or options.quantize is not None):
+        quantizer = Quantizer(options.quantize, session.shifts)
     with Progress(options.progress) as progress:
         placer = Placer(
             model,
             device_of,
             assign=options.assigns,
-            maps=FileMaps() if may_map else None,
+            maps=origin.reader.maps if origin is not None else None,
             map_any_layout=not any(session.requested.values()),
             progress=progress,
+            quantizer=quantizer,
         )
         if origin is not None:
             verify.check_room(placer.needed_bytes(session.recipes), origin.label)
         placer.place(session.recipes)
     session.mapped_bytes = placer.mapped_bytes
-    session.recipes = {}
+    session.not_quantized = quantizer.not_quantized if quantizer is not None else {}
+    session.recipes, session.shifts = {}, {}
     if placer.not_finite:
         session.notes.append(f"NaN or infinite values in {_listed(placer.not_finite)}.")
     for name, buffer in list(model.named_buffers()):
@@ -236,7 +250,10 @@ def is_already_processed(model: Any, flags: dict[str, bool]) -> bool:
 
 def _versions(model: nn.Module) -> list[tuple[str, int, int]]:
     """Changes whenever a parameter is replaced or written to."""
-    return [(name, p.data_ptr(), p._version) for name, p in model.named_parameters()]
+    return [
+        (name, 0 if isinstance(p, QuantizedTensor) else p.data_ptr(), p._version)
+        for name, p in model.named_parameters()
+    ]
 
 
 def _report(model: Any, session: Session, sampler: PeakSampler, seconds: float) -> LoadReport:
@@ -260,8 +277,18 @@ def _report(model: Any, session: Session, sampler: PeakSampler, seconds: float) 
         mapped_bytes=session.mapped_bytes,
         peak_device_bytes=sampler.peak_device_bytes,
         processing=steps.describe(session.requested, model.cfg),
+        quantization=_quantization(session),
+        not_quantized=session.not_quantized,
         notes=(*(origin.notes if origin is not None else ()), *session.notes),
     )
+
+
+def _quantization(session: Session) -> str | None:
+    if session.options.quantize is not None:
+        return f"{session.options.quantize.kind}, quantized while loading"
+    if session.origin is not None and session.origin.spec is not None:
+        return f"{session.origin.spec.kind}, as in the checkpoint"
+    return None
 
 
 def _listed(names: list[str], most: int = 10) -> str:

@@ -23,6 +23,9 @@ from tl_fastload.checkpoint import Checkpoint
 from tl_fastload.errors import CheckpointError
 from tl_fastload.keys import Ledger, rename_to_model, tied_groups
 from tl_fastload.promise import MemorySource, Promise, Source
+from tl_fastload.quantization import Quantization
+from tl_fastload.quantized_recipes import reads_quantized
+from tl_fastload.quantized_tree import combine, is_conv1d, promise_of_layer
 from tl_fastload.reader import FileReader, FileSource
 
 
@@ -86,14 +89,18 @@ def checkpoint_promises(
     promises: dict[str, Promise] = {
         name: Promise.of(FileSource(entry, reader)) for name, entry in checkpoint.entries.items()
     }
-    contents = checkpoint.load_tensors(mmap=reader.may_map)
+    contents = checkpoint.load_tensors(mmap=reader.maps is not None)
     for name, tensor in contents.tensors.items():
         promises[name] = Promise.of(MemorySource(tensor, name))
     return promises, list(contents.notes)
 
 
 def tree_from_checkpoint(
-    promises: Mapping[str, Promise], hf_config: Any, architecture: str, dtype: torch.dtype
+    promises: Mapping[str, Promise],
+    hf_config: Any,
+    architecture: str,
+    dtype: torch.dtype,
+    spec: Quantization | None = None,
 ) -> tuple[Any, Ledger]:
     """The module tree of a checkpoint.
 
@@ -102,10 +109,13 @@ def tree_from_checkpoint(
         hf_config: the Hugging Face configuration; not changed.
         architecture: name of the transformers class, such as "LlamaForCausalLM".
         dtype: what stock would load the Hugging Face model in; each weight is cast to it first.
+        spec: how the checkpoint is quantized, if it is.
 
     Returns:
         The tree, and what did not fit: missing, unexpected and misshapen names.
     """
+    if spec is not None:
+        promises = combine(promises, spec, dtype)
     model_class = getattr(transformers, architecture, None)
     if model_class is None:
         return _bare_tree(promises, hf_config, dtype), Ledger()
@@ -145,7 +155,11 @@ def fill_tree(model: Any, promises: Mapping[str, Promise], dtype: torch.dtype) -
             if present and name not in found:
                 found[name] = found[present[0]]
     for name, like in list(model.state_dict(keep_vars=True).items()):
-        promise = found.get(name)
+        promise: Any = found.get(name)
+        if promise is not None and reads_quantized(promise.node):
+            # transformers turns GPT-2's Conv1D into a linear layer when it quantizes.
+            layer = model.get_submodule(name.rpartition(".")[0])
+            promise = promise.t() if is_conv1d(type(layer)) else promise
         if promise is None:
             promise = Promise.of(MissingSource(name, like))
         elif promise.shape != like.shape:
@@ -154,23 +168,32 @@ def fill_tree(model: Any, promises: Mapping[str, Promise], dtype: torch.dtype) -
     return ledger
 
 
-def tree_from_model(hf_model: Any) -> Any:
+def tree_from_model(hf_model: Any, dtype: torch.dtype) -> Any:
     """A shadow of the caller's model: the same modules in form, promises for weights, nothing
     shared that changes.
+
+    Args:
+        hf_model: the caller's model.
+        dtype: what quantized weights compute in.
     """
     if not isinstance(hf_model, nn.Module):
         return hf_model
     for name, tensor in hf_model.named_parameters():
         if tensor.device.type == "meta":
             raise CheckpointError(
-                f"hf_model has no values for {name}: it is on the meta device (offloaded to disk, or "
-                "never loaded). Load it without offloading, or pass the folder instead of hf_model."
+                f"hf_model has no values for {name}: it is on the meta device (offloaded to disk, "
+                "or never loaded). Load it without offloading, or pass the folder, not hf_model."
             )
     promises: dict[int, Promise] = {}
-    return _shadow(hf_model, "", promises)
+    return _shadow(hf_model, "", promises, dtype)
 
 
-def _shadow(module: nn.Module, prefix: str, promises: dict[int, Promise]) -> nn.Module:
+def _shadow(
+    module: nn.Module, prefix: str, promises: dict[int, Promise], dtype: torch.dtype
+) -> nn.Module:
+    quantized = promise_of_layer(module, f"{prefix}weight", dtype)
+    if quantized is not None:
+        promises[id(module._parameters["weight"])] = _as_parameter(quantized)
     shadow: nn.Module = object.__new__(type(module))
     shadow.__dict__ = dict(module.__dict__)
     for kind in ("_parameters", "_buffers"):
@@ -179,7 +202,7 @@ def _shadow(module: nn.Module, prefix: str, promises: dict[int, Promise]) -> nn.
             for name, tensor in getattr(module, kind).items()
         }
     shadow.__dict__["_modules"] = {
-        name: None if child is None else _shadow(child, f"{prefix}{name}.", promises)
+        name: None if child is None else _shadow(child, f"{prefix}{name}.", promises, dtype)
         for name, child in module._modules.items()
     }
     return shadow

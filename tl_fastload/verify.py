@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformer_lens.HookedTransformer import DTYPE_FROM_STRING
 
+from tl_fastload import compat
+from tl_fastload.bnb_kernels import require_device
 from tl_fastload.errors import (
     ArgumentError,
     LeanLoadError,
@@ -18,6 +20,7 @@ from tl_fastload.errors import (
 )
 from tl_fastload.evaluator import sources
 from tl_fastload.memory import available_bytes
+from tl_fastload.options import Options
 from tl_fastload.origin import Origin
 from tl_fastload.promise import Promise
 from tl_fastload.report import format_bytes
@@ -64,13 +67,7 @@ def _check_device(arguments: dict[str, Any]) -> None:
     n_devices = arguments["n_devices"]
     if not isinstance(n_devices, int) or n_devices < 1:
         raise ArgumentError(f"n_devices={n_devices!r} is not a number from 1 on.")
-    if arguments["device"] is not None:
-        try:
-            device = torch.device(arguments["device"])
-        except RuntimeError as error:
-            raise ArgumentError(f"device={arguments['device']!r} is no device: {error}") from error
-    else:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(arguments)
     if device.type != "cuda":
         if n_devices > 1:
             raise ArgumentError(f"n_devices={n_devices} spreads over CUDA devices, not {device}.")
@@ -81,6 +78,38 @@ def _check_device(arguments: dict[str, Any]) -> None:
             f"device={arguments['device']!r} with n_devices={n_devices} needs "
             f"{(device.index or 0) + n_devices} CUDA devices, torch sees {count}."
         )
+
+
+def _device(arguments: dict[str, Any]) -> torch.device:
+    if arguments["device"] is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(arguments["device"])
+    except (RuntimeError, TypeError) as error:
+        raise ArgumentError(f"device={arguments['device']!r} is no device: {error}") from error
+
+
+def check_quantization(origin: Origin, options: Options, arguments: dict[str, Any]) -> None:
+    """Raise for quantization that contradicts the checkpoint, or that cannot run here."""
+    if origin.spec is None and options.quantize is None:
+        return
+    if origin.spec is not None and options.quantize is not None:
+        raise ArgumentError(
+            f"{origin.label} is quantized already ({origin.spec.kind}): leave quantize= out, or "
+            "take the unquantized checkpoint."
+        )
+    if origin.spec is not None and arguments["refactor_factored_attn_matrices"]:
+        raise ArgumentError(
+            "refactor_factored_attn_matrices=True mixes the values of several matrices, which "
+            f"quantized bytes cannot follow. {origin.label} is quantized: load the unquantized "
+            "checkpoint with quantize=, which refactors first."
+        )
+    if not options.assigns:
+        raise ArgumentError(
+            "Quantized weights are put into the model as they are, which a copying load cannot do: "
+            f'use strategy="auto" with torch {compat.ASSIGN_NEEDS_TORCH} or newer.'
+        )
+    require_device(_device(arguments))
 
 
 def check_layers(cfg: Any, origin: Origin) -> None:

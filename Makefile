@@ -1,0 +1,82 @@
+# Everything a newcomer runs. Needs GNU make and Python 3.10 to 3.12, nothing else:
+# each target makes `.venv` and installs what it needs, and does so again only when
+# pyproject.toml or constraints.txt change.
+
+# A version manager's shim may exist without the Python behind it: ask it to run.
+PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python3)
+VENV ?= .venv
+JOBS ?= 2
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+# The checkpoints that the demo and the benchmarks share, 3.6 GB when both are there.
+export TL_FASTLOAD_BENCH_CACHE ?= $(CURDIR)/.cache/checkpoints
+BASE := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-dev demo demo-quick test test-fast test-slow test-gpu lint format types bench embedded-model clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+install: $(BASE) ## make .venv with the package in it
+
+install-dev: $(DEV) ## the same, with the test and lint tools
+
+demo: $(BASE) ## load the embedded model, then compare lean with stock loading
+	$(BIN)/python -m demo.demo
+
+demo-quick: $(BASE) ## the demo's first half: the embedded model alone
+	$(BIN)/python -m demo.demo --quick
+
+test: lint types test-fast ## ruff, mypy, and every test that is neither slow nor needs a GPU
+
+# One thread a worker: the models are tiny, and more threads than cores only wait.
+test-fast: $(DEV)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not gpu and not slow"
+
+test-slow: $(DEV) ## the tests that are heavy in time or memory, one at a time
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+test-gpu: $(DEV) ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(DEV) ## ruff's rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(DEV) ## let ruff repair what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(DEV) ## mypy --strict
+	$(BIN)/mypy
+
+bench: $(BASE) ## measure memory, load time and forward time; writes benchmarks/results/
+	$(BIN)/python -m benchmarks
+
+embedded-model: $(BASE) ## train the embedded model anew (minutes)
+	$(BIN)/python -m demo.train_embedded_model
+
+clean: ## remove .venv and every cache
+	rm -rf $(VENV) .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' \
+		|| { echo "tl_fastload needs Python 3.10 to 3.12: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes first and pinned: left to the resolver, another package may draw a newer torch
+# together with gigabytes of CUDA libraries.
+$(BASE): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing into $(VENV): some minutes the first time"
+	$(PIP) install --quiet --constraint constraints.txt --upgrade pip
+	$(PIP) install --quiet --constraint constraints.txt torch
+	$(PIP) install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(DEV): $(BASE)
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@

@@ -1,0 +1,124 @@
+"""`python -m benchmarks`: measure, print the tables, write the JSON, fail when a bound fails."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks import bounds, cases, environment, table
+from benchmarks.imports import measure_import
+from benchmarks.measure import Case, Measurement
+from benchmarks.models import SHAPES, make_checkpoint
+
+_STAGES = ("load", "forward", "import")
+_BOUNDED = tuple(shape.name for shape in SHAPES.values() if shape.bounded)
+_TINY = tuple(shape.name for shape in SHAPES.values() if not shape.bounded)
+_RESULTS = Path(__file__).parent / "results"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns 1 when a bound failed or a measurement broke down."""
+    options = _parser().parse_args(arguments)
+    load, forward = "load" in options.only, "forward" in options.only
+    errors = Console(stderr=True)
+    machine = environment.machine()
+    planned: list[Case] = []
+    if load or forward:
+        planned = cases.all_cases(
+            options.models, load=load, forward=forward, with_stock=options.stock
+        )
+        for model in options.models:
+            errors.print(f"checkpoint {model}: {make_checkpoint(model, options.cache)}")
+    imported = measure_import() if "import" in options.only else None
+    results = cases.run_all(planned, options.repeats, options.cache, _announcer(errors))
+
+    checks = bounds.checks(results, options.models, load=load, forward=forward)
+    if imported is not None:
+        checks.append(bounds.import_check(None if imported.error else imported.median_seconds))
+    table.show(Console(), results, planned, checks, imported, machine)
+    complete = load and forward and imported is not None and options.stock
+    complete = complete and tuple(options.models) == _BOUNDED
+    found = table.report(results, planned, checks, imported, machine)
+    _write(found, options.json, complete, errors)
+    return _exit_status(checks, [*results.values(), *([imported] if imported else [])])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument(
+        "--only",
+        type=_choices("stage", {stage: (stage,) for stage in _STAGES}),
+        default=_STAGES,
+        metavar="STAGES",
+        help=f"any of {','.join(_STAGES)}",
+    )
+    parser.add_argument(
+        "--models",
+        type=_choices("model", {name: (name,) for name in SHAPES} | {"tiny": _TINY}),
+        default=_BOUNDED,
+        help=f"any of {','.join(SHAPES)}, or tiny (to try this out: no bounds apply)",
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="processes per case (default 3)")
+    parser.add_argument(
+        "--no-stock",
+        dest="stock",
+        action="store_false",
+        help="do not measure TransformerLens' own loader (slow, and up to four times the memory)",
+    )
+    parser.add_argument(
+        "--json", type=Path, help="write here (default for a complete run: benchmarks/results/)"
+    )
+    parser.add_argument("--cache", type=Path, help="folder of the benchmark checkpoints")
+    return parser
+
+
+class _choices:  # noqa: N801 - used as a function by argparse, which prints its name
+    """Parses a comma-separated list of names, some of which stand for several."""
+
+    def __init__(self, what: str, meaning: dict[str, tuple[str, ...]]) -> None:
+        self.__name__ = what
+        self._meaning = meaning
+
+    def __call__(self, text: str) -> tuple[str, ...]:
+        names = text.split(",")
+        for name in names:
+            if name not in self._meaning:
+                known = ", ".join(self._meaning)
+                raise argparse.ArgumentTypeError(f"{name!r} is not one of {known}")
+        return tuple(dict.fromkeys(one for name in names for one in self._meaning[name]))
+
+
+def _announcer(console: Console) -> cases.Announce:
+    def announce(number: int, total: int, case: Case, measurement: Measurement) -> None:
+        what = measurement.error or f"{measurement.median_seconds:.2f} s"
+        console.print(f"[{number}/{total}] {case.name}: {what}", markup=False, highlight=False)
+
+    return announce
+
+
+def _write(found: dict[str, object], path: Path | None, complete: bool, console: Console) -> None:
+    if path is not None:
+        paths = [path]
+    elif complete:
+        day = datetime.date.today().isoformat()
+        paths = [_RESULTS / f"{day}-{environment.label()}.json", _RESULTS / "latest.json"]
+    else:
+        console.print("Not a complete run: no JSON written (--json PATH writes it).")
+        return
+    table.write_json(found, paths)
+    console.print("Written: " + ", ".join(str(path) for path in paths))
+
+
+def _exit_status(checks: Sequence[bounds.Check], measured: Sequence[Measurement]) -> int:
+    """A case that needs more memory than there is does not fail; one that broke down does."""
+    broken = any(m.error is not None and m.error.startswith("failed") for m in measured)
+    return int(broken or any(check.passed is False for check in checks))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""Which loads are measured, and in what order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+
+from benchmarks.measure import Case, Measurement, combine, run_case
+from benchmarks.models import SHAPES
+
+DTYPES = ("float32", "bfloat16")
+FORWARD_TOKENS = (1, 64)
+REPEATED_LOADS = 10
+Announce = Callable[[int, int, Case, Measurement], None]
+
+
+def floor(model: str, dtype: str) -> Case:
+    return Case(model, "floor", dtype)
+
+
+def stock(model: str, dtype: str, processed: bool = True) -> Case:
+    return Case(model, "stock", dtype, processed)
+
+
+def lean(model: str, dtype: str, processed: bool = True) -> Case:
+    return Case(model, "lean", dtype, processed)
+
+
+def copied(model: str, dtype: str) -> Case:
+    return Case(model, "lean", dtype, strategy="copy")
+
+
+def from_hf_model(model: str, dtype: str) -> Case:
+    return Case(model, "lean", dtype, from_hf_model=True)
+
+
+def repeated(model: str, dtype: str, processed: bool = True) -> Case:
+    return Case(model, "lean", dtype, processed, loads=REPEATED_LOADS)
+
+
+def transformers(model: str, dtype: str) -> Case:
+    return Case(model, "transformers", dtype)
+
+
+def all_cases(
+    models: Iterable[str], *, load: bool = True, forward: bool = True, with_stock: bool = True
+) -> list[Case]:
+    """The cases of the benchmark; what is compared with each other stands together.
+
+    Args:
+        models: keys of `benchmarks.models.SHAPES`.
+        load: measure loading: every case.
+        forward: time forward passes, in the processes that load models which are compared.
+        with_stock: measure TransformerLens' own loader too.
+    """
+    cases = []
+    for model in models:
+        for dtype in DTYPES:
+            compared = [lean(model, dtype), transformers(model, dtype)]
+            only_loaded = [floor(model, dtype), copied(model, dtype), from_hf_model(model, dtype)]
+            if with_stock:
+                compared.append(stock(model, dtype))
+            if dtype == SHAPES[model].file_dtype:
+                compared.append(lean(model, dtype, processed=False))
+                if with_stock:
+                    compared.append(stock(model, dtype, processed=False))
+                if SHAPES[model].family == "gpt2":
+                    only_loaded += [repeated(model, dtype), repeated(model, dtype, False)]
+            if load:
+                cases += only_loaded
+            if forward:
+                compared = [replace(case, forward_tokens=FORWARD_TOKENS) for case in compared]
+            cases += compared
+    return cases
+
+
+def run_all(
+    cases: list[Case], repeats: int, cache: Path | None, announce: Announce
+) -> dict[str, Measurement]:
+    """Run every case `repeats` times and combine, by the name of the case.
+
+    The repeats of the cases of one model and dtype take turns, so that a machine that gets
+    slower or faster meanwhile changes all that is compared alike.
+    """
+    rounds: list[Case] = []
+    for _, group in groupby(cases, key=lambda case: (case.model, case.dtype)):
+        together = list(group)
+        for turn in range(repeats):
+            rounds += [case for case in together if turn == 0 or case.loads == 1]
+    measured: dict[str, list[Measurement]] = {case.name: [] for case in cases}
+    for number, case in enumerate(rounds, start=1):
+        earlier = measured[case.name]
+        if earlier and earlier[0].error is not None:
+            continue  # it will not fit, or fail, again
+        measurement = run_case(case, cache)
+        earlier.append(measurement)
+        announce(number, len(rounds), case, measurement)
+    return {name: combine(repeats) for name, repeats in measured.items()}

@@ -1,0 +1,33 @@
+"""What `import tl_fastload` adds to `import transformer_lens`."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.measure import Measurement, WorkerError, combine, run_action
+
+_REPEATS = 5
+
+
+def prepare() -> tuple[Callable[[], Any], Callable[[Any], dict[str, Any]]]:
+    """Runs in the measured process: TransformerLens first, unmeasured."""
+    start = time.perf_counter()
+    importlib.import_module("transformer_lens")
+    seconds = time.perf_counter() - start
+    return (
+        lambda: importlib.import_module("tl_fastload"),
+        lambda _: {"transformer_lens_seconds": seconds},
+    )
+
+
+def measure_import() -> Measurement:
+    """The import, in five fresh processes, and once before to have the bytecode compiled."""
+    name = "import tl_fastload"
+    try:
+        runs = [run_action("benchmarks.imports:prepare", {}, name) for _ in range(_REPEATS + 1)]
+    except WorkerError as error:
+        return Measurement(name, error=f"failed: {error}")
+    return combine(runs[1:])

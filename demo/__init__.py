@@ -1,0 +1,1 @@
+"""The demo, and the recipe of the embedded model that it loads."""

@@ -1,0 +1,144 @@
+"""Every way to quantize that the tests of quantized tensors run on. Real bitsandbytes."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+
+from tl_fastload import quantized
+from tl_fastload.quantized import QuantizedTensor
+
+HEADS, D_HEAD, COLUMNS = 3, 8, 128
+ROWS = HEADS * D_HEAD
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One way to quantize.
+
+    Attributes:
+        outliers: whether the activations have some.
+        error: how far a product may lie from that of the dequantized weight, relative.
+    """
+
+    name: str
+    kind: str
+    double_quant: bool = False
+    blocksize: int = 64
+    dtype: torch.dtype = torch.float32
+    outliers: bool = False
+    error: float = 1e-6
+
+    def layer(self, dense: torch.Tensor) -> Any:
+        """bitsandbytes' own layer, quantized."""
+        if self.kind == "int8":
+            return layer_8bit(dense)
+        return layer_4bit(dense, self.kind, self.double_quant, self.blocksize, self.dtype)
+
+    def tensor(self, layer: Any) -> QuantizedTensor:
+        if self.kind == "int8":
+            return quantized.from_linear8bit(layer, dtype=self.dtype)
+        return quantized.from_params4bit(layer, dtype=self.dtype)
+
+    def make(self, rows: int = ROWS, columns: int = COLUMNS, seed: int = 0) -> QuantizedTensor:
+        return self.tensor(self.layer(dense_matrix(rows, columns, seed)))
+
+    def activations(self, *shape: int) -> torch.Tensor:
+        x = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+        if self.outliers:
+            x[..., 5] *= 30
+        return x.to(self.dtype)
+
+
+def _four_bit() -> list[Kind]:
+    errors = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+    return [
+        Kind(
+            f"{kind}-{'double-' if double else ''}{size}-{str(dtype)[6:]}",
+            kind,
+            double,
+            size,
+            dtype,
+            error=error,
+        )
+        for kind, double, size, (dtype, error) in itertools.product(
+            ("nf4", "fp4"), (False, True), (64, 128), errors.items()
+        )
+    ]
+
+
+KINDS = [
+    Kind("int8", "int8", error=2e-2),
+    Kind("int8-outliers", "int8", outliers=True, error=2e-2),
+    Kind("int8-float16", "int8", dtype=torch.float16, error=2e-2),
+    Kind("int8-bfloat16-outliers", "int8", dtype=torch.bfloat16, outliers=True, error=2e-2),
+    *_four_bit(),
+]
+every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+# Tests of bookkeeping, which no dtype or block size changes.
+some_kinds = pytest.mark.parametrize(
+    "kind", [KINDS[0], *KINDS[4:][::6]], ids=lambda kind: kind.name
+)
+
+
+def dense_matrix(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator) / columns**0.5
+
+
+def is_bytes(tensor: Any) -> bool:
+    return isinstance(tensor, QuantizedTensor)
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor, error: float) -> None:
+    gap = (found.double() - expected.double()).norm() / expected.double().norm()
+    assert gap <= error, float(gap)
+
+
+def layer_8bit(dense: torch.Tensor, threshold: float = 6.0, bias: bool = False) -> Any:
+    """A quantized `Linear8bitLt` in evaluation mode, as transformers makes it."""
+    layer = bnb.nn.Linear8bitLt(
+        dense.shape[1], dense.shape[0], bias, has_fp16_weights=False, threshold=threshold
+    )
+    layer.weight = bnb.nn.Int8Params(dense.clone(), requires_grad=False)
+    return layer.to("cpu").eval().requires_grad_(False)
+
+
+def layer_4bit(
+    dense: torch.Tensor,
+    kind: str = "nf4",
+    double_quant: bool = False,
+    blocksize: int = 64,
+    compute_dtype: Any = None,
+    bias: bool = False,
+    avx512: bool = False,
+) -> Any:
+    """A quantized `Linear4bit` in evaluation mode, with or without the bfloat16 shortcut."""
+    layer = bnb.nn.Linear4bit(dense.shape[1], dense.shape[0], bias, compute_dtype)
+    layer.weight = bnb.nn.Params4bit(
+        dense.clone(),
+        requires_grad=False,
+        blocksize=blocksize,
+        compress_statistics=double_quant,
+        quant_type=kind,
+        module=layer,
+    )
+    if not avx512:
+        layer.support_avx512bf16_for_cpu = False
+    return layer.to("cpu").eval().requires_grad_(False)
+
+
+def save_and_load(value: Any, weights_only: bool) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    if not weights_only or not hasattr(torch.serialization, "safe_globals"):
+        return torch.load(file, weights_only=False)
+    with torch.serialization.safe_globals([quantized.rebuild]):
+        return torch.load(file, weights_only=True)

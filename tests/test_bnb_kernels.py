@@ -1,0 +1,310 @@
+"""The kernels against bitsandbytes' own layers, bit for bit. Real bitsandbytes on the CPU."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import itertools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+import torch.nn.functional as F
+from quantized_kinds import layer_4bit, layer_8bit
+
+import tl_fastload
+from tl_fastload import bnb_kernels
+from tl_fastload.errors import QuantizationError
+from tl_fastload.quantized_bytes import FourBitBytes, Int8Bytes
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FOUR_BIT = list(itertools.product(("nf4", "fp4"), (False, True), (64, 128)))
+
+
+def _dense(out: int = 48, columns: int = 128) -> torch.Tensor:
+    return torch.randn(out, columns, generator=torch.Generator().manual_seed(0)) / columns**0.5
+
+
+def _activations(*shape: int, outliers: bool = False) -> torch.Tensor:
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+    if outliers:
+        x[..., 3] *= 30
+        x[..., 40] *= 30
+    return x
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("outliers", [False, True])
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+@pytest.mark.parametrize("shape", [(2, 5, 128), (7, 128), (1, 1, 128)])
+def test_int8_product_is_that_of_the_layer(
+    dtype: torch.dtype, outliers: bool, threshold: float, shape: tuple[int, ...]
+) -> None:
+    layer = layer_8bit(_dense(), threshold, bias=True)
+    stored = bnb_kernels.from_linear8bit(layer)
+    x = _activations(*shape, outliers=outliers).to(dtype)
+    found = bnb_kernels.linear(stored, x, layer.bias.detach().clone())
+    assert found.dtype == dtype
+    assert torch.equal(found, layer(x))
+
+
+@pytest.mark.parametrize(("kind", "double_quant", "blocksize"), FOUR_BIT)
+@pytest.mark.parametrize("compute_dtype", [None, *DTYPES])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_4bit_product_is_that_of_the_layer(
+    kind: str, double_quant: bool, blocksize: int, compute_dtype: Any, dtype: torch.dtype
+) -> None:
+    layer = layer_4bit(_dense(), kind, double_quant, blocksize, compute_dtype, bias=True)
+    stored = bnb_kernels.from_params4bit(layer)
+    assert bnb_kernels.compute_dtype_of(layer) == compute_dtype
+    bias = layer.bias.detach().clone()
+    for x in (_activations(2, 5, 128).to(dtype), _activations(1, 128).to(dtype)):
+        found = bnb_kernels.linear(stored, x, bias, compute_dtype)
+        assert found.dtype == dtype
+        assert torch.equal(found, layer(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_dequantizes_as_transformers_does(dtype: torch.dtype) -> None:
+    layer = layer_8bit(_dense())
+    expected = bnb.functional.int8_vectorwise_dequant(layer.weight.data, layer.weight.SCB)
+    stored = bnb_kernels.from_linear8bit(layer)
+    assert torch.equal(bnb_kernels.dequantize(stored, dtype), expected.to(dtype))
+
+
+@pytest.mark.parametrize(("kind", "double_quant", "blocksize"), FOUR_BIT)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_4bit_dequantizes_as_transformers_does(
+    kind: str, double_quant: bool, blocksize: int, dtype: torch.dtype
+) -> None:
+    layer = layer_4bit(_dense().to(dtype), kind, double_quant, blocksize)
+    expected = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    found = bnb_kernels.dequantize(bnb_kernels.from_params4bit(layer), dtype)
+    assert expected.dtype == dtype
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("blocksize", [64, 128])
+@pytest.mark.parametrize("columns", [32, 63, 96, 100, 128])
+def test_rows_that_are_not_whole_blocks(kind: str, blocksize: int, columns: int) -> None:
+    """bitsandbytes' CPU kernel misreads them, in its own layers too; ours do not."""
+    dense = _dense(10, columns)
+    stored = bnb_kernels.quantize(dense, kind, blocksize=blocksize)
+    assert isinstance(stored, FourBitBytes)
+    high, low = stored.packed.flatten() >> 4, stored.packed.flatten() & 15
+    values = stored.code[torch.stack([high, low], 1).flatten().long()]
+    scales = stored.absmax.repeat_interleave(blocksize)[: dense.numel()]
+    expected = (values * scales).reshape(dense.shape)
+    assert (expected - dense).norm() < 0.15 * dense.norm()
+    assert torch.equal(bnb_kernels.dequantize(stored, torch.float32), expected)
+    x, bias = _activations(3, columns), _activations(10)
+    assert torch.equal(bnb_kernels.linear(stored, x, bias), F.linear(x, expected, bias))
+
+
+def test_block_scales_are_bitsandbytes_own() -> None:
+    state = layer_4bit(_dense(96), "nf4", double_quant=True).weight.quant_state
+    expected = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    stored = bnb_kernels._from_quant_state(torch.zeros(96 * 64, 1, dtype=torch.uint8), state)
+    assert torch.equal(stored.block_scales(), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_quantizes_as_bitsandbytes_does(dtype: torch.dtype) -> None:
+    dense = _dense().to(dtype)
+    kept = dense.clone()
+    stored = bnb_kernels.quantize(dense, "int8")
+    weight = layer_8bit(dense).weight
+    assert isinstance(stored, Int8Bytes)
+    assert torch.equal(stored.codes, weight.data)
+    assert torch.equal(stored.scales, weight.SCB)
+    assert torch.equal(dense, kept)
+
+
+@pytest.mark.parametrize(("kind", "double_quant", "blocksize"), FOUR_BIT)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_4bit_quantizes_as_bitsandbytes_does(
+    kind: str, double_quant: bool, blocksize: int, dtype: torch.dtype
+) -> None:
+    dense = _dense().to(dtype)
+    stored = bnb_kernels.quantize(dense, kind, blocksize=blocksize, double_quant=double_quant)
+    weight = layer_4bit(dense, kind, double_quant, blocksize).weight
+    expected = bnb_kernels.from_params4bit(weight)
+    assert isinstance(stored, FourBitBytes)
+    assert stored.plain() == expected.plain()
+    assert stored.is_nested == double_quant
+    for name, tensor in expected.tensors().items():
+        assert torch.equal(stored.tensors()[name], tensor), name
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4", "fp4"])
+def test_gradient_is_that_through_the_dequantized_weight(kind: str) -> None:
+    stored = bnb_kernels.quantize(_dense(), kind, double_quant=True)
+    dense = bnb_kernels.dequantize(stored, torch.float32)
+    upstream = _activations(2, 5, 48)
+    x = _activations(2, 5, 128, outliers=True).requires_grad_(True)
+    bias = torch.zeros(48, requires_grad=True)
+    found = torch.autograd.grad(bnb_kernels.linear(stored, x, bias), (x, bias), upstream)
+    expected = torch.autograd.grad(F.linear(x, dense, bias), (x, bias), upstream)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_no_activations_are_no_error(kind: str) -> None:
+    stored = bnb_kernels.quantize(_dense(), kind)
+    x = torch.zeros(0, 128, requires_grad=True)
+    product = bnb_kernels.linear(stored, x, torch.zeros(48))
+    assert product.shape == (0, 48)
+    product.sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_double_precision_activations(kind: str) -> None:
+    """bitsandbytes' 4-bit kernel returns uninitialised memory in this dtype."""
+    stored = bnb_kernels.quantize(_dense(), kind)
+    x = _activations(4, 128)
+    found = bnb_kernels.linear(stored, x.double())
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found.float(), bnb_kernels.linear(stored, x), rtol=1e-4, atol=1e-5)
+    dense = bnb_kernels.dequantize(stored, torch.float64)
+    assert torch.equal(dense.float(), bnb_kernels.dequantize(stored, torch.float32))
+
+
+def test_int8_bytes_are_shared_before_and_after_the_first_forward_pass() -> None:
+    layer = layer_8bit(_dense(), threshold=3.0)
+    before = bnb_kernels.from_linear8bit(layer)
+    layer(_activations(1, 128))
+    after = bnb_kernels.from_linear8bit(layer)
+    for stored in (before, after):
+        assert stored.codes.data_ptr() == layer.weight.data.data_ptr()
+        assert stored.scales.data_ptr() == layer.state.SCB.data_ptr()
+        assert stored.threshold == 3.0
+        assert type(stored.codes) is torch.Tensor
+    assert bnb_kernels.from_linear8bit(layer_8bit(_dense()).weight).threshold == 6.0
+
+
+def test_4bit_bytes_are_shared() -> None:
+    layer = layer_4bit(_dense(), "nf4", double_quant=True)
+    for source in (layer, layer.weight):
+        stored = bnb_kernels.from_params4bit(source)
+        state = layer.weight.quant_state
+        assert stored.packed.data_ptr() == layer.weight.data.data_ptr()
+        assert stored.absmax.data_ptr() == state.absmax.data_ptr()
+        assert stored.nested_absmax is not None
+        assert stored.nested_absmax.data_ptr() == state.state2.absmax.data_ptr()
+
+
+def test_4bit_bytes_stored_in_another_dtype() -> None:
+    weight = bnb.nn.Params4bit(
+        _dense(), requires_grad=False, quant_type="nf4", quant_storage=torch.bfloat16
+    ).to("cpu")
+    stored = bnb_kernels.from_params4bit(weight)
+    plain = bnb_kernels.quantize(_dense(), "nf4", double_quant=True)
+    assert stored.packed.data_ptr() == weight.data.data_ptr()
+    assert torch.equal(stored.packed, plain.tensors()["packed"])
+
+
+@pytest.mark.skipif(not bnb.functional.has_avx512bf16(), reason="needs an AVX-512 CPU")
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_layer_repacked_for_avx512(double_quant: bool) -> None:
+    """bitsandbytes re-orders a layer when it first runs; what was taken before must not notice."""
+    dense = _dense(64)
+    layer = layer_4bit(dense, "nf4", double_quant, avx512=True)
+    before = bnb_kernels.from_params4bit(layer)
+    values = bnb_kernels.dequantize(before, torch.float32)
+    layer(_activations(1, 128))
+    assert layer.weight.quant_state.packing_format_for_cpu
+    assert torch.equal(bnb_kernels.dequantize(before, torch.float32), values)
+
+    state = copy.deepcopy(layer.weight.quant_state)
+    after = bnb_kernels.from_params4bit(layer)
+    assert torch.equal(after.packed, before.packed)
+    assert torch.equal(after.absmax, before.block_scales().bfloat16().float())
+    assert layer.weight.quant_state.packing_format_for_cpu
+    assert torch.equal(layer.weight.quant_state.absmax, state.absmax)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (lambda: bnb.nn.Linear8bitLt(8, 8, has_fp16_weights=False), "not quantized yet"),
+        (lambda: bnb.nn.Linear8bitLt(8, 8).to("cpu"), "has_fp16_weight"),
+        (lambda: bnb.nn.Int8Params(torch.zeros(8, 8, dtype=torch.int8), False), "SCB"),
+        (
+            lambda: bnb.nn.Int8Params(
+                torch.zeros(8, 8, dtype=torch.int8), False, SCB=torch.ones(7)
+            ),
+            "8 in all",
+        ),
+    ],
+)
+def test_8bit_layers_that_cannot_be_read(source: Any, message: str) -> None:
+    with pytest.raises(QuantizationError, match=message):
+        bnb_kernels.from_linear8bit(source())
+
+
+def test_4bit_layers_that_cannot_be_read() -> None:
+    with pytest.raises(QuantizationError, match="quant_state"):
+        bnb_kernels.from_params4bit(bnb.nn.Linear4bit(64, 8))
+    layer = layer_4bit(_dense())
+    layer.weight.quant_state.absmax = layer.weight.quant_state.absmax[:-1]
+    with pytest.raises(QuantizationError, match="absmax"):
+        bnb_kernels.from_params4bit(layer)
+
+
+@pytest.mark.parametrize(
+    ("dense", "kind", "options", "message"),
+    [
+        (torch.zeros(4, 64), "int4", {}, "'int8', 'nf4' or 'fp4'"),
+        (torch.zeros(4, 64), "nf4", {"blocksize": 48}, "block size 48"),
+        (torch.zeros(2, 4, 64), "nf4", {}, "matrix"),
+        (torch.zeros(4, 64, dtype=torch.int8), "nf4", {}, "floating point"),
+        (torch.full((4, 64), 1e6), "int8", {}, "beyond float16"),
+        (torch.zeros(4, 64, device="meta"), "nf4", {}, "no kernels for device meta"),
+    ],
+)
+def test_what_cannot_be_quantized(
+    dense: torch.Tensor, kind: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(QuantizationError, match=message):
+        bnb_kernels.quantize(dense, kind, **options)
+
+
+@pytest.fixture
+def _fresh_import() -> Iterator[None]:
+    bnb_kernels.bitsandbytes.cache_clear()
+    yield
+    bnb_kernels.bitsandbytes.cache_clear()
+
+
+@pytest.mark.usefixtures("_fresh_import")
+def test_missing_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(QuantizationError, match="pip install"):
+        bnb_kernels.quantize(_dense(), "nf4")
+
+
+@pytest.mark.usefixtures("_fresh_import")
+def test_old_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bnb, "__version__", "0.42.0")
+    with pytest.raises(QuantizationError, match="too old"):
+        bnb_kernels.quantize(_dense(), "nf4")
+
+
+def test_only_one_module_imports_bitsandbytes_and_only_when_used() -> None:
+    importers = set()
+    for path in Path(tl_fastload.__file__).parent.glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if any(name.split(".")[0] == "bitsandbytes" for name in names):
+                importers.add(path.name)
+                assert node not in tree.body
+    assert importers == {"bnb_kernels.py"}

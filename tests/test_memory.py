@@ -1,0 +1,86 @@
+"""Looking at this process's memory."""
+
+from __future__ import annotations
+
+import gc
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from tl_fastload import memory
+from tl_fastload.memory import PeakSampler, available_bytes, host_memory, unique_bytes
+
+MIB = 1 << 20
+CPU = torch.device("cpu")
+
+
+def test_resident_memory_includes_anonymous_memory() -> None:
+    now = host_memory()
+    assert 0 < now.anonymous_bytes <= now.resident_bytes
+    assert now.resident_bytes == pytest.approx(psutil.Process().memory_info().rss, rel=0.2)
+
+
+def test_without_proc_all_counts_as_anonymous(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "Path", lambda name: Path("/nowhere") / name.lstrip("/"))
+    now = host_memory()
+    assert now.anonymous_bytes == now.resident_bytes > 0
+
+
+def test_a_peak_that_has_passed_is_seen() -> None:
+    with PeakSampler() as sampler:
+        block = torch.ones(64 * MIB, dtype=torch.uint8)
+        sampler.sample()
+        del block
+        gc.collect()
+    assert sampler.peak_anonymous_bytes > 60 * MIB
+    assert sampler.peak_host_bytes > 60 * MIB
+    assert sampler.peak_device_bytes is None or not torch.cuda.is_available()
+
+
+def test_the_thread_samples_by_itself_and_ends() -> None:
+    with PeakSampler() as sampler:
+        block = torch.ones(64 * MIB, dtype=torch.uint8)
+        time.sleep(40 * memory.SAMPLE_SECONDS)
+        del block
+    assert sampler.peak_anonymous_bytes > 60 * MIB
+    assert not sampler._thread.is_alive()
+
+
+def test_the_thread_ends_after_an_error() -> None:
+    sampler = PeakSampler()
+    with pytest.raises(KeyError), sampler:
+        raise KeyError
+    assert not sampler._thread.is_alive()
+
+
+def test_shared_elements_count_once() -> None:
+    x = torch.zeros(10, 10)
+    assert unique_bytes([x, x.view(10, 10), torch.zeros(3)]) == 412
+    assert unique_bytes([x[:5], x[5:]]) == 400
+    assert unique_bytes([]) == 0
+
+
+def test_available_memory_is_a_part_of_the_machine() -> None:
+    free = available_bytes(CPU)
+    assert free is not None
+    assert 0 < free <= psutil.virtual_memory().total
+    assert available_bytes(torch.device("meta")) is None
+
+
+def test_a_containers_limit_bounds_what_is_available(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit, usage = tmp_path / "max", tmp_path / "current"
+    usage.write_text("900\n")
+    monkeypatch.setattr(memory, "_CGROUP_FILES", ((str(limit), str(usage)),))
+    monkeypatch.setattr(memory, "_reclaimable_bytes", lambda: 50)
+    for text, expected in (("1000\n", 150), ("500\n", 50)):
+        limit.write_text(text)
+        assert available_bytes(CPU) == expected
+    limit.write_text("max\n")
+    unlimited = available_bytes(CPU)
+    assert unlimited is not None
+    assert unlimited > MIB

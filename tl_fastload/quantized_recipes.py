@@ -1,0 +1,159 @@
+"""Recipes that a quantized matrix can follow without touching its bytes.
+
+TransformerLens' processing multiplies the columns of a matrix by `ln.w`, removes a mean over its
+input and a mean over its output. A recipe made of these steps, of views and of casts is a
+`QuantizedTensor` with a scale and two flags (`tl_fastload.quantized_content`). Any other step
+needs the dequantized values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tl_fastload.errors import QuantizationError
+from tl_fastload.evaluator import evaluate, sources
+from tl_fastload.promise import Call, Node, Source, SourceView, aten, meta_of
+from tl_fastload.quantized import QuantizedTensor
+
+_COPIES = (aten.clone.default, aten._to_copy.default, aten.detach.default)
+_VIEWS = (
+    aten.view.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.select.int,
+    aten.slice.Tensor,
+    aten._unsafe_view.default,
+)
+
+
+class QuantizedSource(Source):
+    """A quantized matrix [out, in] as the start of recipes; who needs its values gets them
+    dequantized.
+
+    Args:
+        load: gives the matrix.
+        shape: its shape [out, in].
+        dtype: what it computes in.
+        name: its name in the checkpoint.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], QuantizedTensor],
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        name: str,
+    ) -> None:
+        self.load = load
+        self.name = name
+        self.shape = torch.Size(shape)
+        self.stride = (shape[1], 1)
+        self.dtype = dtype
+
+    def lend(self, geometry: torch.Tensor) -> torch.Tensor | None:
+        return self._view(geometry).dequantize()
+
+    def read_into(
+        self, out: torch.Tensor, geometry: torch.Tensor, casts: tuple[torch.dtype, ...]
+    ) -> None:
+        values = self._view(geometry).dequantize()
+        for dtype in casts[:-1]:
+            values = values.to(dtype)
+        out.copy_(values)
+
+    def _view(self, geometry: torch.Tensor) -> QuantizedTensor:
+        return QuantizedTensor(self.load().content, geometry, self.dtype)
+
+
+def reads_quantized(node: Node) -> bool:
+    """Whether a recipe starts from a quantized matrix."""
+    return any(isinstance(view.source, QuantizedSource) for view in sources(node))
+
+
+def follow(node: Node, device: torch.device) -> QuantizedTensor:
+    """The quantized tensor that a recipe describes, bytes untouched.
+
+    Args:
+        node: the recipe.
+        device: where scales are computed.
+
+    Raises:
+        QuantizationError: the recipe takes a step that bytes cannot follow; says which.
+    """
+    if isinstance(node, SourceView) and isinstance(node.source, QuantizedSource):
+        return QuantizedTensor(node.source.load().content, node.geometry, node.dtype)
+    if not isinstance(node, Call):
+        raise QuantizationError("its values come out of an operation with several results")
+    first = node.args[0]
+    if node.func in _COPIES:
+        return follow(first, device)
+    if node.func in _VIEWS:
+        view: QuantizedTensor = node.func(follow(first, device), *node.args[1:])
+        return view
+    second = node.args[1] if len(node.args) > 1 else None
+    if node.func is aten.mul.Tensor and isinstance(second, Node) and not reads_quantized(second):
+        matrix = follow(first, device)
+        return matrix.scale_input(_input_scale(matrix, evaluate(second, device).tensor))
+    if node.func is aten.sub.Tensor and isinstance(second, Node):
+        return _less_its_mean(node, device)
+    raise QuantizationError(f"{node.func} needs its values")
+
+
+def _input_scale(matrix: QuantizedTensor, factor: torch.Tensor) -> torch.Tensor:
+    """A factor that is broadcast over a view of a matrix, as one number per input of the matrix."""
+    columns = matrix.content.stored.shape[1]
+    factor = factor.reshape((1,) * (matrix.dim() - factor.dim()) + tuple(factor.shape))
+    inputs, outputs = _dims(matrix)
+    if any(factor.shape[dim] != 1 for dim in outputs):
+        raise QuantizationError("it is scaled by output, not by input")
+    scale = torch.ones(columns, dtype=factor.dtype, device=factor.device)
+    shape = [matrix.shape[dim] for dim in inputs]
+    strides = [matrix.geometry.stride(dim) for dim in inputs]
+    values = factor.permute(*inputs, *outputs).reshape([factor.shape[dim] for dim in inputs])
+    scale.as_strided(shape, strides).copy_(values.expand(shape))
+    return scale
+
+
+def _dims(matrix: QuantizedTensor) -> tuple[list[int], list[int]]:
+    """The dimensions of a view that walk along the matrix's input, and those along its output."""
+    columns = matrix.content.stored.shape[1]
+    inputs = [d for d in range(matrix.dim()) if matrix.geometry.stride(d) < columns]
+    return inputs, [d for d in range(matrix.dim()) if d not in inputs]
+
+
+def _less_its_mean(node: Call, device: torch.device) -> QuantizedTensor:
+    mean = _unviewed(node.args[1])
+    if not isinstance(mean, Call) or mean.func is not aten.mean.dim:
+        raise QuantizationError("something else than its mean is subtracted from it")
+    if _unviewed(mean.args[0]) is not _unviewed(node.args[0]):
+        raise QuantizationError("the mean of another matrix is subtracted from it")
+    matrix, averaged = follow(node.args[0], device), follow(mean.args[0], device)
+    dims = {dim % averaged.dim() for dim in mean.args[1]}
+    spread = [d for d, n in enumerate(meta_of(node.args[1]).shape) if n == 1]
+    for side, center in ((0, matrix.center_input), (1, matrix.center_output)):
+        # The mean runs over one whole side, and is subtracted along that side.
+        over = {d for d in _dims(averaged)[side] if averaged.shape[d] > 1}
+        along = {d for d in _dims(matrix)[side] if matrix.shape[d] > 1}
+        others = {d for d in _dims(averaged)[1 - side] if averaged.shape[d] > 1}
+        if over <= dims and not dims & others and along <= set(spread):
+            return center()
+    raise QuantizationError("the mean over a part of a side is subtracted from it")
+
+
+def _unviewed(node: Any) -> Any:
+    """The step behind copies and views that show all of it."""
+    while isinstance(node, Call) and (node.func in _COPIES or _shows_all(node)):
+        node = node.args[0]
+    return node
+
+
+def _shows_all(node: Call) -> bool:
+    if node.func not in _VIEWS or not isinstance(node.args[0], Node):
+        return False
+    return bool(meta_of(node.args[0]).numel() == node.meta.numel())

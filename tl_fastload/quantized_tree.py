@@ -1,0 +1,115 @@
+"""Promises for quantized weights: of a loaded transformers model, or of a saved checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from tl_fastload import quantized, quantized_checkpoint
+from tl_fastload.promise import Promise, SourceView
+from tl_fastload.quantization import Quantization
+from tl_fastload.quantized import QuantizedTensor
+from tl_fastload.quantized_recipes import QuantizedSource
+from tl_fastload.reader import FileSource
+
+_ROWS = "Int8Params"
+_BLOCKS = "Params4bit"
+
+
+def promise_of_layer(module: nn.Module, name: str, dtype: torch.dtype) -> Promise | None:
+    """A promise of the weight of a bitsandbytes layer in memory, sharing its bytes; None for
+    others.
+
+    Args:
+        module: any module of a transformers model.
+        name: of the weight, for messages.
+        dtype: what the promise computes in.
+    """
+    kind = type(module._parameters.get("weight")).__name__
+    if kind not in (_ROWS, _BLOCKS):
+        return None
+    make = quantized.from_linear8bit if kind == _ROWS else quantized.from_params4bit
+    tensor = make(module, dtype=dtype)
+    promise = _promise(tensor, name)
+    if is_conv1d(getattr(module, "source_cls", None)):
+        # transformers turns GPT-2's Conv1D into a linear layer when it quantizes, and transposes
+        # it.
+        promise = promise.t()  # type: ignore[assignment]
+    return promise
+
+
+def is_conv1d(cls: Any) -> bool:
+    """Whether a class is transformers' `Conv1D`, whose weight is [in, out]."""
+    return getattr(cls, "__name__", "") == "Conv1D"
+
+
+def combine(
+    promises: Mapping[str, Promise], spec: Quantization, dtype: torch.dtype
+) -> dict[str, Promise]:
+    """Replace the pieces of each quantized weight of a checkpoint by one promise of the matrix.
+
+    Args:
+        promises: by checkpoint name; quantized weights come in several pieces.
+        spec: the quantization that the checkpoint declares.
+        dtype: what the weights compute in.
+
+    Raises:
+        QuantizationError: pieces are missing or misshapen.
+    """
+    pieces: dict[str, dict[str, Promise]] = {}
+    for name, promise in promises.items():
+        for part in (*quantized_checkpoint.INT8_PARTS, *quantized_checkpoint.FOUR_BIT_PARTS):
+            if name.endswith("." + part):
+                pieces.setdefault(name[: -len(part) - 1], {})[part] = promise
+    for name, promise in promises.items():
+        layer, _, leaf = name.rpartition(".")
+        if leaf == "weight" and (layer in pieces or promise.dtype in (torch.int8, torch.uint8)):
+            pieces.setdefault(layer, {})["weight"] = promise
+    combined = {name: promise for name, promise in promises.items() if not _is_piece(name, pieces)}
+    for layer, parts in pieces.items():
+        combined[f"{layer}.weight"] = _promise_of_pieces(layer, parts, spec, dtype)
+    return combined
+
+
+def _is_piece(name: str, pieces: Mapping[str, Mapping[str, Promise]]) -> bool:
+    return any(
+        name == f"{layer}.{part}" for layer in _parents(name) for part in pieces.get(layer, ())
+    )
+
+
+def _parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1)]
+
+
+def _promise_of_pieces(
+    layer: str, parts: Mapping[str, Promise], spec: Quantization, dtype: torch.dtype
+) -> Promise:
+    def load() -> QuantizedTensor:
+        tensors = {part: _values(promise) for part, promise in parts.items()}
+        stored = quantized_checkpoint.read(tensors, name=layer, threshold=spec.threshold)
+        return quantized.from_bytes(stored, dtype=dtype, compute_dtype=spec.compute_dtype)
+
+    first = load()
+    source = QuantizedSource(load, (first.shape[0], first.shape[1]), dtype, f"{layer}.weight")
+    return Promise.of(source)
+
+
+def _promise(tensor: QuantizedTensor, name: str) -> Promise:
+    shape = (tensor.shape[0], tensor.shape[1])
+    return Promise.of(QuantizedSource(lambda: tensor, shape, tensor.dtype, name), tensor.device)
+
+
+def _values(promise: Promise) -> torch.Tensor:
+    """The stored bytes of a piece: mapped where that is possible, else read."""
+    node = promise.node
+    if isinstance(node, SourceView):
+        if isinstance(node.source, FileSource):
+            return node.source.whole()
+        lent = node.source.lend(node.geometry)
+        if lent is not None:
+            return lent
+    raise TypeError(f"not a stored tensor: {promise!r}")
