@@ -1,7 +1,7 @@
 """Random programs of tensor operations: the same steps run on promises and on real tensors.
 
-A program is a list of steps `(operation, a, b, c)`. The numbers choose operands and parameters by remainder, so that
-every list is a program; a step that does not fit its operands changes nothing.
+A program is a list of steps `(operation, a, b, c)`. The numbers choose operands and parameters by
+remainder, so that every list is a program; a step that does not fit its operands changes nothing.
 """
 
 from __future__ import annotations
@@ -66,9 +66,7 @@ def _view(x: torch.Tensor, y: torch.Tensor, b: int, c: int) -> Any:
     if not factors:
         return None
     factor = factors[b % len(factors)]
-    return x.reshape(
-        *x.shape[: c % x.dim()], factor, size // factor, *x.shape[c % x.dim() + 1 :]
-    )
+    return x.reshape(*x.shape[: c % x.dim()], factor, size // factor, *x.shape[c % x.dim() + 1 :])
 
 
 def _expand(x: torch.Tensor, y: torch.Tensor, b: int, c: int) -> Any:

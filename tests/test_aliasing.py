@@ -16,9 +16,7 @@ from zoo import CASES
 from tl_fastload import LeanHookedTransformer
 
 Lean = LeanHookedTransformer
-RAW = {step: False for step in ("fold_ln", "center_writing_weights", "center_unembed")} | {
-    "fold_value_biases": False
-}
+RAW = reference.NO_PROCESSING
 SOME = ["gpt2", "llama-gqa1-tied", "neox", "phi3", "bloom", "mixtral", "gemma2", "qwen"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 

@@ -29,7 +29,7 @@ from tl_fastload.reader import FileReader, is_dense
 
 SHAPES = ((4, 6), (6,), (2, 3, 4), (4, 6))
 KIB = 1 << 10
-FEW = settings(max_examples=120, deadline=None, derandomize=True)
+FEW = settings(max_examples=300, deadline=None, derandomize=True)
 some_dtypes = st.tuples(*[st.sampled_from(DTYPES)] * len(SHAPES))
 
 
@@ -75,7 +75,7 @@ def test_a_program_gives_the_same_bits(program: Any, dtypes: Any, seed: int) -> 
         assert_same(tensor, copy)
 
 
-@settings(FEW, max_examples=60)
+@settings(FEW, max_examples=150)
 @given(program=STEPS, dtypes=some_dtypes, chunk=st.sampled_from([16, 64, 4 << 20]))
 def test_a_program_on_a_file_gives_the_same_bits(program: Any, dtypes: Any, chunk: int) -> None:
     tensors = random_sources(1, dtypes, SHAPES)
@@ -156,7 +156,9 @@ def test_processing_needs_one_output(program: Any, where: str, tmp_path: Path) -
     tensors = [torch.randn(ROWS, COLUMNS), torch.randn(ROWS)]
     reader = FileReader()
     path = tmp_path / "model.safetensors"
-    recorded = program(*(in_memory(tensors) if where == "memory" else in_file(tensors, path, reader)))
+    recorded = program(
+        *(in_memory(tensors) if where == "memory" else in_file(tensors, path, reader))
+    )
     expected = program(*tensors)
     with AllocatedBytes(tensors) as bytes_:
         actual = value_of(recorded)

@@ -28,9 +28,7 @@ from tl_fastload.promise import Node, Promise, Source
 from tl_fastload.reader import FileMaps, FileReader
 from tl_fastload.session import Session
 
-RAW = {step: False for step in ("fold_ln", "center_writing_weights", "center_unembed")} | {
-    "fold_value_biases": False
-}
+RAW = reference.NO_PROCESSING
 OURS = (Promise, Source, Node, FileReader, FileMaps, Session, Origin, Evaluation)
 HOW = {
     "processed": {},
@@ -101,9 +99,7 @@ def test_torch_files_are_let_go(zoo: Any, no_collector: None) -> None:
 
 @pytest.mark.parametrize("how", ["processed", "read", "copied"])
 @pytest.mark.parametrize("case_id", ["gpt2", "llama-gqa1-tied", "mixtral"])
-def test_the_callers_model_can_go(
-    case_id: str, how: str, zoo: Any, no_collector: None
-) -> None:
+def test_the_callers_model_can_go(case_id: str, how: str, zoo: Any, no_collector: None) -> None:
     source = reference.hf_model(case_id, zoo(case_id))
     module, weight = weakref.ref(source), weakref.ref(next(source.parameters()))
     model = load(zoo(case_id), hf_model=source, **HOW[how])
@@ -198,7 +194,8 @@ def test_ten_loads_do_not_grow(zoo: Any) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     objects, size = map(int, done.stdout.split()[-2:])
     assert objects < 100
-    assert size < parameter_bytes / 2
+    # A leak would be at least one model per load; the heap itself breathes by less than one.
+    assert size < 3 * parameter_bytes
 
 
 @pytest.mark.parametrize("how", HOW)

@@ -1,4 +1,4 @@
-"""Strategy and mapping: what is chosen, and why."""
+"""Strategy, mapping and the other arguments: what is chosen, why, and what is refused."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from packaging.version import Version
 
-from tl_fastload import compat, options
+from tl_fastload import LeanHookedTransformer, compat, options
 from tl_fastload.errors import ArgumentError, StrategyError
 from tl_fastload.options import Options, is_on_network
+from tl_fastload.reader import FileReader
 
 
 @pytest.fixture
@@ -122,3 +124,89 @@ def test_a_link_to_a_share_is_on_the_share(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(options.psutil, "disk_partitions", lambda all: mounts)
     assert is_on_network(tmp_path / "link")
     assert not is_on_network(tmp_path)
+
+
+def load(source: Any, **arguments: Any) -> Any:
+    return LeanHookedTransformer.from_pretrained_lean(
+        source, **{"device": "cpu", "progress": False, **arguments}
+    )
+
+
+@pytest.fixture
+def no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error must come before weights are read."""
+
+    def read(*_: Any) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(FileReader, "read", read)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"dtype": "floaty"},
+        {"dtype": "int8"},
+        {"dtype": torch.int32},
+        {"dtype": torch.complex64},
+        {"dtype": None},
+        {"torch_dtype": "floaty"},
+        {"strategy": "fast"},
+        {"strategy": None},
+        {"mmap": "yes"},
+        {"mmap": None},
+        {"mmap": 2},
+        {"progress": "loud"},
+        {"first_n_layers": -1},
+        {"first_n_layers": 1.5},
+        {"first_n_layers": "2"},
+        {"first_n_layers": 3},
+        {"first_n_layers": 99},
+        {"n_ctx": 0},
+        {"n_ctx": -5},
+        {"n_ctx": 2.5},
+        {"n_ctx": "many"},
+        {"n_devices": 0},
+        {"n_devices": 2},
+        {"n_devices": None},
+        {"device": "tpu"},
+        {"device": "meta"},
+        {"device": []},
+        {"default_padding_side": "up"},
+        {"default_prepend_bos": "maybe"},
+        {"tokenizer": "gpt2"},
+        {"fold_lnn": True},
+        {"device_map": "auto"},
+        {"checkpoint_index": 1},
+        {"checkpoint_value": 1000},
+        {"checkpoint_value": 1, "checkpoint_label": 1},
+        {"checkpoint_index": 1, "checkpoint_value": 1000},
+        {"checkpoint_index": 1, "revision": "main"},
+        {"torch_dtype": torch.float16, "dtype": torch.bfloat16},
+    ],
+    ids=str,
+)
+def test_arguments(arguments: Any, zoo: Any, no_reading: None) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        load(zoo("gpt2"), **arguments)
+    assert any(name in str(caught.value) for name in arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", torch.device("cuda")])
+def test_cuda_without_cuda(device: Any, zoo: Any, no_reading: None) -> None:
+    with pytest.raises(ArgumentError, match=r"device.*CUDA"):
+        load(zoo("gpt2"), device=device)
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="this machine has it")
+def test_a_device_that_this_machine_lacks(zoo: Any, no_reading: None) -> None:
+    with pytest.raises(ArgumentError, match="mps"):
+        load(zoo("gpt2"), device="mps")
+
+
+def test_assigning_on_an_old_torch(zoo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tl_fastload.compat.can_assign", lambda: False)
+    with pytest.raises(StrategyError, match=r'assign.*strategy="auto"'):
+        load(zoo("gpt2"), strategy="assign")
+    assert load(zoo("gpt2")).load_report.strategy == "copy"

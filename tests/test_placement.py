@@ -181,12 +181,16 @@ def test_the_order_is_largest_first_with_small_readers_before() -> None:
 
 def test_every_name_is_in_one_group() -> None:
     tensors = in_memory([torch.randn(size, 16) for size in (64, 32, 16, 2)])
-    recipes = {f"{i}{j}": a[: j + 1] + b[:1] for i, a in enumerate(tensors) for j, b in enumerate(tensors)}
+    recipes = {
+        f"{i}{j}": a[: j + 1] + b[:1] for i, a in enumerate(tensors) for j, b in enumerate(tensors)
+    }
     names = [name for group in groups(recipes) for name in group]
     assert sorted(names) == sorted(recipes)
 
 
-def from_file(path: Path, tensors: dict[str, torch.Tensor], reader: FileReader) -> dict[str, Promise]:
+def from_file(
+    path: Path, tensors: dict[str, torch.Tensor], reader: FileReader
+) -> dict[str, Promise]:
     save_file(tensors, path)
     entries = read_header(path).items()
     return {name: Promise.of(FileSource(entry, reader)) for name, entry in entries}
@@ -222,7 +226,9 @@ def test_data_at_an_odd_offset_is_read_instead(tmp_path: Path) -> None:
     save_file({"a": x}, path)
     content = path.read_bytes()
     size = int.from_bytes(content[:8], "little")
-    path.write_bytes((size + 1).to_bytes(8, "little") + content[8 : 8 + size] + b" " + content[8 + size :])
+    path.write_bytes(
+        (size + 1).to_bytes(8, "little") + content[8 : 8 + size] + b" " + content[8 + size :]
+    )
     model = Model(a=(4, 6))
     recipe = Promise.of(FileSource(read_header(path)["a"], reader))
     made = place(model, {"a": recipe}, maps=FileMaps())

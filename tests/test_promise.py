@@ -169,7 +169,7 @@ def test_random_numbers_are_refused(draw: Any) -> None:
 
 
 def test_a_real_operand_that_changes_later_is_noticed() -> None:
-    """Recorded operands are read at evaluation: one that was written to since is an error or a copy."""
+    """Recorded operands are read later: one written to since is an error, or was copied."""
     bias = torch.zeros(6)
     recorded = promise(4, 6) + bias
     expected = value_of(promise(4, 6))

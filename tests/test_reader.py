@@ -267,7 +267,13 @@ def test_mapped_ties_do_not_alias_and_never_reach_the_file(tmp_path: Path) -> No
     x = torch.randn(64, 32)
     save_file({"x": x}, path)
     before, maps, entry = path.read_bytes(), FileMaps(), read_header(path)["x"]
-    views = [lambda t: t, lambda t: t, lambda t: t[:, ::2], lambda t: t[:, 1::2], lambda t: t[3:5].T]
+    views = [
+        lambda t: t,
+        lambda t: t,
+        lambda t: t[:, ::2],
+        lambda t: t[:, 1::2],
+        lambda t: t[3:5].T,
+    ]
     tensors = [mapped(maps, entry, view) for view in views]
     for number, tensor in enumerate(tensors):
         tensor.fill_(number)

@@ -56,7 +56,7 @@ class Placer:
 
     def place(self, recipes: dict[str, Promise]) -> None:
         """Evaluate and place every recipe whose name the model has; others were only needed on the
-        way.
+        way. The dictionary is emptied: a recipe is dropped as soon as it is done.
         """
         targets = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         todo = {
@@ -64,11 +64,12 @@ class Placer:
             for name, promise in recipes.items()
             if name in targets and not self._stays(name, promise, targets[name])
         }
+        recipes.clear()
         total_bytes = sum(_size_bytes(targets[name]) for name in todo)
         self._trim_bytes = max(_TRIM_LEAST_BYTES, int(total_bytes * _TRIM_FRACTION))
         self.progress.start(total_bytes)
         for group in groups(todo):
-            self._place_group({name: todo[name] for name in group}, targets)
+            self._place_group({name: todo.pop(name) for name in group}, targets)
         return_freed_memory()
 
     def _place_group(self, recipes: dict[str, Promise], targets: dict[str, torch.Tensor]) -> None:

@@ -12,20 +12,20 @@ import torch
 
 from tl_fastload import quantized, quantized_view
 from tl_fastload.errors import QuantizationError
-from tl_fastload.evaluator import evaluate
+from tl_fastload.evaluator import evaluate, sources
 from tl_fastload.promise import Promise
 from tl_fastload.quantization import Quantization
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.quantized_recipes import follow, reads_quantized
 
-# Parameter name -> the memory order of its dimensions as the matrix [out, in], and how many of them
-# are outputs.
-_AS_MATRIX = {
+# The memory order of a parameter's dimensions as the matrix [out, in], and how many are outputs.
+_Form = tuple[tuple[int, ...], int]
+_AS_MATRIX: dict[str, _Form] = {
     **dict.fromkeys(("W_Q", "W_K", "W_V", "_W_K", "_W_V"), ((0, 2, 1), 2)),
     "W_O": ((2, 0, 1), 1),
     **dict.fromkeys(("W_in", "W_gate", "W_out"), ((1, 0), 1)),
 }
-_EXPERT = ((0, 1), 1)
+_EXPERT: _Form = ((0, 1), 1)
 _ROLES = {
     "embed.W_E": "embedding",
     "pos_embed.W_pos": "position embedding",
@@ -61,11 +61,7 @@ class Quantizer:
             dtype: what it computes in.
             device: where its bytes go.
         """
-        if promise.dim() < 2 or not promise.is_floating_point() or not _is_matrix(name):
-            return None
-        if not reads_quantized(promise.node):
-            if self.spec is None:
-                self._note(name, "not quantized in the checkpoint")
+        if self.stays_dense(name, promise) or not reads_quantized(promise.node):
             return None
         try:
             tensor = follow(promise.node, device)
@@ -79,25 +75,30 @@ class Quantizer:
         placed: QuantizedTensor = tensor.to(device=device, dtype=dtype)  # type: ignore[assignment]
         return placed
 
+    def stays_dense(self, name: str, promise: Promise) -> bool:
+        """Whether a parameter is placed as its recipe says, and may be mapped; notes why."""
+        if promise.dim() < 2 or not promise.is_floating_point() or not _is_matrix(name):
+            return True
+        if reads_quantized(promise.node):
+            return False
+        reason: str | None = "not quantized in the checkpoint"
+        if self.spec is not None:
+            reason = _why_dense(name, promise, self.spec)
+        if reason is not None:
+            self._note(name, reason)
+        return reason is not None
+
     def quantize(self, name: str, tensor: torch.Tensor) -> QuantizedTensor | None:
-        """A dense parameter quantized as asked for, or None if it is to stay dense."""
-        if self.spec is None or tensor.dim() < 2 or not _is_matrix(name):
+        """A dense parameter, which `keep` has seen, quantized as asked for; None if it stays
+        dense.
+        """
+        form = _form(name)
+        if self.spec is None or form is None or name in self.not_quantized:
             return None
-        order, outputs = self._as_matrix(name)
-        if outputs == 0:
-            return None
+        order, outputs = form
         matrix = tensor.permute(order)
-        out = matrix.shape[:outputs].numel()
-        dense = matrix.reshape(out, -1)
-        if self.spec.kind != "int8" and dense.shape[1] % self.spec.blocksize:
-            self._note(
-                name,
-                f"a row of {dense.shape[1]} is not a whole number of blocks of "
-                f"{self.spec.blocksize}",
-            )
-            return None
         made = quantized.quantize(
-            dense.contiguous(),
+            matrix.reshape(matrix.shape[:outputs].numel(), -1).contiguous(),
             self.spec.kind,
             blocksize=self.spec.blocksize,
             double_quant=self.spec.double_quant,
@@ -109,20 +110,46 @@ class Quantizer:
         back = [order.index(dim) for dim in range(len(order))]
         return QuantizedTensor(made.content, whole.permute(back), tensor.dtype)
 
-    def _as_matrix(self, name: str) -> tuple[tuple[int, ...], int]:
-        if self.spec is not None and any(f".{part}." in f".{name}." for part in self.spec.skip):
-            self._note(name, "skipped, as the configuration asks")
-            return (), 0
-        leaf = name.rsplit(".", 1)[-1]
-        if ".experts." in name and leaf == "weight":
-            return _EXPERT
-        if leaf not in _AS_MATRIX:
-            self._note(name, "not a projection")
-        return _AS_MATRIX.get(leaf, ((), 0))
+    def placed_bytes(self, name: str, promise: Promise, dense_bytes: int) -> int:
+        """About how many bytes a parameter allocates.
+
+        Args:
+            name: of the parameter.
+            promise: its recipe.
+            dense_bytes: its size as an ordinary tensor.
+        """
+        if self.stays_dense(name, promise):
+            return dense_bytes
+        if reads_quantized(promise.node) or self.spec is None:
+            return 0  # the bytes are there already
+        return int(promise.numel() * (1 if self.spec.kind == "int8" else 0.5))
 
     def _note(self, name: str, reason: str) -> None:
         role = _ROLES.get(name, "router" if name.endswith(".mlp.W_gate.weight") else "")
         self.not_quantized[name] = f"{role}: {reason}" if role else reason
+
+
+def _form(name: str) -> _Form | None:
+    """How a parameter is a matrix [out, in]; None if it is no projection."""
+    leaf = name.rsplit(".", 1)[-1]
+    return _EXPERT if ".experts." in name and leaf == "weight" else _AS_MATRIX.get(leaf)
+
+
+def _why_dense(name: str, promise: Promise, spec: Quantization) -> str | None:
+    """Why a parameter is not quantized; None if it is."""
+    form = _form(name)
+    if form is None:
+        return "not a projection"
+    # Configurations name modules as transformers does, or as TransformerLens does.
+    read = [v.source for v in sources(promise.node) if v.source.shape.numel() >= promise.numel()]
+    names = [name, *(getattr(source, "name", "") for source in read)]
+    if any(f".{part}." in f".{one}." for part in spec.skip for one in names):
+        return "skipped, as the configuration asks"
+    order, outputs = form
+    row = torch.Size(promise.shape[dim] for dim in order[outputs:]).numel()
+    if spec.kind != "int8" and row % spec.blocksize:
+        return f"a row of {row} is not a whole number of blocks of {spec.blocksize}"
+    return None
 
 
 def _is_matrix(name: str) -> bool:

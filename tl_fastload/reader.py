@@ -19,7 +19,8 @@ from tl_fastload.errors import CheckpointError
 from tl_fastload.promise import Source
 
 CHUNK_BYTES = 4 << 20
-HELD_SPAN_BYTES = 64 << 20
+HELD_SPAN_BYTES = 8 << 20
+DENSE_PIECE_BYTES = 128 << 10
 
 
 class FileReader:
@@ -174,17 +175,20 @@ class FileSource(Source):
         self, out: torch.Tensor, geometry: torch.Tensor, casts: tuple[torch.dtype, ...]
     ) -> None:
         start, stop = byte_span(self.entry, geometry)
-        if stop - start > HELD_SPAN_BYTES and geometry.dim() > 0:
-            # Too much to hold at once: one slice of the slowest dimension after the other.
-            slowest = max(range(geometry.dim()), key=lambda dim: geometry.stride(dim))
-            if geometry.shape[slowest] > 1:
+        slowest = max(range(geometry.dim()), key=geometry.stride, default=0)
+        if geometry.dim() > 0 and geometry.shape[slowest] > 1:
+            piece = geometry.select(slowest, 0)
+            if is_dense(piece) and piece.numel() * self.dtype.itemsize >= DENSE_PIECE_BYTES:
+                # The heads of a fused matrix: each lies in one piece, nothing else need be read.
+                for index in range(geometry.shape[slowest]):
+                    target = out.select(slowest, index)
+                    self.read_into(target, geometry.select(slowest, index), casts)
+                return
+            if stop - start > HELD_SPAN_BYTES:
                 half = geometry.shape[slowest] // 2
                 sizes = [half, geometry.shape[slowest] - half]
-                parts, targets = (
-                    torch.split(geometry, sizes, slowest),
-                    torch.split(out, sizes, slowest),
-                )
-                for part, target in zip(parts, targets, strict=True):
+                parts = torch.split(geometry, sizes, slowest)
+                for part, target in zip(parts, torch.split(out, sizes, slowest), strict=True):
                     self.read_into(target, part, casts)
                 return
         held = self.reader.scratch(self.entry.path, start, stop).view(self.dtype)

@@ -15,7 +15,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from tl_fastload import compat, steps, verify
 from tl_fastload.errors import MissingWeightsError
-from tl_fastload.memory import PeakSampler, unique_bytes
+from tl_fastload.memory import PeakSampler, return_freed_memory, unique_bytes
 from tl_fastload.options import Options
 from tl_fastload.origin import Origin, find_origin
 from tl_fastload.placement import Placer
@@ -74,6 +74,7 @@ def load(cls: type, options: Options, arguments: dict[str, Any], keywords: dict[
     options.check()
     verify.check_arguments(arguments, keywords)
     reader = FileReader()
+    return_freed_memory()  # such as a model that was dropped before: glibc still holds its pages
     try:
         with PeakSampler() as sampler:
             model, session = _load(cls, options, dict(arguments), dict(keywords), reader)
