@@ -23,6 +23,7 @@ from programs import (
 )
 
 from tl_fastload import layout
+from tl_fastload.errors import RecordingError
 from tl_fastload.evaluator import Evaluation, Value, evaluate, operands, sources
 from tl_fastload.promise import MemorySource, Promise, SourceView, node_of
 from tl_fastload.reader import FileReader, is_dense
@@ -262,8 +263,6 @@ def diagonal(x: torch.Tensor) -> torch.Tensor:
         stack_of_dtypes,
         cat_of_dtypes,
         cat_with_nothing,
-        window_of_a_cast,
-        window_of_a_clone,
         bytes_of,
         scaled_by_a_number,
         diagonal,
@@ -272,6 +271,12 @@ def diagonal(x: torch.Tensor) -> torch.Tensor:
 def test_awkward_programs(program: Any) -> None:
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(4))
     assert_same(value_of(program(in_memory([x])[0])), program(x))
+
+
+@pytest.mark.parametrize("program", [window_of_a_cast, window_of_a_clone])
+def test_what_depends_on_memory_is_refused(program: Any) -> None:
+    with pytest.raises(RecordingError, match="as_strided"):
+        program(in_memory([torch.randn(4, 6)])[0])
 
 
 @pytest.mark.parametrize("dim", [0, 1])

@@ -254,11 +254,13 @@ def test_several_results_are_picks_of_one_call() -> None:
     assert_same(value_of(order), expected.indices)
 
 
-def test_a_real_tensor_is_its_own_recipe() -> None:
+def test_a_real_tensor_is_its_own_recipe_in_memory_of_its_own() -> None:
     tensor = torch.randn(3, 4).T
     node = node_of(tensor)
     assert isinstance(node, SourceView)
-    assert value_of(tensor).data_ptr() == tensor.data_ptr()
+    value = value_of(tensor)
+    assert_same(value, tensor)
+    assert value.data_ptr() != tensor.data_ptr()
 
 
 def test_a_view_of_the_callers_storage_keeps_its_offset() -> None:

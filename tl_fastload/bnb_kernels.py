@@ -20,6 +20,9 @@ from tl_fastload.quantized_bytes import FourBitBytes, Int8Bytes, QuantizedBytes
 OLDEST_BITSANDBYTES = (0, 43)
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
+# Values that are quantized at a time: bitsandbytes' CPU code holds 16 numbers for each of them.
+_PART_SIZE = 1 << 16
+
 # What the 4-bit kernels multiply in; bitsandbytes returns uninitialised memory for others.
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -204,33 +207,66 @@ def quantize(
             f"only a floating point matrix can be quantized, not {list(dense.shape)} {dense.dtype}."
         )
     require_device(dense.device)
+    if kind not in ("int8", "nf4", "fp4"):
+        raise QuantizationError(f"quantization is 'int8', 'nf4' or 'fp4', not {kind!r}.")
+    dense = dense.detach()
     if kind == "int8":
         return _quantize_int8(dense, threshold)
-    if kind not in ("nf4", "fp4"):
-        raise QuantizationError(f"quantization is 'int8', 'nf4' or 'fp4', not {kind!r}.")
     if blocksize not in BLOCKSIZES:
         raise QuantizationError(f"block size {blocksize} is not one of {list(BLOCKSIZES)}.")
-    if dense.dtype not in _KERNEL_DTYPES:
-        dense = dense.float()
-    packed, state = bitsandbytes().functional.quantize_4bit(
-        dense.detach().contiguous(),
-        blocksize=blocksize,
-        compress_statistics=double_quant,
-        quant_type=kind,
-    )
-    return _from_quant_state(packed, state)
+    return _quantize_4bit(dense, kind, blocksize, double_quant)
+
+
+def _parts(dense: torch.Tensor, blocksize: int = 1) -> list[slice]:
+    """Runs of rows that are whole numbers of blocks: bitsandbytes needs a few copies of what it
+    quantizes, so it gets a part at a time.
+    """
+    rows, columns = dense.shape
+    step = max(1, _PART_SIZE // max(columns, 1))
+    if columns % blocksize:
+        step = -(-step // blocksize) * blocksize
+    return [slice(start, min(start + step, rows)) for start in range(0, max(rows, 1), step)]
 
 
 def _quantize_int8(dense: torch.Tensor, threshold: float) -> Int8Bytes:
-    # A copy: on the CPU bitsandbytes would otherwise hold on to, or write into, what it is given.
-    parameter = bitsandbytes().nn.Int8Params(dense.detach().clone().cpu(), requires_grad=False)
-    parameter = parameter.to(dense.device)
-    if not bool(torch.isfinite(parameter.SCB).all()):
+    codes = torch.empty(dense.shape, dtype=torch.int8, device=dense.device)
+    scales = torch.empty(dense.shape[0], dtype=torch.float32, device=dense.device)
+    for part in _parts(dense):
+        # A copy: on the CPU bitsandbytes would hold on to, or write into, what it is given.
+        rows = dense[part].cpu().clone(memory_format=torch.contiguous_format)
+        parameter = bitsandbytes().nn.Int8Params(rows, requires_grad=False).to(dense.device)
+        codes[part], scales[part] = parameter.data, parameter.SCB
+    if not bool(torch.isfinite(scales).all()):
         raise QuantizationError(
             "the matrix has values beyond float16, which int8 quantization goes through. Quantize "
             "to 'nf4' or 'fp4'."
         )
-    return Int8Bytes(parameter.data, parameter.SCB, threshold)
+    return Int8Bytes(codes, scales, threshold)
+
+
+def _quantize_4bit(
+    dense: torch.Tensor, kind: str, blocksize: int, double_quant: bool
+) -> FourBitBytes:
+    functional = bitsandbytes().functional
+    packed = torch.empty((dense.numel() + 1) // 2, 1, dtype=torch.uint8, device=dense.device)
+    scales, state = [], None
+    for part in _parts(dense, blocksize):
+        rows = dense[part].contiguous()
+        rows = rows if rows.dtype in _KERNEL_DTYPES else rows.float()
+        bytes_, state = functional.quantize_4bit(
+            rows, blocksize=blocksize, compress_statistics=False, quant_type=kind
+        )
+        start = part.start * dense.shape[1] // 2
+        packed[start : start + bytes_.numel()] = bytes_
+        scales.append(state.absmax)
+    state.shape, state.absmax = dense.shape, torch.cat(scales)
+    if double_quant:
+        # As `quantize_4bit` does it, which sees all scales at once.
+        state.nested, state.offset = True, state.absmax.mean()
+        state.absmax, state.state2 = functional.quantize_blockwise(
+            state.absmax - state.offset, blocksize=256
+        )
+    return _from_quant_state(packed, state)
 
 
 def from_linear8bit(source: Any, threshold: float | None = None) -> Int8Bytes:

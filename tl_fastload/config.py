@@ -47,6 +47,7 @@ _CODE_IN_CHECKPOINT: dict[str, dict[str, Any]] = {
         "activation_function": "gelu_pytorch_tanh",
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
+        "tie_word_embeddings": True,
     },
     "QWenLMHeadModel": {
         "layer_norm_epsilon": 1e-6,
@@ -57,6 +58,7 @@ _CODE_IN_CHECKPOINT: dict[str, dict[str, Any]] = {
         "rotary_emb_base": 10000,
         "use_dynamic_ntk": True,
         "use_logn_attn": True,
+        "tie_word_embeddings": False,
     },
 }
 _NEUTRAL_NAME = "checkpoint"

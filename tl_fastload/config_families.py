@@ -78,6 +78,8 @@ def _gemma_2(config: Any) -> dict[str, Any]:
 
 def _gemma_3(config: Any) -> dict[str, Any]:
     fields = {**_gemma_2(config), "use_qk_norm": True}
+    # Its attention has no soft cap, whatever the field says.
+    fields.pop("attn_scores_soft_cap", None)
     fields["n_ctx"] = min(config.max_position_embeddings, GEMMA_3_CONTEXT_CAP)
     return fields
 

@@ -24,6 +24,14 @@ _IN_PLACE: dict[Any, Any] = {
     aten.sub.Tensor: aten.sub_.Tensor,
     aten.div.Tensor: aten.div_.Tensor,
 }
+_REDUCTIONS = (
+    aten.mean.default,
+    aten.mean.dim,
+    aten.sum.default,
+    aten.sum.dim_IntList,
+    aten.var.correction,
+    aten.std.correction,
+)
 _COPIES = (aten.clone.default, aten._to_copy.default)
 
 
@@ -68,6 +76,8 @@ class Evaluation:
         self.device = device
         self.uses: Counter[Node] = Counter()
         self.kept: dict[Node, Value] = {}
+        # Views that a reduction reads: their strides decide the order of summation.
+        self.spread: set[Node] = set()
         for root in roots:
             self._count(root)
 
@@ -76,6 +86,8 @@ class Evaluation:
         if self.uses[node] > 1:
             return
         for operand in operands(node):
+            if isinstance(node, Call) and node.func in _REDUCTIONS:
+                self.spread.add(operand)
             self._count(operand)
 
     @torch.no_grad()
@@ -110,16 +122,32 @@ class Evaluation:
             if lent is not None:
                 moved = lent.to(self.device)
                 return Value(moved, Buffer(owned=moved is not lent, holders=1))
+        if view in self.spread and dense_strides(view.geometry) != view.geometry.stride():
+            return self._read_spread(view)
         return self._read_into_new(view, view.casts, dense_strides(view.geometry))
 
     def _read_and_cast(self, node: Call, view: SourceView) -> Value:
         """A cast of a source is read straight into the wider type: the narrow one is never held
         whole.
         """
-        if self.uses[view] > 1:
+        if self.uses[view] > 1 or view in self.kept or view in self.spread:
             return self._run(node)
         self.uses[view] -= 1
         return self._read_into_new(view, (*view.casts, node.meta.dtype), node.meta.stride())
+
+    def _read_spread(self, view: SourceView) -> Value:
+        """Everything between the first and the last element, so that strides stay what they
+        were.
+        """
+        geometry = view.geometry
+        reach = sum(
+            (size - 1) * stride
+            for size, stride in zip(geometry.shape, geometry.stride(), strict=True)
+        )
+        run = geometry.as_strided((reach + 1,), (1,), geometry.storage_offset())
+        value = self._read_into_new(SourceView(view.source, run, view.casts), view.casts, (1,))
+        value.tensor = value.tensor.as_strided(geometry.shape, geometry.stride(), 0)
+        return value
 
     def _read_into_new(
         self, view: SourceView, casts: tuple[torch.dtype, ...], strides: tuple[int, ...]
@@ -162,17 +190,14 @@ class Evaluation:
         )
 
     def _buffer_of(self, result: Any, inputs: list[Value]) -> Buffer:
-        if not isinstance(result, torch.Tensor):
-            # Several results may lie in one another's memory: never written, never handed out as
-            # one's own.
-            return Buffer(owned=False)
-        storage = result.untyped_storage().data_ptr()
+        several = not isinstance(result, torch.Tensor)
+        storages = {part.untyped_storage().data_ptr() for part in (result if several else [result])}
         for value in inputs:
-            if isinstance(value.tensor, torch.Tensor) and (
-                value.tensor.untyped_storage().data_ptr() == storage
-            ):
+            tensors = [value.tensor] if isinstance(value.tensor, torch.Tensor) else value.tensor
+            if any(tensor.untyped_storage().data_ptr() in storages for tensor in tensors):
                 return value.buffer
-        return Buffer(owned=True)
+        # Several results may lie in one another's memory: never written, nobody's own.
+        return Buffer(owned=not several)
 
 
 def operands(node: Node) -> list[Node]:

@@ -33,10 +33,14 @@ class Ledger:
     Attributes:
         unexpected: checkpoint names that no part of the model takes.
         misshapen: model name -> (shape in the file, shape that the configuration asks for).
+        integers: model name -> dtype, where a weight should be.
+        incomplete: model name of a merged weight -> why its parts could not be merged.
     """
 
     unexpected: list[str] = field(default_factory=list)
     misshapen: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    integers: dict[str, torch.dtype] = field(default_factory=dict)
+    incomplete: dict[str, str] = field(default_factory=dict)
 
 
 def rename_to_model(
@@ -98,7 +102,12 @@ def _rename_by_table(
             value = cast(target, promises[name])
             converter.add_tensor(target, name, pattern, lambda value=value: value)
     for target, converter in collected.items():
-        for name, value in converter.convert(target, model=model, config=model.config).items():
+        try:
+            converted = converter.convert(target, model=model, config=model.config)
+        except (RuntimeError, IndexError, ValueError) as error:
+            ledger.incomplete[target] = str(error).splitlines()[0]
+            continue
+        for name, value in converted.items():
             found[name] = value[0] if isinstance(value, list) else value
     return found, ledger
 

@@ -163,12 +163,12 @@ def _stored_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 def unique_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the elements that these tensors hold; tensors on the same elements count once."""
-    seen: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()
+    seen: set[tuple[int, int]] = set()
     total = 0
     parts = [part for tensor in tensors for part in _stored_parts(tensor)]
     for tensor in parts:
-        key = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
-        if key not in seen:
-            seen.add(key)
-            total += tensor.numel() * tensor.element_size()
+        size = tensor.numel() * tensor.element_size()
+        if (tensor.data_ptr(), size) not in seen:
+            seen.add((tensor.data_ptr(), size))
+            total += size
     return total

@@ -10,7 +10,7 @@ import psutil
 
 from tl_fastload import compat
 from tl_fastload.errors import ArgumentError, StrategyError
-from tl_fastload.progress import ProgressOption
+from tl_fastload.progress import Progress, ProgressOption
 from tl_fastload.quantization import Quantization
 
 OWN_ARGUMENTS = ("strategy", "mmap", "progress", "quantize")
@@ -40,9 +40,10 @@ class Options:
 
     def check(self) -> None:
         """Raise for values that mean nothing, or that this torch cannot do."""
+        Progress(self.progress)
         if self.strategy not in _STRATEGIES:
             raise ArgumentError(f"strategy={self.strategy!r} is none of {', '.join(_STRATEGIES)}.")
-        if self.mmap not in ("auto", True, False):
+        if not (self.mmap == "auto" or isinstance(self.mmap, bool)):
             raise ArgumentError(f'mmap={self.mmap!r} is none of "auto", True, False.')
         if self.strategy == "assign" and not compat.can_assign():
             raise StrategyError(

@@ -12,7 +12,7 @@ from typing import Any
 
 from tl_fastload import config, tree
 from tl_fastload.checkpoint import Checkpoint, Location, names_at_hand, open_weights, resolve_config
-from tl_fastload.errors import ArgumentError, CheckpointError
+from tl_fastload.errors import ArgumentError, CheckpointError, UnsupportedArchitectureError
 from tl_fastload.hub import repo_files
 from tl_fastload.keys import Ledger
 from tl_fastload.keywords import Keywords, override, sort_keywords
@@ -44,6 +44,7 @@ class Origin:
         root: the module tree of promises; filled by `tree`.
         checkpoint: the opened weight files; filled by `tree`.
         n_layers: layers of the whole model, once its configuration is known.
+        is_recording: whether TransformerLens' converter or processing runs on the tree just now.
     """
 
     label: str
@@ -62,6 +63,7 @@ class Origin:
     root: Any = None
     checkpoint: Checkpoint | None = None
     n_layers: int | None = None
+    is_recording: bool = False
 
     def hf_config_dict(self) -> dict[str, Any]:
         if self.hf_model is None:
@@ -81,6 +83,13 @@ class Origin:
         self.n_layers = fields["n_layers"]
         return fields
 
+    def check_config(self, cfg: Any) -> None:
+        """Raise ArgumentError if more layers are asked for than the model has."""
+        if self.n_layers is not None and cfg.n_layers > self.n_layers:
+            raise ArgumentError(
+                f"first_n_layers={cfg.n_layers}, but {self.label} has {self.n_layers} layers."
+            )
+
     def _tokenizer_name(self) -> str | None:
         if self.location is None:
             return self.official
@@ -88,7 +97,14 @@ class Origin:
             return str(self.location.folder) if has_tokenizer(self.location) else None
         return self.official or self.location.repo
 
+    def tokenizer_folder(self) -> Path | None:
+        """Where the tokenizer's files lie beside the weights, if they do."""
+        if self.location is None or not has_tokenizer(self.location):
+            return None
+        return self.location.folder
+
     def tree(self, revision: str | None, dtype: Any) -> Any:
+        self.is_recording = True
         if self.hf_model is not None:
             self.root = tree.tree_from_model(self.hf_model, dtype)
             return self.root
@@ -100,6 +116,10 @@ class Origin:
             promises, self.hf_config, architecture, dtype, self.spec
         )
         return self.root
+
+    def missing(self) -> list[str]:
+        """Names of the module tree's weights that the checkpoint does not have."""
+        return tree.missing_names(self.root)
 
     def _open(self, revision: str | None) -> Checkpoint:
         location = self.location
@@ -161,6 +181,10 @@ def find_origin(
     Raises:
         UnknownModelError, CheckpointError, UnsupportedArchitectureError, ArgumentError.
     """
+    if not isinstance(model_name, (str, Path)):
+        raise ArgumentError(
+            f"model_name={model_name!r} is a {type(model_name).__name__}: pass a name or a folder."
+        )
     sorted_keywords = sort_keywords(keywords)
     is_folder = isinstance(model_name, Path) or Path(model_name).is_dir()
     # A folder wins over a name, as in transformers.
@@ -206,6 +230,12 @@ def _from_model(
             f"hf_model is a {type(hf_model).__name__} without a configuration. Pass a transformers "
             "model, such as AutoModelForCausalLM.from_pretrained(...) returns."
         )
+    try:
+        config.architecture_of(hf_model.config)
+    except UnsupportedArchitectureError as error:
+        raise UnsupportedArchitectureError(
+            f"hf_model is a {type(hf_model).__name__}. {error}"
+        ) from error
     return Origin(
         label="hf_model",
         stock_name=stock_name_for(official, str(name)),
@@ -247,7 +277,7 @@ def _toy_name(location: Location) -> str:
     """
     values = json.loads((location.folder / "config.json").read_text(encoding="utf-8"))
     name = location.folder.name
-    if "architecture" not in values and _has_old_names(location):
+    if "architecture" not in values and "_old" not in name and _has_old_names(location):
         name += "_old"
     return f"NeelNanda/{name}"
 

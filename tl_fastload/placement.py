@@ -23,6 +23,7 @@ from tl_fastload.reader import FileMaps, FileSource, has_overlap, is_dense
 # Freed scratch memory is given back each time that this part of the model has passed through it.
 _TRIM_FRACTION = 0.01
 _TRIM_LEAST_BYTES = 4 << 20
+_SEARCH_MOST_BYTES = 64 << 20
 
 
 @dataclass
@@ -37,6 +38,12 @@ class Placer:
         map_any_layout: map a range even if the forward pass would want other strides.
         progress: told of every placed parameter.
         quantizer: makes quantized tensors, or None.
+        fresh: nobody holds the model's tensors yet, so that their memory may be replaced.
+
+    Attributes:
+        mapped_bytes: of mapped parameters.
+        unseen_bytes: of mapped parameters that were not searched for NaN and infinite values.
+        not_finite: parameters with NaN or infinite values.
     """
 
     model: nn.Module
@@ -46,7 +53,9 @@ class Placer:
     map_any_layout: bool
     progress: Progress
     quantizer: Quantizer | None = None
+    fresh: bool = True
     mapped_bytes: int = 0
+    unseen_bytes: int = 0
     not_finite: list[str] = field(default_factory=list)
     _passed_bytes: int = 0
     _trim_bytes: int = _TRIM_LEAST_BYTES
@@ -68,6 +77,7 @@ class Placer:
         total_bytes = sum(_size_bytes(targets[name]) for name in todo)
         self._trim_bytes = max(_TRIM_LEAST_BYTES, int(total_bytes * _TRIM_FRACTION))
         self.progress.start(total_bytes)
+        self._waiting = _Waiting(todo, targets, self.assign)
         for group in groups(todo):
             self._place_group({name: todo.pop(name) for name in group}, targets)
         return_freed_memory()
@@ -78,6 +88,7 @@ class Placer:
             ready = self._map(name, promise, targets[name])
             if ready is not None:
                 self.mapped_bytes += _size_bytes(ready)
+                self._search(name, ready)
             elif self.quantizer is not None and name in self.parameters:
                 dtype, device = targets[name].dtype, self.device_of(name)
                 ready = self.quantizer.keep(name, promise, dtype, device)
@@ -90,13 +101,19 @@ class Placer:
             by_device.setdefault(self.device_of(name), {})[name] = promise
         for device, some in by_device.items():
             evaluation = Evaluation([promise.node for promise in some.values()], device)
-            waiting = _Waiting(some, targets, self.assign)
             for name, promise in some.items():
-                done = waiting.add(
+                done = self._waiting.add(
                     name, self._finish(name, evaluation.value(promise.node), targets[name])
                 )
                 while done:
                     self._put(*done.pop())
+
+    def _search(self, name: str, mapped: torch.Tensor) -> None:
+        # Reading all pages of a big unprocessed model would undo what mapping it saves.
+        if self.map_any_layout and self.mapped_bytes > _SEARCH_MOST_BYTES:
+            self.unseen_bytes += _size_bytes(mapped)
+        elif not _is_finite(mapped):
+            self.not_finite.append(name)
 
     def _stays(self, name: str, promise: Promise, target: torch.Tensor) -> bool:
         return _is_itself(promise, target) and target.device == self.device_of(name)
@@ -183,9 +200,12 @@ class Placer:
             else:
                 target = parent._parameters[leaf]
                 if target is not None:
-                    if target.device != tensor.device:
+                    if self.fresh:
                         # Not all at once before the first is placed: kernels need room as well.
-                        target.data = torch.empty_like(target, device=tensor.device)
+                        strides = self._strides(name, target.shape)
+                        target.data = torch.empty_strided(
+                            target.shape, strides, dtype=target.dtype, device=tensor.device
+                        )
                     target.copy_(tensor)
         size_bytes = _size_bytes(tensor)
         del tensor
@@ -206,11 +226,11 @@ class _Waiting:
         self._readers: dict[str, set[str]] = {name: set() for name in recipes}
         if assign:
             return
-        owner = {targets[name].data_ptr(): name for name in recipes}
+        owner = {targets[name].untyped_storage().data_ptr(): name for name in recipes}
         for name, promise in recipes.items():
             for view in sources(promise.node):
                 if isinstance(view.source, MemorySource):
-                    read = owner.get(view.source.tensor.data_ptr())
+                    read = owner.get(view.source.tensor.untyped_storage().data_ptr())
                     if read is not None and read != name:
                         self._readers[read].add(name)
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+from tl_fastload.errors import ArgumentError
+
 ProgressCallback = Callable[["ProgressEvent"], None]
 ProgressOption = None | bool | ProgressCallback
 
@@ -36,6 +38,8 @@ class Progress:
     """
 
     def __init__(self, option: ProgressOption = None) -> None:
+        if not (option is None or isinstance(option, bool) or callable(option)):
+            raise ArgumentError(f"progress={option!r} is none of None, True, False, a function.")
         self._callback = option if callable(option) else None
         self._wants_bar = _is_watched() if option is None else option is True
         self._bar: Any = None
@@ -94,12 +98,13 @@ def _new_bar() -> Any:
         Progress as RichProgress,
     )
 
+    console = Console(stderr=True)
     return RichProgress(
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(binary_units=True),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
+        console=console,
+        transient=console.is_terminal,
     )

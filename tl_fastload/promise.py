@@ -175,7 +175,8 @@ def node_of(tensor: torch.Tensor) -> Node:
     """The recipe of a tensor; a real tensor's recipe is itself."""
     if isinstance(tensor, Promise):
         return tensor.node
-    return Promise.of(MemorySource(tensor), tensor.device).node
+    # A copy: the caller may change its tensor before the recipe is evaluated.
+    return Promise.of(MemorySource(tensor.clone()), tensor.device).node
 
 
 def dense_strides(geometry: torch.Tensor) -> tuple[int, ...]:
@@ -184,6 +185,14 @@ def dense_strides(geometry: torch.Tensor) -> tuple[int, ...]:
 
 
 def _record(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if torch.Tag.nondeterministic_seeded in func.tags:
+        raise RecordingError(
+            f"{func} draws random numbers, which a recipe cannot hold. Load the model first."
+        )
+    if func is aten.as_strided.default:
+        raise RecordingError(
+            "as_strided reads memory, and a recorded tensor has none. Use slices and views."
+        )
     if func._schema.is_mutable:
         raise RecordingError(
             f"{func} writes into a tensor whose values are not loaded yet. Load the model first, "
@@ -276,7 +285,10 @@ def _simplify(
         if func is aten._to_copy.default and same_layout:
             return SourceView(node.source, node.geometry, _shorten(node, meta.dtype))
     if isinstance(node, Call) and func in (aten.select.int, aten.slice.Tensor):
-        return _look_inside(node, func, args, meta)
+        found = _look_inside(node, func, args, meta)
+        if found is None or dtype_of(found) != meta.dtype:
+            return None
+        return found if meta_of(found).stride() == meta.stride() else None
     return None
 
 
@@ -294,6 +306,10 @@ def _look_inside(node: Call, func: Any, args: tuple[Any, ...], meta: torch.Tenso
     """One expert of stacked experts is that expert's own tensor: do not stack them all to take one
     out.
     """
+    if node.func not in (aten.stack.default, aten.cat.default):
+        return None
+    if len({len(shape_of(_as_node(part))) for part in node.args[0]}) > 1:
+        return None  # cat skips empty vectors
     dim = args[1] if len(args) > 1 else 0
     dim = dim % args[0].dim()
     if func is aten.select.int:

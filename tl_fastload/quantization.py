@@ -51,6 +51,8 @@ def read_quantization(asked: Any) -> Quantization | None:
             raise ArgumentError(f"quantize={asked!r} is none of {', '.join(_NAMES)}.")
         return Quantization(_NAMES[asked])
     fields = asked if isinstance(asked, Mapping) else getattr(asked, "to_dict", dict)()
+    if fields.get("load_in_8bit") and fields.get("load_in_4bit"):
+        raise ArgumentError("load_in_8bit and load_in_4bit contradict each other: pass one.")
     if fields.get("load_in_8bit"):
         return Quantization(
             "int8",
@@ -58,8 +60,11 @@ def read_quantization(asked: Any) -> Quantization | None:
             skip=tuple(fields.get("llm_int8_skip_modules") or ()),
         )
     if fields.get("load_in_4bit"):
+        kind = fields.get("bnb_4bit_quant_type", "fp4")
+        if kind not in ("nf4", "fp4"):
+            raise ArgumentError(f"bnb_4bit_quant_type={kind!r} is neither 'nf4' nor 'fp4'.")
         return Quantization(
-            fields.get("bnb_4bit_quant_type", "fp4"),
+            kind,
             double_quant=bool(fields.get("bnb_4bit_use_double_quant", False)),
             compute_dtype=_dtype(fields.get("bnb_4bit_compute_dtype")),
             skip=tuple(fields.get("llm_int8_skip_modules") or ()),

@@ -15,6 +15,8 @@ INT8_PARTS = frozenset({"SCB", "weight_format"})
 _PLAIN = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _STATE = "quant_state.bitsandbytes__"
 FOUR_BIT_PARTS = frozenset({f"weight.{name}" for name in (*_PLAIN, f"{_STATE}nf4", f"{_STATE}fp4")})
+DESCRIPTIONS = frozenset({"weight_format", f"weight.{_STATE}nf4", f"weight.{_STATE}fp4"})
+"""The pieces that describe the others: a few bytes each."""
 
 # The one layout of rows that bitsandbytes still has; others were made for particular GPUs.
 _ROW_FORMATS = (0, "row")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tl_fastload import quantized, quantized_checkpoint
+from tl_fastload.errors import QuantizationError
 from tl_fastload.promise import Promise, SourceView
 from tl_fastload.quantization import Quantization
 from tl_fastload.quantized import QuantizedTensor
@@ -57,7 +58,8 @@ def combine(
         dtype: what the weights compute in.
 
     Raises:
-        QuantizationError: pieces are missing or misshapen.
+        QuantizationError: pieces are missing or misshapen, or not of the kind that is declared.
+            No weight has been read then, only shapes.
     """
     pieces: dict[str, dict[str, Promise]] = {}
     for name, promise in promises.items():
@@ -69,6 +71,11 @@ def combine(
         if leaf == "weight" and (layer in pieces or promise.dtype in (torch.int8, torch.uint8)):
             pieces.setdefault(layer, {})["weight"] = promise
     combined = {name: promise for name, promise in promises.items() if not _is_piece(name, pieces)}
+    if not pieces:
+        raise QuantizationError(
+            f"the configuration declares {spec.kind} weights, but the checkpoint has none that are "
+            "quantized. Remove quantization_config from config.json, and use quantize= to quantize."
+        )
     for layer, parts in pieces.items():
         combined[f"{layer}.weight"] = _promise_of_pieces(layer, parts, spec, dtype)
     return combined
@@ -93,9 +100,21 @@ def _promise_of_pieces(
         stored = quantized_checkpoint.read(tensors, name=layer, threshold=spec.threshold)
         return quantized.from_bytes(stored, dtype=dtype, compute_dtype=spec.compute_dtype)
 
-    first = load()
-    source = QuantizedSource(load, (first.shape[0], first.shape[1]), dtype, f"{layer}.weight")
-    return Promise.of(source)
+    outlines = {part: _outline(part, promise) for part, promise in parts.items()}
+    outline = quantized_checkpoint.read(outlines, name=layer)
+    if outline.kind != spec.kind:
+        raise QuantizationError(
+            f"{layer} holds {outline.kind} weights, but the configuration declares {spec.kind}. "
+            "Correct quantization_config in config.json."
+        )
+    return Promise.of(QuantizedSource(load, outline.shape, dtype, f"{layer}.weight"))
+
+
+def _outline(part: str, promise: Promise) -> torch.Tensor:
+    """The shape and dtype of a piece; the values of those that say what the others are."""
+    if part in quantized_checkpoint.DESCRIPTIONS:
+        return _values(promise)
+    return torch.empty(promise.shape, dtype=promise.dtype, device="meta")
 
 
 def _promise(tensor: QuantizedTensor, name: str) -> Promise:

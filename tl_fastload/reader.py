@@ -47,7 +47,7 @@ class FileReader:
     def read(self, path: Path, offset: int, out: torch.Tensor) -> None:
         """Fill the one-dimensional uint8 tensor `out` with the bytes of `path` from `offset` on."""
         if path not in self._descriptors:
-            self._descriptors[path] = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            self._descriptors[path] = _open(path)
         descriptor = self._descriptors[path]
         target = memoryview(out.numpy())  # type: ignore[arg-type]
         done = 0
@@ -74,6 +74,15 @@ class FileReader:
             self.read(path, start, view)
             self._held = (path, start, stop)
         return view
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be opened any more ({error.strerror}). Load again when it is back."
+        ) from error
 
 
 def _read_at(descriptor: int, target: memoryview, offset: int) -> int:
@@ -107,9 +116,10 @@ class FileMaps:
             number = len(layers)
             layers.append([])
         layers[number].append((start, stop))
-        flat = torch.empty(0, dtype=entry.dtype).set_(self._storage(entry.path, number))
-        offset = entry.offset // entry.dtype.itemsize + geometry.storage_offset()
-        return flat.as_strided(geometry.shape, geometry.stride(), offset)
+        # A storage of just these bytes: saving such a tensor must not save the whole file.
+        part: Any = self._storage(entry.path, number)[start:stop]
+        flat = torch.empty(0, dtype=entry.dtype).set_(part)
+        return flat.as_strided(geometry.shape, geometry.stride(), 0)
 
     def _storage(self, path: Path, number: int) -> torch.UntypedStorage:
         key = (path, number)
@@ -175,8 +185,9 @@ class FileSource(Source):
         self, out: torch.Tensor, geometry: torch.Tensor, casts: tuple[torch.dtype, ...]
     ) -> None:
         start, stop = byte_span(self.entry, geometry)
-        slowest = max(range(geometry.dim()), key=geometry.stride, default=0)
-        if geometry.dim() > 0 and geometry.shape[slowest] > 1:
+        long = [dim for dim in range(geometry.dim()) if geometry.shape[dim] > 1]
+        slowest = max(long, key=geometry.stride, default=None)
+        if slowest is not None:
             piece = geometry.select(slowest, 0)
             if is_dense(piece) and piece.numel() * self.dtype.itemsize >= DENSE_PIECE_BYTES:
                 # The heads of a fused matrix: each lies in one piece, nothing else need be read.

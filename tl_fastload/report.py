@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import html
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,7 +103,7 @@ class LoadReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: dtype as text, everything else as it is."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {**values, "dtype": str(self.dtype), "notes": list(self.notes)}
+        return copy.deepcopy({**values, "dtype": str(self.dtype), "notes": list(self.notes)})
 
 
 def _by_reason(not_quantized: dict[str, str]) -> list[str]:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from tl_fastload import compat, steps, verify
+from tl_fastload.already import is_processed
 from tl_fastload.errors import MissingWeightsError
 from tl_fastload.memory import PeakSampler, return_freed_memory, unique_bytes
 from tl_fastload.options import Options
@@ -25,7 +26,7 @@ from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.quantized_shifts import kernel_shifts
 from tl_fastload.quantizer import Quantizer
 from tl_fastload.reader import FileReader
-from tl_fastload.report import LoadReport
+from tl_fastload.report import LoadReport, format_bytes
 from tl_fastload.skeleton import build_empty, device_map
 from tl_fastload.stock import run_from_pretrained
 
@@ -76,7 +77,8 @@ def load(cls: type, options: Options, arguments: dict[str, Any], keywords: dict[
     reader = FileReader()
     return_freed_memory()  # such as a model that was dropped before: glibc still holds its pages
     try:
-        with PeakSampler() as sampler:
+        # Parameters made in inference mode could never be trained or saved.
+        with torch.inference_mode(False), PeakSampler() as sampler:
             model, session = _load(cls, options, dict(arguments), dict(keywords), reader)
     finally:
         reader.close()
@@ -101,18 +103,20 @@ def _load(
     session = Session(replace(options, move_to_device=move_to_device), requested, origin)
 
     def build(cfg: Any, *args: Any, **kwargs: Any) -> Any:
-        verify.check_layers(cfg, origin)
+        verify.check_refactor(cfg, session.requested)
+        origin.is_recording = False
         model = build_empty(cls, cfg, origin, session.notes, *args, **kwargs)
+        origin.is_recording = True
         model._session = session
         return model
 
+    shown = str(model_name)
+    if shown.lower().startswith(("t5", "bert")):
+        shown = f"./{shown}"  # TransformerLens takes such names for other kinds of models
     try:
-        model = run_from_pretrained(
-            origin, build, str(model_name), move_to_device=False, **arguments
-        )
-    except (AttributeError, KeyError, RuntimeError, ValueError, AssertionError) as error:
-        # A converter stumbled: the reason is what of the checkpoint does not fit, if anything.
-        verify.explain(origin, error)
+        model = run_from_pretrained(origin, build, shown, move_to_device=False, **arguments)
+    except Exception as error:
+        verify.explain(origin, error, arguments)
         raise
     model._session = None
     origin.root = None
@@ -135,6 +139,7 @@ def load_state_dict_into(
         _process_and_place(model, model._session, state_dict, flags, stock)
         return
     started = time.perf_counter()
+    verify.check_refactor(model.cfg, flags)
     verify.check_state_dict(model, state_dict)
     session = Session(Options(strategy="copy", progress=False), dict(flags))
     model._session = session
@@ -155,18 +160,19 @@ def _process_and_place(
 ) -> None:
     promises = {
         name: value if isinstance(value, Promise) else _promise(value, name)
-        for name, value in state_dict.items()
+        for name, value in own_values_apart(model, state_dict).items()
         if isinstance(value, torch.Tensor)
     }
-    allowed = dict(flags)
-    if steps.reason_to_skip("fold_value_biases", model.cfg) is not None:
-        # TransformerLens folds all the same, which changes the model's output.
-        allowed["fold_value_biases"] = False
+    # TransformerLens guards only some of its roads; unguarded steps change the model's output.
+    allowed = {
+        step: on and steps.reason_to_skip(step, model.cfg) is None for step, on in flags.items()
+    }
     if session.origin is not None and session.origin.spec is not None:
         session.shifts = kernel_shifts(promises, model.cfg, allowed)
     stock(promises, **allowed)
     if session.origin is not None:
         verify.check_recipes(model, session.origin, session.recipes)
+        session.origin.is_recording = False
     _place(model, session)
 
 
@@ -192,6 +198,7 @@ def _place(model: nn.Module, session: Session) -> None:
             map_any_layout=not any(session.requested.values()),
             progress=progress,
             quantizer=quantizer,
+            fresh=origin is not None,
         )
         if origin is not None:
             verify.check_room(placer.needed_bytes(session.recipes), origin.label)
@@ -199,6 +206,11 @@ def _place(model: nn.Module, session: Session) -> None:
     session.mapped_bytes = placer.mapped_bytes
     session.not_quantized = quantizer.not_quantized if quantizer is not None else {}
     session.recipes, session.shifts = {}, {}
+    if placer.unseen_bytes:
+        session.notes.append(
+            f"{format_bytes(placer.unseen_bytes)} of mapped weights were not read, so not searched "
+            "for NaN and infinite values."
+        )
     if placer.not_finite:
         session.notes.append(f"NaN or infinite values in {_listed(placer.not_finite)}.")
     for name, buffer in list(model.named_buffers()):
@@ -231,6 +243,40 @@ def fill_missing_keys(model: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     return {**state_dict, **defaults}
 
 
+def own_values_apart(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Make a state dict that holds the model's own memory safe to write back into the model.
+
+    A parameter under its own name is recorded in the order of its logical shape, as stock has it:
+    sums over our strides would round differently. One under another name is copied, or it would be
+    overwritten before it is read.
+    """
+    own = {id(tensor): name for name, tensor in _own_tensors(model).items()}
+    homes = {
+        t.untyped_storage().data_ptr(): t for t in _own_tensors(model).values() if _has_memory(t)
+    }
+    values = dict(state_dict)
+    for name, value in state_dict.items():
+        if isinstance(value, Promise) or not isinstance(value, torch.Tensor):
+            continue
+        if not _has_memory(value) or value.untyped_storage().data_ptr() not in homes:
+            continue
+        home = homes[value.untyped_storage().data_ptr()]
+        in_place = own.get(id(home)) == name and value.data_ptr() == home.data_ptr()
+        if not in_place or value.shape != home.shape or value.stride() != home.stride():
+            values[name] = value.detach().clone(memory_format=torch.contiguous_format)
+        elif value.dim() > 1 and not value.is_contiguous():
+            values[name] = _promise(value, name).contiguous()
+    return values
+
+
+def _own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    return not isinstance(tensor, (Promise, QuantizedTensor)) and tensor.numel() > 0
+
+
 def _is_weight_matrix(name: str) -> bool:
     # A leaf such as W_Q or _W_K, or the weight of an expert's linear layer such as W_in.weight.
     return any(part.lstrip("_").startswith("W_") for part in name.split(".")[-2:]) and not (
@@ -242,7 +288,7 @@ def is_already_processed(model: Any, flags: dict[str, bool]) -> bool:
     """Whether these steps were done and no parameter has changed since; the report says so then."""
     asked = {step for step, value in flags.items() if value}
     done, versions = getattr(model, "_processed", (set(), None))
-    if not asked <= done or versions != _versions(model):
+    if not asked <= done or versions != _versions(model) or not is_processed(model, flags):
         return False
     note = "process_weights_ was called again with nothing changed: nothing was done."
     model.load_report = replace(model.load_report, notes=(*model.load_report.notes, note))
@@ -252,8 +298,9 @@ def is_already_processed(model: Any, flags: dict[str, bool]) -> bool:
 def _versions(model: nn.Module) -> list[tuple[str, int, int]]:
     """Changes whenever a parameter is replaced or written to."""
     return [
-        (name, 0 if isinstance(p, QuantizedTensor) else p.data_ptr(), p._version)
+        (name, p.data_ptr(), p._version)
         for name, p in model.named_parameters()
+        if _has_memory(p) and not p.is_inference()
     ]
 
 

@@ -48,11 +48,16 @@ def build_empty(
         **kwargs: for the class.
     """
     # Code of a checkpoint runs only if the caller allowed it, whatever TransformerLens' tables say.
-    wanted = cfg.trust_remote_code
+    wanted, name = cfg.trust_remote_code, cfg.tokenizer_name
     cfg.trust_remote_code = origin.keywords.trust_remote_code
+    if name is not None and origin.tokenizer_folder() is not None:
+        # The files of this revision and cache; the name alone would mean the usual ones.
+        cfg.tokenizer_name = str(origin.tokenizer_folder())
     try:
         with _SkipRandomInit():  # type: ignore[no-untyped-call]
             model = _construct(cls, cfg, notes, tokenizer, *args, **kwargs)
+        if cfg.tokenizer_name is not None:
+            cfg.tokenizer_name = name
     finally:
         cfg.trust_remote_code = wanted
     if _give_experts_the_dtype(model):

@@ -39,6 +39,9 @@ class Answers(Protocol):
     def config_dict(self, **kwargs: Any) -> dict[str, Any]:
         """What `convert_hf_model_config` returns."""
 
+    def check_config(self, cfg: Any) -> None:
+        """Raise if the configuration asks for what the model does not have."""
+
     def tree(self, revision: str | None, dtype: Any) -> Any:
         """The Hugging Face module tree with promises for weights."""
 
@@ -74,7 +77,9 @@ class _Loading:
             get_checkpoint_labels=borrow(loading.get_checkpoint_labels, **names, **own),
             **names,
         )
-        return run(model_name, **{**kwargs, "hf_cfg": answers.hf_config_dict()})
+        cfg = run(model_name, **{**kwargs, "hf_cfg": answers.hf_config_dict()})
+        answers.check_config(cfg)
+        return cfg
 
     def get_pretrained_state_dict(
         self, model_name: str, cfg: Any, hf_model: Any = None, **kwargs: Any

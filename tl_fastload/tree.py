@@ -22,7 +22,7 @@ from tl_fastload import compat
 from tl_fastload.checkpoint import Checkpoint
 from tl_fastload.errors import CheckpointError
 from tl_fastload.keys import Ledger, rename_to_model, tied_groups
-from tl_fastload.promise import MemorySource, Promise, Source
+from tl_fastload.promise import MemorySource, Promise, Source, SourceView
 from tl_fastload.quantization import Quantization
 from tl_fastload.quantized_recipes import reads_quantized
 from tl_fastload.quantized_tree import combine, is_conv1d, promise_of_layer
@@ -118,7 +118,9 @@ def tree_from_checkpoint(
         promises = combine(promises, spec, dtype)
     model_class = getattr(transformers, architecture, None)
     if model_class is None:
-        return _bare_tree(promises, hf_config, dtype), Ledger()
+        integers = {n: p.dtype for n, p in promises.items() if not p.is_floating_point()}
+        weights = {n: t for n, t in integers.items() if not n.endswith(("bias", "mask"))}
+        return _bare_tree(promises, hf_config, dtype), Ledger(integers=weights)
     model = _empty_model(model_class, hf_config, dtype)
     return model, fill_tree(model, promises, dtype)
 
@@ -160,6 +162,8 @@ def fill_tree(model: Any, promises: Mapping[str, Promise], dtype: torch.dtype) -
             # transformers turns GPT-2's Conv1D into a linear layer when it quantizes.
             layer = model.get_submodule(name.rpartition(".")[0])
             promise = promise.t() if is_conv1d(type(layer)) else promise
+        if promise is not None and like.is_floating_point() and not promise.is_floating_point():
+            ledger.integers[name] = promise.dtype
         if promise is None:
             promise = Promise.of(MissingSource(name, like))
         elif promise.shape != like.shape:
@@ -214,11 +218,25 @@ def _promise_once(tensor: torch.Tensor, name: str, promises: dict[int, Promise])
     return promises[id(tensor)]
 
 
+def missing_names(root: Any) -> list[str]:
+    """Weights of a module tree that the checkpoint does not have."""
+    if not hasattr(root, "named_parameters"):
+        return []
+    return sorted(
+        name
+        for name, promise in root.named_parameters()
+        if isinstance(promise, Promise)
+        and isinstance(promise.node, SourceView)
+        and isinstance(promise.node.source, MissingSource)
+    )
+
+
 def _bare_tree(promises: Mapping[str, Promise], hf_config: Any, dtype: torch.dtype) -> Branch:
     tree = Branch(hf_config)
     for name, promise in promises.items():
         tree.place(name, promise.to(dtype) if promise.is_floating_point() else promise)
-    if "lm_head.weight" not in promises and "transformer.wte.weight" in promises:
+    is_tied = getattr(hf_config, "tie_word_embeddings", True)
+    if is_tied and "lm_head.weight" not in promises and "transformer.wte.weight" in promises:
         tree.place("lm_head.weight", promises["transformer.wte.weight"].to(dtype))
     return tree
 

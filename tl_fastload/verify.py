@@ -14,6 +14,7 @@ from tl_fastload import compat
 from tl_fastload.bnb_kernels import require_device
 from tl_fastload.errors import (
     ArgumentError,
+    CheckpointError,
     LeanLoadError,
     MissingWeightsError,
     NotEnoughMemoryError,
@@ -24,8 +25,13 @@ from tl_fastload.options import Options
 from tl_fastload.origin import Origin
 from tl_fastload.promise import Promise
 from tl_fastload.report import format_bytes
-from tl_fastload.tree import Branch, MissingSource
+from tl_fastload.steps import reason_to_skip
+from tl_fastload.tree import MissingSource
 
+_CHECKPOINT_ARGUMENTS = ("checkpoint_index", "checkpoint_value", "checkpoint_label")
+# What TransformerLens raises for fields that make no sense.
+_OF_A_CONFIGURATION = (ArithmeticError, LookupError, ValueError, AssertionError)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LAYER = re.compile(r"\.(?:h|layers|blocks)\.(\d+)\.")
 # Parts of multimodal checkpoints that the text model does not have.
 _NOT_TEXT = re.compile(r"(vision_tower|vision_model|multi_modal_projector|audio_tower)")
@@ -35,22 +41,56 @@ def check_arguments(arguments: dict[str, Any], keywords: dict[str, Any]) -> None
     """Raise ArgumentError for arguments that mean nothing or contradict each other."""
     _check_checkpoint(arguments, keywords)
     _check_device(arguments)
-    dtype = keywords.get("torch_dtype", arguments["dtype"])
-    if not isinstance(dtype, torch.dtype) and dtype not in DTYPE_FROM_STRING:
-        known = ", ".join(DTYPE_FROM_STRING)
-        raise ArgumentError(f"dtype={dtype!r} is neither a torch.dtype nor one of {known}.")
+    _check_dtype(arguments, keywords)
+    _check_tokens(arguments)
     for name, least in (("first_n_layers", 0), ("n_ctx", 1)):
         value = arguments[name]
-        if value is not None and (not isinstance(value, int) or value < least):
+        is_number = isinstance(value, int) and not isinstance(value, bool)
+        if value is not None and (not is_number or value < least):
             raise ArgumentError(f"{name}={value!r} is not a number from {least} on.")
 
 
-def _check_checkpoint(arguments: dict[str, Any], keywords: dict[str, Any]) -> None:
-    names = ("checkpoint_index", "checkpoint_value", "checkpoint_label")
-    given = [name for name in names if arguments[name] is not None]
-    if "checkpoint_value" in given and "checkpoint_label" in given:
+def _check_dtype(arguments: dict[str, Any], keywords: dict[str, Any]) -> None:
+    asked = {"dtype": arguments["dtype"]}
+    if "torch_dtype" in keywords:
+        asked = {"torch_dtype": keywords["torch_dtype"], **asked}
+    for name, dtype in asked.items():
+        if isinstance(dtype, torch.dtype) and dtype in _DTYPES:
+            continue
+        if dtype not in DTYPE_FROM_STRING:
+            known = ", ".join(DTYPE_FROM_STRING)
+            raise ArgumentError(
+                f"{name}={dtype!r} is neither a floating torch.dtype of 16 bits or more nor one of "
+                f"{known}."
+            )
+    one, other = (DTYPE_FROM_STRING.get(str(d), d) for d in (list(asked.values()) * 2)[:2])
+    if one != other and other != torch.float32:
+        raise ArgumentError(f"torch_dtype={one} and dtype={other} contradict each other.")
+
+
+def _check_tokens(arguments: dict[str, Any]) -> None:
+    if arguments["default_prepend_bos"] not in (None, True, False):
         raise ArgumentError(
-            "checkpoint_value and checkpoint_label are two names of one thing: pass one of them."
+            f"default_prepend_bos={arguments['default_prepend_bos']!r} is none of True, False and "
+            "None."
+        )
+    if arguments["default_padding_side"] not in (None, "left", "right"):
+        raise ArgumentError(
+            f'default_padding_side={arguments["default_padding_side"]!r} is neither "left" nor '
+            '"right".'
+        )
+    if isinstance(arguments["tokenizer"], str):
+        raise ArgumentError(
+            f"tokenizer={arguments['tokenizer']!r} is a name: pass "
+            "AutoTokenizer.from_pretrained(...) of it."
+        )
+
+
+def _check_checkpoint(arguments: dict[str, Any], keywords: dict[str, Any]) -> None:
+    given = [name for name in _CHECKPOINT_ARGUMENTS if arguments[name] is not None]
+    if len(given) > 1:
+        raise ArgumentError(
+            f"{' and '.join(given)} each pick a training checkpoint: pass one of them."
         )
     if given and arguments["hf_model"] is not None:
         raise ArgumentError(
@@ -71,6 +111,7 @@ def _check_device(arguments: dict[str, Any]) -> None:
     if device.type != "cuda":
         if n_devices > 1:
             raise ArgumentError(f"n_devices={n_devices} spreads over CUDA devices, not {device}.")
+        _check_usable(device)
         return
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if (device.index or 0) + n_devices > count:
@@ -87,6 +128,14 @@ def _device(arguments: dict[str, Any]) -> torch.device:
         return torch.device(arguments["device"])
     except (RuntimeError, TypeError) as error:
         raise ArgumentError(f"device={arguments['device']!r} is no device: {error}") from error
+
+
+def _check_usable(device: torch.device) -> None:
+    try:
+        torch.empty(1, device=device).add(1).cpu()
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ArgumentError(f"device={str(device)!r} cannot hold weights here: {reason}") from error
 
 
 def check_quantization(origin: Origin, options: Options, arguments: dict[str, Any]) -> None:
@@ -110,14 +159,6 @@ def check_quantization(origin: Origin, options: Options, arguments: dict[str, An
             f'use strategy="auto" with torch {compat.ASSIGN_NEEDS_TORCH} or newer.'
         )
     require_device(_device(arguments))
-
-
-def check_layers(cfg: Any, origin: Origin) -> None:
-    """Raise ArgumentError if more layers are asked for than the model has."""
-    if origin.n_layers is not None and cfg.n_layers > origin.n_layers:
-        raise ArgumentError(
-            f"first_n_layers={cfg.n_layers}, but {origin.label} has {origin.n_layers} layers."
-        )
 
 
 def check_state_dict(model: Any, state_dict: dict[str, Any]) -> None:
@@ -150,14 +191,41 @@ def check_recipes(model: Any, origin: Origin, recipes: dict[str, Promise]) -> No
     _raise_for(origin, problems)
 
 
-def explain(origin: Origin, error: Exception) -> None:
-    """Raise MissingWeightsError if an error of a converter comes from weights that do not fit."""
+def explain(origin: Origin, error: Exception, arguments: dict[str, Any]) -> None:
+    """Raise an error of this family for one that TransformerLens' own loading code raised.
+
+    Args:
+        origin: what was being loaded.
+        error: what was raised.
+        arguments: of the load.
+    """
     if isinstance(error, LeanLoadError):
         return
-    problems = _ledger_problems(origin)
-    if isinstance(origin.root, Branch) and isinstance(error, (AttributeError, KeyError)):
-        problems.append(f"missing: a tensor that TransformerLens reads ({error})")
+    if origin.root is None and isinstance(error, _OF_A_CONFIGURATION):
+        given = [name for name in _CHECKPOINT_ARGUMENTS if arguments.get(name) is not None]
+        if given:
+            raise ArgumentError(
+                f"{given[0]}={arguments[given[0]]!r} does not name a training checkpoint of "
+                f"{origin.label}: {error}"
+            ) from error
+        raise CheckpointError(
+            f"The configuration of {origin.label} describes no model that can be built: "
+            f"{type(error).__name__}: {error}. Correct its config.json."
+        ) from error
+    if not origin.is_recording:
+        return
+    problems = [f"missing: {name}" for name in origin.missing()] + _ledger_problems(origin)
+    if not problems:
+        problems = [f"TransformerLens' converter stumbled: {type(error).__name__}: {error}"]
     _raise_for(origin, problems)
+
+
+def check_refactor(cfg: Any, flags: dict[str, bool]) -> None:
+    """Raise ArgumentError if matrices are to be refactored that rotary embeddings stand between."""
+    step = "refactor_factored_attn_matrices"
+    reason = reason_to_skip(step, cfg)
+    if flags[step] and reason is not None:
+        raise ArgumentError(f"{step}=True cannot be done: {reason}. Leave it out.")
 
 
 def check_room(needed_bytes: dict[torch.device, int], label: str) -> None:
@@ -197,6 +265,12 @@ def _ledger_problems(origin: Origin) -> list[str]:
     ]
     for name, (found, wanted) in sorted(origin.ledger.misshapen.items()):
         problems.append(f"misshapen: {name} is {found}, the configuration asks for {wanted}")
+    problems += [
+        f"not weights: {name} holds {t}" for name, t in sorted(origin.ledger.integers.items())
+    ]
+    problems += [
+        f"not complete: {name}: {e}" for name, e in sorted(origin.ledger.incomplete.items())
+    ]
     return problems
 
 

@@ -1,0 +1,55 @@
+"""Whether a model's weights are processed already, judged by their values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from tl_fastload.steps import reason_to_skip
+
+
+def is_processed(model: Any, flags: dict[str, bool]) -> bool:
+    """Whether every step that is asked for, and that the model allows, would change nothing.
+
+    Args:
+        model: a HookedTransformer.
+        flags: the processing steps.
+    """
+    asked = [step for step, on in flags.items() if on and reason_to_skip(step, model.cfg) is None]
+    if "refactor_factored_attn_matrices" in asked:
+        return False
+    if "fold_ln" in asked and not str(model.cfg.normalization_type).endswith("Pre"):
+        return False
+    if "fold_value_biases" in asked and any(bool(b.any()) for b in _value_biases(model)):
+        return False
+    if "center_writing_weights" in asked and not all(map(_is_centred, _writing(model))):
+        return False
+    return "center_unembed" not in asked or _is_centred(model.unembed.W_U)
+
+
+def _value_biases(model: Any) -> Iterator[torch.Tensor]:
+    for block in model.blocks:
+        attention = dict(block.attn.named_parameters(recurse=False))
+        yield attention["_b_V"] if "_b_V" in attention else attention["b_V"]
+
+
+def _writing(model: Any) -> Iterator[torch.Tensor]:
+    """What writes to the residual stream, with d_model last."""
+    yield model.embed.W_E
+    if hasattr(model, "pos_embed"):
+        yield model.pos_embed.W_pos
+    for block in model.blocks:
+        yield block.attn.W_O
+        yield block.attn.b_O
+        for name, parameter in block.named_parameters():
+            if name in ("mlp.W_out", "mlp.b_out"):
+                yield parameter
+
+
+@torch.no_grad()
+def _is_centred(weight: torch.Tensor) -> bool:
+    """Whether the mean over the last dimension is no more than rounding leaves."""
+    mean = weight.mean(-1, dtype=torch.float32).abs().max()
+    return bool(mean <= torch.finfo(weight.dtype).eps * weight.abs().max().float())
