@@ -75,8 +75,8 @@ def test_memory_on_the_device_and_on_the_host(big_folder, dtype, strategy):
     assert report.peak_anonymous_bytes <= 96 * MIB
     assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
     print(
-        f"{dtype} {strategy}: device {report.peak_device_bytes / report.parameter_bytes:.3f}x, host "
-        f"{report.peak_anonymous_bytes / report.parameter_bytes:.3f}x, {report.seconds:.2f} s"
+        f"{dtype} {strategy}: device {report.peak_device_bytes / report.parameter_bytes:.3f}x, "
+        f"host {report.peak_anonymous_bytes / report.parameter_bytes:.3f}x, {report.seconds:.2f} s"
     )
 
 

@@ -19,7 +19,8 @@ def config(**changes: Any) -> HookedTransformerConfig:
 
 
 def origin(trust: bool = False) -> Any:
-    return SimpleNamespace(keywords=SimpleNamespace(trust_remote_code=trust))
+    keywords = SimpleNamespace(trust_remote_code=trust)
+    return SimpleNamespace(keywords=keywords, tokenizer_folder=lambda: None)
 
 
 def build(cfg: Any = None, cls: type = HookedTransformer, **options: Any) -> tuple[Any, list[str]]:
