@@ -57,7 +57,9 @@ def wide(case_id: str) -> dict[str, Any]:
         new, d_head = {heads_name: 4 if case_id == "bloom" else 3}, 64
     else:
         new, d_head = {heads_name: 4, "num_key_value_heads": 1 if groups == 1 else 2}, 32
-    sizes = dict.fromkeys(("hidden_size", "n_embd", "word_embed_proj_dim"), new[heads_name] * d_head)
+    sizes = dict.fromkeys(
+        ("hidden_size", "n_embd", "word_embed_proj_dim"), new[heads_name] * d_head
+    )
     sizes |= {"intermediate_size": 256, "ffn_dim": 256, "head_dim": d_head, "rotary_dim": 16}
     if "num_key_value_heads" in given:
         new = {"num_key_value_heads": new[heads_name], **new}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -193,7 +194,8 @@ def test_saved_bytes_are_mapped(kind: str, zoo: Any) -> None:
     held = sum(w.content.stored.nbytes() for w in weights.values())
     assert held > size // 3
     file = str(folder / "model.safetensors")
-    mapped = [line.split()[0] for line in open("/proc/self/maps") if line.rstrip().endswith(file)]
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    mapped = [line.split()[0] for line in maps if line.endswith(file)]
     ranges = [tuple(int(edge, 16) for edge in span.split("-")) for span in mapped]
     for name, weight in weights.items():
         stored = weight.content.stored

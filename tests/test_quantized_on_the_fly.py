@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import reference
 import torch
 import zoo as zoo_module
 from comparison import lean_model
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BitsAndBytesConfig
 
 from tl_fastload.memory import unique_bytes
@@ -77,10 +75,11 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("processing", [{}, reference.NO_PROCESSING], ids=["processed", "raw"])
 @pytest.mark.parametrize("case_id", CASES)
-def test_bytes_are_those_of_bitsandbytes(case_id: str, processing: Any, zoo: Any) -> None:
+def test_bytes_are_those_of_bitsandbytes(case_id: str, zoo: Any) -> None:
     folder = _folder(zoo, case_id)
+    # Unprocessed weights are mapped where they are not quantized.
+    processing = reference.NO_PROCESSING if case_id in ("mixtral", "gemma2", "gpt2") else {}
     dense = dict(lean_model(folder, **processing).named_parameters())
     for kind in ("8bit", "nf4"):
         model = lean_model(folder, quantize=kind, **processing)
@@ -95,20 +94,33 @@ def test_bytes_are_those_of_bitsandbytes(case_id: str, processing: Any, zoo: Any
         assert matrices - set(weights) == set(model.load_report.not_quantized)
 
 
-@pytest.mark.parametrize("kind", ["8bit", "nf4", "fp4"])
-@pytest.mark.parametrize("case_id", qz.CASES)
-def test_numbers_are_those_of_the_dequantized_matrices(case_id: str, kind: str, zoo: Any) -> None:
+@pytest.mark.parametrize("kind", ["int8", "nf4", "fp4"])
+@pytest.mark.parametrize("case_id", ["gpt2", "llama-gqa", "phi3", "gemma2", "bloom"])
+def test_unprocessed_it_is_the_model_that_transformers_quantizes(
+    case_id: str, kind: str, zoo: Any
+) -> None:
     folder = qz.build(zoo, case_id)
-    model, dense = lean_model(folder, quantize=kind), lean_model(folder)
+    asked = qz.config(kind) if kind == "fp4" else {"int8": "8bit"}.get(kind, kind)
+    model = lean_model(folder, quantize=asked, **reference.NO_PROCESSING)
+    theirs = lean_model(folder, hf_model=qz.hf_model(folder, kind), **reference.NO_PROCESSING)
+    weights = qz.quantized_parameters(theirs)
+    assert qz.quantized_parameters(model).keys() == weights.keys()
+    for name, weight in qz.quantized_parameters(model).items():
+        assert torch.equal(weight.dequantize(), weights[name].dequantize()), name
+    expected = qz.hf_log_probs(folder, kind, case_id)
+    assert qz.gap(qz.log_probs(model, case_id), expected) < (2e-3 if kind == "int8" else 1e-4)
+
+
+@pytest.mark.parametrize("case_id", ["gpt2", "neox", "llama-gqa", "mixtral", "olmoe", "olmo2"])
+def test_numbers_are_those_of_the_dequantized_matrices(case_id: str, zoo: Any) -> None:
+    folder = qz.build(zoo, case_id)
+    model, dense = lean_model(folder, quantize="nf4"), lean_model(folder)
     own = dict(dense.named_parameters())
     with torch.no_grad():
         for name, weight in qz.quantized_parameters(model).items():
-            error = qz.relative_gap(weight.dequantize(), own[name])
-            assert 0 < error < (0.02 if kind == "8bit" else 0.2), name
+            assert 0 < qz.relative_gap(weight.dequantize(), own[name]) < 0.2, name
             own[name].copy_(weight.dequantize())
-    apart = qz.log_probs(model, case_id) - qz.log_probs(dense, case_id)
-    bound = 1e-4 if kind != "8bit" else 0.5  # int8 rounds activations as well
-    assert apart.abs().median() < bound
+    assert qz.gap(qz.log_probs(model, case_id), qz.log_probs(dense, case_id)) < 1e-4
 
 
 @pytest.mark.parametrize("case_id", ["gpt2", "llama-gqa"])
@@ -175,25 +187,17 @@ def test_from_a_model_in_memory(zoo: Any) -> None:
     assert from_memory.load_report.quantization == "nf4, quantized while loading"
 
 
-class _LargestTensors(TorchDispatchMode):
-    """Counts the bytes of floating point tensors that are alive at one time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, int] = {}
-        self.peak_bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        import weakref
-
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if not isinstance(tensor, torch.Tensor) or tensor.device.type == "meta":
-                continue
-            storage = tensor.untyped_storage()
-            key = storage._cdata
-            if key not in self.alive and storage.nbytes():
-                self.alive[key] = storage.nbytes()
-                weakref.finalize(storage, self.alive.pop, key, None)
-                self.peak_bytes = max(self.peak_bytes, sum(self.alive.values()))
-        return out
+@pytest.mark.parametrize("processing", [{}, reference.NO_PROCESSING], ids=["processed", "raw"])
+@pytest.mark.parametrize("kind", ["8bit", "nf4"])
+def test_memory_while_loading(kind: str, processing: Any, zoo: Any) -> None:
+    """What is held at most: the quantized model, and one parameter in full precision."""
+    sizes = {"hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8}
+    folder = zoo("llama", **sizes, intermediate_size=4096)
+    lean_model(zoo("llama"), quantize=kind)  # what bitsandbytes allocates once
+    model = lean_model(folder, quantize=kind, **processing)
+    report = model.load_report
+    largest = max(parameter.numel() * 4 for parameter in model.parameters())
+    assert report.peak_anonymous_bytes <= 1.05 * report.parameter_bytes + largest
+    assert report.parameter_bytes == unique_bytes(model.parameters())
+    dense_bytes = sum(parameter.numel() * 4 for parameter in model.parameters())
+    assert report.parameter_bytes < dense_bytes / (3.8 if kind == "8bit" else 6.5)

@@ -1,4 +1,4 @@
-"""Processing of quantized models: every value equals stock's processing of the dequantized model."""
+"""Processing of quantized models: every value is stock's, from the dequantized model."""
 
 from __future__ import annotations
 
@@ -116,6 +116,6 @@ def test_refactoring_quantized_weights_is_refused(road: str, zoo: Any) -> None:
     folder = qz.build(zoo, "gpt2")
     source = {"hf_model": qz.hf_model(folder, "nf4")} if road == "hf_model" else {}
     where = folder if road == "hf_model" else qz.saved(folder, "nf4")
-    with pytest.raises(ArgumentError, match="refactor_factored_attn_matrices.*quantize=") as info:
+    with pytest.raises(ArgumentError, match=r"refactor_factored_attn_matrices.*quantize=") as info:
         lean_model(where, refactor_factored_attn_matrices=True, **source)
     assert isinstance(info.value, LeanLoadError)

@@ -249,7 +249,8 @@ def _quantize_4bit(
 ) -> FourBitBytes:
     functional = bitsandbytes().functional
     packed = torch.empty((dense.numel() + 1) // 2, 1, dtype=torch.uint8, device=dense.device)
-    scales, state = [], None
+    scales: list[torch.Tensor] = []
+    state: Any = None
     for part in _parts(dense, blocksize):
         rows = dense[part].contiguous()
         rows = rows if rows.dtype in _KERNEL_DTYPES else rows.float()

@@ -55,6 +55,7 @@ class LeanLoadingMixin:
         mmap: str | bool = "auto",
         progress: ProgressOption = None,
         quantize: Any = None,
+        dequantize: bool = False,
         **from_pretrained_kwargs: Any,
     ) -> Any:
         """Load a pretrained model with the numbers of `from_pretrained` and about one copy of its
@@ -89,6 +90,8 @@ class LeanLoadingMixin:
             quantize: "8bit", "nf4", "fp4" or a `transformers.BitsAndBytesConfig` quantizes the
                 projections while they are loaded, after processing. None leaves weights as the
                 checkpoint has them; quantized ones stay quantized.
+            dequantize: let transformers turn a quantized checkpoint (GPTQ, AWQ, FP8, MXFP4,
+                bitsandbytes ...) into ordinary weights, and load these.
             **from_pretrained_kwargs: for Hugging Face: revision, cache_dir, token,
                 local_files_only, subfolder, trust_remote_code (False by default), torch_dtype, or
                 fields of the model's configuration.
@@ -108,7 +111,7 @@ class LeanLoadingMixin:
             if name not in ("cls", "from_pretrained_kwargs", *OWN_ARGUMENTS)
         }
         asked = read_quantization(quantization_argument(quantize, from_pretrained_kwargs))
-        options = Options(strategy=strategy, mmap=mmap, progress=progress, quantize=asked)
+        options = Options(strategy, mmap, progress, asked, dequantize)
         return sessions.load(cls, options, arguments, from_pretrained_kwargs)
 
     @classmethod

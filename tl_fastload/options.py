@@ -13,7 +13,7 @@ from tl_fastload.errors import ArgumentError, StrategyError
 from tl_fastload.progress import Progress, ProgressOption
 from tl_fastload.quantization import Quantization
 
-OWN_ARGUMENTS = ("strategy", "mmap", "progress", "quantize")
+OWN_ARGUMENTS = ("strategy", "mmap", "progress", "quantize", "dequantize")
 """Arguments of `from_pretrained_lean` that TransformerLens' `from_pretrained` does not have."""
 
 _STRATEGIES = ("auto", "assign", "copy")
@@ -29,6 +29,7 @@ class Options:
         mmap: "auto", True or False.
         progress: as `from_pretrained_lean` takes it.
         quantize: how to quantize matrices while they are loaded, or None.
+        dequantize: whether transformers is to make ordinary weights of a quantized checkpoint.
         move_to_device: whether parameters go to the configured device.
     """
 
@@ -36,6 +37,7 @@ class Options:
     mmap: str | bool = "auto"
     progress: ProgressOption = None
     quantize: Quantization | None = None
+    dequantize: bool = False
     move_to_device: bool = True
 
     def check(self) -> None:

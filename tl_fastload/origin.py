@@ -10,15 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tl_fastload import config, tree
 from tl_fastload.checkpoint import Checkpoint, Location, names_at_hand, open_weights, resolve_config
+from tl_fastload.dequantize import load_dequantized
 from tl_fastload.errors import ArgumentError, CheckpointError, UnsupportedArchitectureError
 from tl_fastload.hub import repo_files
 from tl_fastload.keys import Ledger
 from tl_fastload.keywords import Keywords, override, sort_keywords
 from tl_fastload.names import official_name
 from tl_fastload.options import Options
-from tl_fastload.quantization import Quantization, of_checkpoint
+from tl_fastload.quantization import Quantization, as_dtype, of_checkpoint
 from tl_fastload.reader import FileMaps, FileReader
 from tl_fastload.stock import is_toy_name, stock_name_for
 
@@ -168,6 +171,7 @@ def find_origin(
     keywords: dict[str, Any],
     reader: FileReader,
     options: Options,
+    dtype: str | torch.dtype,
 ) -> Origin:
     """Find a model and read its configuration, no weights.
 
@@ -177,6 +181,7 @@ def find_origin(
         keywords: keyword arguments for Hugging Face.
         reader: reads the files later.
         options: strategy, mapping, quantization.
+        dtype: what transformers dequantizes to, if it is asked to.
 
     Raises:
         UnknownModelError, CheckpointError, UnsupportedArchitectureError, ArgumentError.
@@ -201,6 +206,9 @@ def find_origin(
         trust = sorted_keywords.trust_remote_code
         hf_config = config.load_hf_config(location.folder, trust_remote_code=trust)
         hf_config = override(hf_config, sorted_keywords.overrides)
+        if options.dequantize:
+            hf_model = load_dequantized(location.folder, hf_config, as_dtype(dtype))
+            hf_config = hf_model.config
         spec = of_checkpoint(hf_config, location.label)
     return Origin(
         label=location.label,
@@ -208,7 +216,7 @@ def find_origin(
         official=official,
         is_toy=is_toy,
         hf_config=hf_config,
-        hf_model=None,
+        hf_model=hf_model,
         location=location,
         keywords=sorted_keywords,
         reader=reader,

@@ -16,7 +16,6 @@ from tl_fastload.memory import return_freed_memory
 from tl_fastload.progress import Progress
 from tl_fastload.promise import MemorySource, Promise, SourceView
 from tl_fastload.quantized import QuantizedTensor
-from tl_fastload.quantized_recipes import reads_quantized
 from tl_fastload.quantizer import Quantizer
 from tl_fastload.reader import FileMaps, FileSource, has_overlap, is_dense
 
@@ -85,13 +84,7 @@ class Placer:
     def _place_group(self, recipes: dict[str, Promise], targets: dict[str, torch.Tensor]) -> None:
         rest: dict[str, Promise] = {}
         for name, promise in recipes.items():
-            ready = self._map(name, promise, targets[name])
-            if ready is not None:
-                self.mapped_bytes += _size_bytes(ready)
-                self._search(name, ready)
-            elif self.quantizer is not None and name in self.parameters:
-                dtype, device = targets[name].dtype, self.device_of(name)
-                ready = self.quantizer.keep(name, promise, dtype, device)
+            ready = self._ready(name, promise, targets[name])
             if ready is None:
                 rest[name] = promise
             else:
@@ -107,6 +100,17 @@ class Placer:
                 )
                 while done:
                     self._put(*done.pop())
+
+    def _ready(self, name: str, promise: Promise, target: torch.Tensor) -> torch.Tensor | None:
+        """The parameter without evaluating its recipe: on quantized bytes, or mapped."""
+        quantizer = self.quantizer if name in self.parameters else None
+        if quantizer is not None and not quantizer.stays_dense(name, promise):
+            return quantizer.keep(name, promise, target.dtype, self.device_of(name))
+        mapped = self._map(name, promise, target)
+        if mapped is not None:
+            self.mapped_bytes += _size_bytes(mapped)
+            self._search(name, mapped)
+        return mapped
 
     def _search(self, name: str, mapped: torch.Tensor) -> None:
         # Reading all pages of a big unprocessed model would undo what mapping it saves.
@@ -124,9 +128,12 @@ class Placer:
         for name, target in self.model.named_parameters():
             if name not in recipes or self._mappable(name, recipes[name], target) is not None:
                 continue
-            if not reads_quantized(recipes[name].node):
+            size_bytes = _size_bytes(target)
+            if self.quantizer is not None:
+                size_bytes = self.quantizer.placed_bytes(name, recipes[name], size_bytes)
+            if size_bytes:
                 device = self.device_of(name)
-                needed[device] = needed.get(device, 0) + _size_bytes(target)
+                needed[device] = needed.get(device, 0) + size_bytes
         return needed
 
     def _map(self, name: str, promise: Promise, target: torch.Tensor) -> torch.Tensor | None:

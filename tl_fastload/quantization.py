@@ -10,6 +10,7 @@ import torch
 
 from tl_fastload.errors import ArgumentError, UnsupportedArchitectureError
 
+_SHORT = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _NAMES = {"8bit": "int8", "int8": "int8", "nf4": "nf4", "4bit": "nf4", "fp4": "fp4"}
 _BITSANDBYTES = ("bitsandbytes", "bitsandbytes_8bit", "bitsandbytes_4bit")
 
@@ -66,7 +67,7 @@ def read_quantization(asked: Any) -> Quantization | None:
         return Quantization(
             kind,
             double_quant=bool(fields.get("bnb_4bit_use_double_quant", False)),
-            compute_dtype=_dtype(fields.get("bnb_4bit_compute_dtype")),
+            compute_dtype=_dtype_or_none(fields.get("bnb_4bit_compute_dtype")),
             skip=tuple(fields.get("llm_int8_skip_modules") or ()),
         )
     raise ArgumentError(
@@ -101,14 +102,11 @@ def of_checkpoint(hf_config: Any, label: str) -> Quantization | None:
     Raises:
         UnsupportedArchitectureError: for a method other than bitsandbytes.
     """
-    declared = getattr(hf_config, "quantization_config", None)
-    if declared is None:
+    method = method_of(hf_config)
+    if method is None:
         return None
-    fields = declared if isinstance(declared, Mapping) else declared.to_dict()
-    method = fields.get("quant_method") or ("bitsandbytes" if _is_bitsandbytes(fields) else None)
-    method = getattr(method, "value", method)
     if method in _BITSANDBYTES:
-        return read_quantization(fields)
+        return read_quantization(_declared(hf_config))
     raise UnsupportedArchitectureError(
         f"{label} is quantized with {method}, whose bytes HookedTransformer cannot compute with. "
         "Pass dequantize=True to load it through transformers' own dequantization, or take the "
@@ -116,11 +114,40 @@ def of_checkpoint(hf_config: Any, label: str) -> Quantization | None:
     )
 
 
+def method_of(hf_config: Any) -> str | None:
+    """The method that a configuration says its weights are quantized with, such as "gptq"."""
+    fields = _declared(hf_config)
+    if fields is None:
+        return None
+    method = fields.get("quant_method")
+    if method is None:
+        return "bitsandbytes" if _is_bitsandbytes(fields) else "an unnamed method"
+    return str(getattr(method, "value", method))
+
+
+def _declared(hf_config: Any) -> Mapping[str, Any] | None:
+    declared = getattr(hf_config, "quantization_config", None)
+    if declared is None or isinstance(declared, Mapping):
+        return declared
+    fields: Mapping[str, Any] = declared.to_dict()
+    return fields
+
+
 def _is_bitsandbytes(fields: Mapping[str, Any]) -> bool:
     return bool(fields.get("load_in_8bit") or fields.get("load_in_4bit"))
 
 
-def _dtype(value: Any) -> torch.dtype | None:
-    if value is None or isinstance(value, torch.dtype):
-        return value
-    return getattr(torch, str(value).removeprefix("torch."), None)
+def _dtype_or_none(value: Any) -> torch.dtype | None:
+    return None if value is None else as_dtype(value)
+
+
+def as_dtype(value: str | torch.dtype) -> torch.dtype:
+    """A dtype, or the name of one, as a dtype.
+
+    Raises:
+        ArgumentError: torch has no such dtype.
+    """
+    dtype = _SHORT.get(str(value)) or getattr(torch, str(value).removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ArgumentError(f"{value!r} is not a dtype of torch.")
+    return dtype

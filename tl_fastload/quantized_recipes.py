@@ -131,7 +131,7 @@ def _less_its_mean(node: Call, device: torch.device) -> QuantizedTensor:
     mean = _unviewed(node.args[1])
     if not isinstance(mean, Call) or mean.func is not aten.mean.dim:
         raise QuantizationError("something else than its mean is subtracted from it")
-    if _unviewed(mean.args[0]) is not _unviewed(node.args[0]):
+    if not _is_same(_unviewed(mean.args[0]), _unviewed(node.args[0])):
         raise QuantizationError("the mean of another matrix is subtracted from it")
     matrix, averaged = follow(node.args[0], device), follow(mean.args[0], device)
     dims = {dim % averaged.dim() for dim in mean.args[1]}
@@ -151,6 +151,15 @@ def _unviewed(node: Any) -> Any:
     while isinstance(node, Call) and (node.func in _COPIES or _shows_all(node)):
         node = node.args[0]
     return node
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two steps have the same elements, perhaps in another order."""
+    if isinstance(one, SourceView) and isinstance(other, SourceView):
+        size = one.source.shape.numel()
+        is_whole = one.geometry.numel() == size == other.geometry.numel()
+        return one is other or (one.source is other.source and is_whole)
+    return one is other
 
 
 def _shows_all(node: Call) -> bool:

@@ -97,7 +97,8 @@ def _load(
     move_to_device = arguments.pop("move_to_device")
     if "torch_dtype" in keywords:
         arguments["torch_dtype"] = keywords.pop("torch_dtype")
-    origin = find_origin(model_name, hf_model, keywords, reader, options)
+    dtype = arguments.get("torch_dtype", arguments["dtype"])
+    origin = find_origin(model_name, hf_model, keywords, reader, options, dtype)
     verify.check_quantization(origin, options, arguments)
     requested = {step: bool(arguments[step]) for step in steps.STEPS}
     session = Session(replace(options, move_to_device=move_to_device), requested, origin)

@@ -1,0 +1,89 @@
+"""Loading a quantized checkpoint as an ordinary model, through transformers' own dequantization."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.quantizers import auto
+
+from tl_fastload import compat
+from tl_fastload.errors import ArgumentError, MissingWeightsError, UnsupportedArchitectureError
+from tl_fastload.quantization import method_of
+
+
+def load_dequantized(
+    folder: str | Path, hf_config: Any, dtype: torch.dtype, **hub_keywords: Any
+) -> Any:
+    """transformers' model of a quantized checkpoint with ordinary weights, on the CPU.
+
+    It is transformers that loads: about two copies of the dequantized weights are in memory at a
+    time.
+
+    Args:
+        folder: a folder or hub name.
+        hf_config: its configuration.
+        dtype: dtype of the weights.
+        **hub_keywords: how to reach the files.
+
+    Raises:
+        ArgumentError: the checkpoint is not quantized.
+        UnsupportedArchitectureError: transformers cannot load it here, or cannot dequantize what
+            its method made.
+    """
+    method = method_of(hf_config)
+    if method is None:
+        raise ArgumentError(f"{folder} is not quantized: leave dequantize= out.")
+    options: dict[str, Any] = {compat.CONFIG_DTYPE_NAME: dtype, **hub_keywords}
+    try:
+        config = _told_to_dequantize(hf_config.quantization_config)
+        if config is not None:
+            options["quantization_config"] = config
+        load: Any = transformers.AutoModelForCausalLM.from_pretrained
+        model, fitted = load(folder, output_loading_info=True, **options)
+        if config is None:
+            model = model.dequantize(dtype)
+    except Exception as error:
+        # Every method has its own package, with exceptions of its own.
+        raise UnsupportedArchitectureError(
+            f"transformers {compat.TRANSFORMERS} cannot dequantize {folder} here, which is "
+            f"quantized with {method} ({type(error).__name__}: {error}). Take the unquantized "
+            "checkpoint, with quantize= if it is too large."
+        ) from error
+    _check(fitted, folder, method)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model.eval()
+
+
+def _check(fitted: Mapping[str, Any], folder: Any, method: str) -> None:
+    """Raise for weights that transformers made up, and for scales that it left unread."""
+    problems = [
+        f"{what.replace('_keys', '')}: {name}"
+        for what in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        for name in sorted(str(key) for key in fitted.get(what, ()))
+    ]
+    if problems:
+        shown = "\n  ".join(problems[:10])
+        raise MissingWeightsError(
+            f"{folder} does not hold the weights that {method} makes:\n  {shown}\nNothing was "
+            "loaded. Check that the checkpoint is complete and belongs to this config.json."
+        )
+
+
+def _told_to_dequantize(declared: Any) -> Any:
+    """The configuration with `dequantize=True`, for methods that dequantize while they load."""
+    fields = dict(declared if isinstance(declared, Mapping) else declared.to_dict())
+    known: Any = auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+    method = fields.get("quant_method")
+    kind = known.get(getattr(method, "value", method))
+    if kind is None:
+        return None
+    config = kind.from_dict(fields)
+    if not hasattr(config, "dequantize"):
+        return None
+    config.dequantize = True
+    return config
