@@ -17,7 +17,13 @@ from comparison import lean_model
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig
 
-from tl_fastload import bnb_kernels, quantized_checkpoint, quantized_tree
+from tl_fastload import (
+    LeanHookedTransformer,
+    bnb_kernels,
+    quantized_checkpoint,
+    quantized_tree,
+)
+from tl_fastload.embedded_model import embedded_model_path
 from tl_fastload.errors import (
     ArgumentError,
     LeanLoadError,
@@ -61,7 +67,7 @@ def variant(folder: Path, tmp_path: Path) -> Variant:
     return make
 
 
-class WasRead(Exception):
+class WasReadError(Exception):
     """A weight was read."""
 
 
@@ -72,11 +78,11 @@ def nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def only_descriptions(source: FileSource, *args: Any) -> None:
         if not source.name.endswith(tuple(quantized_checkpoint.DESCRIPTIONS)):
-            raise WasRead(source.name)
+            raise WasReadError(source.name)
         read_into(source, *args)
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise WasRead
+        raise WasReadError
 
     monkeypatch.setattr(FileSource, "read_into", only_descriptions)
     monkeypatch.setattr(quantized_tree.quantized, "from_bytes", refuse)
@@ -215,7 +221,7 @@ ROADS: list[Any] = [
 def test_no_bitsandbytes(road: Any, folder: Path, fresh_import: Any) -> None:
     qz.saved(folder, "nf4")
     fresh_import.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(QuantizationError, match="cannot be imported.*pip install"):
+    with pytest.raises(QuantizationError, match=r"cannot be imported.*pip install"):
         road(folder)
 
 
@@ -224,7 +230,7 @@ def test_no_bitsandbytes(road: Any, folder: Path, fresh_import: Any) -> None:
 def test_an_old_bitsandbytes(road: Any, folder: Path, fresh_import: Any) -> None:
     qz.saved(folder, "nf4")
     fresh_import.setattr("bitsandbytes.__version__", "0.42.1")
-    with pytest.raises(QuantizationError, match="0.42.1 is too old.*pip install"):
+    with pytest.raises(QuantizationError, match=r"0.42.1 is too old.*pip install"):
         road(folder)
 
 
@@ -262,5 +268,21 @@ def test_values_that_8_bits_cannot_scale(zoo: Any, tmp_path: Path) -> None:
 def test_a_good_load_does_read(road: Any, folder: Path) -> None:
     """So that the fixture would notice."""
     qz.saved(folder, "nf4")
-    with pytest.raises(WasRead):
+    with pytest.raises(WasReadError):
         road(folder)
+
+
+def test_processing_a_quantized_model_in_place() -> None:
+    loaded = LeanHookedTransformer.from_pretrained_no_processing_lean(
+        embedded_model_path(), quantize="8bit"
+    )
+    before = {name: value.clone() for name, value in loaded.state_dict().items()}
+    with pytest.raises(ArgumentError, match="Load the model again"):
+        loaded.process_weights_()
+    assert all(torch.equal(value, before[name]) for name, value in loaded.state_dict().items())
+
+
+def test_processing_a_processed_quantized_model_changes_nothing() -> None:
+    loaded = LeanHookedTransformer.from_pretrained_lean(embedded_model_path(), quantize="8bit")
+    loaded.process_weights_()
+    assert any("nothing was done" in note for note in loaded.load_report.notes)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.quantizers import auto
 
 from tl_fastload import compat
 from tl_fastload.errors import ArgumentError, MissingWeightsError, UnsupportedArchitectureError
@@ -76,6 +75,8 @@ def _check(fitted: Mapping[str, Any], folder: Any, method: str) -> None:
 
 def _told_to_dequantize(declared: Any) -> Any:
     """The configuration with `dequantize=True`, for methods that dequantize while they load."""
+    from transformers.quantizers import auto  # which imports bitsandbytes
+
     fields = dict(declared if isinstance(declared, Mapping) else declared.to_dict())
     known: Any = auto.AUTO_QUANTIZATION_CONFIG_MAPPING
     method = fields.get("quant_method")

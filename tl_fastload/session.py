@@ -15,7 +15,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from tl_fastload import compat, steps, verify
 from tl_fastload.already import is_processed
-from tl_fastload.errors import MissingWeightsError
+from tl_fastload.errors import ArgumentError, MissingWeightsError
 from tl_fastload.memory import PeakSampler, return_freed_memory, unique_bytes
 from tl_fastload.options import Options
 from tl_fastload.origin import Origin, find_origin
@@ -141,6 +141,11 @@ def load_state_dict_into(
         return
     started = time.perf_counter()
     verify.check_refactor(model.cfg, flags)
+    if any(flags.values()) and _is_quantized(model):
+        raise ArgumentError(
+            "The weights of a loaded quantized model cannot be processed in place. Load the model "
+            "again with the processing steps (fold_ln=True and so on): bytes stay as they are."
+        )
     verify.check_state_dict(model, state_dict)
     session = Session(Options(strategy="copy", progress=False), dict(flags))
     model._session = session
@@ -289,11 +294,18 @@ def is_already_processed(model: Any, flags: dict[str, bool]) -> bool:
     """Whether these steps were done and no parameter has changed since; the report says so then."""
     asked = {step for step, value in flags.items() if value}
     done, versions = getattr(model, "_processed", (set(), None))
-    if not asked <= done or versions != _versions(model) or not is_processed(model, flags):
+    if not asked <= done or versions != _versions(model):
+        return False
+    # Quantized bytes cannot be edited in place; other values can, unseen, through `.data`.
+    if not _is_quantized(model) and not is_processed(model, flags):
         return False
     note = "process_weights_ was called again with nothing changed: nothing was done."
     model.load_report = replace(model.load_report, notes=(*model.load_report.notes, note))
     return True
+
+
+def _is_quantized(model: nn.Module) -> bool:
+    return any(isinstance(parameter, QuantizedTensor) for parameter in model.parameters())
 
 
 def _versions(model: nn.Module) -> list[tuple[str, int, int]]:
