@@ -94,3 +94,49 @@ def test_hf_model_on_the_device_is_left_alone(zoo):
         assert torch.equal(tensor, before[name]), name
     theirs = {tensor.data_ptr() for tensor in hf_model.parameters()}
     assert not theirs & {parameter.data_ptr() for parameter in model.parameters()}
+
+
+@pytest.mark.parametrize("kind", ["8bit", "nf4"])
+def test_quantizing_while_loading_onto_the_device(big_folder, kind):
+    load(big_folder, device="cuda", quantize=kind)
+    model = load(big_folder, device="cuda", quantize=kind)
+    report = model.load_report
+    largest = max(p.numel() for p in model.parameters()) * 4
+    print(
+        f"{kind}: device {report.peak_device_bytes / report.parameter_bytes:.3f}x of "
+        f"{report.parameter_bytes} bytes, host {report.peak_anonymous_bytes} bytes"
+    )
+    assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
+    # The mean over a vocabulary takes two of its matrices as workspace in torch's CUDA kernel.
+    assert report.peak_device_bytes <= 1.05 * report.parameter_bytes + 3 * largest
+    dense = load(big_folder, device="cuda")
+    tokens = torch.arange(32, device="cuda")[None]
+    with torch.no_grad():
+        expected, found = (reference.log_probs(m(tokens)) for m in (dense, model))
+    assert (found - expected).abs().mean() < 0.5
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_quantized_hf_model_on_the_device(zoo, kind):
+    folder = zoo("llama-gqa", hidden_size=192, num_attention_heads=3, intermediate_size=256)
+    eight = kind == "int8"
+    config = transformers.BitsAndBytesConfig(
+        load_in_8bit=eight,
+        load_in_4bit=not eight,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    hf_model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, device_map={"": 0}, dtype=torch.float32
+    )
+    tokens = zoo_module.tokens("llama-gqa").cuda()
+    with torch.no_grad():
+        expected = reference.log_probs(hf_model(tokens).logits)
+        for flags in ({}, reference.NO_PROCESSING):
+            model = load(folder, hf_model=hf_model, device="cuda", **flags)
+            found = reference.log_probs(model(tokens))
+            assert (found - expected).abs().max() < (2e-3 if eight else 1e-4)
+    theirs = {p.data_ptr() for p in hf_model.parameters() if p.dtype in (torch.int8, torch.uint8)}
+    contents = [p.content for p in model.parameters() if hasattr(p, "content")]
+    ours = {t.data_ptr() for content in contents for t in content.tensors().values()}
+    assert len(theirs & ours) == len(theirs)
