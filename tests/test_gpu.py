@@ -118,7 +118,8 @@ def test_quantizing_while_loading_onto_the_device(big_folder, kind):
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_a_quantized_hf_model_on_the_device(zoo, kind):
-    folder = zoo("llama-gqa", hidden_size=192, num_attention_heads=3, intermediate_size=256)
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 1}
+    folder = zoo("llama-gqa", hidden_size=192, intermediate_size=256, **heads)
     eight = kind == "int8"
     config = transformers.BitsAndBytesConfig(
         load_in_8bit=eight,

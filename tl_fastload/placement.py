@@ -22,7 +22,7 @@ from tl_fastload.reader import FileMaps, FileSource, has_overlap, is_dense
 # Freed scratch memory is given back each time that this part of the model has passed through it.
 _TRIM_FRACTION = 0.01
 _TRIM_LEAST_BYTES = 4 << 20
-_SEARCH_MOST_BYTES = 64 << 20
+_SEARCH_MOST_BYTES = 16 << 20
 
 
 @dataclass
