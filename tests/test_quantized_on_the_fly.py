@@ -187,6 +187,7 @@ def test_from_a_model_in_memory(zoo: Any) -> None:
     assert from_memory.load_report.quantization == "nf4, quantized while loading"
 
 
+@pytest.mark.slow  # resident memory of this process: not beside other tests
 @pytest.mark.parametrize("processing", [{}, reference.NO_PROCESSING], ids=["processed", "raw"])
 @pytest.mark.parametrize("kind", ["8bit", "nf4"])
 def test_memory_while_loading(kind: str, processing: Any, zoo: Any) -> None:
