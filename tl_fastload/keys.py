@@ -65,6 +65,10 @@ def rename_to_model(
         planned = plan.get(name)
         return promise.to(planned or wanted[name].dtype)
 
+    tied = {name for group in tied_groups(model) for name in group}
+    if promises.keys() <= wanted.keys() and wanted.keys() - promises.keys() <= tied:
+        # Every name is the model's own: transformers' table, slow to build, has nothing to say.
+        return {name: cast(name, promise) for name, promise in promises.items()}, Ledger()
     if compat.HAS_WEIGHT_CONVERSIONS:
         return _rename_by_table(model, promises, wanted, cast)
     return _rename_by_prefix(model, promises, wanted, cast)

@@ -14,7 +14,7 @@ from tl_fastload.errors import UnknownModelError
 from tl_fastload.promise import aten
 
 
-class _SkipRandomInit(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class SkipRandomInit(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Leaves fresh memory untouched instead of filling it with random numbers, so that it costs
     nothing.
 
@@ -54,7 +54,7 @@ def build_empty(
         # The files of this revision and cache; the name alone would mean the usual ones.
         cfg.tokenizer_name = str(origin.tokenizer_folder())
     try:
-        with _SkipRandomInit():  # type: ignore[no-untyped-call]
+        with SkipRandomInit():  # type: ignore[no-untyped-call]
             model = _construct(cls, cfg, notes, tokenizer, *args, **kwargs)
         if cfg.tokenizer_name is not None:
             cfg.tokenizer_name = name

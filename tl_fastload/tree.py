@@ -27,6 +27,7 @@ from tl_fastload.quantization import Quantization
 from tl_fastload.quantized_recipes import reads_quantized
 from tl_fastload.quantized_tree import combine, is_conv1d, promise_of_layer
 from tl_fastload.reader import FileReader, FileSource
+from tl_fastload.skeleton import SkipRandomInit
 
 
 class MissingSource(Source):
@@ -137,7 +138,7 @@ def _empty_model(model_class: Any, hf_config: Any, dtype: torch.dtype) -> Any:
     log.setLevel(logging.ERROR)  # generation settings of a model that is never run are no news
     try:
         torch.set_default_dtype(dtype)
-        with torch.device("meta"):
+        with torch.device("meta"), SkipRandomInit():  # type: ignore[no-untyped-call]
             model = model_class(config)
     finally:
         torch.set_default_dtype(dtype_before)
