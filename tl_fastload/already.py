@@ -1,13 +1,40 @@
-"""Whether a model's weights are processed already, judged by their values."""
+"""Whether a model's weights are processed already: by what was done to it, and by their values."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
+from tl_fastload.quantized import has_quantized
+from tl_fastload.state_dicts import has_memory
 from tl_fastload.steps import reason_to_skip
+
+
+def is_already_processed(model: Any, flags: dict[str, bool]) -> bool:
+    """Whether these steps were done and no parameter has changed since; the report says so then."""
+    asked = {step for step, value in flags.items() if value}
+    done, at_the_time = getattr(model, "_processed", (set(), None))
+    if not asked <= done or versions(model) != at_the_time:
+        return False
+    # Quantized bytes cannot be edited in place; other values can, unseen, through `.data`.
+    if not has_quantized(model) and not is_processed(model, flags):
+        return False
+    note = "process_weights_ was called again with nothing changed: nothing was done."
+    model.load_report = replace(model.load_report, notes=(*model.load_report.notes, note))
+    return True
+
+
+def versions(model: nn.Module) -> list[tuple[str, int, int]]:
+    """Changes whenever a parameter is replaced or written to."""
+    return [
+        (name, p.data_ptr(), p._version)
+        for name, p in model.named_parameters()
+        if has_memory(p) and not p.is_inference()
+    ]
 
 
 def is_processed(model: Any, flags: dict[str, bool]) -> bool:

@@ -9,10 +9,12 @@ import torch
 from transformer_lens import HookedTransformer
 
 from tl_fastload import session as sessions
+from tl_fastload.already import is_already_processed
 from tl_fastload.options import OWN_ARGUMENTS, Options
 from tl_fastload.progress import ProgressOption
 from tl_fastload.quantization import quantization_argument, read_quantization
 from tl_fastload.report import LoadReport
+from tl_fastload.state_dicts import fill_missing_keys
 
 
 class LeanLoadingMixin:
@@ -206,14 +208,14 @@ class LeanLoadingMixin:
             "fold_value_biases": True,
             "refactor_factored_attn_matrices": refactor_factored_attn_matrices,
         }
-        if not sessions.is_already_processed(self, steps):
+        if not is_already_processed(self, steps):
             self.load_and_process_state_dict(self.state_dict(), **steps)  # type: ignore[attr-defined]
 
     def fill_missing_keys(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Complete a state dict with the model's own defaults; a missing weight matrix is an
         error.
         """
-        return sessions.fill_missing_keys(self, state_dict)
+        return fill_missing_keys(self, state_dict)
 
     def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         """`torch.nn.Module.load_state_dict`; while a lean load runs, recorded values are collected

@@ -327,3 +327,8 @@ def quantize(
         dense, kind, threshold=threshold, blocksize=blocksize, double_quant=double_quant
     )
     return QuantizedTensor(Content(stored, compute_dtype), None, dtype or dense.dtype)
+
+
+def has_quantized(module: torch.nn.Module) -> bool:
+    """Whether any parameter of a module is quantized."""
+    return any(isinstance(parameter, QuantizedTensor) for parameter in module.parameters())

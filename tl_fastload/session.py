@@ -14,20 +14,21 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from tl_fastload import compat, steps, verify
-from tl_fastload.already import is_processed
-from tl_fastload.errors import ArgumentError, MissingWeightsError
+from tl_fastload.already import versions
+from tl_fastload.errors import ArgumentError
 from tl_fastload.memory import PeakSampler, return_freed_memory, unique_bytes
 from tl_fastload.options import Options
 from tl_fastload.origin import Origin, find_origin
 from tl_fastload.placement import Placer
 from tl_fastload.progress import Progress
-from tl_fastload.promise import MemorySource, Promise
-from tl_fastload.quantized import QuantizedTensor
+from tl_fastload.promise import Promise
+from tl_fastload.quantized import has_quantized
 from tl_fastload.quantized_shifts import kernel_shifts
 from tl_fastload.quantizer import Quantizer
 from tl_fastload.reader import FileReader
 from tl_fastload.report import LoadReport, format_bytes
 from tl_fastload.skeleton import build_empty, device_map
+from tl_fastload.state_dicts import as_promise, listed, own_values_apart
 from tl_fastload.stock import run_from_pretrained
 
 
@@ -58,7 +59,7 @@ class Session:
     def collect(self, state_dict: dict[str, Any]) -> _IncompatibleKeys:
         """Take what TransformerLens would load; it is placed when all of it is known."""
         for name, value in state_dict.items():
-            self.recipes[name] = value if isinstance(value, Promise) else _promise(value, name)
+            self.recipes[name] = value if isinstance(value, Promise) else as_promise(value, name)
         return _IncompatibleKeys([], [])
 
 
@@ -141,7 +142,7 @@ def load_state_dict_into(
         return
     started = time.perf_counter()
     verify.check_refactor(model.cfg, flags)
-    if any(flags.values()) and _is_quantized(model):
+    if any(flags.values()) and has_quantized(model):
         raise ArgumentError(
             "The weights of a loaded quantized model cannot be processed in place. Load the model "
             "again with the processing steps (fold_ln=True and so on): bytes stay as they are."
@@ -165,7 +166,7 @@ def _process_and_place(
     stock: Callable[..., None],
 ) -> None:
     promises = {
-        name: value if isinstance(value, Promise) else _promise(value, name)
+        name: value if isinstance(value, Promise) else as_promise(value, name)
         for name, value in own_values_apart(model, state_dict).items()
         if isinstance(value, torch.Tensor)
     }
@@ -180,10 +181,6 @@ def _process_and_place(
         verify.check_recipes(model, session.origin, session.recipes)
         session.origin.is_recording = False
     _place(model, session)
-
-
-def _promise(tensor: torch.Tensor, name: str) -> Promise:
-    return Promise.of(MemorySource(tensor, name), tensor.device)
 
 
 def _place(model: nn.Module, session: Session) -> None:
@@ -218,110 +215,17 @@ def _place(model: nn.Module, session: Session) -> None:
             "for NaN and infinite values."
         )
     if placer.not_finite:
-        session.notes.append(f"NaN or infinite values in {_listed(placer.not_finite)}.")
+        session.notes.append(f"NaN or infinite values in {listed(placer.not_finite)}.")
     for name, buffer in list(model.named_buffers()):
         parent, _, leaf = name.rpartition(".")
         model.get_submodule(parent)._buffers[leaf] = buffer.to(device_of(name))
-
-
-def fill_missing_keys(model: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Complete a state dict with what the model has by default: zero biases, unit norms, its
-    buffers.
-
-    Raises:
-        MissingWeightsError: a weight matrix is missing; TransformerLens would go on with
-            uninitialised memory.
-    """
-    own = model.state_dict(keep_vars=True)
-    missing = [name for name in own if name not in state_dict]
-    lost = [name for name in missing if _is_weight_matrix(name)]
-    if model.cfg.positional_embedding_type == "alibi" and "pos_embed.W_pos" in lost:
-        # ALiBi models have no position embedding; TransformerLens never reads this parameter.
-        lost.remove("pos_embed.W_pos")
-        with torch.no_grad():
-            own["pos_embed.W_pos"].zero_()
-    if lost:
-        raise MissingWeightsError(
-            f"The weights lack {_listed(lost)}. Nothing was loaded. Check that the checkpoint is "
-            "complete and of this architecture."
-        )
-    defaults = {name: _promise(own[name], name) for name in missing}
-    return {**state_dict, **defaults}
-
-
-def own_values_apart(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Make a state dict that holds the model's own memory safe to write back into the model.
-
-    A parameter under its own name is recorded in the order of its logical shape, as stock has it:
-    sums over our strides would round differently. One under another name is copied, or it would be
-    overwritten before it is read.
-    """
-    own = {id(tensor): name for name, tensor in _own_tensors(model).items()}
-    homes = {
-        t.untyped_storage().data_ptr(): t for t in _own_tensors(model).values() if _has_memory(t)
-    }
-    values = dict(state_dict)
-    for name, value in state_dict.items():
-        if isinstance(value, Promise) or not isinstance(value, torch.Tensor):
-            continue
-        if not _has_memory(value) or value.untyped_storage().data_ptr() not in homes:
-            continue
-        home = homes[value.untyped_storage().data_ptr()]
-        in_place = own.get(id(home)) == name and value.data_ptr() == home.data_ptr()
-        if not in_place or value.shape != home.shape or value.stride() != home.stride():
-            values[name] = value.detach().clone(memory_format=torch.contiguous_format)
-        elif value.dim() > 1 and not value.is_contiguous():
-            values[name] = _promise(value, name).contiguous()
-    return values
-
-
-def _own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def _has_memory(tensor: torch.Tensor) -> bool:
-    return not isinstance(tensor, (Promise, QuantizedTensor)) and tensor.numel() > 0
-
-
-def _is_weight_matrix(name: str) -> bool:
-    # A leaf such as W_Q or _W_K, or the weight of an expert's linear layer such as W_in.weight.
-    return any(part.lstrip("_").startswith("W_") for part in name.split(".")[-2:]) and not (
-        name.endswith(".bias")
-    )
-
-
-def is_already_processed(model: Any, flags: dict[str, bool]) -> bool:
-    """Whether these steps were done and no parameter has changed since; the report says so then."""
-    asked = {step for step, value in flags.items() if value}
-    done, versions = getattr(model, "_processed", (set(), None))
-    if not asked <= done or versions != _versions(model):
-        return False
-    # Quantized bytes cannot be edited in place; other values can, unseen, through `.data`.
-    if not _is_quantized(model) and not is_processed(model, flags):
-        return False
-    note = "process_weights_ was called again with nothing changed: nothing was done."
-    model.load_report = replace(model.load_report, notes=(*model.load_report.notes, note))
-    return True
-
-
-def _is_quantized(model: nn.Module) -> bool:
-    return any(isinstance(parameter, QuantizedTensor) for parameter in model.parameters())
-
-
-def _versions(model: nn.Module) -> list[tuple[str, int, int]]:
-    """Changes whenever a parameter is replaced or written to."""
-    return [
-        (name, p.data_ptr(), p._version)
-        for name, p in model.named_parameters()
-        if _has_memory(p) and not p.is_inference()
-    ]
 
 
 def _report(model: Any, session: Session, sampler: PeakSampler, seconds: float) -> LoadReport:
     origin = session.origin
     parameters = list(model.parameters())
     asked = {step for step, value in session.requested.items() if value}
-    model._processed = (asked, _versions(model))
+    model._processed = (asked, versions(model))
     return LoadReport(
         strategy="assign" if session.options.assigns else "copy",
         reason=session.options.reason() if origin is not None else "parameters keep their identity",
@@ -350,8 +254,3 @@ def _quantization(session: Session) -> str | None:
     if session.origin is not None and session.origin.spec is not None:
         return f"{session.origin.spec.kind}, as in the checkpoint"
     return None
-
-
-def _listed(names: list[str], most: int = 10) -> str:
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
