@@ -15,7 +15,7 @@ BASE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo demo-quick test test-fast test-slow test-gpu lint format types bench embedded-model clean
+.PHONY: help install install-dev demo demo-quick test test-fast test-slow test-gpu lint format types bench notebooks notebooks-check embedded-model clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -55,6 +55,12 @@ types: $(DEV) ## mypy --strict
 
 bench: $(BASE) ## measure memory, load time and forward time; writes benchmarks/results/
 	$(BIN)/python -m benchmarks
+
+notebooks: $(DEV) ## run the notebooks and write their outputs
+	$(BIN)/python -m notebooks.execute
+
+notebooks-check: $(DEV) ## run them and leave the files as they are
+	$(BIN)/python -m notebooks.execute --check
 
 embedded-model: $(BASE) ## train the embedded model anew (minutes)
 	$(BIN)/python -m demo.train_embedded_model

@@ -13,6 +13,9 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
 import zoo as zoo_module
+from fake_hub import forbid_network
+
+from tl_fastload.reader import FileReader
 
 Zoo = Callable[..., Path]
 
@@ -41,3 +44,20 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
         return built[key]
 
     return get
+
+
+@pytest.fixture
+def no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error must come before weights are read."""
+
+    def read(*_: Any) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(FileReader, "read", read)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty hub cache, and no network."""
+    forbid_network(monkeypatch)
+    return tmp_path / "cache"

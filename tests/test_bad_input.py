@@ -13,9 +13,9 @@ import pytest
 import reference
 import torch
 import zoo as bed
+from comparison import lean_model
 from safetensors.torch import load_file, save_file
 
-from tl_fastload import LeanHookedTransformer
 from tl_fastload.errors import (
     ArgumentError,
     CheckpointError,
@@ -25,27 +25,10 @@ from tl_fastload.errors import (
     UnknownModelError,
     UnsupportedArchitectureError,
 )
-from tl_fastload.reader import FileReader
 
 Tensors = dict[str, torch.Tensor]
 Broken = Callable[..., Path]
 RAW = reference.NO_PROCESSING
-
-
-def load(source: Any, **arguments: Any) -> Any:
-    return LeanHookedTransformer.from_pretrained_lean(
-        source, **{"device": "cpu", "progress": False, **arguments}
-    )
-
-
-@pytest.fixture
-def no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error must come before weights are read."""
-
-    def read(*_: Any) -> None:
-        raise AssertionError("weights were read")
-
-    monkeypatch.setattr(FileReader, "read", read)
 
 
 @pytest.fixture
@@ -75,7 +58,7 @@ def refused(
 ) -> LeanLoadError:
     """Loading fails with this very class, and the message has all parts."""
     with pytest.raises(LeanLoadError) as caught:
-        load(folder, **arguments)
+        lean_model(folder, **arguments)
     assert type(caught.value) is error
     for part in parts:
         assert part in str(caught.value)
@@ -150,7 +133,7 @@ def test_a_config_that_is_no_json_object(content: bytes, broken: Broken) -> None
 )
 def test_a_config_with_a_wrong_field(config: Any, broken: Broken, no_reading: None) -> None:
     with pytest.raises(LeanLoadError):
-        load(broken(**config))
+        lean_model(broken(**config))
 
 
 def test_missing_shards(zoo: Any, tmp_path: Path, no_reading: None) -> None:
@@ -265,7 +248,7 @@ def test_each_weight_counts(wrong: str, case: str, zoo: Any, tmp_path: Path) -> 
         (folder / "model.safetensors").unlink()
         save_file(changed, folder / "model.safetensors")
         try:
-            load(folder)
+            lean_model(folder)
             unnoticed.append(name)
         except MissingWeightsError:
             pass
@@ -294,7 +277,7 @@ def test_missing_layers_and_layers_too_many(broken: Broken) -> None:
 def test_values_that_are_not_finite_are_a_note(
     weight: str, parameter: str, value: float, flags: Any, broken: Broken
 ) -> None:
-    model = load(broken(lambda tensors: tensors[weight].view(-1)[3:4].fill_(value)), **flags)
+    model = lean_model(broken(lambda tensors: tensors[weight].view(-1)[3:4].fill_(value)), **flags)
     notes = [note for note in model.load_report.notes if parameter in note]
     assert len(notes) == 1
     assert "NaN" in notes[0]
@@ -303,8 +286,8 @@ def test_values_that_are_not_finite_are_a_note(
 def test_values_beyond_the_dtype_are_a_note(broken: Broken) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     folder = broken(lambda tensors: tensors[name].fill_(1e30))
-    assert not load(folder).load_report.notes
-    notes = load(folder, dtype="float16").load_report.notes
+    assert not lean_model(folder).load_report.notes
+    notes = lean_model(folder, dtype="float16").load_report.notes
     assert any("blocks.0.mlp.W_in" in note for note in notes)
 
 
@@ -337,7 +320,7 @@ def test_an_hf_model_whose_weights_were_changed_in_shape(zoo: Any) -> None:
     source.transformer.ln_f.weight = torch.nn.Parameter(torch.ones(3))
     before = {name: value.clone() for name, value in source.state_dict().items()}
     with pytest.raises(LeanLoadError):
-        load("gpt2", hf_model=source)
+        lean_model("gpt2", hf_model=source)
     assert all(torch.equal(value, before[name]) for name, value in source.state_dict().items())
 
 
@@ -373,7 +356,7 @@ def test_quantized_weights_are_not_taken_for_plain_ones(
     bits = "load_in_8bit" if edit is bnb_8bit_without_scales else "load_in_4bit"
     folder = broken(edit, quantization_config={"quant_method": method, bits: True})
     with pytest.raises(LeanLoadError, match=r"(?i)quant|scale|SCB"):
-        load(folder)
+        lean_model(folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32])
@@ -381,4 +364,4 @@ def test_integers_without_scales_are_no_weights(dtype: torch.dtype, broken: Brok
     name = "model.layers.0.mlp.up_proj.weight"
     folder = broken(lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
     with pytest.raises(LeanLoadError, match=r"up_proj"):
-        load(folder)
+        lean_model(folder)

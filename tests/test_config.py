@@ -143,36 +143,22 @@ def _gemma_3(width: int, mlp: int, layers: int, heads: tuple[int, int], **more: 
 
 
 def _gemma(model_type: str, architecture: str, sizes: tuple[int, ...], **more: Any) -> Any:
-    width, mlp, layers, heads, groups, head = sizes
-    return {
-        "model_type": model_type,
-        "architectures": [architecture],
-        "hidden_size": width,
-        "intermediate_size": mlp,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": groups,
-        "head_dim": head,
-        "vocab_size": 256000,
-        "max_position_embeddings": 8192,
-        "rope_theta": 10000.0,
-        **more,
-    }
+    *rest, groups, head = sizes
+    grouped = {"num_key_value_heads": groups, "head_dim": head, "rope_theta": 10000.0, **more}
+    return _plain(model_type, architecture, (*rest, 8192, 256000), **grouped)
 
 
-def _olmo(model_type: str, architecture: str, sizes: tuple[int, ...], **more: Any) -> Any:
-    width, mlp, layers, heads, context, vocabulary = sizes
-    return {
-        "model_type": model_type,
-        "architectures": [architecture],
-        "hidden_size": width,
-        "intermediate_size": mlp,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "max_position_embeddings": context,
-        "vocab_size": vocabulary,
-        **more,
-    }
+def _plain(model_type: str, architecture: str, sizes: tuple[int, ...], **more: Any) -> Any:
+    names = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "max_position_embeddings",
+        "vocab_size",
+    )
+    fields = dict(zip(names, sizes, strict=True))
+    return {"model_type": model_type, "architectures": [architecture], **fields, **more}
 
 
 _ROPE_8 = {"rope_type": "linear", "factor": 8.0}
@@ -228,16 +214,16 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         head_dim=128,
         query_pre_attn_scalar=168,
     ),
-    "allenai/OLMo-1B-hf": _olmo("olmo", "OlmoForCausalLM", (2048, 8192, 16, 16, 2048, 50304)),
-    "allenai/OLMo-7B-hf": _olmo("olmo", "OlmoForCausalLM", (4096, 11008, 32, 32, 2048, 50304)),
-    "allenai/OLMo-2-0425-1B": _olmo(
+    "allenai/OLMo-1B-hf": _plain("olmo", "OlmoForCausalLM", (2048, 8192, 16, 16, 2048, 50304)),
+    "allenai/OLMo-7B-hf": _plain("olmo", "OlmoForCausalLM", (4096, 11008, 32, 32, 2048, 50304)),
+    "allenai/OLMo-2-0425-1B": _plain(
         "olmo2",
         "Olmo2ForCausalLM",
         (2048, 8192, 16, 16, 4096, 100352),
         rope_theta=500000,
         rms_norm_eps=1e-6,
     ),
-    "allenai/OLMo-2-1124-7B": _olmo(
+    "allenai/OLMo-2-1124-7B": _plain(
         "olmo2",
         "Olmo2ForCausalLM",
         (4096, 11008, 32, 32, 4096, 100352),

@@ -18,7 +18,6 @@ from fake_hub import (
     FakeHub,
     Repo,
     fill_cache,
-    forbid_network,
     point_at,
 )
 from huggingface_hub import constants
@@ -27,13 +26,6 @@ from tl_fastload import hub
 from tl_fastload.checkpoint import open_weights, resolve, resolve_config
 from tl_fastload.errors import CheckpointError, LeanLoadError, UnknownModelError
 from tl_fastload.hub import HubOptions
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty hub cache, and no network."""
-    forbid_network(monkeypatch)
-    return tmp_path / "cache"
 
 
 @pytest.fixture

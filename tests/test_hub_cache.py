@@ -18,7 +18,6 @@ from fake_hub import (
     SHARDS,
     SINGLE,
     fill_cache,
-    forbid_network,
 )
 from huggingface_hub import constants
 
@@ -26,13 +25,6 @@ from tl_fastload import hub
 from tl_fastload.checkpoint import open_weights, resolve, resolve_config
 from tl_fastload.errors import ArgumentError, CheckpointError, LeanLoadError, UnknownModelError
 from tl_fastload.hub import HubOptions
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty hub cache, and no network."""
-    forbid_network(monkeypatch)
-    return tmp_path / "cache"
 
 
 def refusal(name: str, kind: type[LeanLoadError] = UnknownModelError, **arguments: Any) -> str:

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from comparison import lean_model
 from packaging.version import Version
 
-from tl_fastload import LeanHookedTransformer, compat, options
+from tl_fastload import compat, options
 from tl_fastload.errors import ArgumentError, StrategyError
 from tl_fastload.options import Options, is_on_network
-from tl_fastload.reader import FileReader
 
 
 @pytest.fixture
@@ -126,22 +126,6 @@ def test_a_link_to_a_share_is_on_the_share(tmp_path: Path, monkeypatch: pytest.M
     assert not is_on_network(tmp_path)
 
 
-def load(source: Any, **arguments: Any) -> Any:
-    return LeanHookedTransformer.from_pretrained_lean(
-        source, **{"device": "cpu", "progress": False, **arguments}
-    )
-
-
-@pytest.fixture
-def no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error must come before weights are read."""
-
-    def read(*_: Any) -> None:
-        raise AssertionError("weights were read")
-
-    monkeypatch.setattr(FileReader, "read", read)
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -188,7 +172,7 @@ def no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_arguments(arguments: Any, zoo: Any, no_reading: None) -> None:
     with pytest.raises(ArgumentError) as caught:
-        load(zoo("gpt2"), **arguments)
+        lean_model(zoo("gpt2"), **arguments)
     assert any(name in str(caught.value) for name in arguments)
 
 
@@ -196,17 +180,17 @@ def test_arguments(arguments: Any, zoo: Any, no_reading: None) -> None:
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", torch.device("cuda")])
 def test_cuda_without_cuda(device: Any, zoo: Any, no_reading: None) -> None:
     with pytest.raises(ArgumentError, match=r"device.*CUDA"):
-        load(zoo("gpt2"), device=device)
+        lean_model(zoo("gpt2"), device=device)
 
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="this machine has it")
 def test_a_device_that_this_machine_lacks(zoo: Any, no_reading: None) -> None:
     with pytest.raises(ArgumentError, match="mps"):
-        load(zoo("gpt2"), device="mps")
+        lean_model(zoo("gpt2"), device="mps")
 
 
 def test_assigning_on_an_old_torch(zoo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tl_fastload.compat.can_assign", lambda: False)
     with pytest.raises(StrategyError, match=r'assign.*strategy="auto"'):
-        load(zoo("gpt2"), strategy="assign")
-    assert load(zoo("gpt2")).load_report.strategy == "copy"
+        lean_model(zoo("gpt2"), strategy="assign")
+    assert lean_model(zoo("gpt2")).load_report.strategy == "copy"
