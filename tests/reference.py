@@ -229,12 +229,20 @@ def _stock_loading(case: Case, folder: Path) -> Any:
             config.model_name = folder.name
         return config
 
-    state_dict = _copy_with_globals(
+    local_auto_model = _LocalModels(case, folder, transformers.AutoModel)
+    convert = _copy_with_globals(
         loading.get_pretrained_state_dict,
         **shared,
         AutoModelForCausalLM=_LocalModels(case, folder, transformers.AutoModelForCausalLM),
-        AutoModel=_LocalModels(case, folder, transformers.AutoModel),
+        AutoModel=local_auto_model,
     )
+
+    def state_dict(name: str, cfg: Any, hf_model: Any = None, **kwargs: Any) -> Any:
+        if case.architecture == "Gemma3ForConditionalGeneration" and TRANSFORMER_LENS.major < 3:
+            # It imports AutoModel in the function, where globals do not reach.
+            hf_model = local_auto_model.from_pretrained(name, torch_dtype=kwargs["dtype"])
+        return convert(name, cfg, hf_model, **kwargs)
+
     return _Overlay(
         loading,
         get_official_model_name=lambda name: name,

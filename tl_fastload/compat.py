@@ -38,6 +38,16 @@ def item_bytes(dtype: torch.dtype) -> int:
     return torch.empty(0, dtype=dtype).element_size()
 
 
+def halves_are_finite(tensor: torch.Tensor) -> bool:
+    """Whether a float16 tensor, which is not empty, has neither NaN nor infinite values."""
+    try:
+        extremes = torch.aminmax(tensor)
+    except RuntimeError:  # torch 2.0 has no kernel for it on the CPU
+        rows = max(1, tensor.shape[0] * (1 << 20) // tensor.numel())
+        return all(bool(torch.isfinite(piece).all()) for piece in tensor.split(rows))
+    return all(bool(torch.isfinite(extreme)) for extreme in extremes)
+
+
 # transformers 5 renames and merges checkpoint tensors by a table; version 4 had plain names.
 HAS_WEIGHT_CONVERSIONS = TRANSFORMERS.major >= 5
 
