@@ -60,7 +60,7 @@ def require_hooked_transformer() -> None:
     if TRANSFORMER_LENS >= HOOKED_TRANSFORMER_GONE_IN:
         raise ImportError(
             f"TransformerLens {TRANSFORMER_LENS} has no HookedTransformer, which tl_fastload loads "
-            'into: pip install "transformer-lens>=2.16.1,<4".'
+            'into: pip install "transformer-lens>=2.8,<4".'
         )
 
 

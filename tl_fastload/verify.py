@@ -153,10 +153,15 @@ def check_quantization(origin: Origin, options: Options, arguments: dict[str, An
             f"quantized bytes cannot follow. {origin.label} is quantized: load the unquantized "
             "checkpoint with quantize=, which refactors first."
         )
+    if not compat.can_assign():
+        raise ArgumentError(
+            f"Quantized weights need torch {compat.ASSIGN_NEEDS_TORCH} or newer, this is "
+            f"{compat.TORCH}: upgrade torch, or load the unquantized checkpoint without quantize=."
+        )
     if not options.assigns:
         raise ArgumentError(
             "Quantized weights are put into the model as they are, which a copying load cannot do: "
-            f'use strategy="auto" with torch {compat.ASSIGN_NEEDS_TORCH} or newer.'
+            'use strategy="auto".'
         )
     require_device(_device(arguments))
 
