@@ -16,9 +16,12 @@ DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev demo demo-quick test test-fast test-slow test-gpu lint format types bench notebooks notebooks-check embedded-model clean
+# Other versions of the libraries, each in a virtual environment of its own; see README.md.
+ENVIRONMENTS := tl2 tl216 old sae
+.PHONY: parity parity-current $(ENVIRONMENTS:%=parity-%) $(ENVIRONMENTS:%=bench-%)
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 install: $(BASE) ## make .venv with the package in it
 
@@ -41,6 +44,25 @@ test-slow: $(DEV) ## the tests that are heavy in time or memory, one at a time
 
 test-gpu: $(DEV) ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+parity: parity-current $(ENVIRONMENTS:%=parity-%) ## the parity suite, with all versions of the libraries
+
+# Kept apart from `test`: it counts what it skips.
+PARITY := -m pytest -n $(JOBS) -m "parity and not gpu and not slow" --count-skips -p no:cacheprovider
+
+parity-current: $(DEV) ## the parity suite: TransformerLens 3.9, torch 2.13, transformers 5
+	OMP_NUM_THREADS=1 $(BIN)/python $(PARITY)
+
+parity-tl2: ## ... TransformerLens 2.18, transformers 4.57
+parity-tl216: ## ... TransformerLens 2.16.1, the oldest that SAELens admits
+parity-old: ## ... TransformerLens 2.8.1, torch 2.0.1, transformers 4.40, Python 3.10 (5 GB)
+parity-sae: ## SAELens' HookedSAETransformer as the base class
+$(ENVIRONMENTS:%=parity-%): parity-%: .venv-%/.installed
+	OMP_NUM_THREADS=1 .venv-$*/bin/python $(PARITY) $(if $(filter sae,$*),tests/test_sae_lens.py)
+
+# Memory and time there, stock's and ours, for instance `make bench-old ARGS="--models gpt2-medium"`.
+$(ENVIRONMENTS:%=bench-%): bench-%: .venv-%/.installed
+	.venv-$*/bin/python -m benchmarks --only load $(ARGS)
 
 lint: $(DEV) ## ruff's rules and formatting
 	$(BIN)/ruff check .
@@ -65,8 +87,18 @@ notebooks-check: $(DEV) ## run them and leave the files as they are
 embedded-model: $(BASE) ## train the embedded model anew (minutes)
 	$(BIN)/python -m demo.train_embedded_model
 
+# Made once, and again only when what it pins changes. torch goes first: see above.
+.venv-%/.installed: constraints/%.txt pyproject.toml
+	@echo "Installing into $(@D): some minutes the first time"
+	python=$$(tools/find_python $(if $(filter old,$*),3.10,3.11)) && $$python -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet --constraint $< --upgrade pip
+	$(@D)/bin/python -m pip install --quiet --constraint $< torch
+	$(@D)/bin/python -m pip install --quiet --constraint $< --editable . \
+		pytest pytest-xdist hypothesis einops $(if $(filter sae,$*),sae-lens)
+	touch $@
+
 clean: ## remove .venv and every cache
-	rm -rf $(VENV) .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) $(ENVIRONMENTS:%=.venv-%) .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

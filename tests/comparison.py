@@ -27,8 +27,10 @@ def lean_model(source: str | Path, **arguments: Any) -> LeanHookedTransformer:
 
 
 def stock_model(case_id: str, folder: Path, **flags: Any) -> HookedTransformer:
-    """Stock's load on the CPU; of gpt-oss without the fold of value biases: it is wrong there."""
-    if case_id == "gpt-oss":
+    """Stock's load on the CPU; of gpt-oss without the fold of value biases: it is wrong there,
+    unless stock is too old to have attention sinks.
+    """
+    if case_id == "gpt-oss" and reference.TRANSFORMER_LENS.major >= 3:
         flags["fold_value_biases"] = False
     return reference.stock_model(case_id, folder, device="cpu", **flags)
 
@@ -75,7 +77,8 @@ def _tensors_apart(stock: HookedTransformer, lean: HookedTransformer) -> Iterato
         if name == "pos_embed.W_pos" and lean.cfg.positional_embedding_type == "alibi":
             continue
         if one.shape == other.shape and not torch.equal(one, other.to(one.dtype)):
-            yield f"{name}: values up to {(one - other).abs().max():.1e} apart"
+            apart = (one.double() - other.double()).abs().max()
+            yield f"{name}: values up to {apart:.1e} apart"
 
 
 def _modules_apart(stock: HookedTransformer, lean: HookedTransformer) -> Iterator[str]:

@@ -11,6 +11,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+import environments
 import pytest
 import zoo as zoo_module
 from fake_hub import forbid_network
@@ -18,6 +19,34 @@ from fake_hub import forbid_network
 from tl_fastload.reader import FileReader
 
 Zoo = Callable[..., Path]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "fail unless as many tests were skipped as tests/environments.py says"
+    parser.addoption("--count-skips", action="store_true", help=text)
+
+
+def pytest_report_header() -> str:
+    return environments.describe()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        reason = environments.why_not_test(f"{item.path.name}::{item.name}")
+        if reason is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """The number of skipped tests, so that none is skipped that could run."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if not session.config.getoption("--count-skips") or reporter is None:
+        return  # xdist's workers have no reporter
+    found, expected = len(reporter.stats.get("skipped", ())), environments.expected_skips()
+    if found != expected:
+        reporter.write_line(f"{found} tests were skipped; tests/environments.py says {expected}.")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +60,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
 
     def get(case_id: str, *, tokenizer: bool = False, **options: Any) -> Path:
         case = zoo_module.CASES[case_id]
-        if reason := case.unavailable():
+        if reason := environments.why_not_case(case_id):
             pytest.skip(reason)
         key = repr((case_id, tokenizer, sorted(options.items(), key=str)))
         if key not in built:

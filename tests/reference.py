@@ -15,6 +15,7 @@ import types
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from packaging.version import Version
 from transformer_lens import HookedTransformer
 from zoo import CASES, Case, read_weights
 
+TRANSFORMER_LENS = Version(metadata.version("transformer_lens"))
 _MOE_DTYPE = "the expert layers are made in float32 whatever cfg.dtype says, and the forward fails"
 _WHOLE_W_POS = "the converter does not cut W_pos to a smaller n_ctx: size mismatch"
 _TOYS = ("attn-only", "solu", "gelu", "shortformer", "solu-old", "solu-old-8l", "othello")
@@ -52,6 +54,17 @@ CONFIG_REPAIRS: dict[str, str] = {
     "LlamaForCausalLM": "stock takes hidden_size / num_attention_heads for head_dim",
 }
 """Architectures whose configuration is repaired here before stock goes on: architecture -> why."""
+
+OLDER_CONFIG_REPAIRS: dict[str, str] = {
+    "ApertusForCausalLM": "stock asks the configuration for the norms of queries and keys",
+    "GemmaForCausalLM": "stock takes gemma-2b, whose table it uses here, for a Gemma 2",
+    "Gemma3ForConditionalGeneration": "stock has no stretched rotary embeddings",
+    "GptOssForCausalLM": "stock ignores the sliding window",
+    "GPTNeoXForCausalLM": "stock takes every model for one with parallel blocks",
+    "LlamaForCausalLM": "stock reads rotary bases of official names only",
+    "Phi3ForCausalLM": "stock ignores the sliding window",
+}
+"""The same for TransformerLens 2, which reads less of a configuration."""
 
 
 @dataclass(frozen=True)
@@ -216,12 +229,20 @@ def _stock_loading(case: Case, folder: Path) -> Any:
             config.model_name = folder.name
         return config
 
-    state_dict = _copy_with_globals(
+    local_auto_model = _LocalModels(case, folder, transformers.AutoModel)
+    convert = _copy_with_globals(
         loading.get_pretrained_state_dict,
         **shared,
         AutoModelForCausalLM=_LocalModels(case, folder, transformers.AutoModelForCausalLM),
-        AutoModel=_LocalModels(case, folder, transformers.AutoModel),
+        AutoModel=local_auto_model,
     )
+
+    def state_dict(name: str, cfg: Any, hf_model: Any = None, **kwargs: Any) -> Any:
+        if case.architecture == "Gemma3ForConditionalGeneration" and TRANSFORMER_LENS.major < 3:
+            # It imports AutoModel in the function, where globals do not reach.
+            hf_model = local_auto_model.from_pretrained(name, torch_dtype=kwargs["dtype"])
+        return convert(name, cfg, hf_model, **kwargs)
+
     return _Overlay(
         loading,
         get_official_model_name=lambda name: name,
@@ -302,13 +323,16 @@ def _hf_config(case: Case, folder: Path) -> Any:
 
 def _repairs(architecture: str, hf_config: Any) -> Mapping[str, Any]:
     """Fields that stock takes from a table of official names, here from the configuration."""
+    older: dict[str, Any] = {}
+    if TRANSFORMER_LENS.major < 3:
+        older = {"original_architecture": architecture, **_older_repairs(architecture, hf_config)}
     if architecture == "LlamaForCausalLM":
-        return {"d_head": hf_config.head_dim, "rotary_dim": hf_config.head_dim}
+        d_head = _d_head(hf_config)
+        return {"d_head": d_head, "rotary_dim": d_head, **older}
     if architecture not in _TABLES:
-        return {}
+        return older
     config = getattr(hf_config, "text_config", hf_config)
-    default_d_head = config.hidden_size // config.num_attention_heads
-    d_head = getattr(config, "head_dim", None) or default_d_head
+    d_head = _d_head(config)
     fields = {
         "d_model": config.hidden_size,
         "d_head": d_head,
@@ -324,12 +348,12 @@ def _repairs(architecture: str, hf_config: Any) -> Mapping[str, Any]:
     }
     if architecture.startswith("Olmo"):
         return fields | {
-            "rotary_base": loading._get_rope_theta(config),
+            "rotary_base": _rope_theta(config),
             "attn_types": ["global"] * config.num_hidden_layers,
             "clip_qkv": getattr(config, "clip_qkv", None),
         }
     fields["n_key_value_heads"] = config.num_key_value_heads
-    fields["rotary_base"] = loading._get_rope_theta(config)
+    fields["rotary_base"] = _rope_theta(config)
     if architecture.startswith("Gemma3"):
         fields |= _gemma3_rope(config)
     if architecture != "GemmaForCausalLM":
@@ -342,6 +366,43 @@ def _repairs(architecture: str, hf_config: Any) -> Mapping[str, Any]:
     if architecture == "Gemma2ForCausalLM":
         fields["attn_scores_soft_cap"] = config.attn_logit_softcapping
         fields["output_logits_soft_cap"] = config.final_logit_softcapping
+    return fields | older
+
+
+def _d_head(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _rope_theta(config: Any) -> float:
+    """transformers 5 has moved it, and has one per kind of layer for some models."""
+    return getattr(config, "rope_theta", None) or config.rope_parameters.get("rope_theta", 10000.0)
+
+
+def _older_repairs(architecture: str, config: Any) -> Mapping[str, Any]:
+    """What TransformerLens 2 does not read from a configuration, and version 3 does."""
+    if architecture == "ApertusForCausalLM":
+        return {"use_qk_norm": True}
+    if architecture == "GPTNeoXForCausalLM":
+        return {"parallel_attn_mlp": config.use_parallel_residual}
+    if architecture == "GptOssForCausalLM":
+        types = {"sliding_attention": "local", "full_attention": "global"}
+        types = [types[kind] for kind in config.layer_types]
+        return {"use_local_attn": True, "window_size": config.sliding_window, "attn_types": types}
+    if architecture == "Phi3ForCausalLM" and config.sliding_window:
+        types = ["local"] * config.num_hidden_layers
+        return {"use_local_attn": True, "window_size": config.sliding_window, "attn_types": types}
+    if architecture != "LlamaForCausalLM":
+        return {}
+    fields = {"rotary_base": config.rope_theta}
+    if (config.rope_scaling or {}).get("rope_type") == "llama3":
+        rope = config.rope_scaling
+        fields |= {
+            "use_NTK_by_parts_rope": True,
+            "NTK_original_ctx_len": rope["original_max_position_embeddings"],
+            "NTK_by_parts_low_freq_factor": rope["low_freq_factor"],
+            "NTK_by_parts_high_freq_factor": rope["high_freq_factor"],
+            "NTK_by_parts_factor": rope["factor"],
+        }
     return fields
 
 
@@ -352,11 +413,13 @@ def _gemma3_rope(config: Any) -> Mapping[str, Any]:
         full = {"rope_theta": config.rope_theta, **(config.rope_scaling or {})}
         rope = {"full_attention": full, "sliding_attention": {}}
         rope["sliding_attention"]["rope_theta"] = config.rope_local_base_freq
-    return {
+    fields = {
         "rotary_base": rope["full_attention"]["rope_theta"],
-        "rotary_scaling_factor": rope["full_attention"].get("factor", 1.0),
         "rotary_base_local": rope["sliding_attention"]["rope_theta"],
     }
+    if TRANSFORMER_LENS.major >= 3:
+        fields["rotary_scaling_factor"] = rope["full_attention"].get("factor", 1.0)
+    return fields
 
 
 def hf_model(case_id: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:

@@ -6,6 +6,7 @@ import pytest
 import reference
 import torch
 import transformers
+import environments
 import zoo as zoo_module
 
 from tl_fastload import LeanHookedTransformer
@@ -15,7 +16,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 
-CASES = [case for case in zoo_module.CASES if zoo_module.CASES[case].unavailable() is None]
+CASES = [case for case in zoo_module.CASES if environments.why_not_case(case) is None]
 MIB = 1 << 20
 
 

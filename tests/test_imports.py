@@ -113,7 +113,7 @@ except ImportError as error:
     said = run(code)
     assert said.startswith("ImportError")
     assert "4.0.0" in said
-    assert "transformer-lens>=2.16.1,<4" in said
+    assert "transformer-lens>=2.8,<4" in said
     assert said.count(". ") <= 1  # one sentence, and the command
 
 

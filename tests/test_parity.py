@@ -19,6 +19,8 @@ from comparison import (
 from transformer_lens import HookedTransformer
 from zoo import CASES, tokens
 
+pytestmark = pytest.mark.parity
+
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)

@@ -19,6 +19,8 @@ from zoo import CASES
 
 from tl_fastload.errors import ArgumentError, UnknownModelError
 
+pytestmark = pytest.mark.parity
+
 # Each of these words, in a name, sends stock to another model's sizes or to an error.
 TELLING_NAMES = ("llama-7b", "my-gemma-2-9b", "phi", "bert-large", "t5-small", "pythia-v0")
 

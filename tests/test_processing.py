@@ -16,6 +16,8 @@ from zoo import tokens
 from tl_fastload import LeanHookedTransformer
 from tl_fastload.errors import LeanLoadError, MissingWeightsError
 
+pytestmark = pytest.mark.parity
+
 RAW = reference.NO_PROCESSING
 SEVERAL = (
     "gpt2",

@@ -47,12 +47,6 @@ class Case:
     d_vocab: int
     hub_style: bool = False
 
-    def unavailable(self) -> str | None:
-        """Why the installed transformers cannot build this case, or None."""
-        if self.kind == "hf" and not hasattr(transformers, self.architecture):
-            return f"transformers {transformers.__version__} has no {self.architecture}"
-        return None
-
 
 def _cases() -> dict[str, Case]:
     cases = {}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from importlib import metadata
+from functools import cache
+from importlib import import_module, metadata
+from typing import Any
 
+import torch
 from packaging.version import Version
 
 
@@ -29,6 +32,22 @@ def can_map_torch_files() -> bool:
     return Version(TORCH.base_version) >= Version("2.1")
 
 
+@cache
+def item_bytes(dtype: torch.dtype) -> int:
+    """Bytes of one element; `dtype.itemsize` came with torch 2.1."""
+    return torch.empty(0, dtype=dtype).element_size()
+
+
+def halves_are_finite(tensor: torch.Tensor) -> bool:
+    """Whether a float16 tensor, which is not empty, has neither NaN nor infinite values."""
+    try:
+        extremes = torch.aminmax(tensor)
+    except RuntimeError:  # torch 2.0 has no kernel for it on the CPU
+        rows = max(1, tensor.shape[0] * (1 << 20) // tensor.numel())
+        return all(bool(torch.isfinite(piece).all()) for piece in tensor.split(rows))
+    return all(bool(torch.isfinite(extreme)) for extreme in extremes)
+
+
 # transformers 5 renames and merges checkpoint tensors by a table; version 4 had plain names.
 HAS_WEIGHT_CONVERSIONS = TRANSFORMERS.major >= 5
 
@@ -41,5 +60,12 @@ def require_hooked_transformer() -> None:
     if TRANSFORMER_LENS >= HOOKED_TRANSFORMER_GONE_IN:
         raise ImportError(
             f"TransformerLens {TRANSFORMER_LENS} has no HookedTransformer, which tl_fastload loads "
-            'into: pip install "transformer-lens>=2.16.1,<4".'
+            'into: pip install "transformer-lens>=2.8,<4".'
         )
+
+
+def device_of_block(index: int, cfg: Any) -> Any:
+    """Where the forward pass looks for a block: TransformerLens' `get_device_for_block_index`."""
+    home = "multi_gpu" if TRANSFORMER_LENS.major >= 3 else "devices"
+    module = import_module(f"transformer_lens.utilities.{home}")
+    return module.get_device_for_block_index(index, cfg)

@@ -12,6 +12,7 @@ from typing import Any
 from transformer_lens import HookedTransformerConfig
 from transformer_lens.utilities.activation_functions import SUPPORTED_ACTIVATIONS
 
+from tl_fastload.compat import TRANSFORMER_LENS
 from tl_fastload.config_families import head_dim
 from tl_fastload.config_rope import RopeContext, read_rope, rope_fields
 from tl_fastload.errors import UnsupportedArchitectureError
@@ -167,6 +168,8 @@ def _repair_blocks(fields: dict[str, Any], config: Any, architecture: str) -> No
         fields["use_attn_scale"] = config.scale_attn_weights
     if architecture == "GPTNeoXForCausalLM":
         fields["parallel_attn_mlp"] = config.use_parallel_residual
+    if architecture == "ApertusForCausalLM":
+        fields["use_qk_norm"] = True
     if fields.get("positional_embedding_type") == "rotary" and architecture not in _FIXED_HEADS:
         fields["d_head"] = head_dim(config)
 
@@ -243,6 +246,11 @@ def _differences(fields: Mapping[str, Any], config: Any, architecture: str) -> l
         for name in _DROPPED_BIASES
         if getattr(config, name, False) and architecture not in _READS_ATTENTION_BIAS
     ]
+    if architecture == "GptOssForCausalLM" and "use_attention_sinks" not in FIELD_DEFAULTS:
+        notes.append(
+            f"TransformerLens {TRANSFORMER_LENS} has no attention sinks: results are its own, and "
+            "wrong. Version 3 computes what Hugging Face does."
+        )
     heads = fields["n_heads"]
     if fields.get("positional_embedding_type") == "alibi" and heads & (heads - 1):
         notes.append(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from tl_fastload import layout
+from tl_fastload import compat, layout
 from tl_fastload.evaluator import Evaluation, Value, sources
 from tl_fastload.memory import return_freed_memory
 from tl_fastload.progress import Progress
@@ -310,8 +310,7 @@ def _is_finite(tensor: torch.Tensor) -> bool:
         return True
     flat = tensor.as_strided((tensor.numel(),), (1,)) if is_dense(tensor) else tensor
     if tensor.numel() and tensor.dtype == torch.float16:  # where sums overflow easily
-        least, greatest = torch.aminmax(flat)
-        return bool(torch.isfinite(least)) and bool(torch.isfinite(greatest))
+        return compat.halves_are_finite(flat)
     return bool(torch.isfinite(flat.sum())) or bool(torch.isfinite(tensor).all())
 
 

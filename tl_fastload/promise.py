@@ -166,6 +166,18 @@ class Promise(torch.Tensor):
     ) -> Any:
         return _record(func, args, kwargs or {})
 
+    def __isub__(self, other: Any) -> Promise:  # type: ignore[override,misc]
+        """`state_dict[name] -= mean`, as TransformerLens 2 has it: the name gets a new promise.
+
+        Raises RecordingError where somebody else may see the memory that is written to.
+        """
+        if not isinstance(self.node, Call) or _is_view(self.node.func):
+            raise RecordingError(
+                "`-=` writes into a stored tensor, or into a view of another one, whose values are "
+                "not loaded yet. Load the model first, then change it."
+            )
+        return (self - other).to(self.dtype)  # type: ignore[return-value]
+
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         kind = type(self.node).__name__
         return f"Promise(shape={tuple(self.shape)}, dtype={self.dtype}, node={kind})"

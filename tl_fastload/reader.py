@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from tl_fastload.checkpoint import TensorEntry
+from tl_fastload.compat import item_bytes
 from tl_fastload.errors import CheckpointError
 from tl_fastload.promise import Source
 
@@ -178,7 +179,7 @@ class FileSource(Source):
         for first in range(start, stop, step):
             last = min(first + step, stop)
             piece = self.reader.scratch(self.entry.path, first, last).view(self.dtype)
-            at = (first - start) // self.dtype.itemsize
+            at = (first - start) // item_bytes(self.dtype)
             flat[at : at + piece.numel()].copy_(_cast(piece, casts[:-1]))
 
     def _read_strided(
@@ -189,7 +190,7 @@ class FileSource(Source):
         slowest = max(long, key=geometry.stride, default=None)
         if slowest is not None:
             piece = geometry.select(slowest, 0)
-            if is_dense(piece) and piece.numel() * self.dtype.itemsize >= DENSE_PIECE_BYTES:
+            if is_dense(piece) and piece.numel() * item_bytes(self.dtype) >= DENSE_PIECE_BYTES:
                 # The heads of a fused matrix: each lies in one piece, nothing else need be read.
                 for index in range(geometry.shape[slowest]):
                     target = out.select(slowest, index)
@@ -231,9 +232,9 @@ def has_overlap(geometry: torch.Tensor) -> bool:
 
 def byte_span(entry: TensorEntry, geometry: torch.Tensor) -> tuple[int, int]:
     """First byte, and the byte after the last, of the file range that a view touches."""
-    itemsize = entry.dtype.itemsize
+    size = item_bytes(entry.dtype)
     first = int(geometry.storage_offset())
     last = first + sum(
-        (size - 1) * stride for size, stride in zip(geometry.shape, geometry.stride(), strict=True)
+        (length - 1) * stride for length, stride in zip(geometry.shape, geometry.stride(), strict=True)
     )
-    return entry.offset + first * itemsize, entry.offset + (last + 1) * itemsize
+    return entry.offset + first * size, entry.offset + (last + 1) * size

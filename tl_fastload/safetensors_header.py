@@ -12,12 +12,12 @@ import math
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
+from tl_fastload.compat import item_bytes
 from tl_fastload.errors import CheckpointError
 
 LENGTH_BYTES = 8
@@ -200,19 +200,13 @@ def _entry(path: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
             f"convert the checkpoint to one of {', '.join(DTYPES)}."
         )
     begin, end = offsets
-    expected_bytes = math.prod(shape) * _item_bytes(dtype)
+    expected_bytes = math.prod(shape) * item_bytes(dtype)
     if end - begin != expected_bytes:
         raise corrupt(
             f"has {end - begin:,} bytes of data where dtype {fields['dtype']} and shape "
             f"{_short(shape)} need {expected_bytes:,}"
         )
     return TensorEntry(name, dtype, tuple(shape), path, data_start + begin, expected_bytes)
-
-
-@cache
-def _item_bytes(dtype: torch.dtype) -> int:
-    # `dtype.itemsize` came with torch 2.1.
-    return torch.empty(0, dtype=dtype).element_size()
 
 
 def _are_sizes(value: Any) -> bool:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformer_lens.utilities.multi_gpu import get_device_for_block_index
 
+from tl_fastload import compat
 from tl_fastload.errors import UnknownModelError
 from tl_fastload.promise import aten
 
@@ -114,6 +114,6 @@ def device_map(model: Any, move_to_device: bool) -> Callable[[str], torch.device
         index = 0 if parts[0] in ("embed", "pos_embed") else cfg.n_layers - 1
         if parts[0] == "blocks":
             index = int(parts[1])
-        return torch.device(get_device_for_block_index(index, cfg))
+        return torch.device(compat.device_of_block(index, cfg))
 
     return device_of

@@ -9,6 +9,7 @@ steps) runs as it is.
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -77,7 +78,12 @@ class _Loading:
             get_checkpoint_labels=borrow(loading.get_checkpoint_labels, **names, **own),
             **names,
         )
+        n_ctx = None
+        if "n_ctx" not in signature(loading.get_pretrained_model_config).parameters:
+            n_ctx = kwargs.pop("n_ctx", None)  # older than 2.17
         cfg = run(model_name, **{**kwargs, "hf_cfg": answers.hf_config_dict()})
+        if n_ctx is not None:
+            cfg.n_ctx = n_ctx
         answers.check_config(cfg)
         return cfg
 
@@ -85,31 +91,27 @@ class _Loading:
         self, model_name: str, cfg: Any, hf_model: Any = None, **kwargs: Any
     ) -> Any:
         answers = self._answers
-        transformers_class = SimpleNamespace(
+        tree = None
+        if not (answers.is_toy or cfg.from_checkpoint):
+            tree = answers.tree(None, kwargs.get("torch_dtype", kwargs["dtype"]))
+        checkpoints = SimpleNamespace(
             from_pretrained=lambda name, **kw: answers.tree(
-                kw.get("revision"), kw.get("dtype", kw.get("torch_dtype"))
+                kw["revision"], kw.get("dtype", kw.get("torch_dtype"))
             )
         )
         run = borrow(
             loading.get_pretrained_state_dict,
             Path=_NoPath,
             NEED_REMOTE_CODE_MODELS=(),
-            NON_HF_HOSTED_MODEL_NAMES=(),
             get_official_model_name=_same,
-            AutoModel=transformers_class,
-            AutoModelForCausalLM=transformers_class,
-            BertForPreTraining=transformers_class,
-            HubertModel=transformers_class,
-            T5ForConditionalGeneration=transformers_class,
-            Wav2Vec2Model=transformers_class,
+            AutoModelForCausalLM=checkpoints,
             HfApi=lambda: answers,
             utils=_utilities(answers),
             # Quantization is judged on the checkpoint's own configuration, before this.
             _refuse_unsupported_quantization=lambda cfg, hf_model: None,
-            _mxfp4_dequantize_config=lambda cfg: None,
             convert_olmo2_weights=_convert_olmo2_weights,
         )
-        return run(model_name, cfg, None, **kwargs)
+        return run(model_name, cfg, tree, **kwargs)
 
 
 def run_from_pretrained(
@@ -127,8 +129,12 @@ def run_from_pretrained(
     Returns:
         What `build` returned, after its `load_and_process_state_dict` has run.
     """
+    # Versions differ in their defaults and in the arguments that they have.
+    given = {name: value for name, value in arguments.items() if value is not None}
+    if "checkpoint_label" in given:
+        given["checkpoint_value"] = given.pop("checkpoint_label")
     function = HookedTransformer.from_pretrained.__func__  # type: ignore[attr-defined]
-    return borrow(function, loading=_Loading(answers))(build, model_name, **arguments)
+    return borrow(function, loading=_Loading(answers))(build, model_name, **given)
 
 
 def stock_name_for(official_name: str | None, label: str) -> str:

@@ -22,12 +22,26 @@ from tl_fastload import compat
 from tl_fastload.checkpoint import Checkpoint
 from tl_fastload.errors import CheckpointError
 from tl_fastload.keys import Ledger, rename_to_model, tied_groups
-from tl_fastload.promise import MemorySource, Promise, Source, SourceView
+from tl_fastload.promise import MemorySource, Promise, Source, SourceView, aten
 from tl_fastload.quantization import Quantization
 from tl_fastload.quantized_recipes import reads_quantized
 from tl_fastload.quantized_tree import combine, is_conv1d, promise_of_layer
 from tl_fastload.reader import FileReader, FileSource
 from tl_fastload.skeleton import SkipRandomInit
+
+
+class _NoValues(SkipRandomInit):
+    """Lets a module that is built on the meta device ask for a value, as xIELU of transformers 4
+    does: it gets zero, and never runs.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if args and isinstance(args[0], torch.Tensor) and args[0].is_meta:
+            if func is aten._to_copy.default:
+                kwargs = {**kwargs, "device": args[0].device}
+            elif func is aten._local_scalar_dense.default:
+                return 0
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 class MissingSource(Source):
@@ -138,7 +152,7 @@ def _empty_model(model_class: Any, hf_config: Any, dtype: torch.dtype) -> Any:
     log.setLevel(logging.ERROR)  # generation settings of a model that is never run are no news
     try:
         torch.set_default_dtype(dtype)
-        with torch.device("meta"), SkipRandomInit():  # type: ignore[no-untyped-call]
+        with torch.device("meta"), _NoValues():  # type: ignore[no-untyped-call]
             model = model_class(config)
     finally:
         torch.set_default_dtype(dtype_before)

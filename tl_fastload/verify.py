@@ -153,10 +153,15 @@ def check_quantization(origin: Origin, options: Options, arguments: dict[str, An
             f"quantized bytes cannot follow. {origin.label} is quantized: load the unquantized "
             "checkpoint with quantize=, which refactors first."
         )
+    if not compat.can_assign():
+        raise ArgumentError(
+            f"Quantized weights need torch {compat.ASSIGN_NEEDS_TORCH} or newer, this is "
+            f"{compat.TORCH}: upgrade torch, or load the unquantized checkpoint without quantize=."
+        )
     if not options.assigns:
         raise ArgumentError(
             "Quantized weights are put into the model as they are, which a copying load cannot do: "
-            f'use strategy="auto" with torch {compat.ASSIGN_NEEDS_TORCH} or newer.'
+            'use strategy="auto".'
         )
     require_device(_device(arguments))
 
@@ -186,7 +191,7 @@ def check_recipes(model: Any, origin: Origin, recipes: dict[str, Promise]) -> No
         if name in own and not _fits(promise, own[name]):
             found, wanted = tuple(promise.shape), tuple(own[name].shape)
             problems.append(f"misshapen: {name} comes out as {found} instead of {wanted}")
-    unread = _unread(origin, {id(source) for source in read}, model.cfg.n_layers)
+    unread = _unread(origin, {id(source) for source in read}, model.cfg)
     problems += [f"no place in HookedTransformer for: {name}" for name in unread]
     _raise_for(origin, problems)
 
@@ -278,14 +283,16 @@ def _fits(tensor: torch.Tensor, parameter: torch.Tensor) -> bool:
     return tensor.shape == parameter.shape or (tensor.numel() == 1 and parameter.dim() == 0)
 
 
-def _unread(origin: Origin, read: set[int], n_layers: int) -> list[str]:
+def _unread(origin: Origin, read: set[int], cfg: Any) -> list[str]:
     """Weights of the checkpoint that no parameter of the model depends on."""
     if origin.root is None or not hasattr(origin.root, "named_parameters"):
         return []
     unread = []
     for name, promise in origin.root.named_parameters():
         layer = _LAYER.search("." + name)
-        beyond = layer is not None and int(layer.group(1)) >= n_layers
+        beyond = layer is not None and int(layer.group(1)) >= cfg.n_layers
+        if not hasattr(cfg, "use_attention_sinks") and name.endswith(".sinks"):
+            continue  # this TransformerLens has none, which the report says
         if beyond or _NOT_TEXT.search(name) or not isinstance(promise, Promise):
             continue
         found = [view.source for view in sources(promise.node)]
