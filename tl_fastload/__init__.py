@@ -14,6 +14,7 @@ from tl_fastload.errors import (  # noqa: E402  # after the check, whose message
     NotEnoughMemoryError,
     QuantizationError,
     RecordingError,
+    SaveError,
     StrategyError,
     UnknownModelError,
     UnsupportedArchitectureError,
@@ -21,6 +22,8 @@ from tl_fastload.errors import (  # noqa: E402  # after the check, whose message
 from tl_fastload.model import LeanHookedTransformer, LeanLoadingMixin  # noqa: E402
 from tl_fastload.progress import ProgressEvent  # noqa: E402
 from tl_fastload.report import LoadReport  # noqa: E402
+from tl_fastload.store_read import verify_copy  # noqa: E402
+from tl_fastload.store_write import save_lean  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -36,7 +39,10 @@ __all__ = [
     "ProgressEvent",
     "QuantizationError",
     "RecordingError",
+    "SaveError",
     "StrategyError",
     "UnknownModelError",
     "UnsupportedArchitectureError",
+    "save_lean",
+    "verify_copy",
 ]

@@ -41,3 +41,7 @@ class RecordingError(LeanLoadError):
 
 class QuantizationError(LeanLoadError):
     """Quantized weights that cannot be read, made or multiplied by; says which and why."""
+
+
+class SaveError(LeanLoadError):
+    """A model that cannot be saved, or not there; nothing half-written is left."""

@@ -36,6 +36,8 @@ class LoadReport:
         quantization: kind of the quantized weights; None for a model without.
         not_quantized: matrices of a quantized model that are dense -> why.
         notes: anything else worth knowing, in sentences.
+        revision: the hub commit of the source; None for folders.
+        cache: "hit: <folder>", "filled: <folder>" or "not filled: <reason>"; None without a cache.
     """
 
     strategy: str
@@ -56,6 +58,8 @@ class LoadReport:
     quantization: str | None = None
     not_quantized: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    revision: str | None = None
+    cache: str | None = None
 
     def rows(self) -> list[tuple[str, str]]:
         """The report as (label, text) pairs, in reading order."""
@@ -80,6 +84,8 @@ class LoadReport:
             f"transformer_lens {self.transformer_lens_version}"
         )
         rows.append(("versions", versions))
+        if self.cache is not None:
+            rows.append(("cache", self.cache))
         rows += [("note", note) for note in self.notes]
         return rows
 
