@@ -11,14 +11,15 @@ from tl_fastload.errors import (  # noqa: E402  # after the check, whose message
     CheckpointError,
     LeanLoadError,
     MissingWeightsError,
-    NotEnoughMemoryError,
+    NotEnoughMemory,
     QuantizationError,
     RecordingError,
     StrategyError,
     UnknownModelError,
     UnsupportedArchitectureError,
 )
-from tl_fastload.model import LeanHookedTransformer, LeanLoadingMixin  # noqa: E402
+from tl_fastload.load_plan import LoadPlan  # noqa: E402
+from tl_fastload.model import LeanHookedTransformer, LeanLoadingMixin, plan  # noqa: E402
 from tl_fastload.progress import ProgressEvent  # noqa: E402
 from tl_fastload.report import LoadReport  # noqa: E402
 
@@ -30,13 +31,15 @@ __all__ = [
     "LeanHookedTransformer",
     "LeanLoadError",
     "LeanLoadingMixin",
+    "LoadPlan",
     "LoadReport",
     "MissingWeightsError",
-    "NotEnoughMemoryError",
+    "NotEnoughMemory",
     "ProgressEvent",
     "QuantizationError",
     "RecordingError",
     "StrategyError",
     "UnknownModelError",
     "UnsupportedArchitectureError",
+    "plan",
 ]

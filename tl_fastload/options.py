@@ -13,7 +13,7 @@ from tl_fastload.errors import ArgumentError, StrategyError
 from tl_fastload.progress import Progress, ProgressOption
 from tl_fastload.quantization import Quantization
 
-OWN_ARGUMENTS = ("strategy", "mmap", "progress", "quantize", "dequantize")
+OWN_ARGUMENTS = ("strategy", "mmap", "progress", "quantize", "dequantize", "check_memory")
 """Arguments of `from_pretrained_lean` that TransformerLens' `from_pretrained` does not have."""
 
 _STRATEGIES = ("auto", "assign", "copy")
@@ -30,7 +30,9 @@ class Options:
         progress: as `from_pretrained_lean` takes it.
         quantize: how to quantize matrices while they are loaded, or None.
         dequantize: whether transformers is to make ordinary weights of a quantized checkpoint.
+        check_memory: whether to refuse a load that will not fit.
         move_to_device: whether parameters go to the configured device.
+        only_plan: find out what a load would do, from the configuration and the headers.
     """
 
     strategy: str = "auto"
@@ -38,7 +40,9 @@ class Options:
     progress: ProgressOption = None
     quantize: Quantization | None = None
     dequantize: bool = False
+    check_memory: bool = True
     move_to_device: bool = True
+    only_plan: bool = False
 
     def check(self) -> None:
         """Raise for values that mean nothing, or that this torch cannot do."""
