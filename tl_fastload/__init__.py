@@ -11,7 +11,7 @@ from tl_fastload.errors import (  # noqa: E402  # after the check, whose message
     CheckpointError,
     LeanLoadError,
     MissingWeightsError,
-    NotEnoughMemoryError,
+    NotEnoughMemory,
     QuantizationError,
     RecordingError,
     SaveError,
@@ -19,7 +19,8 @@ from tl_fastload.errors import (  # noqa: E402  # after the check, whose message
     UnknownModelError,
     UnsupportedArchitectureError,
 )
-from tl_fastload.model import LeanHookedTransformer, LeanLoadingMixin  # noqa: E402
+from tl_fastload.load_plan import LoadPlan  # noqa: E402
+from tl_fastload.model import LeanHookedTransformer, LeanLoadingMixin, plan  # noqa: E402
 from tl_fastload.progress import ProgressEvent  # noqa: E402
 from tl_fastload.report import LoadReport  # noqa: E402
 from tl_fastload.store_read import verify_copy  # noqa: E402
@@ -33,9 +34,10 @@ __all__ = [
     "LeanHookedTransformer",
     "LeanLoadError",
     "LeanLoadingMixin",
+    "LoadPlan",
     "LoadReport",
     "MissingWeightsError",
-    "NotEnoughMemoryError",
+    "NotEnoughMemory",
     "ProgressEvent",
     "QuantizationError",
     "RecordingError",
@@ -43,6 +45,7 @@ __all__ = [
     "StrategyError",
     "UnknownModelError",
     "UnsupportedArchitectureError",
+    "plan",
     "save_lean",
     "verify_copy",
 ]

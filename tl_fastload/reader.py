@@ -148,10 +148,15 @@ class FileSource(Source):
     def lend(self, geometry: torch.Tensor) -> torch.Tensor | None:
         return None
 
+    def is_mapped(self) -> bool:
+        """Whether the stored tensor itself is mapped, not read."""
+        aligned = self.entry.offset % torch.empty(0, dtype=self.dtype).element_size() == 0
+        return self.reader.maps is not None and aligned
+
     def whole(self) -> torch.Tensor:
         """The stored tensor itself: mapped if files may be mapped, else read."""
         geometry = torch.empty(self.shape, dtype=self.dtype, device="meta")
-        if self.reader.maps is not None and self.entry.offset % geometry.element_size() == 0:
+        if self.is_mapped() and self.reader.maps is not None:
             return self.reader.maps.view(self.entry, geometry)
         out = torch.empty(self.shape, dtype=self.dtype)
         self.read_into(out, geometry, ())
@@ -235,6 +240,7 @@ def byte_span(entry: TensorEntry, geometry: torch.Tensor) -> tuple[int, int]:
     size = item_bytes(entry.dtype)
     first = int(geometry.storage_offset())
     last = first + sum(
-        (length - 1) * stride for length, stride in zip(geometry.shape, geometry.stride(), strict=True)
+        (length - 1) * stride
+        for length, stride in zip(geometry.shape, geometry.stride(), strict=True)
     )
     return entry.offset + first * size, entry.offset + (last + 1) * size

@@ -23,6 +23,7 @@ from tl_fastload.options import Options, is_on_network
 from tl_fastload.progress import Progress
 from tl_fastload.reader import FileMaps, FileReader, FileSource
 from tl_fastload.report import LoadReport
+from tl_fastload.room import check_room
 from tl_fastload.safetensors_header import TensorEntry
 from tl_fastload.skeleton import build_empty, device_map
 from tl_fastload.store_check import check_arguments, check_names, steps_to_do
@@ -248,7 +249,8 @@ def _place(
     device_of: Any,
 ) -> int:
     """Put every parameter and buffer into the model; the bytes of parameters that are mapped."""
-    _check_room(manifest, entries, reader, device_of)
+    if options.check_memory:
+        _check_room(manifest, entries, reader, device_of)
     done: dict[tuple[str, ...], nn.Parameter] = {}
     mapped_bytes = 0
     used = {key for view in manifest.parameters.values() for key in _keys(view)}
@@ -288,7 +290,7 @@ def _check_room(
         if reader.maps is None or device.type != "cpu":
             size = sum(entries[key].nbytes for key in _keys(view))
             needed[device] = needed.get(device, 0) + size
-    verify.check_room(needed, manifest.source or manifest.model_class)
+    check_room(needed, manifest.source or manifest.model_class)
 
 
 def _parameter(
