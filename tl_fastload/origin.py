@@ -48,6 +48,7 @@ class Origin:
         checkpoint: the opened weight files; filled by `tree`.
         n_layers: layers of the whole model, once its configuration is known.
         is_recording: whether TransformerLens' converter or processing runs on the tree just now.
+        commit: of the hub repository that the weights come from; None for anything else.
     """
 
     label: str
@@ -67,6 +68,7 @@ class Origin:
     checkpoint: Checkpoint | None = None
     n_layers: int | None = None
     is_recording: bool = False
+    commit: str | None = None
 
     def hf_config_dict(self) -> dict[str, Any]:
         if self.hf_model is None:
@@ -131,7 +133,7 @@ class Origin:
         if revision is not None and location.repo is not None:
             hub = {**self.keywords.hub, "revision": revision}
             location = resolve_config(location.repo, **hub)
-            self.label = location.label
+            self.label, self.commit = location.label, location.commit
         self.checkpoint = open_weights(location, **self.keywords.files)
         self.notes.extend(self.checkpoint.notes)
         self.reader.maps = FileMaps() if self.options.may_map(self.checkpoint) else None
@@ -222,6 +224,7 @@ def find_origin(
         reader=reader,
         options=options,
         spec=spec,
+        commit=location.commit,
     )
 
 

@@ -36,6 +36,7 @@ class LoadReport:
         quantization: kind of the quantized weights; None for a model without.
         not_quantized: matrices of a quantized model that are dense -> why.
         notes: anything else worth knowing, in sentences.
+        revision: commit of a model from the hub; None for any other.
     """
 
     strategy: str
@@ -56,6 +57,7 @@ class LoadReport:
     quantization: str | None = None
     not_quantized: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    revision: str | None = None
 
     def rows(self) -> list[tuple[str, str]]:
         """The report as (label, text) pairs, in reading order."""

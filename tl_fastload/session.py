@@ -245,6 +245,7 @@ def _report(model: Any, session: Session, sampler: PeakSampler, seconds: float) 
         quantization=_quantization(session),
         not_quantized=session.not_quantized,
         notes=(*(origin.notes if origin is not None else ()), *session.notes),
+        revision=origin.commit if origin is not None else None,
     )
 
 
