@@ -130,13 +130,9 @@ class FrozenSubmodulesMixin(_Base):
         if hasattr(state_dict, "_metadata"):
             rest._metadata = state_dict._metadata  # type: ignore[attr-defined]
         if not self._translates_keys(is_frozen):
-            missing, unexpected = (
-                [k for k in own if k not in rest],
-                [k for k in rest if k not in own],
-            )
-            self._check_keys(
-                *((missing, unexpected) if strict else ([], [])), _misshapen(rest, own)
-            )
+            missing = [key for key in own if strict and key not in rest]
+            unexpected = [key for key in rest if strict and key not in own]
+            self._check_keys(missing, unexpected, _misshapen(rest, own))
         try:
             found = super().load_state_dict(rest, False, *args, **kwargs)
         except RuntimeError as error:
