@@ -443,6 +443,38 @@ def test_nested_shared_and_compiled(saved: str, loaded: str) -> None:
     )
 
 
+class Tied(nn.Module):
+    """Two names, one parameter, as in Hugging Face's models with tied embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(2, 2), nn.Linear(2, 2)
+        self.other.weight = self.one.weight
+
+
+def test_a_full_checkpoint_with_tied_weights() -> None:
+    class Holder(FrozenSubmodulesMixin, nn.Module):
+        frozen_submodules = ("part",)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.part, self.head = Tied(), nn.Linear(2, 2)
+
+    holder = Holder()
+    full = nn.Module.state_dict(holder)
+    assert {"part.one.weight", "part.other.weight"} < set(full)
+    holder.load_state_dict(full)
+
+
+@pytest.mark.slow
+def test_a_compiled_lightning_module(lens: Any, tmp_path: Path) -> None:
+    model = seeded(PL, lens)
+    path = tmp_path / "a.ckpt"
+    fit(PL, torch.compile(model, backend="eager"), 1).save_checkpoint(path)
+    loaded = sae_class(PL).load_from_checkpoint(path, lens=lens)
+    assert torch.equal(loaded.sae.encoder.weight, model.sae.encoder.weight)
+
+
 def test_a_compiled_lean_model(lens: Any, checkpoint: Path) -> None:
     compiled = torch.compile(copy.deepcopy(lens), backend="eager")
     model = sae_class(PL).load_from_checkpoint(checkpoint, lens=compiled)

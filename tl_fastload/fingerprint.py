@@ -42,9 +42,10 @@ def fingerprint(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
 
 def parameters_of(module: nn.Module) -> dict[str, torch.Tensor]:
     """What to take a module's fingerprint of: its parameters, under the names that they have when
-    nothing in it is compiled.
+    nothing in it is compiled; a shared one counts under each.
     """
-    return {plain_name(name): parameter for name, parameter in module.named_parameters()}
+    named = module.named_parameters(remove_duplicate=False)
+    return {plain_name(name): parameter for name, parameter in named}
 
 
 def plain_name(name: str) -> str:

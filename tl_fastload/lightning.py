@@ -315,7 +315,7 @@ class FrozenSubmodulesMixin(_Base):
     def _check_keys(self, missing: list[str], unexpected: list[str], misshapen: list[str]) -> None:
         """Raise MissingWeightsError if there are any."""
         parts = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
-        wrong = [f"{label}: {listed(names, 20)}" for label, names in parts if names]
+        wrong = [f"{label}: {', '.join(names)}" for label, names in parts if names]
         if wrong:
             raise MissingWeightsError(
                 f"The checkpoint does not fit {type(self).__name__}. Keys {'; '.join(wrong)}. "
