@@ -25,7 +25,7 @@ MODULES = """
 import json, sys
 import transformer_lens
 before = set(sys.modules)
-import tl_fastload
+import tl_fastload, tl_fastload.lightning
 print(json.dumps([sorted(before), sorted(set(sys.modules) - before)]))
 """
 

@@ -9,6 +9,7 @@ _compat.require_hooked_transformer()
 from tl_fastload.errors import (  # noqa: E402  # after the check, whose message would be lost otherwise
     ArgumentError,
     CheckpointError,
+    DifferentModelError,
     LeanLoadError,
     MissingWeightsError,
     NotEnoughMemory,
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "CheckpointError",
+    "DifferentModelError",
     "LeanHookedTransformer",
     "LeanLoadError",
     "LeanLoadingMixin",

@@ -27,6 +27,10 @@ class MissingWeightsError(CheckpointError):
     """Weights are missing, unexpected or of the wrong shape; lists all of them."""
 
 
+class DifferentModelError(CheckpointError):
+    """A checkpoint was trained beside another pretrained model than the one that stands here."""
+
+
 class NotEnoughMemory(LeanLoadError, MemoryError):  # noqa: N818  # reads as what it is
     """The model cannot fit; raised before weights are read, with what would fit."""
 

@@ -53,6 +53,7 @@ class Origin:
         n_layers: layers of the whole model, once its configuration is known.
         is_recording: whether TransformerLens' converter or processing runs on the tree just now.
         stock_ledger: counts what stock would need; None unless that is wanted.
+        commit: of the hub repository that the weights come from; None for anything else.
     """
 
     label: str
@@ -73,6 +74,7 @@ class Origin:
     n_layers: int | None = None
     is_recording: bool = False
     stock_ledger: StockLedger | None = None
+    commit: str | None = None
 
     def hf_config_dict(self) -> dict[str, Any]:
         if self.hf_model is None:
@@ -145,7 +147,7 @@ class Origin:
         if revision is not None and location.repo is not None:
             hub = {**self.keywords.hub, "revision": revision}
             location = resolve_config(location.repo, **hub)
-            self.label = location.label
+            self.label, self.commit = location.label, location.commit
         open_files = open_headers if self.options.only_plan else open_weights
         self.checkpoint = open_files(location, **self.keywords.files)
         self.notes.extend(self.checkpoint.notes)
@@ -267,6 +269,7 @@ def find_origin(
         reader=reader,
         options=options,
         spec=spec,
+        commit=location.commit,
     )
 
 

@@ -284,7 +284,6 @@ def _report(model: Any, session: Session, sampler: PeakSampler, seconds: float) 
     parameters = list(model.parameters())
     asked = {step for step, value in session.requested.items() if value}
     model._processed = (asked, versions(model))
-    location = origin.location if origin is not None else None
     if origin is not None:
         model._quantization = session.options.quantize or origin.spec
     return LoadReport(
@@ -306,7 +305,7 @@ def _report(model: Any, session: Session, sampler: PeakSampler, seconds: float) 
         quantization=quantization(session),
         not_quantized=session.not_quantized,
         notes=(*(origin.notes if origin is not None else ()), *session.notes),
-        revision=location.commit if location is not None else None,
+        revision=origin.commit if origin is not None else None,
     )
 
 
