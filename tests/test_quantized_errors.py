@@ -272,16 +272,6 @@ def test_a_good_load_does_read(road: Any, folder: Path) -> None:
         road(folder)
 
 
-def test_processing_a_quantized_model_in_place() -> None:
-    loaded = LeanHookedTransformer.from_pretrained_no_processing_lean(
-        embedded_model_path(), quantize="8bit"
-    )
-    before = {name: value.clone() for name, value in loaded.state_dict().items()}
-    with pytest.raises(ArgumentError, match="Load the model again"):
-        loaded.process_weights_()
-    assert all(torch.equal(value, before[name]) for name, value in loaded.state_dict().items())
-
-
 def test_processing_a_processed_quantized_model_changes_nothing() -> None:
     loaded = LeanHookedTransformer.from_pretrained_lean(embedded_model_path(), quantize="8bit")
     loaded.process_weights_()
