@@ -10,12 +10,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import bounds, cases, environment, table
+from benchmarks import bounds, cases, environment, quantized, table
 from benchmarks.imports import measure_import
 from benchmarks.measure import Case, Measurement
 from benchmarks.models import SHAPES, make_checkpoint
 
-_STAGES = ("load", "forward", "import")
+_STAGES = ("load", "forward", "quantized", "import")
 _BOUNDED = tuple(shape.name for shape in SHAPES.values() if shape.bounded)
 _TINY = tuple(shape.name for shape in SHAPES.values() if not shape.bounded)
 _RESULTS = Path(__file__).parent / "results"
@@ -25,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns 1 when a bound failed or a measurement broke down."""
     options = _parser().parse_args(arguments)
     load, forward = "load" in options.only, "forward" in options.only
+    has_quantized = "quantized" in options.only
     errors = Console(stderr=True)
     machine = environment.machine()
     planned: list[Case] = []
@@ -32,16 +33,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         planned = cases.all_cases(
             options.models, load=load, forward=forward, with_stock=options.stock
         )
+    if has_quantized:
+        with_stock = options.stock and not forward  # which measures stock in bfloat16 already
+        planned += quantized.all_cases(options.models, with_stock=with_stock)
+    if planned:
         for model in options.models:
             errors.print(f"checkpoint {model}: {make_checkpoint(model, options.cache)}")
     imported = measure_import() if "import" in options.only else None
     results = cases.run_all(planned, options.repeats, options.cache, _announcer(errors))
 
     checks = bounds.checks(results, options.models, load=load, forward=forward)
+    if has_quantized:
+        checks += quantized.checks(results, options.models)
     if imported is not None:
         checks.append(bounds.import_check(None if imported.error else imported.median_seconds))
     table.show(Console(), results, planned, checks, imported, machine)
-    complete = load and forward and imported is not None and options.stock
+    complete = load and forward and has_quantized and imported is not None and options.stock
     complete = complete and tuple(options.models) == _BOUNDED
     found = table.report(results, planned, checks, imported, machine)
     _write(found, options.json, complete, errors)

@@ -25,6 +25,7 @@ from typing import IO, Any
 
 from benchmarks import models
 from benchmarks.proc import Memory, StatusFile, meminfo
+from benchmarks.quantized_checkpoints import make_quantized_checkpoint
 
 _SAMPLE_SECONDS = 0.002
 _READ_AHEAD_BYTES = 16 << 20
@@ -41,13 +42,16 @@ class Case:
     Attributes:
         model: a key of `benchmarks.models.SHAPES`.
         road: who loads: a key of `benchmarks.roads.ROADS` ("lean", "stock", "transformers",
-            "floor").
+            "floor") or of `benchmarks.quantized_roads.ROADS`.
         dtype: of the loaded parameters, a torch name such as "float32".
         processed: whether TransformerLens' processing (folding, centring) is on.
         strategy: passed to the lean loader.
         from_hf_model: the caller holds the Hugging Face model in memory and passes it.
         loads: how many times to load, each time letting the one before go.
         forward_tokens: lengths of the batch-1 forward passes to time after the load.
+        kind: how the loaded weights are quantized ("int8", "nf4"); empty for not at all.
+        saved: they come quantized, from a checkpoint that transformers saved; otherwise they are
+            quantized while they are loaded.
     """
 
     model: str
@@ -58,12 +62,16 @@ class Case:
     from_hf_model: bool = False
     loads: int = 1
     forward_tokens: tuple[int, ...] = ()
+    kind: str = ""
+    saved: bool = False
 
     @property
     def name(self) -> str:
         """Short and unique, such as "llama-1.1b bfloat16 lean processed"."""
         parts = [self.model, self.dtype, self.road]
-        if self.road in ("lean", "stock"):
+        if self.kind:
+            parts[2:] = [self.kind, self.road, "saved" if self.saved else "quantize"]
+        if self.road in ("lean", "stock", "densify"):
             parts.append("processed" if self.processed else "unprocessed")
         if self.strategy != "auto":
             parts.append(self.strategy)
@@ -152,7 +160,10 @@ def run_case(case: Case, cache: Path | None = None, timeout_seconds: float = 180
     Returns:
         The measurement. When the process failed, or would not fit in memory, `error` says so.
     """
-    folder = models.make_checkpoint(case.model, cache).resolve()
+    if case.saved:
+        folder = make_quantized_checkpoint(case.model, case.kind, cache).resolve()
+    else:
+        folder = models.make_checkpoint(case.model, cache).resolve()
     need, free = needed_bytes(case), meminfo("MemAvailable")
     if need > free:
         return Measurement(

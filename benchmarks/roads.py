@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import models
+from benchmarks import models, quantized_roads
 from benchmarks.forward import sample_log_probs, time_forward
+from benchmarks.loading import blank_tokenizer, dtype_argument, import_architecture, torch_dtype
 from benchmarks.measure import Case
 from benchmarks.proc import own_memory
 
@@ -21,7 +22,8 @@ Load = Callable[[], Any]
 def prepare(case: dict[str, Any], folder: str) -> tuple[Load, Callable[[Any], dict[str, Any]]]:
     """Import what the case needs, and return the load and the description of its result."""
     wanted = Case(**case)
-    load = ROADS[wanted.road](wanted, Path(folder))
+    roads = quantized_roads.ROADS if wanted.kind else ROADS
+    load = roads[wanted.road](wanted, Path(folder))
     repeated = _Repeated(load, wanted.loads) if wanted.loads > 1 else None
 
     def describe(loaded: Any) -> dict[str, Any]:
@@ -37,7 +39,7 @@ def _describe(loaded: Any, case: Case) -> dict[str, Any]:
     if isinstance(loaded, list):  # the floor has tensors, no model
         return {"parameter_bytes": viewed_bytes(loaded), "buffer_bytes": 0}
     facts: dict[str, Any] = {
-        "parameter_bytes": viewed_bytes(loaded.parameters()),
+        "parameter_bytes": viewed_bytes(quantized_roads.stored_tensors(loaded)),
         "buffer_bytes": viewed_bytes(loaded.buffers()),
         "forward_seconds": {str(n): time_forward(loaded, n) for n in case.forward_tokens},
     }
@@ -106,60 +108,54 @@ class _Repeated:
         return self._held[-1] - self._held[1]
 
 
-def _torch_dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
-
-
 def _floor(case: Case, folder: Path) -> Load:
     from benchmarks.floor import load_floor
 
     tied = models.SHAPES[case.model].tied_key
-    return lambda: load_floor(models.weights_file(folder), _torch_dtype(case.dtype), twice=tied)
+    return lambda: load_floor(models.weights_file(folder), torch_dtype(case.dtype), twice=tied)
 
 
 def _stock(case: Case, folder: Path) -> Load:
     """TransformerLens' own loader, not altered in any way, under a name that it knows."""
     from transformer_lens import HookedTransformer
 
-    _import_architecture(folder)
+    import_architecture(folder)
     name = models.SHAPES[case.model].official_name
     function = (
         HookedTransformer.from_pretrained
         if case.processed
         else HookedTransformer.from_pretrained_no_processing
     )
-    arguments: dict[str, Any] = {"dtype": _torch_dtype(case.dtype), "device": "cpu"}
-    _blank_tokenizer()  # its imports
-    return lambda: function(name, tokenizer=_blank_tokenizer(), **arguments)
+    arguments: dict[str, Any] = {"dtype": torch_dtype(case.dtype), "device": "cpu"}
+    blank_tokenizer()  # its imports
+    return lambda: function(name, tokenizer=blank_tokenizer(), **arguments)
 
 
 def _lean(case: Case, folder: Path) -> Load:
     from tl_fastload import LeanHookedTransformer
 
-    _import_architecture(folder)
+    import_architecture(folder)
     function = (
         LeanHookedTransformer.from_pretrained_lean
         if case.processed
         else LeanHookedTransformer.from_pretrained_no_processing_lean
     )
     arguments: dict[str, Any] = {
-        "dtype": _torch_dtype(case.dtype),
+        "dtype": torch_dtype(case.dtype),
         "device": "cpu",
         "strategy": case.strategy,
     }
     if case.from_hf_model:
         arguments["hf_model"] = _hf_model_in_memory(case, folder)
-    _blank_tokenizer()  # its imports
-    return lambda: function(folder, tokenizer=_blank_tokenizer(), **arguments)
+    blank_tokenizer()  # its imports
+    return lambda: function(folder, tokenizer=blank_tokenizer(), **arguments)
 
 
 def _transformers(case: Case, folder: Path) -> Load:
     from transformers import AutoModelForCausalLM
 
-    _import_architecture(folder)
-    arguments = {**_dtype_argument(case.dtype), "attn_implementation": "sdpa"}
+    import_architecture(folder)
+    arguments = {**dtype_argument(case.dtype), "attn_implementation": "sdpa"}
     return lambda: AutoModelForCausalLM.from_pretrained(folder, **arguments)
 
 
@@ -171,41 +167,11 @@ ROADS: dict[str, Callable[[Case, Path], Load]] = {
 }
 
 
-def _dtype_argument(name: str) -> dict[str, torch.dtype]:
-    import transformers
-    from packaging.version import Version
-
-    renamed = Version(transformers.__version__) >= Version("4.56")
-    return {"dtype" if renamed else "torch_dtype": _torch_dtype(name)}
-
-
-def _import_architecture(folder: Path) -> None:
-    """Import transformers' code for the model: an import, not a part of the load."""
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.from_pretrained(folder))]
-
-
-def _blank_tokenizer() -> Any:
-    """The smallest tokenizer that TransformerLens accepts, so that none is loaded.
-
-    A new one for every load, since the model alters it.
-    """
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))
-    make: Any = PreTrainedTokenizerFast  # has no types in some versions
-    return make(tokenizer_object=words, unk_token="<unk>")
-
-
 def _hf_model_in_memory(case: Case, folder: Path) -> Any:
     """What a caller holds: the Hugging Face model in the file's dtype, in memory of its own."""
     from transformers import AutoModelForCausalLM
 
-    stored = _dtype_argument(models.SHAPES[case.model].file_dtype)
+    stored = dtype_argument(models.SHAPES[case.model].file_dtype)
     model = AutoModelForCausalLM.from_pretrained(folder, **stored)
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # transformers 5 leaves it in the mapped file

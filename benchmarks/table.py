@@ -12,7 +12,7 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks import bounds, cases, environment
+from benchmarks import bounds, cases, environment, quantized
 from benchmarks.bounds import Check, Results
 from benchmarks.measure import Case, Measurement
 
@@ -191,7 +191,10 @@ def _as_json(results: Results, case: Case) -> dict[str, Any]:
     """The measurement; of the log-probabilities only how far they are from transformers'."""
     found = results[case.name]
     facts = {name: fact for name, fact in found.facts.items() if name != "log_probs"}
-    reference = _good(results, cases.transformers(case.model, case.dtype))
+    if case.kind:
+        reference = _good(results, quantized.exact_reference(case.model, case.kind))
+    else:
+        reference = _good(results, cases.transformers(case.model, case.dtype))
     facts["log_prob_difference"] = bounds.log_prob_difference(found, reference)
     return asdict(found) | {"facts": facts}
 
@@ -215,10 +218,13 @@ def show(
     if not console.is_terminal:
         console.width = _WIDTH  # a pipe or a log has no width of its own
     parts: list[RenderableType] = []
-    if planned:
-        parts.append(load_table(results, planned))
-    if any(case.forward_tokens for case in planned):
-        parts.append(forward_table(results, planned))
+    dense = [case for case in planned if not case.kind]
+    if any(case.road == "lean" for case in dense):
+        parts.append(load_table(results, dense))
+        if any(case.forward_tokens for case in dense):
+            parts.append(forward_table(results, dense))
+    if len(dense) < len(planned):
+        parts.append(quantized.table(results, planned))
     if checks:
         parts.append(checks_table(checks))
     for part in parts:

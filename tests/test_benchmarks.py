@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from benchmarks import bounds, cases, models
+from benchmarks import bounds, cases, models, quantized
 from benchmarks.__main__ import main
 from benchmarks.floor import load_floor
 from benchmarks.measure import Case, Measurement, WorkerError, combine, run_action, run_case
+from benchmarks.quantized_checkpoints import make_quantized_checkpoint
+from benchmarks.quantized_roads import stored_tensors
 from benchmarks.roads import viewed_bytes
+from tl_fastload import LeanHookedTransformer
 
 MB = 10**6
 Prepared = tuple[Callable[[], Any], Callable[[Any], dict[str, Any]]]
@@ -238,6 +242,78 @@ def test_every_bound_is_about_a_case_that_is_measured() -> None:
     assert {check.subject for check in found} <= results.keys()
     assert all(check.passed is not None for check in found)
     assert len({(check.subject, check.promise) for check in found}) == len(found) > 40
+
+
+def quantized_results(peak: int, seconds: float, densified: float) -> dict[str, Measurement]:
+    """Of every case, the lean ones as told; parameters are as large as the largest one."""
+    results = {}
+    whole = quantized.largest_parameter_bytes("llama-1.1b")
+    for case in quantized.all_cases(["llama-1.1b"]):
+        is_lean = case.road == "lean"
+        times = dict.fromkeys(map(str, case.forward_tokens), seconds if is_lean else 1.0)
+        held = measurement(1.0, forward_seconds=times, log_probs=[densified if is_lean else 0.0])
+        held.facts["parameter_bytes"] = whole
+        memory = dict.fromkeys(("peak_anonymous_bytes", "peak_resident_bytes"), peak * whole // 100)
+        results[case.name] = replace(held, **memory) if is_lean else held
+    return results
+
+
+def test_quantized_bounds_pass_and_fail_where_they_should() -> None:
+    def verdicts(*args: Any) -> set[bool | None]:
+        found = quantized.checks(quantized_results(*args), ["llama-1.1b"])
+        return {check.passed for check in found if "quantized model" not in check.promise}
+
+    assert verdicts(205, 1.3, 0.1) == {True}  # a parameter in float32 is allowed for
+    assert verdicts(206, 1.31, 0.3) == {False}
+    checks = quantized.checks(quantized_results(205, 1.3, 0.1), ["llama-1.1b", "gpt2-medium"])
+    assert all(check.passed for check in checks)
+    assert len({(check.subject, check.promise) for check in checks}) == len(checks) > 15
+    assert {check.passed for check in quantized.checks({}, ["llama-1.1b"])} == {None}
+    assert quantized.checks({}, ["tiny-llama"]) == []
+    assert quantized.all_cases(["gpt2-medium"]) == []
+
+
+def test_quantized_table_has_a_row_for_each_load() -> None:
+    planned = quantized.all_cases(["llama-1.1b"])
+    results = quantized_results(200, 1.0, 0.0)
+    made = quantized.table(results, [*cases.all_cases(["llama-1.1b"]), *planned])
+    # A heading for each kind and one for stock, whose bfloat16 load is shown for comparison.
+    assert made.row_count == len(planned) + 3 + 1
+
+
+@pytest.mark.slow  # two processes that import everything
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_quantized_roads_load_the_same_function(kind: str, cache: Path) -> None:
+    folder = make_quantized_checkpoint("tiny-llama", kind, cache)
+    written = models.weights_file(folder).stat().st_mtime_ns
+    assert make_quantized_checkpoint("tiny-llama", kind, cache) == folder
+    assert models.weights_file(folder).stat().st_mtime_ns == written
+    found = {
+        case.road: run_case(replace(case, forward_tokens=(1,)), cache)
+        for case in (
+            quantized.lean("tiny-llama", kind, saved=True),
+            quantized.exact_reference("tiny-llama", kind),
+            quantized.densify("tiny-llama", kind),
+        )
+    }
+    assert {m.error for m in found.values()} == {None}
+    lean, densified = found.pop("lean"), found.pop("densify")
+    (reference,) = found.values()
+    for one in (lean, densified):
+        difference = bounds.log_prob_difference(one, reference)
+        assert difference is not None
+        assert difference < 0.1
+    # Zero biases, which a tiny model has many of, are all that TransformerLens adds.
+    assert reference.parameter_bytes <= lean.parameter_bytes < 1.1 * reference.parameter_bytes
+
+
+@pytest.mark.parametrize("kind", ["8bit", "nf4"])
+def test_stored_bytes_are_those_of_the_report(kind: str, cache: Path) -> None:
+    folder = models.make_checkpoint("tiny-llama", cache)
+    model = LeanHookedTransformer.from_pretrained_lean(folder, quantize=kind, device="cpu")
+    held = viewed_bytes(stored_tensors(model))
+    assert held == model.load_report.parameter_bytes
+    assert held < models.file_bytes(models.SHAPES["tiny-llama"])
 
 
 def test_command_writes_the_figures(

@@ -22,6 +22,11 @@ from tl_fastload.errors import QuantizationError
 from tl_fastload.quantized_bytes import FourBitBytes, Int8Bytes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# bitsandbytes compiles what dequantizes large blocks on AVX-512 CPUs: half a minute.
+EVERY_BLOCK_SIZE = [
+    pytest.param(size, marks=[pytest.mark.slow] if size >= 2048 else [])
+    for size in bnb_kernels.BLOCKSIZES
+]
 FOUR_BIT = list(itertools.product(("nf4", "fp4"), (False, True), (64, 128)))
 
 
@@ -86,6 +91,27 @@ def test_4bit_dequantizes_as_transformers_does(
     found = bnb_kernels.dequantize(bnb_kernels.from_params4bit(layer), dtype)
     assert expected.dtype == dtype
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("blocksize", EVERY_BLOCK_SIZE)
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_every_block_size(kind: str, double_quant: bool, blocksize: int) -> None:
+    """The bytes, the product and a part of the rows, in rows of one and of several blocks."""
+    for columns in (blocksize, max(blocksize, 4096)):
+        dense = _dense(12, columns)
+        layer = layer_4bit(dense, kind, double_quant, blocksize)
+        theirs = bnb_kernels.from_params4bit(layer)
+        stored = bnb_kernels.quantize(dense, kind, blocksize=blocksize, double_quant=double_quant)
+        assert theirs.blocksize == blocksize
+        for name, tensor in theirs.tensors().items():
+            assert torch.equal(stored.tensors()[name], tensor), name
+        x = _activations(3, columns)
+        assert torch.equal(bnb_kernels.linear(stored, x), layer(x))
+        values = bnb_kernels.dequantize(stored, torch.float32)
+        assert (values - dense).norm() < 0.2 * dense.norm()
+        some = stored.rows(torch.tensor([7, 8, 2]))
+        assert torch.equal(bnb_kernels.dequantize(some, torch.float32), values[[7, 8, 2]])
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import quantized_zoo as qz
 import torch
-import transformers
 from comparison import lean_model
-from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig
 
-from tl_fastload import dequantize
 from tl_fastload.errors import (
     ArgumentError,
-    LeanLoadError,
-    MissingWeightsError,
     UnsupportedArchitectureError,
 )
 from tl_fastload.quantization import (
@@ -128,80 +120,3 @@ def test_what_a_configuration_declares() -> None:
     for fields, method in (({"quant_method": "gptq"}, "gptq"), ({"bits": 4}, "an unnamed method")):
         with pytest.raises(UnsupportedArchitectureError, match=f"here is quantized with {method}"):
             of_checkpoint(_config(**fields), "here")
-
-
-def _dequantized(folder: Path) -> Any:
-    config = transformers.AutoConfig.from_pretrained(folder)
-    return dequantize.load_dequantized(folder, config, torch.float32)
-
-
-@pytest.mark.parametrize("kind", ["int8", "nf4-double"])
-def test_dequantized_by_transformers(kind: str, zoo: Any) -> None:
-    folder = qz.build(zoo, "llama-gqa")
-    saved = qz.saved(folder, kind)
-    model = lean_model(saved, hf_model=_dequantized(saved))
-    expected = lean_model(qz.dense_folder("llama-gqa", folder, kind))
-    assert model.load_report.quantization is None
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, expected.get_parameter(name)), name
-
-
-def _as_fp8(folder: Path, target: Path) -> dict[str, torch.Tensor]:
-    """Write a checkpoint in float8 blocks of 32 x 32; returns the values that they stand for."""
-    shutil.copytree(folder, target)
-    tensors = {n: t.clone() for n, t in load_file(target / "model.safetensors").items()}
-    exact = {}
-    for name in [name for name in tensors if name.endswith("proj.weight")]:
-        rows, columns = tensors[name].shape
-        blocks = tensors[name].view(rows // 32, 32, columns // 32, 32)
-        scales = blocks.abs().amax((1, 3)) / 448
-        codes = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
-        exact[name] = (codes.float() * scales[:, None, :, None]).view(rows, columns)
-        tensors[name] = codes.view(rows, columns)
-        tensors[f"{name}_scale_inv"] = scales
-    (target / "model.safetensors").unlink()
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    _declare(target, quant_method="fp8", weight_block_size=[32, 32], activation_scheme="dynamic")
-    return exact
-
-
-def _declare(folder: Path, **fields: Any) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = fields
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def test_float8_is_dequantized_while_it_loads(zoo: Any, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    exact = _as_fp8(qz.build(zoo, "llama-gqa"), folder)
-    with pytest.raises(UnsupportedArchitectureError, match="fp8"):
-        lean_model(folder)
-    try:
-        hf = _dequantized(folder)
-    except UnsupportedArchitectureError as error:
-        pytest.skip(str(error))
-    values = hf.state_dict()
-    assert all(torch.equal(values[name], value) for name, value in exact.items())
-    model = lean_model(folder, hf_model=hf)
-    assert not qz.quantized_parameters(model)
-
-
-@pytest.mark.parametrize(
-    ("method", "error"),
-    [
-        ("gptq", UnsupportedArchitectureError),
-        ("hqq", UnsupportedArchitectureError),
-        ("something", UnsupportedArchitectureError),
-        ("mxfp4", MissingWeightsError),
-    ],
-)
-def test_what_cannot_be_dequantized(method: str, error: type, zoo: Any, tmp_path: Path) -> None:
-    """Never random or unscaled weights, which transformers would go on with."""
-    folder = tmp_path / "model"
-    _as_fp8(qz.build(zoo, "llama-gqa"), folder)
-    _declare(folder, quant_method=method, bits=4)
-    with pytest.raises(LeanLoadError, match=method) as info:
-        _dequantized(folder)
-    assert isinstance(info.value, (error, UnsupportedArchitectureError))
-    with pytest.raises(ArgumentError, match="is not quantized"):
-        _dequantized(qz.build(zoo, "llama-gqa"))

@@ -144,8 +144,11 @@ CONTRADICTIONS = [
     ("int8", {}, "neither load_in_8bit nor load_in_4bit"),
     ("int8", {**NF4, "load_in_8bit": True}, "contradict each other"),
     ("nf4", {**NF4, "bnb_4bit_quant_type": "af4"}, "neither 'nf4' nor 'fp4'"),
-    ("int8", None, "SCB"),
-    ("nf4", None, "absmax"),
+    ("int8", None, 'config.json has no quantization_config.*"load_in_8bit": true'),
+    ("nf4", None, 'config.json has no quantization_config.*"bnb_4bit_quant_type": "nf4"'),
+    ("fp4", None, 'config.json has no quantization_config.*"bnb_4bit_quant_type": "fp4"'),
+    ("nf4", {"load_in_8bit": True, "load_in_4bit": False}, "declares int8"),
+    ("int8", {**NF4, "load_in_8bit": False}, "holds int8 .* declares nf4"),
 ]
 
 
@@ -156,8 +159,43 @@ def test_configurations_that_contradict_the_checkpoint(
 ) -> None:
     if declared is not None:
         declared = {"quant_method": "bitsandbytes", **declared}
+    folder = variant(kind, declared=declared)
     with pytest.raises(LeanLoadError, match=message):
-        lean_model(variant(kind, declared=declared))
+        lean_model(folder)
+    if declared is None:  # asking for quantization does not make bytes weights
+        with pytest.raises(LeanLoadError, match=message):
+            lean_model(folder, quantize="8bit")
+
+
+def _bare(tensors: Tensors) -> None:
+    for name in [name for name in tensors if "SCB" in name or "weight_format" in name]:
+        del tensors[name]
+
+
+def _packed(tensors: Tensors) -> None:
+    tensors[f"{LAYER}.qweight"] = torch.ones(4, 4, dtype=torch.int32)
+
+
+def _scaled(tensors: Tensors) -> None:
+    weight = tensors[f"{LAYER}.weight"]
+    tensors[f"{LAYER}.weight"] = weight.to(torch.float8_e4m3fn)
+    tensors[f"{LAYER}.weight_scale_inv"] = torch.ones(1, 1)
+
+
+@pytest.mark.usefixtures("nothing_is_read")
+@pytest.mark.parametrize(
+    ("kind", "edit", "message"),
+    [
+        ("int8", _bare, r"\.weight \(torch.int8\) belongs to quantized weights"),
+        ("", _packed, r"down_proj.qweight \(torch.int32\) belongs to quantized weights"),
+        ("", _scaled, r"down_proj.weight_scale_inv .* belongs to quantized weights"),
+    ],
+)
+def test_quantized_bytes_that_no_configuration_declares(
+    kind: str, edit: Any, message: str, variant: Variant
+) -> None:
+    with pytest.raises(QuantizationError, match=message + ".*no quantization_config"):
+        lean_model(variant(kind, edit, declared=None))
 
 
 @pytest.mark.usefixtures("nothing_is_read")
@@ -270,16 +308,6 @@ def test_a_good_load_does_read(road: Any, folder: Path) -> None:
     qz.saved(folder, "nf4")
     with pytest.raises(WasReadError):
         road(folder)
-
-
-def test_processing_a_quantized_model_in_place() -> None:
-    loaded = LeanHookedTransformer.from_pretrained_no_processing_lean(
-        embedded_model_path(), quantize="8bit"
-    )
-    before = {name: value.clone() for name, value in loaded.state_dict().items()}
-    with pytest.raises(ArgumentError, match="Load the model again"):
-        loaded.process_weights_()
-    assert all(torch.equal(value, before[name]) for name, value in loaded.state_dict().items())
 
 
 def test_processing_a_processed_quantized_model_changes_nothing() -> None:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tl_fastload.quantized import has_quantized
-from tl_fastload.state_dicts import has_memory
+from tl_fastload.quantized import QuantizedTensor, has_quantized
 from tl_fastload.steps import reason_to_skip
 
 
@@ -31,10 +30,16 @@ def is_already_processed(model: Any, flags: dict[str, bool]) -> bool:
 def versions(model: nn.Module) -> list[tuple[str, int, int]]:
     """Changes whenever a parameter is replaced or written to."""
     return [
-        (name, p.data_ptr(), p._version)
+        (name, _address(p), p._version)
         for name, p in model.named_parameters()
-        if has_memory(p) and not p.is_inference()
+        if p.numel() and not p.is_inference()
     ]
+
+
+def _address(parameter: torch.Tensor) -> int:
+    if isinstance(parameter, QuantizedTensor):
+        return next(iter(parameter.content.tensors().values())).data_ptr()
+    return parameter.data_ptr()
 
 
 def is_processed(model: Any, flags: dict[str, bool]) -> bool:

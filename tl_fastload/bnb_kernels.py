@@ -20,8 +20,8 @@ from tl_fastload.quantized_bytes import FourBitBytes, Int8Bytes, QuantizedBytes,
 OLDEST_BITSANDBYTES = (0, 43)
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
-# Values that are quantized at a time: bitsandbytes' CPU code holds 16 numbers for each of them.
-_PART_SIZE = 1 << 16
+# Values that are quantized at a time: the CPU code of older bitsandbytes holds 16 numbers for each.
+_PART_SIZE = 1 << 18
 
 # What the 4-bit kernels multiply in; bitsandbytes returns uninitialised memory for others.
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)

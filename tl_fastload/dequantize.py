@@ -9,10 +9,14 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.pytorch_utils import Conv1D
 
 from tl_fastload import compat
 from tl_fastload.errors import ArgumentError, MissingWeightsError, UnsupportedArchitectureError
 from tl_fastload.quantization import method_of
+from tl_fastload.quantized_tree import is_conv1d
+
+_ORDINARY = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def load_dequantized(
@@ -45,7 +49,10 @@ def load_dequantized(
         load: Any = transformers.AutoModelForCausalLM.from_pretrained
         model, fitted = load(folder, output_loading_info=True, **options)
         if config is None:
+            turned = [name for name, module in model.named_modules() if _was_conv1d(module)]
             model = model.dequantize(dtype)
+            for name in turned:
+                _turn_back(model, name)
     except Exception as error:
         # Every method has its own package, with exceptions of its own.
         raise UnsupportedArchitectureError(
@@ -53,7 +60,7 @@ def load_dequantized(
             f"quantized with {method} ({type(error).__name__}: {error}). Take the unquantized "
             "checkpoint, with quantize= if it is too large."
         ) from error
-    _check(fitted, folder, method)
+    _check(fitted, model, folder, method)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     return model.eval()
@@ -74,12 +81,36 @@ def outline_dequantized(folder: str | Path, hf_config: Any, dtype: torch.dtype) 
         return make(config, **{compat.CONFIG_DTYPE_NAME: dtype}).eval()
 
 
-def _check(fitted: Mapping[str, Any], folder: Any, method: str) -> None:
-    """Raise for weights that transformers made up, and for scales that it left unread."""
+def _was_conv1d(module: Any) -> bool:
+    """Whether transformers made a quantized layer, [out, in], of a `Conv1D`, [in, out]."""
+    return is_conv1d(getattr(module, "source_cls", None))
+
+
+def _turn_back(model: Any, name: str) -> None:
+    """Put a `Conv1D` where a linear layer is, which is what dequantizing leaves."""
+    parent, _, leaf = name.rpartition(".")
+    linear = model.get_submodule(name)
+    outputs, inputs = linear.weight.shape
+    with torch.device("meta"):
+        layer = Conv1D(outputs, inputs)  # type: ignore[no-untyped-call]
+    layer.weight = torch.nn.Parameter(linear.weight.detach().t().contiguous())
+    layer.bias = torch.nn.Parameter(
+        torch.zeros_like(linear.weight[:, 0]) if linear.bias is None else linear.bias.detach()
+    )
+    setattr(model.get_submodule(parent), leaf, layer)
+
+
+def _check(fitted: Mapping[str, Any], model: Any, folder: Any, method: str) -> None:
+    """Raise for weights that transformers made up, and for those that it left without scales."""
     problems = [
         f"{what.replace('_keys', '')}: {name}"
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys")
         for name in sorted(str(key) for key in fitted.get(what, ()))
+    ]
+    problems += [
+        f"not dequantized, {parameter.dtype}: {name}"
+        for name, parameter in model.named_parameters()
+        if parameter.dtype not in _ORDINARY
     ]
     if problems:
         shown = "\n  ".join(problems[:10])

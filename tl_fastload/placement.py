@@ -4,6 +4,7 @@ copied.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from tl_fastload.memory import return_freed_memory
 from tl_fastload.progress import Progress
 from tl_fastload.promise import MemorySource, Promise, SourceView
 from tl_fastload.quantized import QuantizedTensor
+from tl_fastload.quantized_recipes import QuantizedSource
 from tl_fastload.quantizer import Quantizer
 from tl_fastload.reader import FileMaps, FileSource, has_overlap, is_dense
 
@@ -73,8 +75,15 @@ class Placer:
         self._trim_bytes = max(_TRIM_LEAST_BYTES, int(total_bytes * _TRIM_FRACTION))
         self.progress.start(total_bytes)
         self._waiting = _Waiting(todo, targets, self.assign)
+        quantized = {name: self._quantized_sources(name, todo[name]) for name in todo}
+        readers = Counter(source for read in quantized.values() for source in read)
         for group in groups(todo):
             self._place_group({name: todo.pop(name) for name in group}, targets)
+            read = [source for name in group for source in quantized.pop(name)]
+            readers.subtract(read)
+            for source in read:
+                if not readers[source]:
+                    source.release()
         return_freed_memory()
 
     def targets(self) -> dict[str, torch.Tensor]:
@@ -90,6 +99,12 @@ class Placer:
             if name in targets and not self._stays(name, promise, targets[name])
         }
 
+    def _quantized_sources(self, name: str, promise: Promise) -> set[QuantizedSource]:
+        shift = None if self.quantizer is None else self.quantizer.shifts.get(name)
+        promises = [promise] if shift is None else [promise, shift]
+        read = (view.source for one in promises for view in sources(one.node))
+        return {source for source in read if isinstance(source, QuantizedSource)}
+
     def _place_group(self, recipes: dict[str, Promise], targets: dict[str, torch.Tensor]) -> None:
         rest: dict[str, Promise] = {}
         for name, promise in recipes.items():
@@ -97,22 +112,23 @@ class Placer:
             if ready is None:
                 rest[name] = promise
             else:
-                self._put(name, ready)
+                self._put_all(self._waiting.add(name, ready))
         by_device: dict[torch.device, dict[str, Promise]] = {}
         for name, promise in rest.items():
             by_device.setdefault(self.device_of(name), {})[name] = promise
         for device, some in by_device.items():
             evaluation = Evaluation([promise.node for promise in some.values()], device)
             for name, promise in some.items():
-                done = self._waiting.add(
-                    name, self.finish(name, evaluation.value(promise.node), targets[name])
-                )
-                while done:
-                    self._put(*done.pop())
+                made = self.finish(name, evaluation.value(promise.node), targets[name])
+                done = self._waiting.add(name, made)
+                del made
+                self._put_all(done)
 
     def _ready(self, name: str, promise: Promise, target: torch.Tensor) -> torch.Tensor | None:
         """The parameter without evaluating its recipe: on quantized bytes, or mapped."""
         quantizer = self.quantizer if name in self.parameters else None
+        if not self.fresh and not isinstance(target, QuantizedTensor):
+            quantizer = None  # a live parameter stays the kind of tensor that it is
         if quantizer is not None and not quantizer.stays_dense(name, promise):
             return quantizer.keep(name, promise, target.dtype, self.device_of(name))
         mapped = self._map(name, promise, target)
@@ -192,6 +208,10 @@ class Placer:
             return tensor
         return layout.copied(tensor, strides, target.dtype)
 
+    def _put_all(self, done: list[tuple[str, torch.Tensor]]) -> None:
+        while done:
+            self._put(*done.pop())
+
     def _put(self, name: str, tensor: torch.Tensor) -> None:
         parent_name, _, leaf = name.rpartition(".")
         parent = self.model.get_submodule(parent_name)
@@ -234,7 +254,8 @@ class _Waiting:
         self._readers: dict[str, set[str]] = {name: set() for name in recipes}
         if assign:
             return
-        owner = {targets[name].untyped_storage().data_ptr(): name for name in recipes}
+        in_memory = (name for name in recipes if not isinstance(targets[name], QuantizedTensor))
+        owner = {targets[name].untyped_storage().data_ptr(): name for name in in_memory}
         for name, promise in recipes.items():
             for view in sources(promise.node):
                 if isinstance(view.source, MemorySource):

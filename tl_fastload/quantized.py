@@ -155,6 +155,13 @@ class QuantizedTensor(torch.Tensor):
         """Hold the bytes of another tensor from now on."""
         self.content, self.geometry = other.content, other.geometry
 
+    def shares_bytes(self, other: QuantizedTensor) -> bool:
+        """Whether the other tensor's bytes lie in the same memory, with the same scales."""
+        mine, theirs = self.content.stored.tensors(), other.content.stored.tensors()
+        return mine.keys() == theirs.keys() and all(
+            mine[name].data_ptr() == theirs[name].data_ptr() for name in mine
+        )
+
     def _compact(self) -> tuple[Content, torch.Tensor]:
         view = quantized_view.row_view(self.geometry, self.content.stored.shape[1])
         if view is None:
@@ -331,4 +338,10 @@ def quantize(
 
 def has_quantized(module: torch.nn.Module) -> bool:
     """Whether any parameter of a module is quantized."""
-    return any(isinstance(parameter, QuantizedTensor) for parameter in module.parameters())
+    return bool(quantized_kinds(module))
+
+
+def quantized_kinds(module: torch.nn.Module) -> set[str]:
+    """How the parameters of a module are quantized: any of "int8", "nf4" and "fp4"."""
+    held = (p for p in module.parameters() if isinstance(p, QuantizedTensor))
+    return {parameter.content.stored.kind for parameter in held}

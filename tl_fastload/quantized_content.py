@@ -94,6 +94,8 @@ class Content(Declared):
         """
         shift = shift.detach().to(self.stored.device, torch.float32)
         image = bnb_kernels.dequantize(self.stored, torch.float32) @ shift
+        if self.in_shift is not None and self.out_shift is not None:
+            shift, image = self.in_shift + shift, self.out_shift + image
         return replace(self, in_shift=shift, out_shift=image)
 
     def rows(self, index: torch.Tensor) -> Content:

@@ -137,7 +137,9 @@ def _to_copy(
 
 
 def _copy_(target: Any, source: Any, non_blocking: bool = False) -> Any:
-    """`load_state_dict`: the target gets bytes of its own, the source keeps its memory."""
+    """`load_state_dict`: the target gets bytes of its own, the source keeps its memory. Bytes that
+    the target has already stay where they are.
+    """
     if not isinstance(target, QuantizedTensor):
         return target.copy_(_dense(source), non_blocking)
     if not isinstance(source, QuantizedTensor):
@@ -153,7 +155,9 @@ def _copy_(target: Any, source: Any, non_blocking: bool = False) -> Any:
             f"the bytes of a "
             f"{list(source.shape)} one with strides {source.stride()}. Load with `assign=True`."
         )
-    content = source.content.map(lambda tensor: tensor.to(target.device, copy=True))
+    content = source.content
+    if not target.shares_bytes(source):
+        content = content.map(lambda tensor: tensor.to(target.device, copy=True))
     target.become(QuantizedTensor(content, source.geometry, target.dtype))
     return target
 

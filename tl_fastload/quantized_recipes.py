@@ -15,7 +15,7 @@ import torch
 
 from tl_fastload.errors import QuantizationError
 from tl_fastload.evaluator import evaluate, sources
-from tl_fastload.promise import Call, Node, Source, SourceView, aten, meta_of
+from tl_fastload.promise import Call, Node, Promise, Source, SourceView, aten, meta_of
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.quantized_bytes import QuantizedBytes
 
@@ -38,7 +38,7 @@ class QuantizedSource(Source):
     dequantized.
 
     Args:
-        load: gives the matrix.
+        load: gives the matrix; called again only after `release`.
         shape: its shape [out, in].
         dtype: what it computes in.
         name: its name in the checkpoint.
@@ -55,13 +55,24 @@ class QuantizedSource(Source):
         outline: QuantizedBytes,
         home: torch.device | None,
     ) -> None:
-        self.load = load
+        self._load = load
+        self._matrix: QuantizedTensor | None = None
         self.outline = outline
         self.home = home
         self.name = name
         self.shape = torch.Size(shape)
         self.stride = (shape[1], 1)
         self.dtype = dtype
+
+    def matrix(self) -> QuantizedTensor:
+        """The matrix, read once for all recipes that need it."""
+        if self._matrix is None:
+            self._matrix = self._load()
+        return self._matrix
+
+    def release(self) -> None:
+        """Let go of the bytes: parameters that hold them keep them."""
+        self._matrix = None
 
     def lend(self, geometry: torch.Tensor) -> torch.Tensor | None:
         return self._view(geometry).dequantize()
@@ -75,7 +86,22 @@ class QuantizedSource(Source):
         out.copy_(values)
 
     def _view(self, geometry: torch.Tensor) -> QuantizedTensor:
-        return QuantizedTensor(self.load().content, geometry, self.dtype)
+        return QuantizedTensor(self.matrix().content, geometry, self.dtype)
+
+
+def promise_of_tensor(tensor: QuantizedTensor, name: str) -> Promise:
+    """A promise of a quantized tensor in memory as it is now, under the name that messages give
+    it.
+    """
+    # The bytes of a parameter may be replaced before the recipe is followed.
+    held = QuantizedTensor(tensor.content, tensor.geometry, tensor.dtype)
+    stored = held.content.stored
+    outline = stored.map(lambda part: part.to("meta"))
+    source = QuantizedSource(lambda: held, stored.shape, held.dtype, name, outline, stored.device)
+    shown = torch.empty(source.shape, dtype=held.dtype, device="meta").as_strided(
+        held.shape, held.stride(), held.storage_offset()
+    )
+    return Promise(SourceView(source, shown), shown, tensor.device)
 
 
 def reads_quantized(node: Node) -> bool:
@@ -94,7 +120,7 @@ def follow(node: Node, device: torch.device) -> QuantizedTensor:
         QuantizationError: the recipe takes a step that bytes cannot follow; says which.
     """
     if isinstance(node, SourceView) and isinstance(node.source, QuantizedSource):
-        return QuantizedTensor(node.source.load().content, node.geometry, node.dtype)
+        return QuantizedTensor(node.source.matrix().content, node.geometry, node.dtype)
     if not isinstance(node, Call):
         raise QuantizationError("its values come out of an operation with several results")
     first = node.args[0]

@@ -47,6 +47,43 @@ def is_conv1d(cls: Any) -> bool:
     return getattr(cls, "__name__", "") == "Conv1D"
 
 
+def refuse_undeclared(promises: Mapping[str, Promise]) -> None:
+    """Check that no weight of a checkpoint is quantized, which declares none to be.
+
+    Raises:
+        QuantizationError: some are; says what the configuration lacks.
+    """
+    pieces = {
+        name: fields
+        for name in promises
+        for piece, fields in _DECLARED_BY.items()
+        if name.endswith("." + piece)
+    }
+    codes = {
+        name: _AS_SAVED
+        for name, promise in promises.items()
+        if name.endswith(".weight") and promise.dtype in (torch.int8, torch.uint8)
+    }
+    for name, fields in {**pieces, **codes}.items():
+        raise QuantizationError(
+            f"{name} ({promises[name].dtype}) belongs to quantized weights, but config.json has no "
+            f"quantization_config. Add it again: {fields}."
+        )
+
+
+_AS_SAVED = "the one that the checkpoint was saved with"
+_BNB = '{"quant_method": "bitsandbytes", '
+_DECLARED_BY = {
+    "SCB": _BNB + '"load_in_8bit": true}',
+    "weight.quant_state.bitsandbytes__nf4": _BNB
+    + '"load_in_4bit": true, "bnb_4bit_quant_type": "nf4"}',
+    "weight.quant_state.bitsandbytes__fp4": _BNB
+    + '"load_in_4bit": true, "bnb_4bit_quant_type": "fp4"}',
+    **dict.fromkeys(("qweight", "weight_scale", "weight_scale_inv"), _AS_SAVED),
+}
+"""Pieces that only quantized weights have -> the configuration that they need."""
+
+
 def combine(
     promises: Mapping[str, Promise], spec: Quantization, dtype: torch.dtype
 ) -> dict[str, Promise]:

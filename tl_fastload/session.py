@@ -15,7 +15,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from tl_fastload import compat, steps, verify
 from tl_fastload.already import versions
-from tl_fastload.errors import ArgumentError
+from tl_fastload.evaluator import evaluate
 from tl_fastload.forecast import forecast
 from tl_fastload.memory import PeakSampler, return_freed_memory, unique_bytes
 from tl_fastload.options import Options
@@ -23,7 +23,7 @@ from tl_fastload.origin import Origin, find_origin
 from tl_fastload.placement import Placer
 from tl_fastload.progress import Progress
 from tl_fastload.promise import Promise
-from tl_fastload.quantized import has_quantized
+from tl_fastload.quantized import has_quantized, quantized_kinds
 from tl_fastload.quantized_shifts import kernel_shifts
 from tl_fastload.quantizer import Quantizer
 from tl_fastload.reader import FileReader
@@ -190,12 +190,7 @@ def load_state_dict_into(
         return
     started = time.perf_counter()
     verify.check_refactor(model.cfg, flags)
-    if any(flags.values()) and has_quantized(model):
-        raise ArgumentError(
-            "The weights of a loaded quantized model cannot be processed in place. Load the model "
-            "again with the processing steps (fold_ln=True and so on): bytes stay as they are."
-        )
-    verify.check_state_dict(model, state_dict)
+    verify.check_state_dict(model, state_dict, flags)
     session = Session(Options(strategy="copy", progress=False), dict(flags))
     model._session = session
     try:
@@ -228,7 +223,13 @@ def _process_and_place(
     allowed = {
         step: on and steps.reason_to_skip(step, model.cfg) is None for step, on in flags.items()
     }
-    if session.origin is not None and session.origin.spec is not None:
+    if session.origin is None and has_quantized(model):
+        # Their values now: the parameters that they are made of are written to one by one.
+        session.shifts = {
+            name: as_promise(evaluate(shift.node, shift.device).tensor.clone(), name)
+            for name, shift in kernel_shifts(promises, model.cfg, allowed).items()
+        }
+    elif session.origin is not None and session.origin.spec is not None:
         session.shifts = kernel_shifts(promises, model.cfg, allowed)
     stock(promises, **allowed)
     if session.origin is not None:
@@ -244,7 +245,9 @@ def _place(model: nn.Module, session: Session) -> None:
         homes = {name: tensor.device for name, tensor in model.state_dict(keep_vars=True).items()}
         device_of = homes.__getitem__
     quantizer = None
-    if origin is not None and (origin.spec is not None or options.quantize is not None):
+    if has_quantized(model) or (
+        origin is not None and (origin.spec is not None or options.quantize is not None)
+    ):
         quantizer = Quantizer(options.quantize, session.shifts)
     with Progress(options.progress) as progress:
         placer = Placer(
@@ -302,17 +305,23 @@ def _report(model: Any, session: Session, sampler: PeakSampler, seconds: float) 
         mapped_bytes=session.mapped_bytes,
         peak_device_bytes=sampler.peak_device_bytes,
         processing=steps.describe(session.requested, model.cfg),
-        quantization=quantization(session),
+        quantization=quantization(session, model),
         not_quantized=session.not_quantized,
         notes=(*(origin.notes if origin is not None else ()), *session.notes),
         revision=origin.commit if origin is not None else None,
     )
 
 
-def quantization(session: Session) -> str | None:
-    """What is quantized and how, in words; None for a model without."""
+def quantization(session: Session, model: nn.Module | None = None) -> str | None:
+    """What is quantized and how, in words; None for a model without.
+
+    Args:
+        session: of the load.
+        model: what was loaded into, whose weights may have been quantized before.
+    """
     if session.options.quantize is not None:
         return f"{session.options.quantize.kind}, quantized while loading"
     if session.origin is not None and session.origin.spec is not None:
         return f"{session.origin.spec.kind}, as in the checkpoint"
-    return None
+    kinds = sorted(quantized_kinds(model)) if model is not None else []
+    return f"{', '.join(kinds)}, as in the model" if kinds else None

@@ -10,10 +10,13 @@ from torch import nn
 from tl_fastload.errors import MissingWeightsError
 from tl_fastload.promise import MemorySource, Promise
 from tl_fastload.quantized import QuantizedTensor
+from tl_fastload.quantized_recipes import promise_of_tensor
 
 
 def as_promise(tensor: torch.Tensor, name: str) -> Promise:
     """A promise of a tensor in memory, under the name that messages give it."""
+    if isinstance(tensor, QuantizedTensor):
+        return promise_of_tensor(tensor, name)
     return Promise.of(MemorySource(tensor, name), tensor.device)
 
 

@@ -26,7 +26,7 @@ from tl_fastload.keys import Ledger, rename_to_model, tied_groups
 from tl_fastload.promise import MemorySource, Promise, Source, SourceView, aten
 from tl_fastload.quantization import Quantization
 from tl_fastload.quantized_recipes import reads_quantized
-from tl_fastload.quantized_tree import combine, is_conv1d, promise_of_layer
+from tl_fastload.quantized_tree import combine, is_conv1d, promise_of_layer, refuse_undeclared
 from tl_fastload.reader import FileReader, FileSource
 from tl_fastload.skeleton import SkipRandomInit
 
@@ -173,7 +173,9 @@ def tree_from_checkpoint(
     Returns:
         The tree, and what did not fit: missing, unexpected and misshapen names.
     """
-    if spec is not None:
+    if spec is None:
+        refuse_undeclared(promises)
+    else:
         promises = combine(promises, spec, dtype)
     model_class = getattr(transformers, architecture, None)
     if model_class is None:

@@ -23,6 +23,8 @@ from tl_fastload.evaluator import sources
 from tl_fastload.options import Options
 from tl_fastload.origin import Origin
 from tl_fastload.promise import Promise
+from tl_fastload.quantized import QuantizedTensor
+from tl_fastload.state_dicts import listed
 from tl_fastload.steps import reason_to_skip
 from tl_fastload.tree import MissingSource
 
@@ -169,9 +171,29 @@ def check_quantization(origin: Origin, options: Options, arguments: dict[str, An
     require_device(device_asked_for(arguments))
 
 
-def check_state_dict(model: Any, state_dict: dict[str, Any]) -> None:
-    """Raise MissingWeightsError if tensors of a state dict have other shapes than the model's."""
+def check_state_dict(model: Any, state_dict: dict[str, Any], flags: dict[str, bool]) -> None:
+    """Raise MissingWeightsError if tensors of a state dict have other shapes than the model's, and
+    ArgumentError if they cannot become its quantized weights.
+    """
     own = model.state_dict(keep_vars=True)
+    quantized = {name for name, value in own.items() if isinstance(value, QuantizedTensor)}
+    if quantized and flags["refactor_factored_attn_matrices"]:
+        raise ArgumentError(
+            "refactor_factored_attn_matrices=True mixes the values of several matrices, which "
+            "quantized bytes cannot follow. Load the unquantized checkpoint with quantize=, which "
+            "refactors first."
+        )
+    dense = [
+        name
+        for name in sorted(quantized & state_dict.keys())
+        if not isinstance(state_dict[name], QuantizedTensor)
+    ]
+    if dense:
+        raise ArgumentError(
+            f"The model's {listed(dense)} are quantized, the state dict's are not; the model is "
+            "unchanged. Load these weights into an unquantized model, or a checkpoint of them with "
+            "quantize=."
+        )
     wrong = [
         f"{name}: {tuple(value.shape)} instead of {tuple(own[name].shape)}"
         for name, value in state_dict.items()
