@@ -14,6 +14,7 @@ from benchmarks import models
 from benchmarks.forward import sample_log_probs, time_forward
 from benchmarks.measure import Case
 from benchmarks.proc import own_memory
+from tl_fastload.measure_loads import import_architecture, lean_load, stock_load, torch_dtype
 
 Load = Callable[[], Any]
 
@@ -106,59 +107,30 @@ class _Repeated:
         return self._held[-1] - self._held[1]
 
 
-def _torch_dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
-
-
 def _floor(case: Case, folder: Path) -> Load:
     from benchmarks.floor import load_floor
 
     tied = models.SHAPES[case.model].tied_key
-    return lambda: load_floor(models.weights_file(folder), _torch_dtype(case.dtype), twice=tied)
+    return lambda: load_floor(models.weights_file(folder), torch_dtype(case.dtype), twice=tied)
 
 
 def _stock(case: Case, folder: Path) -> Load:
-    """TransformerLens' own loader, not altered in any way, under a name that it knows."""
-    from transformer_lens import HookedTransformer
-
-    _import_architecture(folder)
-    name = models.SHAPES[case.model].official_name
-    function = (
-        HookedTransformer.from_pretrained
-        if case.processed
-        else HookedTransformer.from_pretrained_no_processing
-    )
-    arguments: dict[str, Any] = {"dtype": _torch_dtype(case.dtype), "device": "cpu"}
-    _blank_tokenizer()  # its imports
-    return lambda: function(name, tokenizer=_blank_tokenizer(), **arguments)
+    import_architecture(folder)
+    return stock_load(models.SHAPES[case.model].official_name, case.dtype, case.processed)
 
 
 def _lean(case: Case, folder: Path) -> Load:
-    from tl_fastload import LeanHookedTransformer
-
-    _import_architecture(folder)
-    function = (
-        LeanHookedTransformer.from_pretrained_lean
-        if case.processed
-        else LeanHookedTransformer.from_pretrained_no_processing_lean
-    )
-    arguments: dict[str, Any] = {
-        "dtype": _torch_dtype(case.dtype),
-        "device": "cpu",
-        "strategy": case.strategy,
-    }
+    import_architecture(folder)
+    arguments: dict[str, Any] = {"strategy": case.strategy}
     if case.from_hf_model:
         arguments["hf_model"] = _hf_model_in_memory(case, folder)
-    _blank_tokenizer()  # its imports
-    return lambda: function(folder, tokenizer=_blank_tokenizer(), **arguments)
+    return lean_load(folder, case.dtype, case.processed, **arguments)
 
 
 def _transformers(case: Case, folder: Path) -> Load:
     from transformers import AutoModelForCausalLM
 
-    _import_architecture(folder)
+    import_architecture(folder)
     arguments = {**_dtype_argument(case.dtype), "attn_implementation": "sdpa"}
     return lambda: AutoModelForCausalLM.from_pretrained(folder, **arguments)
 
@@ -176,29 +148,7 @@ def _dtype_argument(name: str) -> dict[str, torch.dtype]:
     from packaging.version import Version
 
     renamed = Version(transformers.__version__) >= Version("4.56")
-    return {"dtype" if renamed else "torch_dtype": _torch_dtype(name)}
-
-
-def _import_architecture(folder: Path) -> None:
-    """Import transformers' code for the model: an import, not a part of the load."""
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.from_pretrained(folder))]
-
-
-def _blank_tokenizer() -> Any:
-    """The smallest tokenizer that TransformerLens accepts, so that none is loaded.
-
-    A new one for every load, since the model alters it.
-    """
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))
-    make: Any = PreTrainedTokenizerFast  # has no types in some versions
-    return make(tokenizer_object=words, unk_token="<unk>")
+    return {"dtype" if renamed else "torch_dtype": torch_dtype(name)}
 
 
 def _hf_model_in_memory(case: Case, folder: Path) -> Any:

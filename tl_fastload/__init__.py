@@ -10,6 +10,7 @@ from tl_fastload.errors import (  # noqa: E402  # after the check, whose message
     ArgumentError,
     CheckpointError,
     LeanLoadError,
+    MissingPackageError,
     MissingWeightsError,
     NotEnoughMemoryError,
     QuantizationError,
@@ -18,6 +19,7 @@ from tl_fastload.errors import (  # noqa: E402  # after the check, whose message
     UnknownModelError,
     UnsupportedArchitectureError,
 )
+from tl_fastload.memory import watch_memory  # noqa: E402
 from tl_fastload.model import LeanHookedTransformer, LeanLoadingMixin  # noqa: E402
 from tl_fastload.progress import ProgressEvent  # noqa: E402
 from tl_fastload.report import LoadReport  # noqa: E402
@@ -31,6 +33,7 @@ __all__ = [
     "LeanLoadError",
     "LeanLoadingMixin",
     "LoadReport",
+    "MissingPackageError",
     "MissingWeightsError",
     "NotEnoughMemoryError",
     "ProgressEvent",
@@ -39,4 +42,5 @@ __all__ = [
     "StrategyError",
     "UnknownModelError",
     "UnsupportedArchitectureError",
+    "watch_memory",
 ]

@@ -41,3 +41,7 @@ class RecordingError(LeanLoadError):
 
 class QuantizationError(LeanLoadError):
     """Quantized weights that cannot be read, made or multiplied by; says which and why."""
+
+
+class MissingPackageError(LeanLoadError, ImportError):
+    """A package of one of the extras is not installed; says how to install it."""

@@ -45,6 +45,7 @@ class Session:
         mapped_bytes: parameter bytes that were mapped.
         shifts: what processing takes out of the inputs of quantized matrices.
         not_quantized: matrices of a quantized model that are dense, and why.
+        mark: told the name of each phase as it begins.
     """
 
     options: Options
@@ -55,6 +56,7 @@ class Session:
     mapped_bytes: int = 0
     shifts: dict[str, Promise] = field(default_factory=dict)
     not_quantized: dict[str, str] = field(default_factory=dict)
+    mark: Callable[[str], None] = lambda phase: None
 
     def collect(self, state_dict: dict[str, Any]) -> _IncompatibleKeys:
         """Take what TransformerLens would load; it is placed when all of it is known."""
@@ -80,7 +82,10 @@ def load(cls: type, options: Options, arguments: dict[str, Any], keywords: dict[
     try:
         # Parameters made in inference mode could never be trained or saved.
         with torch.inference_mode(False), PeakSampler() as sampler:
-            model, session = _load(cls, options, dict(arguments), dict(keywords), reader)
+            sampler.mark("configuration")
+            model, session = _load(
+                cls, options, dict(arguments), dict(keywords), reader, sampler.mark
+            )
     finally:
         reader.close()
     model.load_report = _report(model, session, sampler, time.perf_counter() - started)
@@ -93,6 +98,7 @@ def _load(
     arguments: dict[str, Any],
     keywords: dict[str, Any],
     reader: FileReader,
+    mark: Callable[[str], None],
 ) -> tuple[Any, Session]:
     model_name, hf_model = arguments.pop("model_name"), arguments.pop("hf_model")
     move_to_device = arguments.pop("move_to_device")
@@ -102,7 +108,8 @@ def _load(
     origin = find_origin(model_name, hf_model, keywords, reader, options, dtype)
     verify.check_quantization(origin, options, arguments)
     requested = {step: bool(arguments[step]) for step in steps.STEPS}
-    session = Session(replace(options, move_to_device=move_to_device), requested, origin)
+    session = Session(replace(options, move_to_device=move_to_device), requested, origin, mark=mark)
+    mark("recording")
 
     def build(cfg: Any, *args: Any, **kwargs: Any) -> Any:
         verify.check_refactor(cfg, session.requested)
@@ -152,6 +159,8 @@ def load_state_dict_into(
     model._session = session
     try:
         with PeakSampler() as sampler:
+            session.mark = sampler.mark
+            sampler.mark("recording")
             _process_and_place(model, session, state_dict, flags, stock)
     finally:
         model._session = None
@@ -184,6 +193,7 @@ def _process_and_place(
 
 
 def _place(model: nn.Module, session: Session) -> None:
+    session.mark("placing")
     options, origin = session.options, session.origin
     device_of = device_map(model, options.move_to_device)
     if origin is None:  # a live model keeps its tensors where they are
@@ -245,6 +255,7 @@ def _report(model: Any, session: Session, sampler: PeakSampler, seconds: float) 
         quantization=_quantization(session),
         not_quantized=session.not_quantized,
         notes=(*(origin.notes if origin is not None else ()), *session.notes),
+        timeline=sampler.timeline(),
     )
 
 

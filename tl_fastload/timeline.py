@@ -81,7 +81,9 @@ class Recorder:
         if self._last is not None and points[-1] != self._last:
             points.append(self._last)
         series = [tuple(sizes) for sizes in zip(*(sizes for _, sizes in points), strict=True)]
-        return Timeline(tuple(seconds for seconds, _ in points), *series, phases=tuple(phases))
+        resident, anonymous, device = (*series, (), (), ())[:3]
+        seconds = tuple(seconds for seconds, _ in points)
+        return Timeline(seconds, resident, anonymous, device, tuple(phases))
 
 
 def _highest(
