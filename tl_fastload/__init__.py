@@ -15,6 +15,7 @@ from tl_fastload.errors import (  # noqa: E402  # after the check, whose message
     NotEnoughMemoryError,
     QuantizationError,
     RecordingError,
+    SaveError,
     StrategyError,
     UnknownModelError,
     UnsupportedArchitectureError,
@@ -23,6 +24,8 @@ from tl_fastload.memory import watch_memory  # noqa: E402
 from tl_fastload.model import LeanHookedTransformer, LeanLoadingMixin  # noqa: E402
 from tl_fastload.progress import ProgressEvent  # noqa: E402
 from tl_fastload.report import LoadReport  # noqa: E402
+from tl_fastload.store_read import verify_copy  # noqa: E402
+from tl_fastload.store_write import save_lean  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -39,8 +42,11 @@ __all__ = [
     "ProgressEvent",
     "QuantizationError",
     "RecordingError",
+    "SaveError",
     "StrategyError",
     "UnknownModelError",
     "UnsupportedArchitectureError",
+    "save_lean",
+    "verify_copy",
     "watch_memory",
 ]

@@ -45,3 +45,7 @@ class QuantizationError(LeanLoadError):
 
 class MissingPackageError(LeanLoadError, ImportError):
     """A package of one of the extras is not installed; says how to install it."""
+
+
+class SaveError(LeanLoadError):
+    """A model that cannot be saved, or not there; nothing half-written is left."""

@@ -10,11 +10,13 @@ from transformer_lens import HookedTransformer
 
 from tl_fastload import session as sessions
 from tl_fastload.already import is_already_processed
-from tl_fastload.options import OWN_ARGUMENTS, Options
+from tl_fastload.cache import load_through_cache
+from tl_fastload.options import DEFAULT_DTYPE, OWN_ARGUMENTS, Options
 from tl_fastload.progress import ProgressOption
 from tl_fastload.quantization import quantization_argument, read_quantization
 from tl_fastload.report import LoadReport
 from tl_fastload.state_dicts import fill_missing_keys
+from tl_fastload.store_write import MAX_SHARD_BYTES, save_lean
 
 
 class LeanLoadingMixin:
@@ -29,6 +31,7 @@ class LeanLoadingMixin:
 
     load_report: LoadReport
     _session: sessions.Session | None = None
+    _processed: tuple[set[str], Any]
 
     @classmethod
     def from_pretrained_lean(
@@ -49,7 +52,7 @@ class LeanLoadingMixin:
         fold_value_biases: bool = True,
         default_prepend_bos: bool | None = None,
         default_padding_side: str | None = None,
-        dtype: str | torch.dtype = "float32",
+        dtype: str | torch.dtype = DEFAULT_DTYPE,
         first_n_layers: int | None = None,
         n_ctx: int | None = None,
         *,
@@ -58,13 +61,17 @@ class LeanLoadingMixin:
         progress: ProgressOption = None,
         quantize: Any = None,
         dequantize: bool = False,
+        cache: bool | str | Path | None = None,
+        verify: bool = False,
         **from_pretrained_kwargs: Any,
     ) -> Any:
         """Load a pretrained model with the numbers of `from_pretrained` and about one copy of its
         weights in memory.
 
         Args:
-            model_name: TransformerLens name or alias, any hub name, or a local folder.
+            model_name: TransformerLens name or alias, any hub name, a local folder, or a folder
+                that `save_lean` wrote. Arguments that contradict such a copy are errors; of an
+                unprocessed one the processing that is asked for is done.
             fold_ln: fold the norm weights into the following layer.
             center_writing_weights: give what writes to the residual stream zero mean.
             center_unembed: give the unembedding zero mean over the vocabulary.
@@ -80,7 +87,8 @@ class LeanLoadingMixin:
             fold_value_biases: fold the value biases into the output bias.
             default_prepend_bos: whether strings get a BOS token.
             default_padding_side: "left" or "right".
-            dtype: dtype of the parameters, such as "bfloat16" or torch.float32.
+            dtype: dtype of the parameters, such as "bfloat16" or torch.float32; by default
+                float32, and for a processed copy what was saved.
             first_n_layers: load only that many layers.
             n_ctx: another context length than the model's own.
             strategy: "assign" puts finished tensors into the model (torch 2.1 or newer), "copy"
@@ -94,6 +102,10 @@ class LeanLoadingMixin:
                 checkpoint has them; quantized ones stay quantized.
             dequantize: let transformers turn a quantized checkpoint (GPTQ, AWQ, FP8, MXFP4,
                 bitsandbytes ...) into ordinary weights, and load these.
+            cache: keep a processed copy of what is loaded, and map it the next time: True for the
+                usual folder, or a folder; None for what the environment variable
+                TL_FASTLOAD_CACHE says; False for not. See `tl_fastload.cache`.
+            verify: compare every byte of a processed copy with its checksums.
             **from_pretrained_kwargs: for Hugging Face: revision, cache_dir, token,
                 local_files_only, subfolder, trust_remote_code (False by default), torch_dtype, or
                 fields of the model's configuration.
@@ -113,8 +125,8 @@ class LeanLoadingMixin:
             if name not in ("cls", "from_pretrained_kwargs", *OWN_ARGUMENTS)
         }
         asked = read_quantization(quantization_argument(quantize, from_pretrained_kwargs))
-        options = Options(strategy, mmap, progress, asked, dequantize)
-        return sessions.load(cls, options, arguments, from_pretrained_kwargs)
+        options = Options(strategy, mmap, progress, asked, dequantize, cache=cache, verify=verify)
+        return load_through_cache(cls, options, arguments, from_pretrained_kwargs)
 
     @classmethod
     def from_pretrained_no_processing_lean(
@@ -209,7 +221,22 @@ class LeanLoadingMixin:
             "refactor_factored_attn_matrices": refactor_factored_attn_matrices,
         }
         if not is_already_processed(self, steps):
+            before: set[str] = getattr(self, "_processed", (set(), None))[0]
             self.load_and_process_state_dict(self.state_dict(), **steps)  # type: ignore[attr-defined]
+            done, now = self._processed
+            self._processed = (done | before, now)
+
+    def save_lean(
+        self,
+        folder: str | Path,
+        *,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        progress: ProgressOption = None,
+    ) -> Path:
+        """Write this model as it is in memory (processed, quantized, edited) into a folder that
+        `from_pretrained_lean` maps in an instant; see `tl_fastload.save_lean`.
+        """
+        return save_lean(self, folder, max_shard_bytes=max_shard_bytes, progress=progress)
 
     def fill_missing_keys(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Complete a state dict with the model's own defaults; a missing weight matrix is an

@@ -13,8 +13,11 @@ from tl_fastload.errors import ArgumentError, StrategyError
 from tl_fastload.progress import Progress, ProgressOption
 from tl_fastload.quantization import Quantization
 
-OWN_ARGUMENTS = ("strategy", "mmap", "progress", "quantize", "dequantize")
+OWN_ARGUMENTS = ("strategy", "mmap", "progress", "quantize", "dequantize", "cache", "verify")
 """Arguments of `from_pretrained_lean` that TransformerLens' `from_pretrained` does not have."""
+
+DEFAULT_DTYPE: str = type("DefaultDtype", (str,), {})("float32")
+"""The default of `dtype=`: float32 for a checkpoint, and what was saved for a processed copy."""
 
 _STRATEGIES = ("auto", "assign", "copy")
 _NETWORK_FILE_SYSTEMS = ("nfs", "cifs", "smb", "fuse", "9p", "lustre", "gpfs", "afs", "ceph")
@@ -31,6 +34,8 @@ class Options:
         quantize: how to quantize matrices while they are loaded, or None.
         dequantize: whether transformers is to make ordinary weights of a quantized checkpoint.
         move_to_device: whether parameters go to the configured device.
+        cache: None, False, True or a folder: whether, and where, processed copies are kept.
+        verify: whether every byte of a processed copy is compared with its checksums.
     """
 
     strategy: str = "auto"
@@ -39,6 +44,8 @@ class Options:
     quantize: Quantization | None = None
     dequantize: bool = False
     move_to_device: bool = True
+    cache: bool | str | Path | None = None
+    verify: bool = False
 
     def check(self) -> None:
         """Raise for values that mean nothing, or that this torch cannot do."""
@@ -47,6 +54,8 @@ class Options:
             raise ArgumentError(f"strategy={self.strategy!r} is none of {', '.join(_STRATEGIES)}.")
         if not (self.mmap == "auto" or isinstance(self.mmap, bool)):
             raise ArgumentError(f'mmap={self.mmap!r} is none of "auto", True, False.')
+        if not (self.cache is None or isinstance(self.cache, (bool, str, Path))):
+            raise ArgumentError(f"cache={self.cache!r} is none of None, True, False, a folder.")
         if self.strategy == "assign" and not compat.can_assign():
             raise StrategyError(
                 f'strategy="assign" needs torch {compat.ASSIGN_NEEDS_TORCH} or newer, this is '

@@ -16,12 +16,12 @@ ProgressOption = None | bool | ProgressCallback
 
 @dataclass(frozen=True)
 class ProgressEvent:
-    """Where a load is.
+    """Where a load or a save is.
 
     Attributes:
-        done_bytes: parameter bytes in place.
+        done_bytes: parameter bytes in place, or written.
         total_bytes: parameter bytes of the whole model.
-        name: the parameter placed last.
+        name: the parameter that came last.
     """
 
     done_bytes: int
@@ -35,13 +35,15 @@ class Progress:
     Args:
         option: None for a bar when stderr is a terminal or in a notebook, True or False, or a
             callback.
+        verb: what is done to the bytes.
     """
 
-    def __init__(self, option: ProgressOption = None) -> None:
+    def __init__(self, option: ProgressOption = None, verb: str = "loading") -> None:
         if not (option is None or isinstance(option, bool) or callable(option)):
             raise ArgumentError(f"progress={option!r} is none of None, True, False, a function.")
         self._callback = option if callable(option) else None
         self._wants_bar = _is_watched() if option is None else option is True
+        self._verb = verb
         self._bar: Any = None
         self._task: Any = None
         self._done_bytes = 0
@@ -53,7 +55,7 @@ class Progress:
         self._done_bytes = 0
         if self._wants_bar:
             self._bar = _new_bar()
-            self._task = self._bar.add_task("loading", total=total_bytes)
+            self._task = self._bar.add_task(self._verb, total=total_bytes)
             self._bar.start()
 
     def advance(self, name: str, size_bytes: int) -> None:

@@ -40,6 +40,8 @@ class LoadReport:
         not_quantized: matrices of a quantized model that are dense -> why.
         notes: anything else worth knowing, in sentences.
         timeline: memory over the time of the call, and its phases.
+        revision: the hub commit of the source; None for folders.
+        cache: "hit: <folder>", "filled: <folder>" or "not filled: <reason>"; None without a cache.
     """
 
     strategy: str
@@ -61,6 +63,8 @@ class LoadReport:
     not_quantized: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     timeline: Timeline = field(default_factory=Timeline, repr=False)
+    revision: str | None = None
+    cache: str | None = None
 
     def rows(self) -> list[tuple[str, str]]:
         """The report as (label, text) pairs, in reading order."""
@@ -85,6 +89,8 @@ class LoadReport:
             f"transformer_lens {self.transformer_lens_version}"
         )
         rows.append(("versions", versions))
+        if self.cache is not None:
+            rows.append(("cache", self.cache))
         rows += [("note", note) for note in self.notes]
         return rows
 

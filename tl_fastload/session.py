@@ -236,6 +236,9 @@ def _report(model: Any, session: Session, sampler: PeakSampler, seconds: float) 
     parameters = list(model.parameters())
     asked = {step for step, value in session.requested.items() if value}
     model._processed = (asked, versions(model))
+    location = origin.location if origin is not None else None
+    if origin is not None:
+        model._quantization = session.options.quantize or origin.spec
     return LoadReport(
         strategy="assign" if session.options.assigns else "copy",
         reason=session.options.reason() if origin is not None else "parameters keep their identity",
@@ -256,6 +259,7 @@ def _report(model: Any, session: Session, sampler: PeakSampler, seconds: float) 
         not_quantized=session.not_quantized,
         notes=(*(origin.notes if origin is not None else ()), *session.notes),
         timeline=sampler.timeline(),
+        revision=location.commit if location is not None else None,
     )
 
 

@@ -5,6 +5,7 @@ once.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ def _check_device(arguments: dict[str, Any]) -> None:
     n_devices = arguments["n_devices"]
     if not isinstance(n_devices, int) or n_devices < 1:
         raise ArgumentError(f"n_devices={n_devices!r} is not a number from 1 on.")
-    device = _device(arguments)
+    device = device_asked_for(arguments)
     if device.type != "cuda":
         if n_devices > 1:
             raise ArgumentError(f"n_devices={n_devices} spreads over CUDA devices, not {device}.")
@@ -121,7 +122,12 @@ def _check_device(arguments: dict[str, Any]) -> None:
         )
 
 
-def _device(arguments: dict[str, Any]) -> torch.device:
+def device_asked_for(arguments: Mapping[str, Any]) -> torch.device:
+    """The device that `device=` means.
+
+    Raises:
+        ArgumentError: it is none.
+    """
     if arguments["device"] is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -158,7 +164,7 @@ def check_quantization(origin: Origin, options: Options, arguments: dict[str, An
             "Quantized weights are put into the model as they are, which a copying load cannot do: "
             f'use strategy="auto" with torch {compat.ASSIGN_NEEDS_TORCH} or newer.'
         )
-    require_device(_device(arguments))
+    require_device(device_asked_for(arguments))
 
 
 def check_state_dict(model: Any, state_dict: dict[str, Any]) -> None:

@@ -1,0 +1,109 @@
+"""Whether what a caller asks for is what a processed copy holds."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tl_fastload import bnb_kernels, compat, steps, verify
+from tl_fastload.errors import ArgumentError, CheckpointError
+from tl_fastload.keywords import Keywords
+from tl_fastload.options import DEFAULT_DTYPE, Options
+from tl_fastload.quantization import Quantization, as_dtype
+from tl_fastload.store_format import Manifest
+
+_PICKED = ("checkpoint_index", "checkpoint_value", "checkpoint_label", "hf_model")
+
+
+def check_arguments(
+    manifest: Manifest,
+    cfg: Any,
+    options: Options,
+    arguments: dict[str, Any],
+    keywords: Keywords,
+    folder: Path,
+) -> None:
+    """Raise ArgumentError if the caller asks for something else than what was saved."""
+    given = arguments["dtype"]
+    dtype = arguments.get("torch_dtype", None if given is DEFAULT_DTYPE else given)
+    pairs: list[tuple[str, Any, Any]] = [
+        ("dtype", None if dtype is None else as_dtype(dtype), cfg.dtype),
+        ("first_n_layers", arguments["first_n_layers"], cfg.n_layers),
+        ("n_ctx", arguments["n_ctx"], cfg.n_ctx),
+        ("quantize", options.quantize, manifest.quantization),
+        ("revision", keywords.hub.get("revision"), manifest.revision),
+        *((name, arguments[name], None) for name in _PICKED),
+        *((name, value, getattr(cfg, name, None)) for name, value in keywords.overrides.items()),
+    ]
+    wrong = [(name, asked, saved) for name, asked, saved in pairs if asked not in (None, saved)]
+    if options.dequantize and manifest.quantization is not None:
+        wrong.append(("dequantize", True, manifest.quantization))
+    if wrong:
+        name, asked, saved = wrong[0]
+        held = "nothing of the kind" if saved is None else f"{name}={_shown(saved)}"
+        raise ArgumentError(
+            f"{name}={_shown(asked)} was asked for, but {folder} was saved with {held}. Leave the "
+            f"argument out, or load the original ({manifest.source}) with it."
+        )
+    if manifest.quantization is not None:
+        if not options.assigns:
+            raise ArgumentError(
+                "Quantized weights are put into the model as they are, which a copying load cannot "
+                f'do: use strategy="auto" with torch {compat.ASSIGN_NEEDS_TORCH} or newer.'
+            )
+        bnb_kernels.require_device(verify.device_asked_for(arguments))
+
+
+def _shown(value: Any) -> str:
+    if not isinstance(value, Quantization):
+        return repr(value) if len(repr(value)) < 80 else f"a {type(value).__name__}"
+    plain = Quantization(value.kind)
+    others = [item.name for item in fields(value)]
+    changed = [n for n in others if getattr(value, n) != getattr(plain, n)]
+    return ", ".join([repr(value.kind), *(f"{n}={getattr(value, n)}" for n in changed)])
+
+
+def steps_to_do(
+    manifest: Manifest, cfg: Any, arguments: dict[str, Any], folder: Path
+) -> dict[str, bool]:
+    """The processing that an unprocessed copy still needs; {} where it is as asked for."""
+    asked = {step: bool(arguments[step]) for step in steps.STEPS}
+    verify.check_refactor(cfg, asked)
+
+    def effective(flags: dict[str, bool]) -> list[str]:
+        return [s for s in steps.STEPS if flags[s] and steps.reason_to_skip(s, cfg) is None]
+
+    wanted, done = effective(asked), effective(manifest.flags)
+    if wanted == done:
+        return {}
+    if not done and manifest.quantization is None:
+        return asked
+    flags = ", ".join(f"{step}={manifest.flags[step]}" for step in steps.STEPS)
+    raise ArgumentError(
+        f"{folder} was saved with these processing steps: {', '.join(done) or 'none'}; asked for: "
+        f"{', '.join(wanted) or 'none'}. Steps cannot be undone or added one by one: pass {flags}, "
+        f"or load the original ({manifest.source})."
+    )
+
+
+def check_names(model: nn.Module, manifest: Manifest, folder: Path) -> None:
+    """Raise CheckpointError if the class builds other parameters than were saved."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    wrong = [f"missing in the copy: {name}" for name in own.keys() - manifest.parameters.keys()]
+    wrong += [f"not in the model: {name}" for name in manifest.parameters.keys() - own.keys()]
+    wrong += [
+        f"{name} is {list(view.shape)} in the copy, {list(own[name].shape)} in the model"
+        for name, view in manifest.parameters.items()
+        if name in own and own[name].shape != view.shape
+    ]
+    if wrong:
+        written = manifest.versions.get("transformer_lens")
+        raise CheckpointError(
+            f"{folder} holds a {manifest.model_class} of TransformerLens {written}, whose "
+            f"parameters are not those of {type(model).__name__} in {compat.TRANSFORMER_LENS}:\n  "
+            + "\n  ".join(sorted(wrong)[:20])
+            + "\nLoad it with the class and version that saved it."
+        )

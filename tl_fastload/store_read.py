@@ -1,0 +1,333 @@
+"""Loads a processed copy: an empty model, whose parameters are mapped from the copy's files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from tl_fastload import compat, quantized, steps, verify
+from tl_fastload.already import versions
+from tl_fastload.errors import CheckpointError
+from tl_fastload.keywords import Keywords, sort_keywords
+from tl_fastload.memory import PeakSampler, return_freed_memory, unique_bytes
+from tl_fastload.options import Options, is_on_network
+from tl_fastload.progress import Progress
+from tl_fastload.reader import FileMaps, FileReader, FileSource
+from tl_fastload.report import LoadReport
+from tl_fastload.safetensors_header import TensorEntry
+from tl_fastload.skeleton import build_empty, device_map
+from tl_fastload.store_check import check_arguments, check_names, steps_to_do
+from tl_fastload.store_format import (
+    Manifest,
+    View,
+    build_configuration,
+    checked_geometry,
+    is_copy,
+    read_manifest,
+    stored_tensors,
+)
+
+_CHUNK_BYTES = 8 << 20
+
+
+def copy_folder(model_name: Any, keywords: dict[str, Any]) -> Path | None:
+    """The folder of a processed copy that a name means, or None."""
+    if not isinstance(model_name, (str, os.PathLike)) or not os.fspath(model_name):
+        return None
+    try:
+        folder = Path(model_name).expanduser() / str(keywords.get("subfolder") or "")
+    except (RuntimeError, ValueError):  # "~somebody", who has no home here
+        return None
+    return folder if is_copy(folder) else None
+
+
+def verify_copy(folder: str | os.PathLike[str]) -> None:
+    """Read every byte of a processed copy and compare it with the checksums of when it was saved.
+
+    Sizes, headers and the JSON are compared whenever a copy is loaded; this is for the rest.
+
+    Args:
+        folder: as passed to `save_lean`.
+
+    Raises:
+        CheckpointError: a file is missing, cut off or altered; names the tensor at fault.
+    """
+    place = Path(folder).expanduser()
+    manifest = read_manifest(place)
+    entries = stored_tensors(place, manifest)
+    reader = FileReader()
+    try:
+        for key, wanted in manifest.checksums.items():
+            if _digest(reader, entries[key]) != wanted:
+                raise CheckpointError(
+                    f"{entries[key].path}: the bytes of {key} are not those that were saved. Save "
+                    "the copy again, or load the original."
+                )
+    finally:
+        reader.close()
+
+
+def _digest(reader: FileReader, entry: TensorEntry) -> str:
+    digest = hashlib.sha256()
+    end = entry.offset + entry.nbytes
+    for first in range(entry.offset, end, _CHUNK_BYTES):
+        piece = reader.scratch(entry.path, first, min(first + _CHUNK_BYTES, end))
+        digest.update(memoryview(piece.numpy()))  # type: ignore[arg-type]
+    return digest.hexdigest()
+
+
+def load_copy(
+    cls: type,
+    options: Options,
+    arguments: dict[str, Any],
+    keywords: dict[str, Any],
+    folder: Path,
+) -> Any:
+    """Load a processed copy.
+
+    Args:
+        cls: the model class, with `LeanLoadingMixin` among its bases.
+        options: strategy, mapping, progress, quantization.
+        arguments: of `from_pretrained`.
+        keywords: for Hugging Face.
+        folder: of the copy.
+
+    Raises:
+        CheckpointError: the copy is damaged, or this version cannot read it.
+        ArgumentError: arguments that contradict what was saved.
+    """
+    started = time.perf_counter()
+    options.check()
+    verify.check_arguments(arguments, keywords)
+    if options.verify:
+        verify_copy(folder)
+    return_freed_memory()
+    reader = FileReader()
+    try:
+        with torch.inference_mode(False), PeakSampler() as sampler:
+            model, report = _load(cls, options, arguments, keywords, folder, reader)
+    finally:
+        reader.close()
+    model.load_report = replace(
+        report,
+        seconds=time.perf_counter() - started,
+        peak_host_bytes=sampler.peak_host_bytes,
+        peak_anonymous_bytes=sampler.peak_anonymous_bytes,
+        peak_device_bytes=sampler.peak_device_bytes,
+    )
+    return model
+
+
+def _load(
+    cls: type,
+    options: Options,
+    arguments: dict[str, Any],
+    keywords: dict[str, Any],
+    folder: Path,
+    reader: FileReader,
+) -> tuple[Any, LoadReport]:
+    manifest, entries = _open(folder)
+    cfg = build_configuration(manifest, str(folder))
+    sorted_keywords = sort_keywords(keywords)
+    check_arguments(manifest, cfg, options, arguments, sorted_keywords, folder)
+    missing_steps = steps_to_do(manifest, cfg, arguments, folder)
+    notes: list[str] = []
+    model = _build(cls, cfg, manifest, arguments, sorted_keywords, folder, notes)
+    device_of = device_map(model, arguments["move_to_device"])
+    check_names(model, manifest, folder)
+    may_map = options.mmap is True or (options.mmap == "auto" and not is_on_network(folder))
+    if may_map and options.assigns and not missing_steps:
+        reader.maps = FileMaps()
+    mapped_bytes = _place(model, manifest, entries, reader, options, device_of)
+    if missing_steps:
+        model.load_and_process_state_dict(model.state_dict(), **missing_steps)
+        notes.append("The copy was saved unprocessed, and was processed now.")
+    flags = missing_steps or manifest.flags
+    model._processed = ({step for step, on in flags.items() if on}, versions(model))
+    model._quantization = manifest.quantization
+    written = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    notes.append(f"Copy of {manifest.source or manifest.model_class}, written by {written}.")
+    report = LoadReport(
+        strategy="assign" if options.assigns else "copy",
+        reason="a processed copy",
+        torch_version=str(compat.TORCH),
+        transformers_version=str(compat.TRANSFORMERS),
+        transformer_lens_version=str(compat.TRANSFORMER_LENS),
+        source=manifest.source or str(folder),
+        revision=manifest.revision,
+        dtype=model.cfg.dtype,
+        device=", ".join(sorted({str(parameter.device) for parameter in model.parameters()})),
+        seconds=0.0,
+        parameter_bytes=unique_bytes(model.parameters()),
+        peak_host_bytes=0,
+        peak_anonymous_bytes=0,
+        mapped_bytes=mapped_bytes,
+        peak_device_bytes=None,
+        processing=steps.describe(flags, model.cfg),
+        quantization=f"{manifest.quantization.kind}, as saved" if manifest.quantization else None,
+        not_quantized=manifest.not_quantized,
+        notes=tuple(notes),
+    )
+    return model, report
+
+
+def _open(folder: Path) -> tuple[Manifest, dict[str, TensorEntry]]:
+    """The JSON and the headers; read again if another process has just replaced the copy."""
+    manifest = read_manifest(folder)
+    try:
+        return manifest, stored_tensors(folder, manifest)
+    except CheckpointError:
+        again = read_manifest(folder)
+        if again.copy_id == manifest.copy_id:
+            raise
+        return again, stored_tensors(folder, again)
+
+
+def _build(
+    cls: type,
+    cfg: Any,
+    manifest: Manifest,
+    arguments: dict[str, Any],
+    keywords: Keywords,
+    folder: Path,
+    notes: list[str],
+) -> Any:
+    """The empty model, with its tokenizer."""
+    from transformer_lens.utils import get_device  # type: ignore[attr-defined]
+
+    cfg.device = arguments["device"] if arguments["device"] is not None else get_device()
+    cfg.n_devices = arguments["n_devices"]
+    if arguments["default_prepend_bos"] is not None:
+        cfg.default_prepend_bos = arguments["default_prepend_bos"]
+    side, tokenizer = arguments["default_padding_side"], arguments["tokenizer"]
+    if tokenizer is None and manifest.tokenizer is not None:
+        side = side or manifest.tokenizer["padding_side"]
+        tokenizer = _tokenizer(manifest.tokenizer, folder, keywords, notes)
+    name, cfg.tokenizer_name = cfg.tokenizer_name, None
+    context = SimpleNamespace(keywords=keywords, tokenizer_folder=lambda: None)
+    made: dict[str, Any] = {} if tokenizer is None else {"default_padding_side": side}
+    model = build_empty(cls, cfg, context, notes, tokenizer, move_to_device=False, **made)
+    cfg.tokenizer_name = name
+    return model
+
+
+def _tokenizer(
+    saved: dict[str, Any], folder: Path, keywords: Keywords, notes: list[str]
+) -> Any | None:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            folder / saved["folder"],
+            use_fast=saved["is_fast"],
+            trust_remote_code=keywords.trust_remote_code,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        notes.append(
+            f"The copy's tokenizer could not be loaded ({type(error).__name__}): pass token ids, "
+            "or tokenizer=."
+        )
+        return None
+
+
+def _place(
+    model: nn.Module,
+    manifest: Manifest,
+    entries: dict[str, TensorEntry],
+    reader: FileReader,
+    options: Options,
+    device_of: Any,
+) -> int:
+    """Put every parameter and buffer into the model; the bytes of parameters that are mapped."""
+    _check_room(manifest, entries, reader, device_of)
+    done: dict[tuple[str, ...], nn.Parameter] = {}
+    mapped_bytes = 0
+    used = {key for view in manifest.parameters.values() for key in _keys(view)}
+    with Progress(options.progress) as progress:
+        progress.start(sum(entries[key].nbytes for key in used))
+        for name, view in manifest.parameters.items():
+            keys = tuple(_keys(view))  # the same ones: the same parameter, under another name
+            if keys not in done:
+                tensor = _tensor(view, entries, reader, device_of(name))
+                done[keys] = _parameter(model, name, tensor, view, options)
+                size_bytes = sum(entries[key].nbytes for key in keys)
+                is_mapped = reader.maps is not None and device_of(name).type == "cpu"
+                mapped_bytes += size_bytes if is_mapped else 0
+                progress.advance(name, size_bytes)
+            parent, _, leaf = name.rpartition(".")
+            model.get_submodule(parent)._parameters[leaf] = done[keys]
+    for name, buffer in list(model.named_buffers()):
+        parent, _, leaf = name.rpartition(".")
+        view_of = manifest.buffers.get(name)
+        value = buffer.to(device_of(name))
+        if view_of is not None:
+            value = _tensor(view_of, entries, reader, device_of(name))
+        model.get_submodule(parent)._buffers[leaf] = value
+    return mapped_bytes
+
+
+def _keys(view: View) -> Iterator[str]:
+    yield from view.tensors.values()
+
+
+def _check_room(
+    manifest: Manifest, entries: dict[str, TensorEntry], reader: FileReader, device_of: Any
+) -> None:
+    needed: dict[torch.device, int] = {}
+    for name, view in manifest.parameters.items():
+        device = device_of(name)
+        if reader.maps is None or device.type != "cpu":
+            size = sum(entries[key].nbytes for key in _keys(view))
+            needed[device] = needed.get(device, 0) + size
+    verify.check_room(needed, manifest.source or manifest.model_class)
+
+
+def _parameter(
+    model: nn.Module, name: str, tensor: torch.Tensor, view: View, options: Options
+) -> nn.Parameter:
+    parent, _, leaf = name.rpartition(".")
+    own = model.get_submodule(parent)._parameters[leaf]
+    if options.assigns or own is None:
+        return nn.Parameter(tensor, requires_grad=view.requires_grad)
+    own.data = tensor
+    own.requires_grad_(view.requires_grad)
+    return own
+
+
+def _tensor(
+    view: View, entries: dict[str, TensorEntry], reader: FileReader, device: torch.device
+) -> torch.Tensor:
+    if view.quantized is None:
+        entry = entries[view.tensors[""]]
+        return _stored(entry, checked_geometry(view, entry), reader, device)
+    parts = {
+        part: _stored(entries[key], _whole(entries[key]), reader, device)
+        for part, key in view.tensors.items()
+    }
+    dtype = view.dtype or torch.float32
+    return quantized.rebuild(
+        parts, view.quantized, view.shape, view.strides, view.offset, dtype, is_parameter=False
+    )
+
+
+def _whole(entry: TensorEntry) -> torch.Tensor:
+    return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+
+
+def _stored(
+    entry: TensorEntry, geometry: torch.Tensor, reader: FileReader, device: torch.device
+) -> torch.Tensor:
+    if reader.maps is not None and device.type == "cpu" and entry.nbytes:
+        return reader.maps.view(entry, geometry)
+    out = torch.empty_strided(geometry.shape, geometry.stride(), dtype=entry.dtype, device=device)
+    FileSource(entry, reader).read_into(out, geometry, ())
+    return out
