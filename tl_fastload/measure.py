@@ -220,6 +220,7 @@ def _timeline(
     result: dict[str, Any], samples: Sequence[tuple[float, Memory]], started: float
 ) -> Timeline:
     baseline, recorder = Memory(**result["baseline"]), Recorder()
+    recorder.add(0.0, 0, 0)
     moments = [(moment - started, memory) for moment, memory in samples if moment >= started]
     for seconds, memory in [*moments, (result["seconds"], Memory(**result["end"]))]:
         recorder.add(

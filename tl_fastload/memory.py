@@ -68,6 +68,7 @@ class PeakSampler:
         self._start = host_memory()
         self._start_seconds = time.perf_counter()
         self._device_start = _device_start()
+        self._recorder.add(0.0, 0, 0, *(() if self._device_start is None else (0,)))
         self._thread.start()
         return self
 

@@ -154,7 +154,7 @@ def _draw_curve(
     curve = _curve(timeline, device)
     sizes = [size / unit_bytes for size in curve]
     peak = max(curve)
-    label = f"{one.label}: peak {format_bytes(peak)}, {peak / max(one.final_bytes, 1):.2f}x"
+    label = f"{one.label}: peak {format_bytes(peak)} ({peak / max(one.final_bytes, 1):.2f}x)"
     axes.plot(timeline.seconds, sizes, label=label, linewidth=2.2, **style)
     if filled:
         axes.fill_between(timeline.seconds, sizes, color=style["color"], alpha=0.15, linewidth=0)
@@ -232,7 +232,7 @@ def plot_peaks(
     good = [found for found in measurements if found.error is None]
     if not good:
         raise ArgumentError("There is nothing to draw: no load could be measured.")
-    figure = _figure(1.8 + 0.62 * len(good))
+    figure = _figure(2.1 + 0.58 * len(good))
     axes = figure.subplots()
     largest = max(max(m.peak_resident_bytes, m.parameter_bytes) for m in good)
     unit_bytes, unit = _unit(largest)
@@ -240,8 +240,11 @@ def plot_peaks(
         _draw_peak(axes, row, found, unit_bytes, labelled=row == 0)
     axes.set_yticks(range(len(good)), [found.name for found in good])
     axes.set_ylim(len(good) - 0.4, -0.6)
-    axes.set_xlim(0, 1.42 * largest / unit_bytes)
-    axes.set_xlabel(f"peak memory above the start of the load ({unit})")
+    axes.set_xlim(0, 1.25 * largest / unit_bytes)
+    axes.set_xlabel(
+        f"peak memory above the start of the load ({unit}); beside it, its part that no file backs\n"
+        "as a multiple of the parameters, and the time"
+    )
     axes.set_title(title)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return _finish(figure, path)
@@ -256,7 +259,7 @@ def _draw_peak(axes: Any, row: int, found: Measurement, unit_bytes: int, labelle
         row,
         anonymous,
         color=_BLUE,
-        label="that no file backs" if labelled else None,
+        label="memory that no file backs" if labelled else None,
         **outline,
     )
     axes.barh(
@@ -274,7 +277,7 @@ def _draw_peak(axes: Any, row: int, found: Measurement, unit_bytes: int, labelle
         color=_ORANGE,
         linewidth=4,
         solid_capstyle="butt",
-        label="the parameters" if labelled else None,
+        label="size of the parameters" if labelled else None,
     )
     ratio = found.peak_anonymous_bytes / max(found.parameter_bytes, 1)
     beside = max(resident, final)
@@ -325,8 +328,8 @@ def plot_memory_map(model: Any, path: str | Path | None = None) -> Any:
     axes.set_ylabel(f"memory ({unit})")
     axes.set_ylim(0, 1.08 * highest / unit_bytes)
     axes.set_title(
-        f"{_model_name(model)}: {format_bytes(sum(totals.values()))}, from bottom to top attention, "
-        "MLP, norms",
+        f"{_model_name(model)}, {format_bytes(sum(totals.values()))}; "
+        "from bottom to top: attention, MLP, norms",
     )
     _legend_of_states(figure, totals)
     return _finish(figure, path)

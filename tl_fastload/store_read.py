@@ -114,6 +114,7 @@ def load_copy(
     reader = FileReader()
     try:
         with torch.inference_mode(False), PeakSampler() as sampler:
+            sampler.mark("placing")
             model, report = _load(cls, options, arguments, keywords, folder, reader)
     finally:
         reader.close()
@@ -123,6 +124,7 @@ def load_copy(
         peak_host_bytes=sampler.peak_host_bytes,
         peak_anonymous_bytes=sampler.peak_anonymous_bytes,
         peak_device_bytes=sampler.peak_device_bytes,
+        timeline=sampler.timeline(),
     )
     return model
 
