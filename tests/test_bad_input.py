@@ -21,7 +21,7 @@ from tl_fastload.errors import (
     CheckpointError,
     LeanLoadError,
     MissingWeightsError,
-    NotEnoughMemoryError,
+    NotEnoughMemory,
     UnknownModelError,
     UnsupportedArchitectureError,
 )
@@ -310,7 +310,7 @@ def test_values_beyond_the_dtype_are_a_note(broken: Broken) -> None:
 
 def test_not_enough_memory(zoo: Any, no_reading: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tl_fastload.verify.available_bytes", lambda device: 1000)
-    refused(NotEnoughMemoryError, zoo("gpt2"), "1000 B", "cpu")
+    refused(NotEnoughMemory, zoo("gpt2"), "1000 B", "cpu")
 
 
 @pytest.mark.parametrize("hf_model", ["gpt2", torch.nn.Linear(2, 2), {"a": 1}])

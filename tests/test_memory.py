@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from tl_fastload import memory
-from tl_fastload.memory import PeakSampler, available_bytes, host_memory, unique_bytes
+from tl_fastload.memory import PeakSampler, host_memory, unique_bytes
 
 MIB = 1 << 20
-CPU = torch.device("cpu")
 
 
 def test_resident_memory_includes_anonymous_memory() -> None:
@@ -61,26 +60,3 @@ def test_shared_elements_count_once() -> None:
     assert unique_bytes([x, x.view(10, 10), torch.zeros(3)]) == 412
     assert unique_bytes([x[:5], x[5:]]) == 400
     assert unique_bytes([]) == 0
-
-
-def test_available_memory_is_a_part_of_the_machine() -> None:
-    free = available_bytes(CPU)
-    assert free is not None
-    assert 0 < free <= psutil.virtual_memory().total
-    assert available_bytes(torch.device("meta")) is None
-
-
-def test_a_containers_limit_bounds_what_is_available(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    limit, usage = tmp_path / "max", tmp_path / "current"
-    usage.write_text("900\n")
-    monkeypatch.setattr(memory, "_CGROUP_FILES", ((str(limit), str(usage)),))
-    monkeypatch.setattr(memory, "_reclaimable_bytes", lambda: 50)
-    for text, expected in (("1000\n", 150), ("500\n", 50)):
-        limit.write_text(text)
-        assert available_bytes(CPU) == expected
-    limit.write_text("max\n")
-    unlimited = available_bytes(CPU)
-    assert unlimited is not None
-    assert unlimited > MIB

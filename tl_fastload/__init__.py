@@ -12,7 +12,7 @@ from tl_fastload.errors import (  # noqa: E402  # after the check, whose message
     LeanLoadError,
     MissingPackageError,
     MissingWeightsError,
-    NotEnoughMemoryError,
+    NotEnoughMemory,
     QuantizationError,
     RecordingError,
     SaveError,
@@ -20,8 +20,9 @@ from tl_fastload.errors import (  # noqa: E402  # after the check, whose message
     UnknownModelError,
     UnsupportedArchitectureError,
 )
+from tl_fastload.load_plan import LoadPlan  # noqa: E402
 from tl_fastload.memory import watch_memory  # noqa: E402
-from tl_fastload.model import LeanHookedTransformer, LeanLoadingMixin  # noqa: E402
+from tl_fastload.model import LeanHookedTransformer, LeanLoadingMixin, plan  # noqa: E402
 from tl_fastload.progress import ProgressEvent  # noqa: E402
 from tl_fastload.report import LoadReport  # noqa: E402
 from tl_fastload.store_read import verify_copy  # noqa: E402
@@ -35,10 +36,11 @@ __all__ = [
     "LeanHookedTransformer",
     "LeanLoadError",
     "LeanLoadingMixin",
+    "LoadPlan",
     "LoadReport",
     "MissingPackageError",
     "MissingWeightsError",
-    "NotEnoughMemoryError",
+    "NotEnoughMemory",
     "ProgressEvent",
     "QuantizationError",
     "RecordingError",
@@ -46,6 +48,7 @@ __all__ = [
     "StrategyError",
     "UnknownModelError",
     "UnsupportedArchitectureError",
+    "plan",
     "save_lean",
     "verify_copy",
     "watch_memory",

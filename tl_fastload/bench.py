@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 
 from tl_fastload import synthetic
+from tl_fastload.available import available_bytes
 from tl_fastload.checkpoint import Checkpoint, open_weights, resolve_config
 from tl_fastload.errors import LeanLoadError
 from tl_fastload.measure import Measurement, WorkerError, combine, read_ahead, run_action
 from tl_fastload.measure_loads import Contender, torch_dtype
-from tl_fastload.memory import available_bytes
 from tl_fastload.names import official_name
 from tl_fastload.report import format_bytes
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from tl_fastload.errors import QuantizationError
-from tl_fastload.quantized_bytes import FourBitBytes, Int8Bytes, QuantizedBytes
+from tl_fastload.quantized_bytes import FourBitBytes, Int8Bytes, QuantizedBytes, outline
 
 OLDEST_BITSANDBYTES = (0, 43)
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -136,6 +136,9 @@ def _linear_4bit(
 
 def dequantize(stored: QuantizedBytes, dtype: torch.dtype) -> torch.Tensor:
     """The matrix [out, in] that the kernels multiply by: bitsandbytes' own numbers."""
+    if stored.device.type == "meta":
+        wide = torch.float32 if isinstance(stored, Int8Bytes) else dtype
+        return torch.empty(stored.shape, dtype=wide, device="meta").to(dtype)
     bnb = bitsandbytes()
     if isinstance(stored, Int8Bytes):
         if hasattr(bnb.functional, "int8_vectorwise_dequant"):
@@ -206,9 +209,11 @@ def quantize(
         raise QuantizationError(
             f"only a floating point matrix can be quantized, not {list(dense.shape)} {dense.dtype}."
         )
-    require_device(dense.device)
     if kind not in ("int8", "nf4", "fp4"):
         raise QuantizationError(f"quantization is 'int8', 'nf4' or 'fp4', not {kind!r}.")
+    if dense.is_meta:
+        return outline(dense.shape[0], dense.shape[1], kind, blocksize, double_quant)
+    require_device(dense.device)
     dense = dense.detach()
     if kind == "int8":
         return _quantize_int8(dense, threshold)

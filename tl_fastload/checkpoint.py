@@ -20,7 +20,12 @@ from tl_fastload.location import (
     unfinished_downloads,
 )
 from tl_fastload.safetensors_header import TensorEntry, read_header
-from tl_fastload.torch_files import TorchContents, duplicate_message, read_torch_files
+from tl_fastload.torch_files import (
+    TorchContents,
+    duplicate_message,
+    read_torch_files,
+    whole_bytes,
+)
 from tl_fastload.weight_files import (
     Choice,
     choose,
@@ -55,6 +60,9 @@ class Checkpoint:
         commit: the hub repository's commit; None for a local folder.
         notes: what the reader of a report should know, one sentence each.
         indexed: the tensor names that an index of torch files promises; else empty.
+        weight_bytes: size of the weight files.
+        missing_bytes: of these, what is not on this machine yet; 0 unless only headers are wanted.
+        is_outline: torch files that have not been looked into (`tl_fastload.headers`).
     """
 
     folder: Path
@@ -64,6 +72,15 @@ class Checkpoint:
     commit: str | None = None
     notes: tuple[str, ...] = ()
     indexed: Collection[str] = field(default=frozenset(), repr=False)
+    weight_bytes: int = 0
+    missing_bytes: int = 0
+    is_outline: bool = False
+
+    def read_whole_bytes(self, *, mmap: bool) -> int:
+        """Bytes of torch files that `load_tensors` would read into memory instead of mapping."""
+        if self.entries or self.missing_bytes:
+            return 0 if self.entries or mmap else self.weight_bytes
+        return whole_bytes(self.files, mmap=mmap)
 
     def load_tensors(self, *, mmap: bool = True) -> TorchContents:
         """Read torch files (`.bin`, `.pth`, `.pt`); empty for safetensors.
@@ -169,7 +186,7 @@ def open_weights(
         UnknownModelError: the hub does not let us have them.
         ArgumentError: `weights_file` is not inside the model's folder.
     """
-    choice = _named(weights_file) if weights_file else _chosen(location, variant, use_safetensors)
+    choice = choose_weights(location, weights_file, variant, use_safetensors)
     path = fetch(location, choice.name)
     files: tuple[Path, ...] = (path,)
     homes: dict[str, Path] = {}
@@ -180,7 +197,7 @@ def open_weights(
         homes = {name: shards[shard] for name, shard in weight_map.items()}
     entries: dict[str, TensorEntry] = {}
     if choice.is_safetensors:
-        entries = _read_headers(files)
+        entries = read_headers(files)
         _check_homes(location.label, homes, entries)
     return Checkpoint(
         folder=location.folder,
@@ -190,7 +207,15 @@ def open_weights(
         commit=location.commit,
         notes=location.notes if choice.note is None else (*location.notes, choice.note),
         indexed=frozenset() if choice.is_safetensors else frozenset(homes),
+        weight_bytes=sum(path.stat().st_size for path in files),
     )
+
+
+def choose_weights(
+    location: Location, weights_file: str | None, variant: str | None, use_safetensors: bool | None
+) -> Choice:
+    """The weight file or index that `open_weights` opens; its arguments mean the same."""
+    return _named(weights_file) if weights_file else _chosen(location, variant, use_safetensors)
 
 
 def _named(weights_file: str) -> Choice:
@@ -221,7 +246,8 @@ def _chosen(location: Location, variant: str | None, use_safetensors: bool | Non
     raise CheckpointError(message)
 
 
-def _read_headers(files: tuple[Path, ...]) -> dict[str, TensorEntry]:
+def read_headers(files: tuple[Path, ...]) -> dict[str, TensorEntry]:
+    """The entries of several safetensors files, whose names must not collide."""
     entries: dict[str, TensorEntry] = {}
     for path in files:
         found = read_header(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,21 @@ def load_dequantized(
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     return model.eval()
+
+
+def outline_dequantized(folder: str | Path, hf_config: Any, dtype: torch.dtype) -> Any:
+    """The form of what `load_dequantized` would load: its model on the meta device.
+
+    Raises:
+        ArgumentError: the checkpoint is not quantized.
+    """
+    if method_of(hf_config) is None:
+        raise ArgumentError(f"{folder} is not quantized: leave dequantize= out.")
+    config = copy.deepcopy(hf_config)
+    del config.quantization_config
+    with torch.device("meta"):
+        make: Any = transformers.AutoModelForCausalLM.from_config
+        return make(config, **{compat.CONFIG_DTYPE_NAME: dtype}).eval()
 
 
 def _check(fitted: Mapping[str, Any], folder: Any, method: str) -> None:

@@ -16,8 +16,8 @@ import psutil
 import torch
 
 from tl_fastload import bnb_kernels, compat
+from tl_fastload.available import available_bytes
 from tl_fastload.cache import default_folder
-from tl_fastload.memory import available_bytes
 from tl_fastload.options import Options, file_system_kind, is_on_network
 
 _NEEDED = (

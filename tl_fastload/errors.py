@@ -27,8 +27,8 @@ class MissingWeightsError(CheckpointError):
     """Weights are missing, unexpected or of the wrong shape; lists all of them."""
 
 
-class NotEnoughMemoryError(LeanLoadError, MemoryError):
-    """The model cannot fit; raised before weights are read."""
+class NotEnoughMemory(LeanLoadError, MemoryError):  # noqa: N818  # reads as what it is
+    """The model cannot fit; raised before weights are read, with what would fit."""
 
 
 class StrategyError(ArgumentError):

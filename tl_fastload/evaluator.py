@@ -191,10 +191,10 @@ class Evaluation:
 
     def _buffer_of(self, result: Any, inputs: list[Value]) -> Buffer:
         several = not isinstance(result, torch.Tensor)
-        storages = {part.untyped_storage().data_ptr() for part in (result if several else [result])}
+        storages = {part.untyped_storage()._cdata for part in (result if several else [result])}
         for value in inputs:
             tensors = [value.tensor] if isinstance(value.tensor, torch.Tensor) else value.tensor
-            if any(tensor.untyped_storage().data_ptr() in storages for tensor in tensors):
+            if any(tensor.untyped_storage()._cdata in storages for tensor in tensors):
                 return value.buffer
         # Several results may lie in one another's memory: never written, nobody's own.
         return Buffer(owned=not several)

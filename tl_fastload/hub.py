@@ -15,7 +15,9 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    SafetensorsParsingError,
 )
+from huggingface_hub.utils import SafetensorsFileMetadata  # type: ignore[attr-defined]
 
 from tl_fastload.errors import ArgumentError, CheckpointError, LeanLoadError, UnknownModelError
 
@@ -145,6 +147,40 @@ def list_files(repo: str, options: HubOptions = HubOptions()) -> Listing:
     return Listing(cached_files(repo, options), complete=False)
 
 
+def file_sizes(repo: str, options: HubOptions = HubOptions()) -> dict[str, int]:
+    """The size in bytes of each file of a repository, in one request.
+
+    Raises:
+        UnknownModelError: as `hub_file`; the network is needed.
+    """
+    if options.offline:
+        raise _not_cached(repo, options, None)
+    try:
+        info = _ask(repo, options, files_metadata=True)
+    except _HUB_FAILURES as error:
+        raise _explain(repo, "", options, error) from error
+    return {file.rfilename: file.size or 0 for file in info.siblings or ()}
+
+
+def safetensors_header(
+    repo: str, filename: str, options: HubOptions = HubOptions()
+) -> SafetensorsFileMetadata:
+    """The header of a safetensors file on the hub, by requests for that range of bytes.
+
+    Raises:
+        UnknownModelError: as `hub_file`; the network is needed.
+        CheckpointError: the repository has no such file, or its header is corrupt.
+    """
+    try:
+        return HfApi().parse_safetensors_file_metadata(
+            repo, filename, revision=options.revision, token=options.token
+        )
+    except SafetensorsParsingError as error:
+        raise CheckpointError(f"{filename} of {repo} has a corrupt header: {error}") from error
+    except _HUB_FAILURES as error:
+        raise _explain(repo, filename, options, error) from error
+
+
 def repo_files(repo: str, options: HubOptions = HubOptions()) -> list[str]:
     """The names that `list_files` finds."""
     return list_files(repo, options).files
@@ -224,13 +260,14 @@ def _download(repo: str, filename: str, options: HubOptions, *, local_files_only
     )
 
 
-def _ask(repo: str, options: HubOptions) -> ModelInfo:
+def _ask(repo: str, options: HubOptions, files_metadata: bool = False) -> ModelInfo:
     """The commit and the files of a repository, in one request that does not retry."""
     return HfApi().model_info(
         repo,
         revision=options.revision,
         token=options.token,
         timeout=constants.DEFAULT_ETAG_TIMEOUT,
+        files_metadata=files_metadata,
     )
 
 

@@ -110,7 +110,7 @@ def fetch(location: Location, name: str) -> Path:
         if not path.exists() and not path.is_symlink():
             raise CheckpointError(f"{location.folder} has no file {name!r}. Check its name.")
         return path
-    return hub.hub_file(location.repo, _inside_repo(location, name), location.options)
+    return hub.hub_file(location.repo, inside_repo(location, name), location.options)
 
 
 def fetch_shards(location: Location, names: Sequence[str]) -> dict[str, Path]:
@@ -253,7 +253,8 @@ def _check_link(folder: Path, name: str) -> None:
     )
 
 
-def _inside_repo(location: Location, name: str) -> str:
+def inside_repo(location: Location, name: str) -> str:
+    """A file's name from the root of the repository."""
     return f"{location.subfolder}/{name}" if location.subfolder else name
 
 

@@ -162,49 +162,6 @@ def return_freed_memory() -> None:
         _LIBC.malloc_trim(0)
 
 
-# Where Linux says how much memory this container may use, and how much it uses: cgroup v2, then v1.
-_CGROUP_FILES = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-    ),
-)
-
-
-def available_bytes(device: torch.device) -> int | None:
-    """Memory that can still be allocated on a device, or None where that is unknown."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    if device.type != "cpu":
-        return None
-    free = int(psutil.virtual_memory().available)
-    for limit_file, usage_file in _CGROUP_FILES:
-        limit, usage = _number(limit_file), _number(usage_file)
-        if limit is not None and usage is not None:
-            # Page cache counts as usage but gives way, so what the system calls available bounds
-            # it.
-            return min(free, max(limit - usage, 0) + _reclaimable_bytes())
-    return free
-
-
-def _number(path: str) -> int | None:
-    try:
-        return int(Path(path).read_text(encoding="ascii"))
-    except (OSError, ValueError):  # no such file, or "max"
-        return None
-
-
-def _reclaimable_bytes() -> int:
-    """File pages of this container that the kernel drops when memory is needed."""
-    try:
-        lines = Path("/sys/fs/cgroup/memory.stat").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0
-    fields = dict(line.split() for line in lines)
-    return int(fields.get("inactive_file", 0)) + int(fields.get("active_file", 0))
-
-
 def stored_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The tensors that hold a tensor's memory: several for a quantized one."""
     content = getattr(tensor, "content", None)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformer_lens import HookedTransformer
 
+from tl_fastload import planning
 from tl_fastload import session as sessions
 from tl_fastload.already import is_already_processed
 from tl_fastload.cache import load_through_cache
-from tl_fastload.options import DEFAULT_DTYPE, OWN_ARGUMENTS, Options
+from tl_fastload.draft import Request
+from tl_fastload.errors import NotEnoughMemory
+from tl_fastload.load_plan import LoadPlan
+from tl_fastload.options import DEFAULT_DTYPE, Options
 from tl_fastload.progress import ProgressOption
 from tl_fastload.quantization import quantization_argument, read_quantization
 from tl_fastload.report import LoadReport
@@ -63,6 +68,7 @@ class LeanLoadingMixin:
         dequantize: bool = False,
         cache: bool | str | Path | None = None,
         verify: bool = False,
+        check_memory: bool = True,
         **from_pretrained_kwargs: Any,
     ) -> Any:
         """Load a pretrained model with the numbers of `from_pretrained` and about one copy of its
@@ -106,6 +112,8 @@ class LeanLoadingMixin:
                 usual folder, or a folder; None for what the environment variable
                 TL_FASTLOAD_CACHE says; False for not. See `tl_fastload.cache`.
             verify: compare every byte of a processed copy with its checksums.
+            check_memory: raise NotEnoughMemory, with choices that would fit, before weights are
+                read if they cannot be held. False goes ahead.
             **from_pretrained_kwargs: for Hugging Face: revision, cache_dir, token,
                 local_files_only, subfolder, trust_remote_code (False by default), torch_dtype, or
                 fields of the model's configuration.
@@ -116,17 +124,16 @@ class LeanLoadingMixin:
         Raises:
             LeanLoadError: the base of all of: ArgumentError, UnknownModelError,
                 UnsupportedArchitectureError, CheckpointError, MissingWeightsError,
-                NotEnoughMemoryError, StrategyError. Raised before weights are read whenever that
+                NotEnoughMemory, StrategyError. Raised before weights are read whenever that
                 is possible; nothing half-loaded is returned.
         """
-        arguments = {
-            name: value
-            for name, value in locals().items()
-            if name not in ("cls", "from_pretrained_kwargs", *OWN_ARGUMENTS)
-        }
-        asked = read_quantization(quantization_argument(quantize, from_pretrained_kwargs))
-        options = Options(strategy, mmap, progress, asked, dequantize, cache=cache, verify=verify)
-        return load_through_cache(cls, options, arguments, from_pretrained_kwargs)
+        request = _request(**locals())
+        if check_memory and dequantize:  # transformers reads the weights early
+            planning.require_room(request)
+        try:
+            return load_through_cache(cls, request.options, request.arguments, request.keywords)
+        except NotEnoughMemory as error:
+            raise planning.with_advice(request, error) from None
 
     @classmethod
     def from_pretrained_no_processing_lean(
@@ -242,7 +249,12 @@ class LeanLoadingMixin:
         """Complete a state dict with the model's own defaults; a missing weight matrix is an
         error.
         """
-        return fill_missing_keys(self, state_dict)
+        filled = fill_missing_keys(self, state_dict)
+        if self._session is None:
+            return filled
+        # Stock completes the very dictionary that it then puts its float32 copies into.
+        state_dict.update(filled)
+        return state_dict
 
     def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         """`torch.nn.Module.load_state_dict`; while a lean load runs, recorded values are collected
@@ -253,5 +265,58 @@ class LeanLoadingMixin:
         return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
 
 
+def _request(
+    cls: type,
+    from_pretrained_kwargs: dict[str, Any],
+    quantize: Any,
+    strategy: str,
+    mmap: str | bool,
+    progress: ProgressOption,
+    dequantize: bool,
+    check_memory: bool,
+    cache: bool | str | Path | None,
+    verify: bool,
+    **arguments: Any,
+) -> Request:
+    """The arguments of `from_pretrained_lean`, sorted by who takes them."""
+    keywords = dict(from_pretrained_kwargs)
+    asked = read_quantization(quantization_argument(quantize, keywords))
+    options = Options(
+        strategy, mmap, progress, asked, dequantize, check_memory, cache=cache, verify=verify
+    )
+    return Request(cls, options, arguments, keywords)
+
+
 class LeanHookedTransformer(LeanLoadingMixin, HookedTransformer):
     """`HookedTransformer` that loads lean; everything else about it is TransformerLens' own."""
+
+
+_SIGNATURE = inspect.signature(LeanHookedTransformer.from_pretrained_lean)
+
+
+def plan(model_name: str | Path, *args: Any, **kwargs: Any) -> LoadPlan:
+    """Predict what `LeanHookedTransformer.from_pretrained_lean` would take, without loading.
+
+    Reads `config.json` and the headers of the weight files. Of a hub name that is not cached,
+    these are all that is downloaded (of torch files, which have no header to read alone, the
+    sizes).
+
+    Args:
+        model_name: TransformerLens name or alias, any hub name, or a local folder.
+        *args: as for `from_pretrained_lean`.
+        **kwargs: as for `from_pretrained_lean`.
+
+    Returns:
+        Sizes, predicted peaks of this load and of TransformerLens' own, whether it fits here, and
+        what would if it does not.
+
+    Raises:
+        LeanLoadError: what the load itself would raise before it reads weights, but for
+            NotEnoughMemory.
+    """
+    bound = _SIGNATURE.bind(model_name, *args, **kwargs)
+    bound.apply_defaults()
+    return planning.plan_load(_request(cls=LeanHookedTransformer, **bound.arguments))
+
+
+plan.__signature__ = _SIGNATURE.replace(return_annotation=LoadPlan)  # type: ignore[attr-defined]

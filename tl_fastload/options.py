@@ -13,7 +13,16 @@ from tl_fastload.errors import ArgumentError, StrategyError
 from tl_fastload.progress import Progress, ProgressOption
 from tl_fastload.quantization import Quantization
 
-OWN_ARGUMENTS = ("strategy", "mmap", "progress", "quantize", "dequantize", "cache", "verify")
+OWN_ARGUMENTS = (
+    "strategy",
+    "mmap",
+    "progress",
+    "quantize",
+    "dequantize",
+    "check_memory",
+    "cache",
+    "verify",
+)
 """Arguments of `from_pretrained_lean` that TransformerLens' `from_pretrained` does not have."""
 
 DEFAULT_DTYPE: str = type("DefaultDtype", (str,), {})("float32")
@@ -33,9 +42,11 @@ class Options:
         progress: as `from_pretrained_lean` takes it.
         quantize: how to quantize matrices while they are loaded, or None.
         dequantize: whether transformers is to make ordinary weights of a quantized checkpoint.
+        check_memory: whether to refuse a load that will not fit.
         move_to_device: whether parameters go to the configured device.
         cache: None, False, True or a folder: whether, and where, processed copies are kept.
         verify: whether every byte of a processed copy is compared with its checksums.
+        only_plan: find out what a load would do, from the configuration and the headers.
     """
 
     strategy: str = "auto"
@@ -43,9 +54,11 @@ class Options:
     progress: ProgressOption = None
     quantize: Quantization | None = None
     dequantize: bool = False
+    check_memory: bool = True
     move_to_device: bool = True
     cache: bool | str | Path | None = None
     verify: bool = False
+    only_plan: bool = False
 
     def check(self) -> None:
         """Raise for values that mean nothing, or that this torch cannot do."""

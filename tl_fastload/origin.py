@@ -14,16 +14,20 @@ import torch
 
 from tl_fastload import config, tree
 from tl_fastload.checkpoint import Checkpoint, Location, names_at_hand, open_weights, resolve_config
-from tl_fastload.dequantize import load_dequantized
+from tl_fastload.dequantize import load_dequantized, outline_dequantized
 from tl_fastload.errors import ArgumentError, CheckpointError, UnsupportedArchitectureError
+from tl_fastload.headers import open_headers
 from tl_fastload.hub import repo_files
 from tl_fastload.keys import Ledger
 from tl_fastload.keywords import Keywords, override, sort_keywords
 from tl_fastload.names import official_name
 from tl_fastload.options import Options
+from tl_fastload.promise import Promise
 from tl_fastload.quantization import Quantization, as_dtype, of_checkpoint
 from tl_fastload.reader import FileMaps, FileReader
+from tl_fastload.room import check_room
 from tl_fastload.stock import is_toy_name, stock_name_for
+from tl_fastload.stock_memory import StockLedger
 
 
 @dataclass
@@ -48,6 +52,7 @@ class Origin:
         checkpoint: the opened weight files; filled by `tree`.
         n_layers: layers of the whole model, once its configuration is known.
         is_recording: whether TransformerLens' converter or processing runs on the tree just now.
+        stock_ledger: counts what stock would need; None unless that is wanted.
     """
 
     label: str
@@ -67,6 +72,7 @@ class Origin:
     checkpoint: Checkpoint | None = None
     n_layers: int | None = None
     is_recording: bool = False
+    stock_ledger: StockLedger | None = None
 
     def hf_config_dict(self) -> dict[str, Any]:
         if self.hf_model is None:
@@ -108,17 +114,25 @@ class Origin:
 
     def tree(self, revision: str | None, dtype: Any) -> Any:
         self.is_recording = True
+        self.root = self._tree(revision, dtype)
+        if self.stock_ledger is not None:
+            self.stock_ledger.hold(self.root.parameters(), caller_holds=self.hf_model is not None)
+        return self.root
+
+    def _tree(self, revision: str | None, dtype: Any) -> Any:
         if self.hf_model is not None:
-            self.root = tree.tree_from_model(self.hf_model, dtype)
-            return self.root
+            is_outline = self.options.only_plan and self.options.dequantize
+            return tree.tree_from_model(self.hf_model, dtype, is_outline=is_outline)
         checkpoint = self._open(revision)
-        promises, notes = tree.checkpoint_promises(checkpoint, self.reader)
-        self.notes.extend(notes)
         architecture = config.architecture_of(self.hf_config)
-        self.root, self.ledger = tree.tree_from_checkpoint(
+        if checkpoint.is_outline:
+            promises = tree.outline_promises(architecture, self.hf_config, checkpoint)
+        else:
+            promises = self._promises(checkpoint)
+        root, self.ledger = tree.tree_from_checkpoint(
             promises, self.hf_config, architecture, dtype, self.spec
         )
-        return self.root
+        return root
 
     def missing(self) -> list[str]:
         """Names of the module tree's weights that the checkpoint does not have."""
@@ -132,20 +146,38 @@ class Origin:
             hub = {**self.keywords.hub, "revision": revision}
             location = resolve_config(location.repo, **hub)
             self.label = location.label
-        self.checkpoint = open_weights(location, **self.keywords.files)
+        open_files = open_headers if self.options.only_plan else open_weights
+        self.checkpoint = open_files(location, **self.keywords.files)
         self.notes.extend(self.checkpoint.notes)
-        self.reader.maps = FileMaps() if self.options.may_map(self.checkpoint) else None
+        self._prepare(self.checkpoint)
         return self.checkpoint
 
+    def _prepare(self, checkpoint: Checkpoint) -> None:
+        """Decide what is mapped, and refuse what would be read into memory and cannot be held."""
+        self.reader.maps = FileMaps() if self.options.may_map(checkpoint) else None
+        if self.options.check_memory and not self.options.only_plan:
+            whole = checkpoint.read_whole_bytes(mmap=self.reader.maps is not None)
+            check_room({torch.device("cpu"): whole}, self.label)
+
+    def _promises(self, checkpoint: Checkpoint) -> dict[str, Promise]:
+        # A plan looks at the names and shapes in a torch file, which mapping gives it.
+        mmap = self.reader.maps is not None or self.options.only_plan
+        promises, notes = tree.checkpoint_promises(checkpoint, self.reader, mmap)
+        self.notes.extend(notes)
+        return promises
+
+    def outline(self, cfg: Any) -> dict[str, Promise] | None:
+        if not (self.is_toy and self.options.only_plan and self.location is not None):
+            return None
+        wanted = f"{cfg.checkpoint_value}.pth" if cfg.from_checkpoint else "final.pth"
+        found = [name for name in repo_names(self.location) if name.endswith(wanted)]
+        if not found:
+            return None
+        self.checkpoint = open_headers(self.location, weights_file=found[0])
+        return tree.outline_of_toy(cfg) if self.checkpoint.is_outline else None
+
     def list_repo_files(self, *args: Any, **kwargs: Any) -> list[str]:
-        location = self._place()
-        if location.repo is None:
-            return sorted(
-                path.relative_to(location.folder).as_posix()
-                for path in location.folder.rglob("*")
-                if path.is_file()
-            )
-        return repo_files(location.repo, location.options)
+        return repo_names(self._place())
 
     def download_file_from_hf(self, repo: str, file_name: str, **kwargs: Any) -> Any:
         location = self._place()
@@ -154,15 +186,27 @@ class Origin:
             self.n_layers = fields["n_layers"]
             return fields
         self.checkpoint = open_weights(location, weights_file=file_name)
-        self.reader.maps = FileMaps() if self.options.may_map(self.checkpoint) else None
-        promises, notes = tree.checkpoint_promises(self.checkpoint, self.reader)
-        self.notes.extend(notes)
+        self._prepare(self.checkpoint)
+        promises = self._promises(self.checkpoint)
+        if self.stock_ledger is not None:
+            self.stock_ledger.hold(promises.values(), caller_holds=False)
         return promises
 
     def _place(self) -> Location:
         if self.location is None:
             raise ArgumentError(f"{self.label} is not a hub name or a folder.")
         return self.location
+
+
+def repo_names(location: Location) -> list[str]:
+    """Names of all files of a location, those in its folders included."""
+    if location.repo is not None:
+        return repo_files(location.repo, location.options)
+    return sorted(
+        path.relative_to(location.folder).as_posix()
+        for path in location.folder.rglob("*")
+        if path.is_file()
+    )
 
 
 def find_origin(
@@ -207,7 +251,8 @@ def find_origin(
         hf_config = config.load_hf_config(location.folder, trust_remote_code=trust)
         hf_config = override(hf_config, sorted_keywords.overrides)
         if options.dequantize:
-            hf_model = load_dequantized(location.folder, hf_config, as_dtype(dtype))
+            load = outline_dequantized if options.only_plan else load_dequantized
+            hf_model = load(location.folder, hf_config, as_dtype(dtype))
             hf_config = hf_model.config
         spec = of_checkpoint(hf_config, location.label)
     return Origin(

@@ -66,12 +66,8 @@ class Placer:
         """Evaluate and place every recipe whose name the model has; others were only needed on the
         way. The dictionary is emptied: a recipe is dropped as soon as it is done.
         """
-        targets = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        todo = {
-            name: promise
-            for name, promise in recipes.items()
-            if name in targets and not self._stays(name, promise, targets[name])
-        }
+        targets = self.targets()
+        todo = self.todo(recipes)
         recipes.clear()
         total_bytes = sum(_size_bytes(targets[name]) for name in todo)
         self._trim_bytes = max(_TRIM_LEAST_BYTES, int(total_bytes * _TRIM_FRACTION))
@@ -80,6 +76,19 @@ class Placer:
         for group in groups(todo):
             self._place_group({name: todo.pop(name) for name in group}, targets)
         return_freed_memory()
+
+    def targets(self) -> dict[str, torch.Tensor]:
+        """The model's parameters and buffers."""
+        return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+
+    def todo(self, recipes: dict[str, Promise]) -> dict[str, Promise]:
+        """The recipes that make a tensor of the model which it does not have already."""
+        targets = self.targets()
+        return {
+            name: promise
+            for name, promise in recipes.items()
+            if name in targets and not self._stays(name, promise, targets[name])
+        }
 
     def _place_group(self, recipes: dict[str, Promise], targets: dict[str, torch.Tensor]) -> None:
         rest: dict[str, Promise] = {}
@@ -96,7 +105,7 @@ class Placer:
             evaluation = Evaluation([promise.node for promise in some.values()], device)
             for name, promise in some.items():
                 done = self._waiting.add(
-                    name, self._finish(name, evaluation.value(promise.node), targets[name])
+                    name, self.finish(name, evaluation.value(promise.node), targets[name])
                 )
                 while done:
                     self._put(*done.pop())
@@ -114,30 +123,22 @@ class Placer:
 
     def _search(self, name: str, mapped: torch.Tensor) -> None:
         # Reading all pages of a big unprocessed model would undo what mapping it saves.
-        if self.map_any_layout and self.mapped_bytes > _SEARCH_MOST_BYTES:
+        if self.leaves_unseen(self.mapped_bytes):
             self.unseen_bytes += _size_bytes(mapped)
         elif not _is_finite(mapped):
             self.not_finite.append(name)
 
-    def _stays(self, name: str, promise: Promise, target: torch.Tensor) -> bool:
-        return _is_itself(promise, target) and target.device == self.device_of(name)
+    def leaves_unseen(self, mapped_bytes: int) -> bool:
+        """Whether a mapped parameter is not read, after so many bytes of them."""
+        return self.map_any_layout and mapped_bytes > _SEARCH_MOST_BYTES
 
-    def needed_bytes(self, recipes: dict[str, Promise]) -> dict[torch.device, int]:
-        """Bytes that placing will allocate on each device; mapped parameters need none."""
-        needed: dict[torch.device, int] = {}
-        for name, target in self.model.named_parameters():
-            if name not in recipes or self._mappable(name, recipes[name], target) is not None:
-                continue
-            size_bytes = _size_bytes(target)
-            if self.quantizer is not None:
-                size_bytes = self.quantizer.placed_bytes(name, recipes[name], size_bytes)
-            if size_bytes:
-                device = self.device_of(name)
-                needed[device] = needed.get(device, 0) + size_bytes
-        return needed
+    def _stays(self, name: str, promise: Promise, target: torch.Tensor) -> bool:
+        # A model on the meta device stands for one on the CPU.
+        home = "cpu" if target.is_meta else target.device
+        return _is_itself(promise, target) and torch.device(home) == self.device_of(name)
 
     def _map(self, name: str, promise: Promise, target: torch.Tensor) -> torch.Tensor | None:
-        view = self._mappable(name, promise, target)
+        view = self.mappable(name, promise, target)
         if view is None or self.maps is None:
             return None
         source = view.source
@@ -145,7 +146,7 @@ class Placer:
             self.maps.view(source.entry, view.geometry) if isinstance(source, FileSource) else None
         )
 
-    def _mappable(self, name: str, promise: Promise, target: torch.Tensor) -> SourceView | None:
+    def mappable(self, name: str, promise: Promise, target: torch.Tensor) -> SourceView | None:
         """The part of a file that is this parameter as it stands, if it may be mapped."""
         node = promise.node
         if self.maps is None or not self.assign or not isinstance(node, SourceView):
@@ -157,15 +158,15 @@ class Placer:
         aligned = node.source.entry.offset % target.element_size() == 0
         if node.geometry.shape != target.shape or not aligned:
             return None
-        strides, wanted = node.geometry.stride(), self._strides(name, target.shape)
+        strides, wanted = node.geometry.stride(), self.strides(name, target.shape)
         fits = self.map_any_layout or layout.same_layout(target.shape, strides, wanted)
         return node if fits else None
 
-    def _strides(self, name: str, shape: torch.Size) -> tuple[int, ...]:
+    def strides(self, name: str, shape: torch.Size) -> tuple[int, ...]:
         parent, _, leaf = name.rpartition(".")
         return layout.forward_strides(self.model.get_submodule(parent), leaf, shape)
 
-    def _finish(self, name: str, value: Value, target: torch.Tensor) -> torch.Tensor:
+    def finish(self, name: str, value: Value, target: torch.Tensor) -> torch.Tensor:
         """The tensor to place: right dtype and layout, memory of its own."""
         tensor: torch.Tensor = value.tensor
         if tensor.shape != target.shape:
@@ -179,7 +180,7 @@ class Placer:
                 return made
         if not self.assign:
             return tensor
-        strides = self._strides(name, tensor.shape)
+        strides = self.strides(name, tensor.shape)
         size = tensor.numel() * tensor.element_size()
         if (
             value.buffer.owned
@@ -209,7 +210,7 @@ class Placer:
                 if target is not None:
                     if self.fresh:
                         # Not all at once before the first is placed: kernels need room as well.
-                        strides = self._strides(name, target.shape)
+                        strides = self.strides(name, target.shape)
                         target.data = torch.empty_strided(
                             target.shape, strides, dtype=target.dtype, device=tensor.device
                         )
@@ -306,7 +307,7 @@ def _is_itself(promise: Promise, target: torch.Tensor) -> bool:
 def _is_finite(tensor: torch.Tensor) -> bool:
     # One pass over the memory, without a temporary: a sum is finite unless an element is not (or
     # it overflows).
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() or tensor.is_meta:
         return True
     flat = tensor.as_strided((tensor.numel(),), (1,)) if is_dense(tensor) else tensor
     if tensor.numel() and tensor.dtype == torch.float16:  # where sums overflow easily

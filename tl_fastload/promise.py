@@ -15,7 +15,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import Any, Protocol
 
 import torch
 
@@ -126,16 +127,25 @@ class Pick(Node):
     index: int
 
 
+class Memory(Protocol):
+    """Counts what recorded operations would allocate if they ran (`tl_fastload.stock_memory`)."""
+
+    def follow(self, args: tuple[Any, ...], made: Any, is_view: bool) -> None:
+        """Take note of an operation: what it takes, what it makes, whether that is a view."""
+
+
 class Promise(torch.Tensor):
     """A tensor whose values do not exist yet.
 
     Attributes:
         node: the recipe.
         meta: meta tensor of the same shape, strides and dtype, on which results are inferred.
+        memory: who counts the memory that its value would take; None if nobody does.
     """
 
     node: Node
     meta: torch.Tensor
+    memory: Memory | None = None
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -210,7 +220,7 @@ def _record(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not isinstance(meta, torch.Tensor):
         return meta
     node = _simplify(func, args, kwargs, meta) or _call(func, args, kwargs, meta)
-    return Promise(node, meta, torch.device(device))
+    return _followed(func, args, Promise(node, meta, torch.device(device)))
 
 
 def _record_several(
@@ -226,7 +236,23 @@ def _record_several(
     promises = [
         Promise(node, meta, torch.device(device)) for node, meta in zip(nodes, metas, strict=True)
     ]
-    return type(metas)(promises) if isinstance(metas, list) else tuple(promises)
+    return _followed(func, args, promises if isinstance(metas, list) else tuple(promises))
+
+
+def _followed(func: Any, args: tuple[Any, ...], made: Any) -> Any:
+    """What an operation made, after who counts memory has been told."""
+    memory = _memory_of(args)
+    if memory is not None:
+        memory.follow(args, made, func is aten._unsafe_view.default or _is_view(func))
+    return made
+
+
+def _memory_of(args: Any) -> Memory | None:
+    for x in args:
+        found = _memory_of(x) if isinstance(x, (tuple, list)) else getattr(x, "memory", None)
+        if found is not None:
+            return found
+    return None
 
 
 def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], meta: Any) -> Call:
@@ -263,6 +289,7 @@ def _device_of(args: Any) -> torch.device:
     return torch.device("cpu")
 
 
+@cache
 def _is_view(func: Any) -> bool:
     # aten.view.dtype reinterprets bytes: its geometry is not one of the source's elements.
     return func is not aten.view.dtype and any(

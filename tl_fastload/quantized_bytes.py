@@ -261,6 +261,37 @@ class FourBitBytes(QuantizedBytes):
         return {"absmax": scales, "nested_absmax": None, "nested_code": None, "nested_offset": None}
 
 
+def outline(
+    rows: int, columns: int, kind: str, blocksize: int = 64, double_quant: bool = False
+) -> QuantizedBytes:
+    """The bytes of a matrix [rows, columns] on the meta device: their sizes and nothing else."""
+
+    def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    if kind == "int8":
+        return Int8Bytes(empty(rows, columns, dtype=torch.int8), empty(rows))
+    size = rows * columns
+    blocks = -(-size // blocksize)
+    nested: dict[str, Any] = {}
+    if double_quant:
+        nested = {
+            "nested_absmax": empty(-(-blocks // _NESTED_BLOCKSIZES[0])),
+            "nested_code": empty(256),
+            "nested_offset": empty(),
+        }
+    return FourBitBytes(
+        packed=empty(-(-size // 2), 1, dtype=torch.uint8),
+        absmax=empty(blocks, dtype=torch.uint8 if double_quant else torch.float32),
+        code=empty(16),
+        shape=(rows, columns),
+        blocksize=blocksize,
+        quant_type=kind,
+        quant_dtype=torch.float32,
+        **nested,
+    )
+
+
 def runs_of(index: torch.Tensor) -> list[tuple[int, int]]:
     """Row numbers as runs of successive ones: (first, last + 1)."""
     if index.numel() == 0:

@@ -17,6 +17,7 @@ from tl_fastload.errors import QuantizationError
 from tl_fastload.evaluator import evaluate, sources
 from tl_fastload.promise import Call, Node, Source, SourceView, aten, meta_of
 from tl_fastload.quantized import QuantizedTensor
+from tl_fastload.quantized_bytes import QuantizedBytes
 
 _COPIES = (aten.clone.default, aten._to_copy.default, aten.detach.default)
 _VIEWS = (
@@ -41,6 +42,8 @@ class QuantizedSource(Source):
         shape: its shape [out, in].
         dtype: what it computes in.
         name: its name in the checkpoint.
+        outline: its bytes on the meta device: their sizes and nothing else.
+        home: the device where its bytes lie already; None if they have to be read.
     """
 
     def __init__(
@@ -49,8 +52,12 @@ class QuantizedSource(Source):
         shape: tuple[int, int],
         dtype: torch.dtype,
         name: str,
+        outline: QuantizedBytes,
+        home: torch.device | None,
     ) -> None:
         self.load = load
+        self.outline = outline
+        self.home = home
         self.name = name
         self.shape = torch.Size(shape)
         self.stride = (shape[1], 1)

@@ -107,7 +107,19 @@ def _promise_of_pieces(
             f"{layer} holds {outline.kind} weights, but the configuration declares {spec.kind}. "
             "Correct quantization_config in config.json."
         )
-    return Promise.of(QuantizedSource(load, outline.shape, dtype, f"{layer}.weight"))
+    home = _home(parts["weight"])
+    name = f"{layer}.weight"
+    return Promise.of(QuantizedSource(load, outline.shape, dtype, name, outline, home))
+
+
+def _home(promise: Promise) -> torch.device | None:
+    """Where a stored tensor lies: on the CPU, too, if its file is mapped; None if it is read."""
+    node = promise.node
+    if not isinstance(node, SourceView):
+        return None
+    if isinstance(node.source, FileSource):
+        return torch.device("cpu") if node.source.is_mapped() else None
+    return promise.device
 
 
 def _outline(part: str, promise: Promise) -> torch.Tensor:
@@ -119,7 +131,10 @@ def _outline(part: str, promise: Promise) -> torch.Tensor:
 
 def _promise(tensor: QuantizedTensor, name: str) -> Promise:
     shape = (tensor.shape[0], tensor.shape[1])
-    return Promise.of(QuantizedSource(lambda: tensor, shape, tensor.dtype, name), tensor.device)
+    stored = tensor.content.stored
+    outline = stored.map(lambda part: part.to("meta"))
+    source = QuantizedSource(lambda: tensor, shape, tensor.dtype, name, outline, stored.device)
+    return Promise.of(source, tensor.device)
 
 
 def _values(promise: Promise) -> torch.Tensor:

@@ -110,20 +110,6 @@ class Quantizer:
         back = [order.index(dim) for dim in range(len(order))]
         return QuantizedTensor(made.content, whole.permute(back), tensor.dtype)
 
-    def placed_bytes(self, name: str, promise: Promise, dense_bytes: int) -> int:
-        """About how many bytes a parameter allocates.
-
-        Args:
-            name: of the parameter.
-            promise: its recipe.
-            dense_bytes: its size as an ordinary tensor.
-        """
-        if self.stays_dense(name, promise):
-            return dense_bytes
-        if reads_quantized(promise.node) or self.spec is None:
-            return 0  # the bytes are there already
-        return int(promise.numel() * (1 if self.spec.kind == "int8" else 0.5))
-
     def _note(self, name: str, reason: str) -> None:
         role = _ROLES.get(name, "router" if name.endswith(".mlp.W_gate.weight") else "")
         self.not_quantized[name] = f"{role}: {reason}" if role else reason

@@ -147,10 +147,15 @@ class FileSource(Source):
     def lend(self, geometry: torch.Tensor) -> torch.Tensor | None:
         return None
 
+    def is_mapped(self) -> bool:
+        """Whether the stored tensor itself is mapped, not read."""
+        aligned = self.entry.offset % torch.empty(0, dtype=self.dtype).element_size() == 0
+        return self.reader.maps is not None and aligned
+
     def whole(self) -> torch.Tensor:
         """The stored tensor itself: mapped if files may be mapped, else read."""
         geometry = torch.empty(self.shape, dtype=self.dtype, device="meta")
-        if self.reader.maps is not None and self.entry.offset % geometry.element_size() == 0:
+        if self.is_mapped() and self.reader.maps is not None:
             return self.reader.maps.view(self.entry, geometry)
         out = torch.empty(self.shape, dtype=self.dtype)
         self.read_into(out, geometry, ())

@@ -16,6 +16,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from tl_fastload import compat, steps, verify
 from tl_fastload.already import versions
 from tl_fastload.errors import ArgumentError
+from tl_fastload.forecast import forecast
 from tl_fastload.memory import PeakSampler, return_freed_memory, unique_bytes
 from tl_fastload.options import Options
 from tl_fastload.origin import Origin, find_origin
@@ -27,9 +28,11 @@ from tl_fastload.quantized_shifts import kernel_shifts
 from tl_fastload.quantizer import Quantizer
 from tl_fastload.reader import FileReader
 from tl_fastload.report import LoadReport, format_bytes
-from tl_fastload.skeleton import build_empty, device_map
+from tl_fastload.room import check_room
+from tl_fastload.skeleton import build_empty, build_outline, device_map
 from tl_fastload.state_dicts import as_promise, listed, own_values_apart
 from tl_fastload.stock import run_from_pretrained
+from tl_fastload.stock_memory import StockLedger
 
 
 @dataclass
@@ -46,6 +49,8 @@ class Session:
         shifts: what processing takes out of the inputs of quantized matrices.
         not_quantized: matrices of a quantized model that are dense, and why.
         mark: told the name of each phase as it begins.
+        ledger: counts what stock would need; None unless that is wanted.
+        placer: what would place the recipes, when nothing but a plan is wanted.
     """
 
     options: Options
@@ -57,11 +62,15 @@ class Session:
     shifts: dict[str, Promise] = field(default_factory=dict)
     not_quantized: dict[str, str] = field(default_factory=dict)
     mark: Callable[[str], None] = lambda phase: None
+    ledger: StockLedger | None = None
+    placer: Placer | None = None
 
     def collect(self, state_dict: dict[str, Any]) -> _IncompatibleKeys:
         """Take what TransformerLens would load; it is placed when all of it is known."""
         for name, value in state_dict.items():
             self.recipes[name] = value if isinstance(value, Promise) else as_promise(value, name)
+        if self.ledger is not None:
+            self.ledger.load(state_dict)
         return _IncompatibleKeys([], [])
 
 
@@ -92,13 +101,44 @@ def load(cls: type, options: Options, arguments: dict[str, Any], keywords: dict[
     return model
 
 
+def record(
+    cls: type,
+    options: Options,
+    arguments: dict[str, Any],
+    keywords: dict[str, Any],
+    ledger: StockLedger | None = None,
+) -> tuple[Any, Session]:
+    """Do what comes before the weights are read, from the configuration and the headers alone.
+
+    Args:
+        cls: as for `load`.
+        options: as for `load`.
+        arguments: as for `load`.
+        keywords: as for `load`.
+        ledger: counts what stock would need.
+
+    Returns:
+        The model on the meta device, and the session with the recipes and their placer.
+    """
+    options = replace(options, only_plan=True, progress=False)
+    options.check()
+    verify.check_arguments(arguments, keywords)
+    reader = FileReader()
+    try:
+        with torch.inference_mode(False):
+            return _load(cls, options, dict(arguments), dict(keywords), reader, ledger=ledger)
+    finally:
+        reader.close()
+
+
 def _load(
     cls: type,
     options: Options,
     arguments: dict[str, Any],
     keywords: dict[str, Any],
     reader: FileReader,
-    mark: Callable[[str], None],
+    mark: Callable[[str], None] = lambda phase: None,
+    ledger: StockLedger | None = None,
 ) -> tuple[Any, Session]:
     model_name, hf_model = arguments.pop("model_name"), arguments.pop("hf_model")
     move_to_device = arguments.pop("move_to_device")
@@ -108,14 +148,24 @@ def _load(
     origin = find_origin(model_name, hf_model, keywords, reader, options, dtype)
     verify.check_quantization(origin, options, arguments)
     requested = {step: bool(arguments[step]) for step in steps.STEPS}
-    session = Session(replace(options, move_to_device=move_to_device), requested, origin, mark=mark)
+    session = Session(
+        replace(options, move_to_device=move_to_device),
+        requested,
+        origin,
+        mark=mark,
+        ledger=ledger,
+    )
     mark("recording")
+    origin.stock_ledger = ledger
+    build_model = build_outline if options.only_plan else build_empty
 
     def build(cfg: Any, *args: Any, **kwargs: Any) -> Any:
         verify.check_refactor(cfg, session.requested)
         origin.is_recording = False
-        model = build_empty(cls, cfg, origin, session.notes, *args, **kwargs)
+        model = build_model(cls, cfg, origin, session.notes, *args, **kwargs)
         origin.is_recording = True
+        if ledger is not None:
+            ledger.prepare(model)
         model._session = session
         return model
 
@@ -123,7 +173,9 @@ def _load(
     if shown.lower().startswith(("t5", "bert")):
         shown = f"./{shown}"  # TransformerLens takes such names for other kinds of models
     try:
-        model = run_from_pretrained(origin, build, shown, move_to_device=False, **arguments)
+        model = run_from_pretrained(
+            origin, build, shown, quiet=options.only_plan, move_to_device=False, **arguments
+        )
     except Exception as error:
         verify.explain(origin, error, arguments)
         raise
@@ -174,11 +226,17 @@ def _process_and_place(
     flags: dict[str, bool],
     stock: Callable[..., None],
 ) -> None:
+    own: dict[str, Any] = {}
+    if session.ledger is not None and session.origin is not None:
+        own = session.ledger.hand_over(session.origin.root, state_dict)
+        state_dict.clear()  # which `from_pretrained` holds: stock puts its copies in this very one
+        state_dict = own
     promises = {
         name: value if isinstance(value, Promise) else as_promise(value, name)
         for name, value in own_values_apart(model, state_dict).items()
         if isinstance(value, torch.Tensor)
     }
+    own = state_dict = {}  # the promises are held once, as the tensors are in stock
     # TransformerLens guards only some of its roads; unguarded steps change the model's output.
     allowed = {
         step: on and steps.reason_to_skip(step, model.cfg) is None for step, on in flags.items()
@@ -214,7 +272,11 @@ def _place(model: nn.Module, session: Session) -> None:
             fresh=origin is not None,
         )
         if origin is not None:
-            verify.check_room(placer.needed_bytes(session.recipes), origin.label)
+            if options.only_plan:
+                session.placer = placer
+                return
+            if options.check_memory:
+                check_room(forecast(placer, session.recipes).peak_bytes, origin.label)
         placer.place(session.recipes)
     session.mapped_bytes = placer.mapped_bytes
     session.not_quantized = quantizer.not_quantized if quantizer is not None else {}
@@ -255,7 +317,7 @@ def _report(model: Any, session: Session, sampler: PeakSampler, seconds: float) 
         mapped_bytes=session.mapped_bytes,
         peak_device_bytes=sampler.peak_device_bytes,
         processing=steps.describe(session.requested, model.cfg),
-        quantization=_quantization(session),
+        quantization=quantization(session),
         not_quantized=session.not_quantized,
         notes=(*(origin.notes if origin is not None else ()), *session.notes),
         timeline=sampler.timeline(),
@@ -263,7 +325,8 @@ def _report(model: Any, session: Session, sampler: PeakSampler, seconds: float) 
     )
 
 
-def _quantization(session: Session) -> str | None:
+def quantization(session: Session) -> str | None:
+    """What is quantized and how, in words; None for a model without."""
     if session.options.quantize is not None:
         return f"{session.options.quantize.kind}, quantized while loading"
     if session.origin is not None and session.origin.spec is not None:

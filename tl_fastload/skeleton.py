@@ -68,6 +68,26 @@ def build_empty(
     return model
 
 
+def build_outline(
+    cls: type,
+    cfg: Any,
+    origin: Any,
+    notes: list[str],
+    tokenizer: Any = None,
+    move_to_device: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Build the model class on the meta device, without a tokenizer: shapes and dtypes only.
+
+    The arguments are those of `build_empty`.
+    """
+    cfg.tokenizer_name = None
+    with torch.device("meta"):
+        model = cls(cfg, None, move_to_device=move_to_device)
+    _give_experts_the_dtype(model)
+    return model
+
+
 def _give_experts_the_dtype(model: Any) -> bool:
     changed = False
     for module in model.modules():

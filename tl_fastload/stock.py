@@ -45,6 +45,11 @@ class Answers(Protocol):
     def tree(self, revision: str | None, dtype: Any) -> Any:
         """The Hugging Face module tree with promises for weights."""
 
+    def outline(self, cfg: Any) -> dict[str, Any] | None:
+        """Promises under TransformerLens' names for a toy model whose file is not at hand and
+        must not be downloaded; None for any other.
+        """
+
     def list_repo_files(self, *args: Any, **kwargs: Any) -> list[str]:
         """The files beside the weights of a toy model."""
 
@@ -85,6 +90,9 @@ class _Loading:
         self, model_name: str, cfg: Any, hf_model: Any = None, **kwargs: Any
     ) -> Any:
         answers = self._answers
+        outline = answers.outline(cfg)
+        if outline is not None:
+            return outline
         transformers_class = SimpleNamespace(
             from_pretrained=lambda name, **kw: answers.tree(
                 kw.get("revision"), kw.get("dtype", kw.get("torch_dtype"))
@@ -113,7 +121,11 @@ class _Loading:
 
 
 def run_from_pretrained(
-    answers: Answers, build: Callable[..., Any], model_name: str, **arguments: Any
+    answers: Answers,
+    build: Callable[..., Any],
+    model_name: str,
+    quiet: bool = False,
+    **arguments: Any,
 ) -> Any:
     """Run TransformerLens' own `HookedTransformer.from_pretrained`.
 
@@ -122,13 +134,15 @@ def run_from_pretrained(
         build: stands where the class is called: takes a configuration and a tokenizer, returns the
             empty model.
         model_name: only for messages.
+        quiet: whether not to print that the model was loaded.
         **arguments: of `from_pretrained`, without `hf_model`.
 
     Returns:
         What `build` returned, after its `load_and_process_state_dict` has run.
     """
     function = HookedTransformer.from_pretrained.__func__  # type: ignore[attr-defined]
-    return borrow(function, loading=_Loading(answers))(build, model_name, **arguments)
+    silent = {"print": lambda *args: None} if quiet else {}
+    return borrow(function, loading=_Loading(answers), **silent)(build, model_name, **arguments)
 
 
 def stock_name_for(official_name: str | None, label: str) -> str:

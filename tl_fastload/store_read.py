@@ -23,6 +23,7 @@ from tl_fastload.options import Options, is_on_network
 from tl_fastload.progress import Progress
 from tl_fastload.reader import FileMaps, FileReader, FileSource
 from tl_fastload.report import LoadReport
+from tl_fastload.room import check_room
 from tl_fastload.safetensors_header import TensorEntry
 from tl_fastload.skeleton import build_empty, device_map
 from tl_fastload.store_check import check_arguments, check_names, steps_to_do
@@ -290,7 +291,7 @@ def _check_room(
         if reader.maps is None or device.type != "cpu":
             size = sum(entries[key].nbytes for key in _keys(view))
             needed[device] = needed.get(device, 0) + size
-    verify.check_room(needed, manifest.source or manifest.model_class)
+    check_room(needed, manifest.source or manifest.model_class)
 
 
 def _parameter(

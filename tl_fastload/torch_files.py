@@ -64,6 +64,12 @@ def read_torch_files(paths: tuple[Path, ...], *, mmap: bool = True) -> TorchCont
     return TorchContents(tensors, tuple(notes))
 
 
+def whole_bytes(paths: tuple[Path, ...], *, mmap: bool) -> int:
+    """Bytes of the files that `read_torch_files` reads into memory instead of mapping them."""
+    can_map = mmap and compat.can_map_torch_files()
+    return sum(path.stat().st_size for path in paths if not (can_map and _mappable(path)[0]))
+
+
 def duplicate_message(name: str, first: Path, second: Path) -> str:
     """The message for a tensor name that two shards hold."""
     return (

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformer_lens import HookedTransformer
 
 from tl_fastload import compat
 from tl_fastload.checkpoint import Checkpoint
-from tl_fastload.errors import CheckpointError
+from tl_fastload.errors import CheckpointError, UnsupportedArchitectureError
 from tl_fastload.keys import Ledger, rename_to_model, tied_groups
 from tl_fastload.promise import MemorySource, Promise, Source, SourceView
 from tl_fastload.quantization import Quantization
@@ -82,18 +83,61 @@ class Branch:
 
 
 def checkpoint_promises(
-    checkpoint: Checkpoint, reader: FileReader
+    checkpoint: Checkpoint, reader: FileReader, mmap: bool
 ) -> tuple[dict[str, Promise], list[str]]:
     """A promise for every tensor of a checkpoint, under the names of its files, and notes for the
     report.
+
+    Args:
+        checkpoint: the opened files.
+        reader: reads them.
+        mmap: map torch files where that is possible.
     """
     promises: dict[str, Promise] = {
         name: Promise.of(FileSource(entry, reader)) for name, entry in checkpoint.entries.items()
     }
-    contents = checkpoint.load_tensors(mmap=reader.maps is not None)
+    contents = checkpoint.load_tensors(mmap=mmap)
     for name, tensor in contents.tensors.items():
         promises[name] = Promise.of(MemorySource(tensor, name))
     return promises, list(contents.notes)
+
+
+def outline_promises(
+    architecture: str, hf_config: Any, checkpoint: Checkpoint
+) -> dict[str, Promise]:
+    """Promises for torch files that are not looked into: names and shapes are those of
+    transformers' model, the dtype is what the configuration says, or what the size of the files
+    does.
+
+    Raises:
+        UnsupportedArchitectureError: transformers has no code for the architecture.
+    """
+    model_class = getattr(transformers, architecture, None)
+    if model_class is None:
+        raise UnsupportedArchitectureError(
+            f"{checkpoint.label} has torch files, whose headers cannot be read by themselves, and "
+            f"transformers has no {architecture} to take their shapes from. Download it first."
+        )
+    model = _empty_model(model_class, hf_config, torch.float32)
+    weights = {id(tensor): (name, tensor) for name, tensor in model.named_parameters()}
+    dtype = getattr(hf_config, compat.CONFIG_DTYPE_NAME, None)
+    if not isinstance(dtype, torch.dtype):
+        size = checkpoint.weight_bytes / max(sum(t.numel() for _, t in weights.values()), 1)
+        dtype = torch.float32 if size > 3 else torch.float16
+    return {
+        name: Promise.of(MemorySource(torch.empty(tensor.shape, dtype=dtype, device="meta"), name))
+        for name, tensor in weights.values()
+    }
+
+
+def outline_of_toy(cfg: Any) -> dict[str, Promise]:
+    """Promises for a toy model's file that is not looked into: its names are TransformerLens'."""
+    with torch.device("meta"):
+        model = HookedTransformer(copy.deepcopy(cfg), move_to_device=False)
+    return {
+        name: Promise.of(MemorySource(tensor.detach(), name))
+        for name, tensor in model.named_parameters()
+    }
 
 
 def tree_from_checkpoint(
@@ -173,18 +217,19 @@ def fill_tree(model: Any, promises: Mapping[str, Promise], dtype: torch.dtype) -
     return ledger
 
 
-def tree_from_model(hf_model: Any, dtype: torch.dtype) -> Any:
+def tree_from_model(hf_model: Any, dtype: torch.dtype, is_outline: bool = False) -> Any:
     """A shadow of the caller's model: the same modules in form, promises for weights, nothing
     shared that changes.
 
     Args:
         hf_model: the caller's model.
         dtype: what quantized weights compute in.
+        is_outline: the model has no values, and needs none.
     """
     if not isinstance(hf_model, nn.Module):
         return hf_model
     for name, tensor in hf_model.named_parameters():
-        if tensor.device.type == "meta":
+        if tensor.device.type == "meta" and not is_outline:
             raise CheckpointError(
                 f"hf_model has no values for {name}: it is on the meta device (offloaded to disk, "
                 "or never loaded). Load it without offloading, or pass the folder, not hf_model."

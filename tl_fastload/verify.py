@@ -18,14 +18,11 @@ from tl_fastload.errors import (
     CheckpointError,
     LeanLoadError,
     MissingWeightsError,
-    NotEnoughMemoryError,
 )
 from tl_fastload.evaluator import sources
-from tl_fastload.memory import available_bytes
 from tl_fastload.options import Options
 from tl_fastload.origin import Origin
 from tl_fastload.promise import Promise
-from tl_fastload.report import format_bytes
 from tl_fastload.steps import reason_to_skip
 from tl_fastload.tree import MissingSource
 
@@ -232,23 +229,6 @@ def check_refactor(cfg: Any, flags: dict[str, bool]) -> None:
     reason = reason_to_skip(step, cfg)
     if flags[step] and reason is not None:
         raise ArgumentError(f"{step}=True cannot be done: {reason}. Leave it out.")
-
-
-def check_room(needed_bytes: dict[torch.device, int], label: str) -> None:
-    """Raise NotEnoughMemoryError if parameters cannot fit where they are to go.
-
-    Args:
-        needed_bytes: bytes to be allocated on each device.
-        label: the model, for the message.
-    """
-    for device, needed in needed_bytes.items():
-        free = available_bytes(device)
-        if free is not None and needed > free:
-            raise NotEnoughMemoryError(
-                f"{label} needs {format_bytes(needed)} on {device}, where {format_bytes(free)} are "
-                "free. Load it in a smaller dtype, with first_n_layers=, or unprocessed in the "
-                "dtype of the file, which maps it."
-            )
 
 
 def _raise_for(origin: Origin, problems: list[str]) -> None:

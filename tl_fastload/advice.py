@@ -1,0 +1,137 @@
+"""What to do about a model that does not fit: the nearest choices that do, each computed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from tl_fastload.bnb_kernels import require_device
+from tl_fastload.draft import Draft, Needs, Request
+from tl_fastload.errors import LeanLoadError, QuantizationError
+from tl_fastload.forecast import Forecast
+from tl_fastload.load_plan import Choice
+from tl_fastload.quantization import read_quantization
+from tl_fastload.quantizer import Quantizer
+from tl_fastload.steps import STEPS
+
+_WIDE = (torch.float32, torch.float64)
+_KINDS = ("8bit", "nf4")
+
+
+def choices(request: Request, draft: Draft) -> Iterator[Choice]:
+    """Choices that fit, nearest first: another device, a narrower dtype, unprocessed weights that
+    are mapped, quantized weights, fewer layers.
+
+    Args:
+        request: the call that does not fit.
+        draft: what is known of it.
+    """
+    for arguments in _devices(request, draft):
+        yield from _tried(request, arguments)
+    narrow: Draft | None = None
+    if draft.model.cfg.dtype in _WIDE:
+        narrow = _drafted(request.changed(dtype="bfloat16"))
+        if narrow is not None:
+            yield from _fitting(narrow, {"dtype": "bfloat16"}, narrow.forecast())
+    for arguments in _unprocessed(request, draft):
+        yield from _tried(request, arguments)
+    quantized = list(_quantized(draft, {}))
+    if not quantized and narrow is not None:
+        quantized = list(_quantized(narrow, {"dtype": "bfloat16"}))
+    yield from quantized
+    yield from _fewer_layers(draft)
+
+
+def as_text(found: list[Choice]) -> str:
+    """The choices as the end of an error message."""
+    if not found:
+        text = "No other dtype, quantization or number of layers would fit. "
+    else:
+        text = "These would fit:" + "".join(f"\n  {choice}" for choice in found) + "\n"
+    return f"{text}check_memory=False tries all the same."
+
+
+def _devices(request: Request, draft: Draft) -> Iterator[dict[str, Any]]:
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if draft.model.cfg.device is not None and "cuda" in str(draft.model.cfg.device):
+        if there > request.arguments["n_devices"]:
+            yield {"n_devices": there}
+        yield {"device": "cpu", "n_devices": 1}
+    elif there:
+        yield {"device": "cuda"}
+
+
+def _unprocessed(request: Request, draft: Draft) -> Iterator[dict[str, Any]]:
+    """Weights as they lie in the file, which are mapped."""
+    checkpoint = draft.origin.checkpoint
+    if checkpoint is None or not checkpoint.entries or draft.placer.maps is None:
+        return
+    sizes = Counter[torch.dtype]()
+    for entry in checkpoint.entries.values():
+        if entry.dtype.is_floating_point:
+            sizes[entry.dtype] += entry.nbytes
+    arguments: dict[str, Any] = {step: False for step in STEPS if request.arguments[step]}
+    stored = sizes.most_common(1)[0][0] if sizes else draft.model.cfg.dtype
+    if stored != draft.model.cfg.dtype:
+        arguments["dtype"] = str(stored).removeprefix("torch.")
+    if arguments:
+        yield arguments
+
+
+def _quantized(draft: Draft, arguments: dict[str, Any]) -> Iterator[Choice]:
+    options = draft.session.options
+    if draft.origin.spec is not None or options.quantize is not None or not options.assigns:
+        return
+    devices = {draft.placer.device_of(name) for name in draft.recipes}
+    try:
+        for device in devices:
+            require_device(device)
+    except QuantizationError:
+        return
+    for kind in _KINDS:
+        found = draft.forecast(Quantizer(read_quantization(kind)))
+        yield from _fitting(draft, {**arguments, "quantize": kind}, found)
+
+
+def _fewer_layers(draft: Draft) -> Iterator[Choice]:
+    """As many of the first layers as fit."""
+    fewest, most = 0, int(draft.model.cfg.n_layers)
+    best: list[Choice] = []
+    while most - fewest > 1:
+        middle = (fewest + most) // 2
+        found = draft.forecast(n_layers=middle)
+        fitting = list(_fitting(draft, {"first_n_layers": middle}, found, middle))
+        if fitting:
+            fewest, best = middle, fitting
+        else:
+            most = middle
+    yield from best
+
+
+def _tried(request: Request, arguments: dict[str, Any]) -> Iterator[Choice]:
+    draft = _drafted(request.changed(**arguments))
+    if draft is not None:
+        yield from _fitting(draft, arguments, draft.forecast())
+
+
+def _drafted(request: Request) -> Draft | None:
+    try:
+        return Draft.of(request)
+    except LeanLoadError:
+        return None  # a choice that this model does not have
+
+
+def _fitting(
+    draft: Draft, arguments: dict[str, Any], found: Forecast, n_layers: int | None = None
+) -> Iterator[Choice]:
+    needs = Needs.of(draft, found, n_layers)
+    if all(room.fits for room in needs.rooms()):
+        yield Choice(
+            arguments=arguments,
+            peak_host_bytes=needs.resident_bytes,
+            peak_device_bytes=needs.peak_device_bytes,
+            needed_bytes=max(needs.by_device.values()),
+        )
