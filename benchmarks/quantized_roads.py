@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.loading import blank_tokenizer, dtype_argument, import_architecture, torch_dtype
+from benchmarks.loading import dtype_argument
 from benchmarks.measure import Case
 from benchmarks.quantized_checkpoints import bnb_config
+from tl_fastload.measure_loads import blank_tokenizer, import_architecture, torch_dtype
 
 Load = Callable[[], Any]
 

@@ -12,9 +12,10 @@ import torch
 
 from benchmarks import models, quantized_roads
 from benchmarks.forward import sample_log_probs, time_forward
-from benchmarks.loading import blank_tokenizer, dtype_argument, import_architecture, torch_dtype
+from benchmarks.loading import dtype_argument
 from benchmarks.measure import Case
 from benchmarks.proc import own_memory
+from tl_fastload.measure_loads import import_architecture, lean_load, stock_load, torch_dtype
 
 Load = Callable[[], Any]
 
@@ -116,39 +117,16 @@ def _floor(case: Case, folder: Path) -> Load:
 
 
 def _stock(case: Case, folder: Path) -> Load:
-    """TransformerLens' own loader, not altered in any way, under a name that it knows."""
-    from transformer_lens import HookedTransformer
-
     import_architecture(folder)
-    name = models.SHAPES[case.model].official_name
-    function = (
-        HookedTransformer.from_pretrained
-        if case.processed
-        else HookedTransformer.from_pretrained_no_processing
-    )
-    arguments: dict[str, Any] = {"dtype": torch_dtype(case.dtype), "device": "cpu"}
-    blank_tokenizer()  # its imports
-    return lambda: function(name, tokenizer=blank_tokenizer(), **arguments)
+    return stock_load(models.SHAPES[case.model].official_name, case.dtype, case.processed)
 
 
 def _lean(case: Case, folder: Path) -> Load:
-    from tl_fastload import LeanHookedTransformer
-
     import_architecture(folder)
-    function = (
-        LeanHookedTransformer.from_pretrained_lean
-        if case.processed
-        else LeanHookedTransformer.from_pretrained_no_processing_lean
-    )
-    arguments: dict[str, Any] = {
-        "dtype": torch_dtype(case.dtype),
-        "device": "cpu",
-        "strategy": case.strategy,
-    }
+    arguments: dict[str, Any] = {"strategy": case.strategy}
     if case.from_hf_model:
         arguments["hf_model"] = _hf_model_in_memory(case, folder)
-    blank_tokenizer()  # its imports
-    return lambda: function(folder, tokenizer=blank_tokenizer(), **arguments)
+    return lean_load(folder, case.dtype, case.processed, **arguments)
 
 
 def _transformers(case: Case, folder: Path) -> Load:

@@ -11,6 +11,7 @@ from tl_fastload.errors import (  # noqa: E402  # after the check, whose message
     CheckpointError,
     DifferentModelError,
     LeanLoadError,
+    MissingPackageError,
     MissingWeightsError,
     NotEnoughMemory,
     QuantizationError,
@@ -21,6 +22,7 @@ from tl_fastload.errors import (  # noqa: E402  # after the check, whose message
     UnsupportedArchitectureError,
 )
 from tl_fastload.load_plan import LoadPlan  # noqa: E402
+from tl_fastload.memory import watch_memory  # noqa: E402
 from tl_fastload.model import LeanHookedTransformer, LeanLoadingMixin, plan  # noqa: E402
 from tl_fastload.progress import ProgressEvent  # noqa: E402
 from tl_fastload.report import LoadReport  # noqa: E402
@@ -38,6 +40,7 @@ __all__ = [
     "LeanLoadingMixin",
     "LoadPlan",
     "LoadReport",
+    "MissingPackageError",
     "MissingWeightsError",
     "NotEnoughMemory",
     "ProgressEvent",
@@ -50,4 +53,5 @@ __all__ = [
     "plan",
     "save_lean",
     "verify_copy",
+    "watch_memory",
 ]

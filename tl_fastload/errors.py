@@ -47,5 +47,9 @@ class QuantizationError(LeanLoadError):
     """Quantized weights that cannot be read, made or multiplied by; says which and why."""
 
 
+class MissingPackageError(LeanLoadError, ImportError):
+    """A package of one of the extras is not installed; says how to install it."""
+
+
 class SaveError(LeanLoadError):
     """A model that cannot be saved, or not there; nothing half-written is left."""

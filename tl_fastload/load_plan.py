@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -199,6 +200,22 @@ class LoadPlan:
         verdict = "fits" if self.fits else "does not fit"
         title = f"LoadPlan: <b style='color:{colour}'>{verdict}</b>"
         return f"<table><caption>{title}</caption>{cells}</table>"
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draw the predicted peaks, lean and stock, against what is available. Needs matplotlib.
+
+        Args:
+            path: a file to write as well; its ending says the format, such as ".png" or ".pdf".
+
+        Returns:
+            A `matplotlib.figure.Figure`, which notebooks show.
+
+        Raises:
+            MissingPackageError: matplotlib is not installed.
+        """
+        from tl_fastload.plots_plan import plot_plan
+
+        return plot_plan(self, path)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: dtype as text, tuples as lists, and what properties say."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 
 import psutil
 import torch
+
+from tl_fastload.timeline import Phase, Recorder, StockPhases, Timeline
 
 SAMPLE_SECONDS = 0.005
 
@@ -43,7 +46,8 @@ def _kib(field: str) -> int:
 
 
 class PeakSampler:
-    """Samples this process's memory in a thread and keeps the peaks above where it started.
+    """Samples this process's memory in a thread; keeps the peaks above where it started, and a
+    timeline.
 
     Attributes:
         peak_host_bytes: resident memory, file pages included.
@@ -55,12 +59,16 @@ class PeakSampler:
         self.peak_host_bytes = 0
         self.peak_anonymous_bytes = 0
         self.peak_device_bytes: int | None = None
+        self._recorder = Recorder()
+        self._phases: list[Phase] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tl_fastload-memory", daemon=True)
 
     def __enter__(self) -> PeakSampler:
         self._start = host_memory()
+        self._start_seconds = time.perf_counter()
         self._device_start = _device_start()
+        self._recorder.add(0.0, 0, 0, *(() if self._device_start is None else (0,)))
         self._thread.start()
         return self
 
@@ -82,16 +90,58 @@ class PeakSampler:
     def sample(self) -> None:
         """Look once, now."""
         now = host_memory()
-        self.peak_host_bytes = max(
-            self.peak_host_bytes, now.resident_bytes - self._start.resident_bytes
-        )
-        self.peak_anonymous_bytes = max(
-            self.peak_anonymous_bytes, now.anonymous_bytes - self._start.anonymous_bytes
-        )
+        resident_bytes = now.resident_bytes - self._start.resident_bytes
+        anonymous_bytes = now.anonymous_bytes - self._start.anonymous_bytes
+        self.peak_host_bytes = max(self.peak_host_bytes, resident_bytes)
+        self.peak_anonymous_bytes = max(self.peak_anonymous_bytes, anonymous_bytes)
+        on_devices = () if self._device_start is None else (_device_growth(self._device_start),)
+        seconds = time.perf_counter() - self._start_seconds
+        self._recorder.add(seconds, resident_bytes, anonymous_bytes, *on_devices)
+
+    def mark(self, phase: str) -> None:
+        """A phase of the load begins."""
+        self._phases.append(Phase(phase, time.perf_counter() - self._start_seconds))
+
+    def timeline(self) -> Timeline:
+        """Memory over the time watched, above its start."""
+        return self._recorder.timeline(self._phases)
 
     def _run(self) -> None:
         while not self._stop.wait(SAMPLE_SECONDS):
             self.sample()
+
+
+def watch_memory() -> PeakSampler:
+    """Watch the memory of this process during a stock load, to draw it beside a lean one:
+
+        with tl_fastload.watch_memory() as stock:
+            HookedTransformer.from_pretrained("gpt2")
+        model.load_report.plot(stock)
+
+    Freed memory is given back to the system first, so that nothing hides in it.
+
+    Returns:
+        A context manager with `peak_host_bytes`, `peak_anonymous_bytes`, `peak_device_bytes` and
+        `timeline()`.
+    """
+    return _StockSampler()
+
+
+class _StockSampler(PeakSampler):
+    def __enter__(self) -> PeakSampler:
+        return_freed_memory()
+        super().__enter__()
+        self._stock = StockPhases().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._stock.__exit__(*raised)
+        super().__exit__(*raised)
+        self._phases = self._stock.phases
+
+
+def _device_growth(start: list[int]) -> int:
+    return sum(torch.cuda.memory_allocated(i) - before for i, before in enumerate(start))
 
 
 def _device_start() -> list[int] | None:
@@ -112,7 +162,7 @@ def return_freed_memory() -> None:
         _LIBC.malloc_trim(0)
 
 
-def _stored_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+def stored_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The tensors that hold a tensor's memory: several for a quantized one."""
     content = getattr(tensor, "content", None)
     return [tensor] if content is None else list(content.tensors().values())
@@ -122,7 +172,7 @@ def unique_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the elements that these tensors hold; tensors on the same elements count once."""
     seen: set[tuple[int, int]] = set()
     total = 0
-    parts = [part for tensor in tensors for part in _stored_parts(tensor)]
+    parts = [part for tensor in tensors for part in stored_parts(tensor)]
     for tensor in parts:
         size = tensor.numel() * tensor.element_size()
         if (tensor.data_ptr(), size) not in seen:

@@ -99,6 +99,11 @@ def is_on_network(folder: Path) -> bool:
     """Whether a folder lies on a file system that another machine serves, where a mapping may
     break any time.
     """
+    return file_system_kind(folder).lower().startswith(_NETWORK_FILE_SYSTEMS)
+
+
+def file_system_kind(folder: Path) -> str:
+    """The kind of file system that a folder lies on, or would, such as "ext4"; "" if unknown."""
     real = folder.resolve()
     best, kind = "", ""
     for partition in psutil.disk_partitions(all=True):
@@ -106,4 +111,4 @@ def is_on_network(folder: Path) -> bool:
         inside = real == Path(mount) or Path(mount) in real.parents
         if inside and len(mount) >= len(best):
             best, kind = mount, partition.fstype
-    return kind.lower().startswith(_NETWORK_FILE_SYSTEMS)
+    return kind

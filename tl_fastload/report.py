@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import html
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from tl_fastload.timeline import Timeline
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -36,6 +39,7 @@ class LoadReport:
         quantization: kind of the quantized weights; None for a model without.
         not_quantized: matrices of a quantized model that are dense -> why.
         notes: anything else worth knowing, in sentences.
+        timeline: memory over the time of the call, and its phases.
         revision: the hub commit of the source; None for folders.
         cache: "hit: <folder>", "filled: <folder>" or "not filled: <reason>"; None without a cache.
     """
@@ -58,6 +62,7 @@ class LoadReport:
     quantization: str | None = None
     not_quantized: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    timeline: Timeline = field(default_factory=Timeline, repr=False)
     revision: str | None = None
     cache: str | None = None
 
@@ -109,7 +114,30 @@ class LoadReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: dtype as text, everything else as it is."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return copy.deepcopy({**values, "dtype": str(self.dtype), "notes": list(self.notes)})
+        plain = {
+            "dtype": str(self.dtype),
+            "notes": list(self.notes),
+            "timeline": self.timeline.to_dict(),
+        }
+        return copy.deepcopy({**values, **plain})
+
+    def plot(self, stock: Any = None, path: str | Path | None = None) -> Any:
+        """Draw the memory of this load over its time. Needs matplotlib.
+
+        Args:
+            stock: a stock load to draw beside it: what `tl_fastload.watch_memory()` gave, or its
+                `Timeline`.
+            path: a file to write as well; its ending says the format, such as ".png" or ".pdf".
+
+        Returns:
+            A `matplotlib.figure.Figure`, which notebooks show.
+
+        Raises:
+            ArgumentError: matplotlib is missing.
+        """
+        from tl_fastload import plots
+
+        return plots.plot_load(self, stock, path)
 
 
 def _by_reason(not_quantized: dict[str, str]) -> list[str]:

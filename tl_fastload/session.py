@@ -48,6 +48,7 @@ class Session:
         mapped_bytes: parameter bytes that were mapped.
         shifts: what processing takes out of the inputs of quantized matrices.
         not_quantized: matrices of a quantized model that are dense, and why.
+        mark: told the name of each phase as it begins.
         ledger: counts what stock would need; None unless that is wanted.
         placer: what would place the recipes, when nothing but a plan is wanted.
     """
@@ -60,6 +61,7 @@ class Session:
     mapped_bytes: int = 0
     shifts: dict[str, Promise] = field(default_factory=dict)
     not_quantized: dict[str, str] = field(default_factory=dict)
+    mark: Callable[[str], None] = lambda phase: None
     ledger: StockLedger | None = None
     placer: Placer | None = None
 
@@ -89,7 +91,10 @@ def load(cls: type, options: Options, arguments: dict[str, Any], keywords: dict[
     try:
         # Parameters made in inference mode could never be trained or saved.
         with torch.inference_mode(False), PeakSampler() as sampler:
-            model, session = _load(cls, options, dict(arguments), dict(keywords), reader)
+            sampler.mark("configuration")
+            model, session = _load(
+                cls, options, dict(arguments), dict(keywords), reader, sampler.mark
+            )
     finally:
         reader.close()
     model.load_report = _report(model, session, sampler, time.perf_counter() - started)
@@ -121,7 +126,7 @@ def record(
     reader = FileReader()
     try:
         with torch.inference_mode(False):
-            return _load(cls, options, dict(arguments), dict(keywords), reader, ledger)
+            return _load(cls, options, dict(arguments), dict(keywords), reader, ledger=ledger)
     finally:
         reader.close()
 
@@ -132,6 +137,7 @@ def _load(
     arguments: dict[str, Any],
     keywords: dict[str, Any],
     reader: FileReader,
+    mark: Callable[[str], None] = lambda phase: None,
     ledger: StockLedger | None = None,
 ) -> tuple[Any, Session]:
     model_name, hf_model = arguments.pop("model_name"), arguments.pop("hf_model")
@@ -143,8 +149,13 @@ def _load(
     verify.check_quantization(origin, options, arguments)
     requested = {step: bool(arguments[step]) for step in steps.STEPS}
     session = Session(
-        replace(options, move_to_device=move_to_device), requested, origin, ledger=ledger
+        replace(options, move_to_device=move_to_device),
+        requested,
+        origin,
+        mark=mark,
+        ledger=ledger,
     )
+    mark("recording")
     origin.stock_ledger = ledger
     build_model = build_outline if options.only_plan else build_empty
 
@@ -195,6 +206,8 @@ def load_state_dict_into(
     model._session = session
     try:
         with PeakSampler() as sampler:
+            session.mark = sampler.mark
+            sampler.mark("recording")
             _process_and_place(model, session, state_dict, flags, stock)
     finally:
         model._session = None
@@ -239,6 +252,7 @@ def _process_and_place(
 
 
 def _place(model: nn.Module, session: Session) -> None:
+    session.mark("placing")
     options, origin = session.options, session.origin
     device_of = device_map(model, options.move_to_device)
     if origin is None:  # a live model keeps its tensors where they are
@@ -309,6 +323,7 @@ def _report(model: Any, session: Session, sampler: PeakSampler, seconds: float) 
         not_quantized=session.not_quantized,
         notes=(*(origin.notes if origin is not None else ()), *session.notes),
         revision=origin.commit if origin is not None else None,
+        timeline=sampler.timeline(),
     )
 
 

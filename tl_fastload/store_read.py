@@ -115,6 +115,7 @@ def load_copy(
     reader = FileReader()
     try:
         with torch.inference_mode(False), PeakSampler() as sampler:
+            sampler.mark("placing")
             model, report = _load(cls, options, arguments, keywords, folder, reader)
     finally:
         reader.close()
@@ -124,6 +125,7 @@ def load_copy(
         peak_host_bytes=sampler.peak_host_bytes,
         peak_anonymous_bytes=sampler.peak_anonymous_bytes,
         peak_device_bytes=sampler.peak_device_bytes,
+        timeline=sampler.timeline(),
     )
     return model
 

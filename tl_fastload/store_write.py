@@ -184,7 +184,7 @@ def write_copy(
     """
     model = _unwrapped(model)
     target = folder.expanduser().absolute()
-    _check_target(target)
+    check_target(target)
     plan = _Plan(model)
     plan.add_parameters()
     plan.add_buffers()
@@ -216,7 +216,7 @@ def _unwrapped(model: Any) -> Any:
     return model
 
 
-def _check_target(target: Path) -> None:
+def check_target(target: Path) -> None:
     """Raise SaveError where a copy would hide something else."""
     if target.exists() and not target.is_dir():
         raise SaveError(f"{target} is a file. Choose a folder.")

@@ -1,0 +1,248 @@
+"""`tl-fastload bench`: what loading costs, lean and stock, as a table, JSON and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from tl_fastload import bench as benchmark
+from tl_fastload.bench import Subject
+from tl_fastload.cli_console import console, say, write_json
+from tl_fastload.cli_options import Debug
+from tl_fastload.doctor import machine, versions
+from tl_fastload.measure import Measurement
+from tl_fastload.measure_loads import Contender
+from tl_fastload.report import format_bytes
+from tl_fastload.synthetic import parse_shape
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_STRATEGIES = ("auto", "assign", "copy")
+_QUANTIZATIONS = ("8bit", "nf4", "fp4")
+
+
+def bench(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A folder, a TransformerLens name or a hub name.", show_default=False),
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            help="Random weights in this shape instead of a model: gpt2 or llama, then any of "
+            "n_layers, d_model, n_heads, n_kv_heads, d_mlp, d_vocab, n_ctx and dtype (of the "
+            "file), such as llama:d_model=512,n_layers=8."
+        ),
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="To load in; may be repeated.  [default: float32]")
+    ] = None,
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(help="auto, assign or copy; may be repeated.  [default: auto]"),
+    ] = None,
+    quantize: Annotated[
+        list[str] | None, typer.Option(help="Also quantized while loading; may be repeated.")
+    ] = None,
+    processing: Annotated[
+        bool, typer.Option("--processing/--no-processing", help="Fold and centre the weights.")
+    ] = True,
+    stock: Annotated[
+        bool,
+        typer.Option(
+            "--stock/--no-stock",
+            help="Measure TransformerLens' own loader, too; it takes several times the memory.",
+        ),
+    ] = True,
+    repeats: Annotated[int, typer.Option(min=1, help="Processes for each load.")] = 3,
+    keep: Annotated[
+        Path | None, typer.Option(help="Write the model of --shape into this folder and keep it.")
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Write the figures as JSON; - for standard output.")
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="Draw the peaks into this file (.png, .pdf ...), and memory over time into a "
+            'second one, whose name has "-timeline" added.'
+        ),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Measure what loading costs, lean and stock, each load in a fresh process.
+
+    Loads onto the CPU, page cache warm. Memory is read from outside the measured process.
+
+    [bold]Examples[/]
+
+      tl-fastload bench gpt2 --plot peaks.png
+
+      tl-fastload bench --shape llama:d_model=512,n_layers=8 --dtype float32 --dtype bfloat16
+
+      tl-fastload bench ./my-model --no-stock --strategy assign --strategy copy --json -
+    """
+    with _subject(model, shape, keep) as subject:
+        contenders = _contenders(dtype, strategy, quantize, processing, stock)
+        found = benchmark.run(subject, contenders, repeats, _announce)
+    if str(json) == "-":
+        write_json(_as_json(subject, contenders, found), Path("-"))
+    else:
+        _show(subject, contenders, found)
+        if json is not None:
+            write_json(_as_json(subject, contenders, found), json)
+    if plot is not None:
+        _draw(subject, contenders, found, plot)
+    if any((one.error or "").startswith("failed") for one in found):
+        raise typer.Exit(1)
+
+
+def _subject(
+    model: str | None, shape: str | None, keep: Path | None
+) -> AbstractContextManager[Subject]:
+    if (model is None) == (shape is None):
+        raise typer.BadParameter(
+            "name a model or give --shape, one of the two.", param_hint="'MODEL' / '--shape'"
+        )
+    if shape is not None:
+        return benchmark.synthetic_subject(parse_shape(shape), keep)
+    if keep is not None:
+        raise typer.BadParameter("goes with --shape only.", param_hint="'--keep'")
+    return benchmark.named_subject(str(model))
+
+
+def _contenders(
+    dtype: list[str] | None,
+    strategy: list[str] | None,
+    quantize: list[str] | None,
+    processing: bool,
+    stock: bool,
+) -> list[Contender]:
+    """Every load to measure; what is compared stands together."""
+    dtypes = _checked("--dtype", dtype or ["float32"], _DTYPES)
+    strategies = _checked("--strategy", strategy or ["auto"], _STRATEGIES)
+    kinds = _checked("--quantize", quantize or [], _QUANTIZATIONS)
+    found = []
+    for one in dtypes:
+        if stock:
+            found.append(Contender("stock", one, processing))
+        found += [Contender("lean", one, processing, way) for way in strategies]
+    found += [Contender("lean", dtypes[0], processing, quantize=kind) for kind in kinds]
+    return found
+
+
+def _checked(option: str, given: list[str], known: Sequence[str]) -> list[str]:
+    for one in given:
+        if one not in known:
+            raise typer.BadParameter(
+                f"{one!r} is none of {', '.join(known)}.", param_hint=f"'{option}'"
+            )
+    return list(dict.fromkeys(given))
+
+
+def _announce(name: str, number: int, total: int) -> None:
+    say(f"[{number}/{total}] {name}")
+
+
+def _show(subject: Subject, contenders: Sequence[Contender], found: Sequence[Measurement]) -> None:
+    table = Table(
+        title=f"Loading {subject.label}, each in a fresh process",
+        title_justify="left",
+        caption="Peaks above the imports, and as multiples of the parameters' bytes: memory that "
+        "no file backs, and all that is resident. vs stock: of the same dtype.",
+        caption_justify="left",
+    )
+    for column in ("load", "peak anonymous", "peak resident", "parameters", "time", "vs stock"):
+        table.add_column(column, justify="left" if column == "load" else "right")
+    for contender, one in zip(contenders, found, strict=True):
+        if one.error is None:
+            table.add_row(one.name, *_cells(one, _stock_of(contender, contenders, found)))
+        else:
+            table.add_row(one.name, *["-"] * 5)
+    console().print(table)
+    for one in found:
+        if one.error is not None:
+            console().print(Text(f"{one.name}: {one.error}"))
+    facts = {**machine(), **versions()}
+    present = ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
+    console().print(Text(present, style="dim"))
+
+
+def _stock_of(
+    contender: Contender, contenders: Sequence[Contender], found: Sequence[Measurement]
+) -> Measurement | None:
+    for other, one in zip(contenders, found, strict=True):
+        if other.loader == "stock" and other.dtype == contender.dtype and other != contender:
+            return one if one.error is None else None
+    return None
+
+
+def _cells(one: Measurement, stock: Measurement | None) -> list[str]:
+    versus = "-"
+    if stock is not None:
+        faster = stock.median_seconds / max(one.median_seconds, 1e-9)
+        smaller = stock.peak_anonymous_bytes / max(one.peak_anonymous_bytes, 1)
+        versus = f"{faster:.1f}x faster, {smaller:.1f}x less memory"
+    return [
+        _peak(one.peak_anonymous_bytes, one),
+        _peak(one.peak_resident_bytes, one),
+        format_bytes(one.parameter_bytes),
+        f"{one.median_seconds:.2f} s",
+        versus,
+    ]
+
+
+def _peak(size_bytes: int, one: Measurement) -> str:
+    return f"{format_bytes(size_bytes)} ({size_bytes / max(one.parameter_bytes, 1):.2f}x)"
+
+
+def _as_json(
+    subject: Subject, contenders: Sequence[Contender], found: Sequence[Measurement]
+) -> dict[str, Any]:
+    measured = [
+        {"contender": asdict(contender), **asdict(one)}
+        for contender, one in zip(contenders, found, strict=True)
+    ]
+    return {
+        "model": subject.label,
+        "page_cache": "warm",
+        "machine": machine(),
+        "versions": versions(),
+        "measurements": measured,
+    }
+
+
+def _draw(
+    subject: Subject,
+    contenders: Sequence[Contender],
+    found: Sequence[Measurement],
+    path: Path,
+) -> None:
+    from tl_fastload import plots
+
+    plots.plot_peaks(found, f"Peak memory while loading {subject.label}", path)
+    say(f"Written: {path}")
+    # The first dtype's lean and stock loads: more lines than that cannot be told apart.
+    of_one_dtype = [
+        (contender, one)
+        for contender, one in zip(contenders, found, strict=True)
+        if one.timeline is not None and contender.dtype == contenders[0].dtype
+    ]
+    series = [
+        plots.Series(contender.loader, one.timeline, one.parameter_bytes)
+        for loader in ("lean", "stock")
+        for contender, one in of_one_dtype
+        if contender.loader == loader and contender.quantize is None and one.timeline is not None
+    ]
+    chosen = list({one.label: one for one in reversed(series)}.values())[::-1]
+    if chosen:
+        second = path.with_name(f"{path.stem}-timeline{path.suffix}")
+        title = f"Memory while loading {subject.label}, {contenders[0].dtype}"
+        plots.plot_timelines(chosen, title, second)
+        say(f"Written: {second}")

@@ -1,0 +1,79 @@
+"""A matplotlib figure that needs no display: the package's only import of matplotlib."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from tl_fastload.errors import ArgumentError
+
+__all__ = ["Line2D", "Patch", "Picture", "style"]
+
+_STYLE = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.titlelocation": "left",
+    "legend.fontsize": 10,
+    "hatch.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+def style() -> Any:
+    """A context in which pictures are drawn, whatever the user's own settings are."""
+    settings: dict[Any, Any] = {**matplotlib.rcParamsDefault, **_STYLE}
+    settings.pop("backend")  # naming one would load it
+    return matplotlib.rc_context(settings)
+
+
+class Picture(Figure):
+    """A figure that notebooks show, made and drawn without pyplot.
+
+    Args:
+        width_inches: at 100 dots per inch.
+        height_inches: likewise.
+    """
+
+    def __init__(self, width_inches: float, height_inches: float) -> None:
+        super().__init__(figsize=(width_inches, height_inches), dpi=100, layout="constrained")
+        FigureCanvasAgg(self)
+
+    def _repr_png_(self) -> bytes:
+        stream = io.BytesIO()
+        with style():
+            self.savefig(stream, format="png")
+        return stream.getvalue()
+
+    def write(self, path: str | Path) -> None:
+        """Write the picture, whole or not at all; the ending of the name says the format.
+
+        Raises:
+            ArgumentError: a format that matplotlib does not have, or a folder that is not there.
+        """
+        path = Path(path)
+        known = self.canvas.get_supported_filetypes()
+        kind = path.suffix[1:].lower()
+        if kind not in known:
+            raise ArgumentError(
+                f"{path}: pictures are written as {', '.join(sorted(known))}; end the name in one "
+                "of these, such as .png."
+            )
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            with style():
+                self.savefig(partial, format=kind)
+            partial.replace(path)
+        except OSError as error:
+            raise ArgumentError(f"{path} cannot be written ({error.strerror}).") from error
+        finally:
+            partial.unlink(missing_ok=True)
