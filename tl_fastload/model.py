@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from transformer_lens import HookedTransformer
 
+from tl_fastload import compat
 from tl_fastload import session as sessions
 from tl_fastload.already import is_already_processed
+from tl_fastload.norms import replace_and_process
 from tl_fastload.options import OWN_ARGUMENTS, Options
 from tl_fastload.progress import ProgressOption
 from tl_fastload.quantization import quantization_argument, read_quantization
 from tl_fastload.report import LoadReport
 from tl_fastload.state_dicts import fill_missing_keys
+from tl_fastload.steps import reason_to_skip
 
 
 class LeanLoadingMixin:
@@ -208,7 +211,12 @@ class LeanLoadingMixin:
             "fold_value_biases": True,
             "refactor_factored_attn_matrices": refactor_factored_attn_matrices,
         }
-        if not is_already_processed(self, steps):
+        if is_already_processed(self, steps):
+            return
+        if compat.REPLACES_NORMS and fold_ln and reason_to_skip("fold_ln", self.cfg) is None:  # type: ignore[attr-defined]
+            sessions.check_processable(self, steps)
+            replace_and_process(self, steps, super().process_weights_)  # type: ignore[misc]
+        else:
             self.load_and_process_state_dict(self.state_dict(), **steps)  # type: ignore[attr-defined]
 
     def fill_missing_keys(self, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from tl_fastload import compat, steps, verify
 from tl_fastload.already import versions
 from tl_fastload.errors import ArgumentError
 from tl_fastload.memory import PeakSampler, return_freed_memory, unique_bytes
+from tl_fastload.norms import unit_norms
 from tl_fastload.options import Options
 from tl_fastload.origin import Origin, find_origin
 from tl_fastload.placement import Placer
@@ -141,12 +142,7 @@ def load_state_dict_into(
         _process_and_place(model, model._session, state_dict, flags, stock)
         return
     started = time.perf_counter()
-    verify.check_refactor(model.cfg, flags)
-    if any(flags.values()) and has_quantized(model):
-        raise ArgumentError(
-            "The weights of a loaded quantized model cannot be processed in place. Load the model "
-            "again with the processing steps (fold_ln=True and so on): bytes stay as they are."
-        )
+    check_processable(model, flags)
     verify.check_state_dict(model, state_dict)
     session = Session(Options(strategy="copy", progress=False), dict(flags))
     model._session = session
@@ -156,6 +152,16 @@ def load_state_dict_into(
     finally:
         model._session = None
     model.load_report = _report(model, session, sampler, time.perf_counter() - started)
+
+
+def check_processable(model: Any, flags: dict[str, bool]) -> None:
+    """Raise ArgumentError if a live model cannot be processed in place by these steps."""
+    verify.check_refactor(model.cfg, flags)
+    if any(flags.values()) and has_quantized(model):
+        raise ArgumentError(
+            "The weights of a loaded quantized model cannot be processed in place. Load the model "
+            "again with the processing steps (fold_ln=True and so on): bytes stay as they are."
+        )
 
 
 def _process_and_place(
@@ -176,6 +182,14 @@ def _process_and_place(
     }
     if session.origin is not None and session.origin.spec is not None:
         session.shifts = kernel_shifts(promises, model.cfg, allowed)
+    if compat.REPLACES_NORMS and session.origin is None and allowed["fold_ln"]:
+        if "ln_final.w" in dict(model.named_parameters()):
+            session.notes.append(
+                f"TransformerLens {compat.TRANSFORMER_LENS} folds the norms of the state dict and "
+                "leaves those of the model as they are, so that both are applied. Use "
+                "process_weights_, or a model whose cfg.normalization_type ends in Pre."
+            )
+        promises |= unit_norms(model, promises)
     stock(promises, **allowed)
     if session.origin is not None:
         verify.check_recipes(model, session.origin, session.recipes)
