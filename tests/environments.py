@@ -98,6 +98,21 @@ LACKS: tuple[Lack, ...] = (
         "TransformerLens has Gemma 3",
         tests=("test_versions.py::test_what_transformer_lens_lacks_is_said[gemma3]",),
     ),
+    Lack(
+        "transformer_lens",
+        "<3",
+        "stock's process_weights_ fails on a processed model",
+        tests=(
+            "test_processing.py::test_an_edited_model_is_processed_again",
+            "test_processing.py::test_steps_that_were_not_done_yet_are",
+        ),
+    ),
+    Lack(
+        "transformer_lens",
+        "<3",
+        "stock's load_and_process_state_dict leaves the norms of the model, which a note says",
+        tests=("test_processing.py::test_a_loaded_state_dict_never_changes",),
+    ),
     Lack("sae-lens", "<1", "not installed", tests=("test_sae_lens.py",)),
 )
 

@@ -51,6 +51,10 @@ def halves_are_finite(tensor: torch.Tensor) -> bool:
 # transformers 5 renames and merges checkpoint tensors by a table; version 4 had plain names.
 HAS_WEIGHT_CONVERSIONS = TRANSFORMERS.major >= 5
 
+# `process_weights_` of TransformerLens 2 replaces each norm by one without weights, and its steps
+# are methods of the model that expect every norm's weights; version 3 keeps unit weights.
+REPLACES_NORMS = TRANSFORMER_LENS.major < 3
+
 # The field of a configuration that holds the model's dtype.
 CONFIG_DTYPE_NAME = "dtype" if Version("4.56") <= TRANSFORMERS else "torch_dtype"
 

@@ -9,18 +9,20 @@ from typing import Any
 import torch
 from transformer_lens import HookedTransformer
 
-from tl_fastload import planning
+from tl_fastload import compat, planning
 from tl_fastload import session as sessions
 from tl_fastload.already import is_already_processed
 from tl_fastload.cache import load_through_cache
 from tl_fastload.draft import Request
 from tl_fastload.errors import NotEnoughMemory
 from tl_fastload.load_plan import LoadPlan
+from tl_fastload.norms import replace_and_process
 from tl_fastload.options import DEFAULT_DTYPE, OWN_ARGUMENTS, Options
 from tl_fastload.progress import ProgressOption
 from tl_fastload.quantization import quantization_argument, read_quantization
 from tl_fastload.report import LoadReport
 from tl_fastload.state_dicts import fill_missing_keys
+from tl_fastload.steps import reason_to_skip
 from tl_fastload.store_write import MAX_SHARD_BYTES, save_lean
 
 
@@ -227,11 +229,15 @@ class LeanLoadingMixin:
             "fold_value_biases": True,
             "refactor_factored_attn_matrices": refactor_factored_attn_matrices,
         }
-        if not is_already_processed(self, steps):
-            before: set[str] = getattr(self, "_processed", (set(), None))[0]
+        if is_already_processed(self, steps):
+            return
+        before: set[str] = getattr(self, "_processed", (set(), None))[0]
+        if compat.REPLACES_NORMS and fold_ln and reason_to_skip("fold_ln", self.cfg) is None:  # type: ignore[attr-defined]
+            replace_and_process(self, steps, super().process_weights_)  # type: ignore[misc]
+        else:
             self.load_and_process_state_dict(self.state_dict(), **steps)  # type: ignore[attr-defined]
-            done, now = self._processed
-            self._processed = (done | before, now)
+        done, now = self._processed
+        self._processed = (done | before, now)
 
     def save_lean(
         self,

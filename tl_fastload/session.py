@@ -18,6 +18,7 @@ from tl_fastload.already import versions
 from tl_fastload.evaluator import evaluate
 from tl_fastload.forecast import forecast
 from tl_fastload.memory import PeakSampler, return_freed_memory, unique_bytes
+from tl_fastload.norms import unit_norms
 from tl_fastload.options import Options
 from tl_fastload.origin import Origin, find_origin
 from tl_fastload.placement import Placer
@@ -244,6 +245,14 @@ def _process_and_place(
         }
     elif session.origin is not None and session.origin.spec is not None:
         session.shifts = kernel_shifts(promises, model.cfg, allowed)
+    if compat.REPLACES_NORMS and session.origin is None and allowed["fold_ln"]:
+        if "ln_final.w" in dict(model.named_parameters()):
+            session.notes.append(
+                f"TransformerLens {compat.TRANSFORMER_LENS} folds the norms of the state dict and "
+                "leaves those of the model as they are, so that both are applied. Use "
+                "process_weights_, or a model whose cfg.normalization_type ends in Pre."
+            )
+        promises |= unit_norms(model, promises)
     stock(promises, **allowed)
     if session.origin is not None:
         verify.check_recipes(model, session.origin, session.recipes)

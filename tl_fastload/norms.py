@@ -1,0 +1,61 @@
+"""Norms under TransformerLens 2, whose `process_weights_` replaces them by ones without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tl_fastload.promise import Promise
+from tl_fastload.state_dicts import as_promise
+from tl_fastload.verify import check_refactor
+
+
+def replace_and_process(model: Any, flags: dict[str, bool], stock: Callable[..., None]) -> None:
+    """Run TransformerLens 2's own `process_weights_`; if it fails, the model is as it was.
+
+    Args:
+        model: the model.
+        flags: the processing steps.
+        stock: the model's own bound `process_weights_`, which replaces the norms and then calls
+            `load_and_process_state_dict`.
+    """
+    check_refactor(model.cfg, flags)
+    kind = model.cfg.normalization_type
+    modules = [(parent, dict(parent._modules)) for parent in model.modules()]
+    asked = {step: on for step, on in flags.items() if step != "fold_value_biases"}
+    try:
+        stock(**asked)
+    except BaseException:
+        model.cfg.normalization_type = kind
+        for parent, children in modules:
+            parent._modules.clear()
+            parent._modules.update(children)
+        raise
+
+
+def unit_norms(model: Any, promises: dict[str, Promise]) -> dict[str, Promise]:
+    """Weights of one and biases of zero for norms that are folded already.
+
+    TransformerLens 2 folds what it finds in the state dict and fails without it.
+
+    Args:
+        model: the model; norms that it has need no stand-in.
+        promises: the state dict.
+    """
+    cfg, own = model.cfg, model.state_dict(keep_vars=True)
+    blocks = [f"blocks.{layer}" for layer in range(cfg.n_layers)]
+    widths = {f"{block}.ln1": cfg.d_model for block in blocks}
+    if not cfg.attn_only:
+        widths |= {f"{block}.ln2": cfg.d_model for block in blocks}
+        if cfg.is_layer_norm_activation():
+            widths |= {f"{block}.mlp.ln": cfg.d_mlp for block in blocks}
+    widths["ln_final"] = cfg.d_model
+    missing: dict[str, Promise] = {}
+    for norm, width in widths.items():
+        for leaf, value in (("w", torch.ones(width)), ("b", torch.zeros(width))):
+            name = f"{norm}.{leaf}"
+            if name not in promises and name not in own:
+                missing[name] = as_promise(value.to(cfg.dtype), name)
+    return missing
