@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-from benchmarks import models
+from benchmarks import copies, models
 from benchmarks.proc import Memory, StatusFile, meminfo
 
 _SAMPLE_SECONDS = 0.002
@@ -41,12 +41,13 @@ class Case:
     Attributes:
         model: a key of `benchmarks.models.SHAPES`.
         road: who loads: a key of `benchmarks.roads.ROADS` ("lean", "stock", "transformers",
-            "floor").
+            "floor", "reload", "touch", "save").
         dtype: of the loaded parameters, a torch name such as "float32".
         processed: whether TransformerLens' processing (folding, centring) is on.
         strategy: passed to the lean loader.
         from_hf_model: the caller holds the Hugging Face model in memory and passes it.
         loads: how many times to load, each time letting the one before go.
+        quantize: passed to the lean loader when the processed copy is made.
         forward_tokens: lengths of the batch-1 forward passes to time after the load.
     """
 
@@ -57,6 +58,7 @@ class Case:
     strategy: str = "auto"
     from_hf_model: bool = False
     loads: int = 1
+    quantize: str | None = None
     forward_tokens: tuple[int, ...] = ()
 
     @property
@@ -69,6 +71,8 @@ class Case:
             parts.append(self.strategy)
         if self.from_hf_model:
             parts.append("hf_model")
+        if self.quantize is not None:
+            parts.append(self.quantize)
         if self.loads > 1:
             parts.append(f"x{self.loads}")
         return " ".join(parts)
@@ -158,7 +162,11 @@ def run_case(case: Case, cache: Path | None = None, timeout_seconds: float = 180
         return Measurement(
             case.name, error=f"not measured: needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB free"
         )
-    _read_ahead(models.weights_file(folder))
+    if case.road in ("reload", "touch"):
+        for path in copies.make_copy(folder, case.dtype, case.quantize).glob("*.safetensors"):
+            _read_ahead(path)
+    else:
+        _read_ahead(models.weights_file(folder))
     environment = {"HF_HOME": str(models.hub_home(folder)), "HF_HUB_OFFLINE": "1"}
     arguments = {"case": asdict(case), "folder": str(folder)}
     try:

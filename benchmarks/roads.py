@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import models
+from benchmarks import copies, models
 from benchmarks.forward import sample_log_probs, time_forward
 from benchmarks.measure import Case
 from benchmarks.proc import own_memory
@@ -36,8 +36,12 @@ def prepare(case: dict[str, Any], folder: str) -> tuple[Load, Callable[[Any], di
 def _describe(loaded: Any, case: Case) -> dict[str, Any]:
     if isinstance(loaded, list):  # the floor has tensors, no model
         return {"parameter_bytes": viewed_bytes(loaded), "buffer_bytes": 0}
+    if isinstance(loaded, int):  # bytes of files
+        return {"parameter_bytes": loaded, "buffer_bytes": 0}
+    parameters = stored_tensors(loaded.parameters())
     facts: dict[str, Any] = {
-        "parameter_bytes": viewed_bytes(loaded.parameters()),
+        "parameter_bytes": viewed_bytes(parameters),
+        "largest_parameter_bytes": max(viewed_bytes([one]) for one in parameters),
         "buffer_bytes": viewed_bytes(loaded.buffers()),
         "forward_seconds": {str(n): time_forward(loaded, n) for n in case.forward_tokens},
     }
@@ -50,6 +54,15 @@ def _describe(loaded: Any, case: Case) -> dict[str, Any]:
             for name in ("strategy", "parameter_bytes", "peak_anonymous_bytes", "mapped_bytes")
         }
     return facts
+
+
+def stored_tensors(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors that hold the memory of parameters: several for a quantized one."""
+    found: list[torch.Tensor] = []
+    for parameter in parameters:
+        content = getattr(parameter, "content", None)
+        found += [parameter] if content is None else content.tensors().values()
+    return found
 
 
 def viewed_bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -131,8 +144,8 @@ def _stock(case: Case, folder: Path) -> Load:
         else HookedTransformer.from_pretrained_no_processing
     )
     arguments: dict[str, Any] = {"dtype": _torch_dtype(case.dtype), "device": "cpu"}
-    _blank_tokenizer()  # its imports
-    return lambda: function(name, tokenizer=_blank_tokenizer(), **arguments)
+    blank_tokenizer()  # its imports
+    return lambda: function(name, tokenizer=blank_tokenizer(), **arguments)
 
 
 def _lean(case: Case, folder: Path) -> Load:
@@ -151,8 +164,35 @@ def _lean(case: Case, folder: Path) -> Load:
     }
     if case.from_hf_model:
         arguments["hf_model"] = _hf_model_in_memory(case, folder)
-    _blank_tokenizer()  # its imports
-    return lambda: function(folder, tokenizer=_blank_tokenizer(), **arguments)
+    blank_tokenizer()  # its imports
+    return lambda: function(folder, tokenizer=blank_tokenizer(), **arguments)
+
+
+def _reload(case: Case, folder: Path) -> Load:
+    """A processed copy, mapped."""
+    from tl_fastload import LeanHookedTransformer
+
+    copy = copies.copy_folder(folder, case.dtype, case.quantize)
+    blank_tokenizer()  # its imports
+    load = LeanHookedTransformer.from_pretrained_lean
+    return lambda: load(copy, device="cpu", tokenizer=blank_tokenizer())
+
+
+def _touch(case: Case, folder: Path) -> Load:
+    copy = copies.copy_folder(folder, case.dtype, case.quantize)
+    return lambda: copies.touch_pages(copy)
+
+
+def _save(case: Case, folder: Path) -> Load:
+    """Saving a processed model that is in memory already."""
+    model = _lean(case, folder)()
+    target = folder.parent / f"{folder.name}-copies" / "saved"
+
+    def save() -> Any:
+        model.save_lean(target, progress=False)
+        return model
+
+    return save
 
 
 def _transformers(case: Case, folder: Path) -> Load:
@@ -166,7 +206,10 @@ def _transformers(case: Case, folder: Path) -> Load:
 ROADS: dict[str, Callable[[Case, Path], Load]] = {
     "floor": _floor,
     "lean": _lean,
+    "reload": _reload,
+    "save": _save,
     "stock": _stock,
+    "touch": _touch,
     "transformers": _transformers,
 }
 
@@ -187,7 +230,7 @@ def _import_architecture(folder: Path) -> None:
     MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.from_pretrained(folder))]
 
 
-def _blank_tokenizer() -> Any:
+def blank_tokenizer() -> Any:
     """The smallest tokenizer that TransformerLens accepts, so that none is loaded.
 
     A new one for every load, since the model alters it.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import metadata
+from importlib import import_module, metadata
 
 from packaging.version import Version
 
@@ -34,6 +34,12 @@ HAS_WEIGHT_CONVERSIONS = TRANSFORMERS.major >= 5
 
 # The field of a configuration that holds the model's dtype.
 CONFIG_DTYPE_NAME = "dtype" if Version("4.56") <= TRANSFORMERS else "torch_dtype"
+
+
+def default_device() -> str:
+    """The device on which TransformerLens puts a model if none is asked for."""
+    home = "utilities" if TRANSFORMER_LENS.major >= 3 else "utils"
+    return str(import_module(f"transformer_lens.{home}").get_device())
 
 
 def require_hooked_transformer() -> None:
