@@ -57,6 +57,7 @@ def checks(results: Results, models: list[str], *, load: bool, forward: bool) ->
                 if load:
                     found += _memory(results, shape, dtype)
                     found += _load_time(results, shape, dtype)
+                    found += _copies(results, shape, dtype)
                 if forward:
                     found += _forward_time(results, shape, dtype)
                     found += _same_function(results, shape, dtype)
@@ -127,6 +128,29 @@ def _load_time(results: Results, shape: Shape, dtype: str) -> Iterator[Check]:
         stock = _get(results, cases.stock(model, dtype, processed=False))
         value = faster(_get(results, case), stock)
         yield Check(case.name, "faster load than stock, no processing", value, 10, at_least=True)
+
+
+def _copies(results: Results, shape: Shape, dtype: str) -> Iterator[Check]:
+    """Processed copies: saved with one parameter of extra memory, loaded without any."""
+    model = shape.name
+    stock = _get(results, cases.stock(model, dtype))
+    for quantize in cases.kinds_kept(model, dtype):
+        case = cases.reload(model, dtype, quantize)
+        found, touched = _get(results, case), _get(results, cases.touch(model, dtype, quantize))
+        value = ratio(found.peak_anonymous_bytes, found) if found else None
+        yield Check(case.name, "peak anonymous memory", value, 0.05)
+        if shape.family == "llama":
+            value = faster(found, stock)
+            yield Check(case.name, "faster load than stock's", value, 30, at_least=True)
+        value = found.median_seconds if found and touched else None
+        limit = touched.median_seconds + 1 if touched else 0.0
+        yield Check(case.name, "load within touching every page + 1 s", value, limit, unit="s")
+    case = cases.save(model, dtype)
+    found = _get(results, case)
+    value = None
+    if found:
+        value = found.peak_anonymous_bytes / found.facts["largest_parameter_bytes"]
+    yield Check(case.name, "peak anonymous memory / largest parameter", value, 1.0)
 
 
 def faster(this: Measurement | None, other: Measurement | None) -> float | None:

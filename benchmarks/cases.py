@@ -40,6 +40,24 @@ def repeated(model: str, dtype: str, processed: bool = True) -> Case:
     return Case(model, "lean", dtype, processed, loads=REPEATED_LOADS)
 
 
+def reload(model: str, dtype: str, quantize: str | None = None) -> Case:
+    return Case(model, "reload", dtype, quantize=quantize)
+
+
+def touch(model: str, dtype: str, quantize: str | None = None) -> Case:
+    return Case(model, "touch", dtype, quantize=quantize)
+
+
+def save(model: str, dtype: str) -> Case:
+    return Case(model, "save", dtype)
+
+
+def kinds_kept(model: str, dtype: str) -> tuple[str | None, ...]:
+    """The kinds of processed copies that are measured."""
+    is_quantized = SHAPES[model].family == "llama" and dtype == SHAPES[model].file_dtype
+    return (None, "8bit", "nf4") if is_quantized else (None,)
+
+
 def transformers(model: str, dtype: str) -> Case:
     return Case(model, "transformers", dtype)
 
@@ -60,6 +78,9 @@ def all_cases(
         for dtype in DTYPES:
             compared = [lean(model, dtype), transformers(model, dtype)]
             only_loaded = [floor(model, dtype), copied(model, dtype), from_hf_model(model, dtype)]
+            only_loaded.append(save(model, dtype))
+            for quantize in kinds_kept(model, dtype):
+                only_loaded += [touch(model, dtype, quantize), reload(model, dtype, quantize)]
             if with_stock:
                 compared.append(stock(model, dtype))
             if dtype == SHAPES[model].file_dtype:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks import models
+from benchmarks import copies, models
 from benchmarks.proc import meminfo
 from benchmarks.quantized_checkpoints import make_quantized_checkpoint
 from tl_fastload.measure import Measurement, WorkerError, combine, read_ahead, run_action
@@ -22,12 +22,13 @@ class Case:
     Attributes:
         model: a key of `benchmarks.models.SHAPES`.
         road: who loads: a key of `benchmarks.roads.ROADS` ("lean", "stock", "transformers",
-            "floor") or of `benchmarks.quantized_roads.ROADS`.
+            "floor", "reload", "touch", "save") or of `benchmarks.quantized_roads.ROADS`.
         dtype: of the loaded parameters, a torch name such as "float32".
         processed: whether TransformerLens' processing (folding, centring) is on.
         strategy: passed to the lean loader.
         from_hf_model: the caller holds the Hugging Face model in memory and passes it.
         loads: how many times to load, each time letting the one before go.
+        quantize: passed to the lean loader when the processed copy is made.
         forward_tokens: lengths of the batch-1 forward passes to time after the load.
         kind: how the loaded weights are quantized ("int8", "nf4"); empty for not at all.
         saved: they come quantized, from a checkpoint that transformers saved; otherwise they are
@@ -41,6 +42,7 @@ class Case:
     strategy: str = "auto"
     from_hf_model: bool = False
     loads: int = 1
+    quantize: str | None = None
     forward_tokens: tuple[int, ...] = ()
     kind: str = ""
     saved: bool = False
@@ -57,6 +59,8 @@ class Case:
             parts.append(self.strategy)
         if self.from_hf_model:
             parts.append("hf_model")
+        if self.quantize is not None:
+            parts.append(self.quantize)
         if self.loads > 1:
             parts.append(f"x{self.loads}")
         return " ".join(parts)
@@ -82,7 +86,11 @@ def run_case(case: Case, cache: Path | None = None, timeout_seconds: float = 180
         return Measurement(
             case.name, error=f"not measured: needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB free"
         )
-    read_ahead(models.weights_file(folder))
+    if case.road in ("reload", "touch"):
+        for path in copies.make_copy(folder, case.dtype, case.quantize).glob("*.safetensors"):
+            read_ahead(path)
+    else:
+        read_ahead(models.weights_file(folder))
     environment = {"HF_HOME": str(models.hub_home(folder)), "HF_HUB_OFFLINE": "1"}
     arguments = {"case": asdict(case), "folder": str(folder)}
     try:

@@ -10,12 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import models, quantized_roads
+from benchmarks import copies, models, quantized_roads
 from benchmarks.forward import sample_log_probs, time_forward
 from benchmarks.loading import dtype_argument
 from benchmarks.measure import Case
 from benchmarks.proc import own_memory
-from tl_fastload.measure_loads import import_architecture, lean_load, stock_load, torch_dtype
+from tl_fastload.measure_loads import (
+    blank_tokenizer,
+    import_architecture,
+    lean_load,
+    stock_load,
+    torch_dtype,
+)
 
 Load = Callable[[], Any]
 
@@ -39,8 +45,12 @@ def prepare(case: dict[str, Any], folder: str) -> tuple[Load, Callable[[Any], di
 def _describe(loaded: Any, case: Case) -> dict[str, Any]:
     if isinstance(loaded, list):  # the floor has tensors, no model
         return {"parameter_bytes": viewed_bytes(loaded), "buffer_bytes": 0}
+    if isinstance(loaded, int):  # bytes of files
+        return {"parameter_bytes": loaded, "buffer_bytes": 0}
+    parameters = list(quantized_roads.stored_tensors(loaded))
     facts: dict[str, Any] = {
-        "parameter_bytes": viewed_bytes(quantized_roads.stored_tensors(loaded)),
+        "parameter_bytes": viewed_bytes(parameters),
+        "largest_parameter_bytes": max(viewed_bytes([one]) for one in parameters),
         "buffer_bytes": viewed_bytes(loaded.buffers()),
         "forward_seconds": {str(n): time_forward(loaded, n) for n in case.forward_tokens},
     }
@@ -129,6 +139,33 @@ def _lean(case: Case, folder: Path) -> Load:
     return lean_load(folder, case.dtype, case.processed, **arguments)
 
 
+def _reload(case: Case, folder: Path) -> Load:
+    """A processed copy, mapped."""
+    from tl_fastload import LeanHookedTransformer
+
+    copy = copies.copy_folder(folder, case.dtype, case.quantize)
+    blank_tokenizer()  # its imports
+    load = LeanHookedTransformer.from_pretrained_lean
+    return lambda: load(copy, device="cpu", tokenizer=blank_tokenizer())
+
+
+def _touch(case: Case, folder: Path) -> Load:
+    copy = copies.copy_folder(folder, case.dtype, case.quantize)
+    return lambda: copies.touch_pages(copy)
+
+
+def _save(case: Case, folder: Path) -> Load:
+    """Saving a processed model that is in memory already."""
+    model = _lean(case, folder)()
+    target = folder.parent / f"{folder.name}-copies" / "saved"
+
+    def save() -> Any:
+        model.save_lean(target, progress=False)
+        return model
+
+    return save
+
+
 def _transformers(case: Case, folder: Path) -> Load:
     from transformers import AutoModelForCausalLM
 
@@ -140,7 +177,10 @@ def _transformers(case: Case, folder: Path) -> Load:
 ROADS: dict[str, Callable[[Case, Path], Load]] = {
     "floor": _floor,
     "lean": _lean,
+    "reload": _reload,
+    "save": _save,
     "stock": _stock,
+    "touch": _touch,
     "transformers": _transformers,
 }
 

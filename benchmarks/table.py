@@ -36,7 +36,7 @@ def _load_row(results: Results, case: Case) -> list[str]:
     found = results[case.name]
     floor = _good(results, cases.floor(case.model, case.dtype))
     stock = _good(results, cases.stock(case.model, case.dtype, case.processed))
-    compared = case.road in ("lean", "stock") and case.loads == 1
+    compared = case.road in ("lean", "stock", "reload") and case.loads == 1
     memory = (
         found.peak_anonymous_bytes,
         found.peak_resident_bytes,

@@ -233,7 +233,10 @@ def test_every_bound_is_about_a_case_that_is_measured() -> None:
     planned = cases.all_cases(names)
     results = {
         case.name: measurement(
-            1.0, forward_seconds=dict.fromkeys(map(str, case.forward_tokens), 1.0), log_probs=[0.0]
+            1.0,
+            largest_parameter_bytes=1,
+            forward_seconds=dict.fromkeys(map(str, case.forward_tokens), 1.0),
+            log_probs=[0.0],
         )
         for case in planned
     }

@@ -78,7 +78,7 @@ def _files_of(folder: Path) -> list[Any]:
     files = {path for path in folder.iterdir() if path.is_file()}
     for index in [path for path in files if path.name.endswith(".index.json")]:
         files.update(folder / shard for shard in read_index(index).values())
-    found: list[Any] = [str(folder.resolve())]
+    found: list[Any] = [f"folder {folder.resolve()}"]
     for path in sorted(files):
         if path.exists():
             status = path.stat()

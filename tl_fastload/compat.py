@@ -59,6 +59,12 @@ REPLACES_NORMS = TRANSFORMER_LENS.major < 3
 CONFIG_DTYPE_NAME = "dtype" if Version("4.56") <= TRANSFORMERS else "torch_dtype"
 
 
+def default_device() -> str:
+    """The device on which TransformerLens puts a model if none is asked for."""
+    home = "utilities" if TRANSFORMER_LENS.major >= 3 else "utils"
+    return str(import_module(f"transformer_lens.{home}").get_device())
+
+
 def require_hooked_transformer() -> None:
     """Raise ImportError on a TransformerLens that has no HookedTransformer any more."""
     if TRANSFORMER_LENS >= HOOKED_TRANSFORMER_GONE_IN:

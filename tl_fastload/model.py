@@ -78,8 +78,8 @@ class LeanLoadingMixin:
 
         Args:
             model_name: TransformerLens name or alias, any hub name, a local folder, or a folder
-                that `save_lean` wrote. Arguments that contradict such a copy are errors; of an
-                unprocessed one the processing that is asked for is done.
+                that `save_lean` wrote. Arguments that contradict such a copy are errors, the
+                defaults of the processing steps included.
             fold_ln: fold the norm weights into the following layer.
             center_writing_weights: give what writes to the residual stream zero mean.
             center_unembed: give the unembedding zero mean over the vocabulary.

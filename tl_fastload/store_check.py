@@ -66,26 +66,28 @@ def _shown(value: Any) -> str:
     return ", ".join([repr(value.kind), *(f"{n}={getattr(value, n)}" for n in changed)])
 
 
-def steps_to_do(
-    manifest: Manifest, cfg: Any, arguments: dict[str, Any], folder: Path
-) -> dict[str, bool]:
-    """The processing that an unprocessed copy still needs; {} where it is as asked for."""
-    asked = {step: bool(arguments[step]) for step in steps.STEPS}
-    verify.check_refactor(cfg, asked)
+def check_steps(manifest: Manifest, cfg: Any, arguments: dict[str, Any], folder: Path) -> None:
+    """Raise ArgumentError if other processing is asked for than was done.
 
-    def effective(flags: dict[str, bool]) -> list[str]:
+    Processing an unprocessed copy now would round otherwise than processing the original does,
+    whose weights have other strides.
+    """
+
+    def effective(flags: dict[str, Any]) -> list[str]:
         return [s for s in steps.STEPS if flags[s] and steps.reason_to_skip(s, cfg) is None]
 
-    wanted, done = effective(asked), effective(manifest.flags)
+    wanted, done = effective(arguments), effective(manifest.flags)
     if wanted == done:
-        return {}
-    if not done and manifest.quantization is None:
-        return asked
+        return
     flags = ", ".join(f"{step}={manifest.flags[step]}" for step in steps.STEPS)
+    remedy = f"Pass {flags}"
+    if not done:
+        remedy = (
+            "Load it with from_pretrained_no_processing_lean (then process_weights_() processes it)"
+        )
     raise ArgumentError(
         f"{folder} was saved with these processing steps: {', '.join(done) or 'none'}; asked for: "
-        f"{', '.join(wanted) or 'none'}. Steps cannot be undone or added one by one: pass {flags}, "
-        f"or load the original ({manifest.source})."
+        f"{', '.join(wanted) or 'none'}. {remedy}, or load the original ({manifest.source})."
     )
 
 

@@ -26,7 +26,7 @@ from tl_fastload.report import LoadReport
 from tl_fastload.room import check_room
 from tl_fastload.safetensors_header import TensorEntry
 from tl_fastload.skeleton import build_empty, device_map
-from tl_fastload.store_check import check_arguments, check_names, steps_to_do
+from tl_fastload.store_check import check_arguments, check_names, check_steps
 from tl_fastload.store_format import (
     Manifest,
     View,
@@ -138,24 +138,23 @@ def _load(
     folder: Path,
     reader: FileReader,
 ) -> tuple[Any, LoadReport]:
+    keywords = dict(keywords)
+    if "torch_dtype" in keywords:
+        arguments = {**arguments, "torch_dtype": keywords.pop("torch_dtype")}
     manifest, entries = _open(folder)
     cfg = build_configuration(manifest, str(folder))
     sorted_keywords = sort_keywords(keywords)
     check_arguments(manifest, cfg, options, arguments, sorted_keywords, folder)
-    missing_steps = steps_to_do(manifest, cfg, arguments, folder)
+    check_steps(manifest, cfg, arguments, folder)
     notes: list[str] = []
     model = _build(cls, cfg, manifest, arguments, sorted_keywords, folder, notes)
     device_of = device_map(model, arguments["move_to_device"])
     check_names(model, manifest, folder)
     may_map = options.mmap is True or (options.mmap == "auto" and not is_on_network(folder))
-    if may_map and options.assigns and not missing_steps:
+    if may_map and options.assigns:
         reader.maps = FileMaps()
     mapped_bytes = _place(model, manifest, entries, reader, options, device_of)
-    if missing_steps:
-        model.load_and_process_state_dict(model.state_dict(), **missing_steps)
-        notes.append("The copy was saved unprocessed, and was processed now.")
-    flags = missing_steps or manifest.flags
-    model._processed = ({step for step, on in flags.items() if on}, versions(model))
+    model._processed = ({step for step, on in manifest.flags.items() if on}, versions(model))
     model._quantization = manifest.quantization
     written = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     notes.append(f"Copy of {manifest.source or manifest.model_class}, written by {written}.")
@@ -175,7 +174,7 @@ def _load(
         peak_anonymous_bytes=0,
         mapped_bytes=mapped_bytes,
         peak_device_bytes=None,
-        processing=steps.describe(flags, model.cfg),
+        processing=steps.describe(manifest.flags, model.cfg),
         quantization=f"{manifest.quantization.kind}, as saved" if manifest.quantization else None,
         not_quantized=manifest.not_quantized,
         notes=tuple(notes),
@@ -205,9 +204,8 @@ def _build(
     notes: list[str],
 ) -> Any:
     """The empty model, with its tokenizer."""
-    from transformer_lens.utils import get_device  # type: ignore[attr-defined]
-
-    cfg.device = arguments["device"] if arguments["device"] is not None else get_device()
+    given = arguments["device"]
+    cfg.device = given if given is not None else compat.default_device()
     cfg.n_devices = arguments["n_devices"]
     if arguments["default_prepend_bos"] is not None:
         cfg.default_prepend_bos = arguments["default_prepend_bos"]
@@ -215,11 +213,13 @@ def _build(
     if tokenizer is None and manifest.tokenizer is not None:
         side = side or manifest.tokenizer["padding_side"]
         tokenizer = _tokenizer(manifest.tokenizer, folder, keywords, notes)
-    name, cfg.tokenizer_name = cfg.tokenizer_name, None
+    # Nothing is to be fetched by name, and no seed to be set.
+    as_saved = cfg.tokenizer_name, cfg.init_weights
+    cfg.tokenizer_name, cfg.init_weights = None, False
     context = SimpleNamespace(keywords=keywords, tokenizer_folder=lambda: None)
     made: dict[str, Any] = {} if tokenizer is None else {"default_padding_side": side}
     model = build_empty(cls, cfg, context, notes, tokenizer, move_to_device=False, **made)
-    cfg.tokenizer_name = name
+    cfg.tokenizer_name, cfg.init_weights = as_saved
     return model
 
 

@@ -21,7 +21,7 @@ from tl_fastload.progress import Progress, ProgressOption
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.report import format_bytes
 from tl_fastload.safetensors_header import DTYPES, LENGTH_BYTES
-from tl_fastload.steps import STEPS
+from tl_fastload.steps import STEPS, reason_to_skip
 from tl_fastload.store_files import move_into_place, new_owner, working_folder
 from tl_fastload.store_format import (
     MANIFEST,
@@ -272,10 +272,11 @@ def _flags(model: Any) -> dict[str, bool]:
     record = getattr(model, "_processed", None)
     if record is not None:
         return {step: step in record[0] for step in STEPS}
-    try:
-        return {step: is_processed(model, {step: True}) for step in STEPS}
-    except (AttributeError, KeyError):  # a class with other parts
-        return dict.fromkeys(STEPS, False)
+    done = {step for step in STEPS if is_processed(model, {step: True})}
+    unfolded = reason_to_skip("fold_ln", model.cfg) is None and "fold_ln" not in done
+    if unfolded or done == {"fold_value_biases"}:  # biases may be zero without processing
+        done = set()
+    return {step: step in done for step in STEPS}
 
 
 def _save_tokenizer(model: Any, home: Path | None, copy_id: str) -> dict[str, Any] | None:
