@@ -63,6 +63,13 @@ class QuantizedSource(Source):
         self.stride = (shape[1], 1)
         self.dtype = dtype
 
+    @classmethod
+    def of(cls, tensor: QuantizedTensor, name: str) -> QuantizedSource:
+        """A matrix in memory, whose bytes are shared."""
+        stored = tensor.content.stored
+        outline = stored.map(lambda part: part.to("meta"))
+        return cls(lambda: tensor, stored.shape, tensor.dtype, name, outline, stored.device)
+
     def lend(self, geometry: torch.Tensor) -> torch.Tensor | None:
         return self._view(geometry).dequantize()
 
