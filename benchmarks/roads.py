@@ -123,7 +123,7 @@ def _stock(case: Case, folder: Path) -> Load:
     """TransformerLens' own loader, not altered in any way, under a name that it knows."""
     from transformer_lens import HookedTransformer
 
-    _import_architecture(folder)
+    import_architecture(folder)
     name = models.SHAPES[case.model].official_name
     function = (
         HookedTransformer.from_pretrained
@@ -138,12 +138,19 @@ def _stock(case: Case, folder: Path) -> Load:
 def _lean(case: Case, folder: Path) -> Load:
     from tl_fastload import LeanHookedTransformer
 
-    _import_architecture(folder)
+    import_architecture(folder)
     function = (
         LeanHookedTransformer.from_pretrained_lean
         if case.processed
         else LeanHookedTransformer.from_pretrained_no_processing_lean
     )
+    arguments = lean_arguments(case, folder)
+    _blank_tokenizer()  # its imports
+    return lambda: function(folder, tokenizer=_blank_tokenizer(), **arguments)
+
+
+def lean_arguments(case: Case, folder: Path) -> dict[str, Any]:
+    """What the lean loader is called with, and `tl_fastload.plan` too."""
     arguments: dict[str, Any] = {
         "dtype": _torch_dtype(case.dtype),
         "device": "cpu",
@@ -151,14 +158,13 @@ def _lean(case: Case, folder: Path) -> Load:
     }
     if case.from_hf_model:
         arguments["hf_model"] = _hf_model_in_memory(case, folder)
-    _blank_tokenizer()  # its imports
-    return lambda: function(folder, tokenizer=_blank_tokenizer(), **arguments)
+    return arguments
 
 
 def _transformers(case: Case, folder: Path) -> Load:
     from transformers import AutoModelForCausalLM
 
-    _import_architecture(folder)
+    import_architecture(folder)
     arguments = {**_dtype_argument(case.dtype), "attn_implementation": "sdpa"}
     return lambda: AutoModelForCausalLM.from_pretrained(folder, **arguments)
 
@@ -179,7 +185,7 @@ def _dtype_argument(name: str) -> dict[str, torch.dtype]:
     return {"dtype" if renamed else "torch_dtype": _torch_dtype(name)}
 
 
-def _import_architecture(folder: Path) -> None:
+def import_architecture(folder: Path) -> None:
     """Import transformers' code for the model: an import, not a part of the load."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING

@@ -21,10 +21,7 @@ from tl_fastload.errors import ArgumentError, MissingWeightsError, UnknownModelE
 from tl_fastload.load_plan import KINDS
 from tl_fastload.reader import FileMaps, FileReader
 
-LLAMA = (
-    "llama-gqa",
-    {"vocab_size": 300, "hidden_size": 192, "intermediate_size": 352, "num_hidden_layers": 12},
-)
+GPT2 = {"vocab_size": 300, "n_embd": 192, "n_head": 4, "n_inner": 352, "n_layer": 10}
 
 
 @pytest.fixture
@@ -111,7 +108,7 @@ def test_what_a_load_would_refuse_a_plan_refuses(zoo: Any, tmp_path: Path) -> No
 
 
 def test_kinds(zoo: Any) -> None:
-    folder = zoo(LLAMA[0], **LLAMA[1])
+    folder = zoo("gpt2", **GPT2)
     model = load(folder)
     found = plan(folder, device="cpu")
     assert tuple(found.parameter_bytes) == KINDS
@@ -127,8 +124,8 @@ def test_kinds(zoo: Any) -> None:
 
 
 def test_mapped_weights_need_no_memory(zoo: Any, free: Any) -> None:
-    folder = zoo(LLAMA[0], **LLAMA[1])
-    free(100_000)
+    folder = zoo("gpt2", **GPT2)
+    free(500_000)
     found = plan(folder, device="cpu", **UNPROCESSED)
     assert found.fits
     assert found.mapped_bytes > 0.9 * (found.total_bytes - found.parameter_bytes["buffers"])
@@ -136,7 +133,7 @@ def test_mapped_weights_need_no_memory(zoo: Any, free: Any) -> None:
 
 
 def test_loading_refuses_what_does_not_fit(zoo: Any, free: Any, no_reading: None) -> None:
-    folder = zoo(LLAMA[0], **LLAMA[1])
+    folder = zoo("gpt2", **GPT2)
     free(1000)
     with pytest.raises(NotEnoughMemory) as caught:
         load(folder)
@@ -148,7 +145,7 @@ def test_loading_refuses_what_does_not_fit(zoo: Any, free: Any, no_reading: None
 
 
 def test_loading_says_what_would_fit(zoo: Any, free: Any) -> None:
-    folder = zoo(LLAMA[0], **LLAMA[1])
+    folder = zoo("gpt2", **GPT2)
     free(plan(folder, device="cpu").peak_anonymous_bytes * 6 // 10)
     with pytest.raises(NotEnoughMemory, match=r"quantize='8bit' \(needs [\d.]+ MiB\)"):
         load(folder)
@@ -157,7 +154,7 @@ def test_loading_says_what_would_fit(zoo: Any, free: Any) -> None:
 
 
 def test_the_advice_fits(zoo: Any, free: Any) -> None:
-    folder = zoo(LLAMA[0], **LLAMA[1])
+    folder = zoo("gpt2", **GPT2)
     whole = plan(folder, device="cpu").peak_anonymous_bytes
     free(whole * 3 // 4)
     found = plan(folder, device="cpu")
@@ -168,7 +165,7 @@ def test_the_advice_fits(zoo: Any, free: Any) -> None:
     assert {"quantize": "8bit"} in given
     assert {"quantize": "nf4"} in given
     layers = next(a["first_n_layers"] for a in given if "first_n_layers" in a)
-    assert 1 <= layers < 12
+    assert 1 <= layers < 10
     for choice in found.advice:
         planned = plan(folder, device="cpu", **choice.arguments)
         assert planned.fits
@@ -180,11 +177,12 @@ def test_the_advice_fits(zoo: Any, free: Any) -> None:
 
 
 def test_quantizing_a_narrow_dtype_is_advised_when_nothing_wider_fits(zoo: Any, free: Any) -> None:
-    folder = zoo("gpt2", **{**SIZES["gpt2"], "vocab_size": 300})
+    folder = zoo("gpt2", **GPT2)
     needed = plan(folder, device="cpu", dtype="bfloat16", quantize="nf4").peak_anonymous_bytes
     free(needed)
     given = [choice.arguments for choice in plan(folder, device="cpu", mmap=False).advice]
-    assert given == [{"dtype": "bfloat16", "quantize": "nf4"}]
+    assert {"dtype": "bfloat16", "quantize": "nf4"} in given
+    assert {"quantize": "nf4"} not in given
 
 
 def test_nothing_fits(zoo: Any, free: Any) -> None:
@@ -233,7 +231,7 @@ def test_old_torch_files_are_not_looked_into(zoo: Any, tmp_path: Path) -> None:
 
 
 def test_a_model_in_memory(zoo: Any, free: Any) -> None:
-    folder = zoo(LLAMA[0], **LLAMA[1])
+    folder = zoo("gpt2", **GPT2)
     hf = transformers.AutoModelForCausalLM.from_pretrained(folder)
     found, file = plan(folder, hf_model=hf, device="cpu"), plan(folder, device="cpu")
     assert found.source == "hf_model"
@@ -248,7 +246,7 @@ def test_a_model_in_memory(zoo: Any, free: Any) -> None:
 
 
 def test_reading_at_a_glance(zoo: Any, free: Any) -> None:
-    folder = zoo(LLAMA[0], **LLAMA[1])
+    folder = zoo("gpt2", **GPT2)
     free(plan(folder, device="cpu").peak_anonymous_bytes * 3 // 4)
     found = plan(folder, device="cpu", quantize=None)
     text, page = str(found), found._repr_html_()
