@@ -14,6 +14,7 @@ from benchmarks import bounds, cases, environment, quantized, table
 from benchmarks.imports import measure_import
 from benchmarks.measure import Case, Measurement
 from benchmarks.models import SHAPES, make_checkpoint
+from benchmarks.predictions import with_predictions
 
 _STAGES = ("load", "forward", "quantized", "import")
 _BOUNDED = tuple(shape.name for shape in SHAPES.values() if shape.bounded)
@@ -41,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             errors.print(f"checkpoint {model}: {make_checkpoint(model, options.cache)}")
     imported = measure_import() if "import" in options.only else None
     results = cases.run_all(planned, options.repeats, options.cache, _announcer(errors))
+    if load:
+        results = with_predictions(results, planned, options.cache)
 
     checks = bounds.checks(results, options.models, load=load, forward=forward)
     if has_quantized:

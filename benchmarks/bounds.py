@@ -13,6 +13,7 @@ IMPORT_SECONDS = 0.2
 _GROWTH = 0.01  # of the parameters, over all repeated loads: none, but for fragmentation
 _NO_SLOWER = 0.95  # a ratio of one, with room for noise
 _SAME_LOG_PROBS = 1e-4
+_PLAN_ERROR = 0.05
 # How many times faster than stock a processed load is: (at least, aim).
 _FASTER_LOAD = {
     ("gpt2", "float32"): (2.0, 3.0),
@@ -58,6 +59,7 @@ def checks(results: Results, models: list[str], *, load: bool, forward: bool) ->
                     found += _memory(results, shape, dtype)
                     found += _load_time(results, shape, dtype)
                     found += _copies(results, shape, dtype)
+                    found += _predictions(results, shape, dtype)
                 if forward:
                     found += _forward_time(results, shape, dtype)
                     found += _same_function(results, shape, dtype)
@@ -104,6 +106,39 @@ def _memory(results: Results, shape: Shape, dtype: str) -> Iterator[Check]:
             found = _get(results, case)
             value = ratio(found.facts["growth_bytes"], found) if found else None
             yield Check(case.name, "growth from the second load to the last", value, _GROWTH)
+
+
+def _predictions(results: Results, shape: Shape, dtype: str) -> Iterator[Check]:
+    """What `tl_fastload.plan` says against what was measured, for lean and for stock."""
+    model = shape.name
+    roads = [
+        cases.lean(model, dtype),
+        cases.copied(model, dtype),
+        cases.from_hf_model(model, dtype),
+    ]
+    roads += [cases.stock(model, dtype)]
+    if dtype == shape.file_dtype:
+        roads += [cases.lean(model, dtype, False), cases.stock(model, dtype, False)]
+    for case in roads:
+        found = _get(results, case)
+        if found is None or "predicted" not in found.facts:
+            continue
+        predicted = found.facts["predicted"]
+        for kind, measured in (
+            ("anonymous", found.peak_anonymous_bytes),
+            ("resident", found.peak_resident_bytes),
+        ):
+            value = prediction_error(predicted[f"{kind}_bytes"], measured, found)
+            yield Check(case.name, f"plan, {kind} peak: error", value, _PLAN_ERROR)
+        if case.road == "lean":
+            yield Check(case.name, "plan: its own time", predicted["seconds"], 1.0, unit="s")
+
+
+def prediction_error(predicted: int, measured: int, found: Measurement) -> float:
+    """How far a prediction is off: a part of what was measured, or of the parameters where these
+    are mapped and hardly anything is held.
+    """
+    return abs(predicted - measured) / max(measured, found.parameter_bytes)
 
 
 def _load_time(results: Results, shape: Shape, dtype: str) -> Iterator[Check]:

@@ -133,10 +133,15 @@ def _stock(case: Case, folder: Path) -> Load:
 
 def _lean(case: Case, folder: Path) -> Load:
     import_architecture(folder)
+    return lean_load(folder, case.dtype, case.processed, **lean_arguments(case, folder))
+
+
+def lean_arguments(case: Case, folder: Path) -> dict[str, Any]:
+    """What the lean loader is called with beside the dtype, and `tl_fastload.plan` too."""
     arguments: dict[str, Any] = {"strategy": case.strategy}
     if case.from_hf_model:
         arguments["hf_model"] = _hf_model_in_memory(case, folder)
-    return lean_load(folder, case.dtype, case.processed, **arguments)
+    return arguments
 
 
 def _reload(case: Case, folder: Path) -> Load:

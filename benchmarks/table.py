@@ -25,10 +25,14 @@ def load_table(results: Results, planned: Sequence[Case]) -> Table:
     table = Table(
         title="Loading, each in a fresh process, page cache warm (time: median, memory: largest)",
         caption="Memory above the imports, as multiples of the parameters' bytes (last column): "
-        "highest private, highest resident with file pages, highest file pages, and private "
-        "when loaded. floor: the time, as a multiple of the floor's. vs stock: times faster.",
+        "highest private, highest resident with file pages (behind each: what tl_fastload.plan "
+        "says), highest file pages, and private when loaded. floor: the time, as a multiple of the "
+        "floor's. vs stock: times faster.",
     )
-    columns = ("peak anon", "resident", "file", "after", "floor", "vs stock", "s", "MB")
+    columns = (
+        *("peak anon", "plan", "resident", "plan"),
+        *("file", "after", "floor", "vs stock", "s", "MB"),
+    )
     return _grouped(table, columns, _load_row, results, planned)
 
 
@@ -37,14 +41,17 @@ def _load_row(results: Results, case: Case) -> list[str]:
     floor = _good(results, cases.floor(case.model, case.dtype))
     stock = _good(results, cases.stock(case.model, case.dtype, case.processed))
     compared = case.road in ("lean", "stock", "reload") and case.loads == 1
+    predicted = found.facts.get("predicted", {})
     memory = (
         found.peak_anonymous_bytes,
+        predicted.get("anonymous_bytes"),
         found.peak_resident_bytes,
+        predicted.get("resident_bytes"),
         found.peak_file_bytes,
         found.after_anonymous_bytes,
     )
     return [
-        *(_times(bounds.ratio(bytes_, found)) for bytes_ in memory),
+        *(_times(None if size is None else bounds.ratio(size, found)) for size in memory),
         _times(bounds.faster(floor, found)) if case.loads == 1 else _NONE,
         _times(bounds.faster(found, stock)) if compared else _NONE,
         f"{found.median_seconds:.2f}",

@@ -84,11 +84,13 @@ class Repo:
 
 @dataclass
 class FakeHub:
-    """Serves `repos`; `requests` are the "METHOD path" of all requests so far."""
+    """Serves `repos`; `requests` are the "METHOD path" of all requests so far, `sent_bytes` what
+    was sent of each file."""
 
     repos: dict[str, Repo]
     requests: list[str] = field(default_factory=list)
     status: int | None = None
+    sent_bytes: dict[str, int] = field(default_factory=dict)
 
     def __enter__(self) -> FakeHub:
         hub = self
@@ -124,6 +126,7 @@ class FakeHub:
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         path = unquote(handler.path.partition("?")[0]).strip("/")
+        self._blobs = "blobs" in handler.path.partition("?")[2]
         self.requests.append(f"{handler.command} {path}")
         if self.status is not None:
             return self._send(handler, self.status)
@@ -138,7 +141,10 @@ class FakeHub:
             return self._send(handler, 404, error="RepoNotFound")
         if not self._has_revision(repo, revision or "main"):
             return self._send(handler, 404, error="RevisionNotFound")
-        siblings = [{"rfilename": file} for file in repo.files]
+        siblings = [
+            {"rfilename": file, "size": len(content)} if self._blobs else {"rfilename": file}
+            for file, content in repo.files.items()
+        ]
         body = {"id": name, "modelId": name, "sha": repo.commit, "siblings": siblings}
         return self._send(handler, 200, json.dumps(body).encode(), kind="application/json")
 
@@ -154,7 +160,15 @@ class FakeHub:
             return self._send(handler, 404, error="RevisionNotFound")
         if filename not in repo.files:
             return self._send(handler, 404, error="EntryNotFound", commit=repo.commit)
-        return self._send(handler, 200, repo.files[filename], commit=repo.commit)
+        content = repo.files[filename]
+        asked = (handler.headers.get("range") or "").removeprefix("bytes=").partition("-")
+        if handler.command == "GET" and asked[1]:
+            part = content[int(asked[0]) : int(asked[2] or len(content)) + 1]
+            self.sent_bytes[filename] = self.sent_bytes.get(filename, 0) + len(part)
+            return self._send(handler, 206, part, commit=repo.commit)
+        if handler.command == "GET":
+            self.sent_bytes[filename] = self.sent_bytes.get(filename, 0) + len(content)
+        return self._send(handler, 200, content, commit=repo.commit)
 
     @staticmethod
     def _has_token(handler: BaseHTTPRequestHandler, repo: Repo) -> bool:

@@ -27,8 +27,7 @@ Step = Callable[[Any], Any]
 def _pair(kind: str, rows: int, columns: int) -> tuple[Any, torch.Tensor]:
     """A promise of a quantized matrix, and its values."""
     tensor = quantized.quantize(dense_matrix(rows, columns), kind)
-    source = QuantizedSource(lambda: tensor, (rows, columns), torch.float32, "w")
-    return Promise.of(source), tensor.dequantize()
+    return Promise.of(QuantizedSource.of(tensor, "w")), tensor.dequantize()
 
 
 def _follow(promise: Any) -> QuantizedTensor:

@@ -265,7 +265,7 @@ class _Stage:
         is_lent = _is_lent(source, self._device)
         if isinstance(source, QuantizedSource):
             return _quantized_stand_in(source, is_lent)
-        return _StandIn(source, is_lent, self._read)
+        return _StandIn(source, is_lent, self._device.type == "cpu", self._read)
 
     def _read(self, size: int) -> None:
         self.scratch_bytes = max(self.scratch_bytes, size)
@@ -274,7 +274,10 @@ class _Stage:
 class _StandIn(Source):
     """A source without values."""
 
-    def __init__(self, source: Source, is_lent: bool, read: Callable[[int], None]) -> None:
+    def __init__(
+        self, source: Source, is_lent: bool, on_host: bool, read: Callable[[int], None]
+    ) -> None:
+        self._on_host = on_host
         self.name, self.shape, self.stride = source.name, source.shape, source.stride
         self.dtype = source.dtype
         self._is_file = not isinstance(source, MemorySource)
@@ -294,12 +297,23 @@ class _StandIn(Source):
     ) -> None:
         """Nothing to read; what it would take is a piece of the file, and that piece cast."""
         size = geometry.numel() * geometry.element_size()
+        held = 0
         if self._is_file:
             dense = out.stride() == geometry.stride()
-            size = min(size, CHUNK_BYTES if dense else HELD_SPAN_BYTES)
-        held = size if self._is_file and (casts or out.stride() != geometry.stride()) else 0
-        between = [torch.empty(0, dtype=dtype).element_size() for dtype in casts[:-1]]
-        self._read(held + max(between, default=0) * size // geometry.element_size())
+            span = size if dense else _span_bytes(geometry)
+            size = min(span, CHUNK_BYTES if dense else HELD_SPAN_BYTES)
+            held = 0 if dense and not casts and self._on_host else size
+        count = size // geometry.element_size()
+        if self._on_host:
+            for dtype in casts[:-1]:
+                torch.empty(count, dtype=dtype, device=META)  # counted, and gone
+        self._read(held)
+
+
+def _span_bytes(geometry: torch.Tensor) -> int:
+    """From the first byte of a view to its last."""
+    steps = zip(geometry.shape, geometry.stride(), strict=True)
+    return (1 + sum((n - 1) * stride for n, stride in steps)) * geometry.element_size()
 
 
 def _quantized_stand_in(source: QuantizedSource, is_lent: bool) -> QuantizedSource:

@@ -74,6 +74,13 @@ class QuantizedSource(Source):
         """Let go of the bytes: parameters that hold them keep them."""
         self._matrix = None
 
+    @classmethod
+    def of(cls, tensor: QuantizedTensor, name: str) -> QuantizedSource:
+        """A matrix in memory, whose bytes are shared."""
+        stored = tensor.content.stored
+        outline = stored.map(lambda part: part.to("meta"))
+        return cls(lambda: tensor, stored.shape, tensor.dtype, name, outline, stored.device)
+
     def lend(self, geometry: torch.Tensor) -> torch.Tensor | None:
         return self._view(geometry).dequantize()
 
@@ -95,9 +102,7 @@ def promise_of_tensor(tensor: QuantizedTensor, name: str) -> Promise:
     """
     # The bytes of a parameter may be replaced before the recipe is followed.
     held = QuantizedTensor(tensor.content, tensor.geometry, tensor.dtype)
-    stored = held.content.stored
-    outline = stored.map(lambda part: part.to("meta"))
-    source = QuantizedSource(lambda: held, stored.shape, held.dtype, name, outline, stored.device)
+    source = QuantizedSource.of(held, name)
     shown = torch.empty(source.shape, dtype=held.dtype, device="meta").as_strided(
         held.shape, held.stride(), held.storage_offset()
     )

@@ -167,11 +167,7 @@ def _outline(part: str, promise: Promise) -> torch.Tensor:
 
 
 def _promise(tensor: QuantizedTensor, name: str) -> Promise:
-    shape = (tensor.shape[0], tensor.shape[1])
-    stored = tensor.content.stored
-    outline = stored.map(lambda part: part.to("meta"))
-    source = QuantizedSource(lambda: tensor, shape, tensor.dtype, name, outline, stored.device)
-    return Promise.of(source, tensor.device)
+    return Promise.of(QuantizedSource.of(tensor, name), tensor.device)
 
 
 def _values(promise: Promise) -> torch.Tensor:

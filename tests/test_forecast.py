@@ -1,0 +1,79 @@
+"""Predicted memory against counted memory, on models large enough for matrices to matter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from counting import AllocatedBytes
+
+import tl_fastload
+from tl_fastload import LeanHookedTransformer
+from tl_fastload.forecast import Forecast, forecast
+from tl_fastload.placement import Placer
+
+CPU = torch.device("cpu")
+SIZES: dict[str, dict[str, Any]] = {
+    "gpt2": {"vocab_size": 4000, "n_embd": 256, "n_head": 4, "n_inner": 1024},
+    "neox": {"vocab_size": 4000, "hidden_size": 240, "intermediate_size": 1024},
+    "llama-gqa": {"vocab_size": 4000, "hidden_size": 192, "intermediate_size": 704},
+    "bloom": {"vocab_size": 4000, "hidden_size": 256, "n_head": 4},
+    "mixtral": {"vocab_size": 4000, "hidden_size": 256, "intermediate_size": 704},
+}
+UNPROCESSED = dict.fromkeys(
+    ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"), False
+)
+WAYS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "bfloat16": {"dtype": "bfloat16"},
+    "copied": {"strategy": "copy"},
+    "read": {"mmap": False},
+    "unprocessed": UNPROCESSED,
+    "refactored": {"refactor_factored_attn_matrices": True, "fold_ln": False},
+    "8bit": {"quantize": "8bit"},
+    "nf4": {"quantize": "nf4", "dtype": "bfloat16"},
+}
+
+
+@pytest.fixture
+def placed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Forecast, int]]:
+    """Forecast and counted peak of every placing."""
+    found: list[tuple[Forecast, int]] = []
+    place = Placer.place
+
+    def counted(self: Placer, recipes: Any) -> None:
+        predicted = forecast(self, recipes)
+        with AllocatedBytes() as count:
+            place(self, recipes)
+        found.append((predicted, count.peak))
+
+    monkeypatch.setattr(Placer, "place", counted)
+    return found
+
+
+@pytest.mark.parametrize("case", SIZES)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_forecast_is_what_is_counted(
+    case: str, way: str, zoo: Any, placed: list[tuple[Forecast, int]]
+) -> None:
+    if way == "refactored" and case != "gpt2":
+        pytest.skip("rotary embeddings and ALiBi stand between the matrices")
+    folder = zoo(case, **SIZES[case])
+    model = LeanHookedTransformer.from_pretrained_lean(
+        folder, device="cpu", progress=False, **WAYS[way]
+    )
+    predicted, counted = placed[0]
+    total = predicted.peak_bytes.get(CPU, 0) + predicted.scratch_bytes
+    report = model.load_report
+    # Quantizing takes copies of pieces of 64 Ki values, whatever the size of the model.
+    pieces = 1 << 20 if "quantize" in WAYS[way] else 0
+    assert total == pytest.approx(counted, rel=0.05, abs=max(pieces, 1000))
+    assert sum(predicted.mapped_bytes.values()) == report.mapped_bytes
+
+    plan = tl_fastload.plan(folder, device="cpu", **WAYS[way])
+    parameters = plan.total_bytes - plan.parameter_bytes["buffers"]
+    assert parameters == pytest.approx(report.parameter_bytes, rel=1e-3)
+    assert plan.mapped_bytes == report.mapped_bytes
+    assert plan.quantization == report.quantization
+    assert (plan.parameter_bytes["quantized"] > 0) == ("quantize" in WAYS[way])
