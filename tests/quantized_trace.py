@@ -12,6 +12,7 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import quantized_zoo as qz
+import reference
 import torch
 
 from tl_fastload import bnb_kernels
@@ -49,6 +50,30 @@ def kernel_inputs_of(
         patch.setattr(bnb_kernels, "linear", recorded)
         model(tokens)
     return seen
+
+
+def log_probs_on_their_inputs(
+    model: Any, tokens: torch.Tensor, theirs: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> torch.Tensor:
+    """Log-probabilities of a `HookedTransformer` whose kernels get the transformers model's
+    activations in place of its own, from which they must not differ by more than float noise.
+
+    What is left of a gap then does not come from rounding.
+    """
+    mine: list[torch.Tensor] = []
+    linear = bnb_kernels.linear
+
+    def snapped(stored: Any, x: torch.Tensor, *args: Any) -> torch.Tensor:
+        _add(mine, x)
+        their = theirs[len(mine) - 1]
+        assert (mine[-1] - their).abs().max() < _SAME
+        return linear(stored, their.reshape(x.shape), *args)
+
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(bnb_kernels, "linear", snapped)
+        found = reference.log_probs(model(tokens))
+    assert len(mine) == len(theirs)
+    return found
 
 
 def parts_by_rounding(

@@ -38,6 +38,9 @@ def assert_same(monkeypatch: pytest.MonkeyPatch) -> Compare:
             theirs = trace.kernel_inputs_of_hf(hf, tokens)
             ours = trace.kernel_inputs_of(model, tokens, monkeypatch)
             assert trace.parts_by_rounding(theirs, ours, stored.threshold), apart
+            # And it is the cause: without the float noise in front of the kernels, no gap is left.
+            same = trace.log_probs_on_their_inputs(model, tokens, theirs, monkeypatch)
+            assert qz.gap(same, expected) < 1e-4
 
     return compare
 
