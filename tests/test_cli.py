@@ -226,6 +226,14 @@ def test_doctor_finds_a_network_disk_and_a_missing_extra(monkeypatch: pytest.Mon
     assert any('pip install "tl-fastload[plots]"' in fix for fix in fixes)
 
 
+def test_the_bar_shows_bytes_rate_and_time_left() -> None:
+    from tl_fastload.progress import _new_bar
+
+    shown = {type(column).__name__ for column in _new_bar().columns}
+    assert shown >= {"DownloadColumn", "TransferSpeedColumn", "TimeRemainingColumn"}
+
+
+@pytest.mark.slow
 def test_no_bar_when_nobody_watches(tmp_path: Path) -> None:
     done = subprocess.run(
         [*COMMAND, "load", MODEL], capture_output=True, text=True, check=True, timeout=120
