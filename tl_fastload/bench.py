@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import sys
 import tempfile
@@ -70,6 +71,7 @@ def named_subject(name: str) -> Iterator[Subject]:
     with tempfile.TemporaryDirectory(prefix="tl_fastload-bench-") as hub_home:
         folder = location.folder.resolve()
         synthetic.write_hub_layout(folder, synthetic.LLAMA_NAME, Path(hub_home))
+        _give_n_ctx(Path(hub_home))
         environment = {**offline, "HF_HOME": hub_home}
         yield Subject(
             folder.name, str(folder), synthetic.LLAMA_NAME, folder, files, numbers, environment
@@ -95,6 +97,18 @@ def synthetic_subject(shape: synthetic.Shape, keep: Path | None = None) -> Itera
         yield Subject(
             shape.name, str(folder), shape.official_name, folder, files, numbers, environment
         )
+
+
+def _give_n_ctx(hub_home: Path) -> None:
+    """Write the field `n_ctx` into GPT-2's configuration, which TransformerLens reads and
+    transformers 5 no longer writes.
+    """
+    for path in hub_home.rglob("config.json"):
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        if fields.get("model_type") == "gpt2" and "n_ctx" not in fields:
+            path.unlink()  # a link to the user's own file
+            text = json.dumps({**fields, "n_ctx": fields.get("n_positions", 1024)})
+            path.write_text(text, encoding="utf-8")
 
 
 def _count_numbers(checkpoint: Checkpoint) -> int:

@@ -94,7 +94,7 @@ def _identity(value: Any) -> Any:
     if isinstance(value, (str, Path)):
         folder = Path(value)
         is_folder = len(str(value)) < 4096 and "\0" not in str(value) and folder.is_dir()
-        return _identity(_files_of(folder)) if is_folder and str(value) else str(value)
+        return _files_of(folder) if is_folder and str(value) else str(value)
     if isinstance(value, Mapping):
         return {str(name): _identity(inner) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):

@@ -169,7 +169,8 @@ def _show(subject: Subject, contenders: Sequence[Contender], found: Sequence[Mea
     for one in found:
         if one.error is not None:
             console().print(Text(f"{one.name}: {one.error}"))
-    facts = {**machine(), **versions()}
+    facts: dict[str, Any] = {**machine(), **versions()}
+    facts["memory"] = format_bytes(facts.pop("memory_bytes"))
     present = ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
     console().print(Text(present, style="dim"))
 

@@ -25,8 +25,14 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 def _shared(
     *,
     dtype: Annotated[
-        str, _option(panel=_WHAT, help="Of the parameters: float32, bfloat16 or float16.")
-    ] = "float32",
+        str | None,
+        _option(
+            panel=_WHAT,
+            help="Of the parameters: float32, bfloat16 or float16. By default float32, or what a "
+            "processed copy was saved in.",
+            show_default=False,
+        ),
+    ] = None,
     processing: Annotated[
         bool,
         _option(
@@ -73,6 +79,14 @@ def _shared(
             show_default=False,
         ),
     ] = None,
+    check_memory: Annotated[
+        bool,
+        _option(
+            "--check-memory/--no-check-memory",
+            panel=_HOW,
+            help="Refuse a load that will not fit, or go ahead.",
+        ),
+    ] = True,
     revision: Annotated[
         str | None, _option(panel=_WHERE, help="Branch, tag or commit of a hub name.")
     ] = None,
@@ -106,8 +120,8 @@ def _arguments(given: dict[str, Any]) -> dict[str, Any]:
     mmap = given.pop("mmap")
     arguments = {**given, **steps, "mmap": "auto" if mmap is None else mmap}
     arguments["local_files_only"] = arguments.pop("offline")
-    # Keywords for Hugging Face are passed on only when they say something.
-    for name in ("revision", "subfolder", "local_files_only", "trust_remote_code"):
+    # Left to the loader's own defaults unless they say something.
+    for name in ("dtype", "revision", "subfolder", "local_files_only", "trust_remote_code"):
         if not arguments[name]:
             del arguments[name]
     return arguments

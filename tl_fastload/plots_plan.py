@@ -8,7 +8,7 @@ from typing import Any
 from tl_fastload.load_plan import LoadPlan
 from tl_fastload.plots_base import (
     BLACK,
-    BLUE,
+    GREEN,
     ORANGE,
     SKY,
     VERMILION,
@@ -25,11 +25,11 @@ from tl_fastload.report import format_bytes
 
 _KIND_STYLES = {
     "embedding": (SKY, "...."),
-    "attention": (BLUE, ""),
+    "attention": (GREEN, "\\\\\\\\"),
     "MLP": (ORANGE, "////"),
     "norms and other": (BLACK, ""),
     "quantized": (YELLOW, "xxxx"),
-    "buffers": ("#FFFFFF", "\\\\\\\\"),
+    "buffers": ("#DDDDDD", ""),
 }
 # What is available is drawn unless the bars would become slivers.
 _MOST_OF_LARGEST = 2.0
