@@ -7,6 +7,7 @@ from tl_fastload import compat as _compat
 _compat.require_hooked_transformer()
 
 from tl_fastload.errors import (  # noqa: E402  # after the check, whose message would be lost otherwise
+    AdapterError,
     ArgumentError,
     CheckpointError,
     LeanLoadError,
@@ -25,6 +26,7 @@ from tl_fastload.report import LoadReport  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterError",
     "ArgumentError",
     "CheckpointError",
     "LeanHookedTransformer",

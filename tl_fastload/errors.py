@@ -27,6 +27,10 @@ class MissingWeightsError(CheckpointError):
     """Weights are missing, unexpected or of the wrong shape; lists all of them."""
 
 
+class AdapterError(LeanLoadError):
+    """An adapter (LoRA) that cannot be merged into the model; says which of its parts and why."""
+
+
 class NotEnoughMemoryError(LeanLoadError, MemoryError):
     """The model cannot fit; raised before weights are read."""
 

@@ -10,6 +10,7 @@ from transformer_lens import HookedTransformer
 
 from tl_fastload import session as sessions
 from tl_fastload.already import is_already_processed
+from tl_fastload.lora_config import read_adapter_argument
 from tl_fastload.options import OWN_ARGUMENTS, Options
 from tl_fastload.progress import ProgressOption
 from tl_fastload.quantization import quantization_argument, read_quantization
@@ -58,6 +59,8 @@ class LeanLoadingMixin:
         progress: ProgressOption = None,
         quantize: Any = None,
         dequantize: bool = False,
+        adapter: Any = None,
+        requantize: bool = False,
         **from_pretrained_kwargs: Any,
     ) -> Any:
         """Load a pretrained model with the numbers of `from_pretrained` and about one copy of its
@@ -94,6 +97,11 @@ class LeanLoadingMixin:
                 checkpoint has them; quantized ones stay quantized.
             dequantize: let transformers turn a quantized checkpoint (GPTQ, AWQ, FP8, MXFP4,
                 bitsandbytes ...) into ordinary weights, and load these.
+            adapter: a LoRA adapter of peft to merge while loading: a folder,
+                "organisation/name", "organisation/name@revision"; or a list of adapters, each
+                alone or as (adapter, weight). Merged before processing and `quantize`.
+            requantize: merge the adapter into weights that came quantized, by quantizing them
+                again; without it that is an error.
             **from_pretrained_kwargs: for Hugging Face: revision, cache_dir, token,
                 local_files_only, subfolder, trust_remote_code (False by default), torch_dtype, or
                 fields of the model's configuration.
@@ -104,8 +112,8 @@ class LeanLoadingMixin:
         Raises:
             LeanLoadError: the base of all of: ArgumentError, UnknownModelError,
                 UnsupportedArchitectureError, CheckpointError, MissingWeightsError,
-                NotEnoughMemoryError, StrategyError. Raised before weights are read whenever that
-                is possible; nothing half-loaded is returned.
+                AdapterError, NotEnoughMemoryError, StrategyError. Raised before weights are read
+                whenever that is possible; nothing half-loaded is returned.
         """
         arguments = {
             name: value
@@ -114,6 +122,7 @@ class LeanLoadingMixin:
         }
         asked = read_quantization(quantization_argument(quantize, from_pretrained_kwargs))
         options = Options(strategy, mmap, progress, asked, dequantize)
+        options.adapter, options.requantize = read_adapter_argument(adapter), requantize
         return sessions.load(cls, options, arguments, from_pretrained_kwargs)
 
     @classmethod

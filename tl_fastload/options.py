@@ -10,10 +10,14 @@ import psutil
 
 from tl_fastload import compat
 from tl_fastload.errors import ArgumentError, StrategyError
+from tl_fastload.lora_config import Requests
 from tl_fastload.progress import Progress, ProgressOption
 from tl_fastload.quantization import Quantization
 
-OWN_ARGUMENTS = ("strategy", "mmap", "progress", "quantize", "dequantize")
+OWN_ARGUMENTS = (
+    *("strategy", "mmap", "progress", "quantize", "dequantize"),
+    *("adapter", "requantize"),
+)
 """Arguments of `from_pretrained_lean` that TransformerLens' `from_pretrained` does not have."""
 
 _STRATEGIES = ("auto", "assign", "copy")
@@ -31,6 +35,8 @@ class Options:
         quantize: how to quantize matrices while they are loaded, or None.
         dequantize: whether transformers is to make ordinary weights of a quantized checkpoint.
         move_to_device: whether parameters go to the configured device.
+        adapter: LoRA adapters to merge, with weights.
+        requantize: whether adapters may be merged into weights that came quantized.
     """
 
     strategy: str = "auto"
@@ -39,6 +45,8 @@ class Options:
     quantize: Quantization | None = None
     dequantize: bool = False
     move_to_device: bool = True
+    adapter: Requests = ()
+    requantize: bool = False
 
     def check(self) -> None:
         """Raise for values that mean nothing, or that this torch cannot do."""

@@ -19,8 +19,13 @@ from tl_fastload.errors import ArgumentError, CheckpointError, UnsupportedArchit
 from tl_fastload.hub import repo_files
 from tl_fastload.keys import Ledger
 from tl_fastload.keywords import Keywords, override, sort_keywords
+from tl_fastload.lora import Weights, merge, merge_into_files
+from tl_fastload.lora_config import Adapter, open_adapters
+from tl_fastload.lora_model import adapters_of, merge_into_model
+from tl_fastload.lora_quantized import Requantizer
 from tl_fastload.names import official_name
 from tl_fastload.options import Options
+from tl_fastload.promise import Promise
 from tl_fastload.quantization import Quantization, as_dtype, of_checkpoint
 from tl_fastload.reader import FileMaps, FileReader
 from tl_fastload.stock import is_toy_name, stock_name_for
@@ -47,6 +52,7 @@ class Origin:
         root: the module tree of promises; filled by `tree`.
         checkpoint: the opened weight files; filled by `tree`.
         n_layers: layers of the whole model, once its configuration is known.
+        adapters: what is merged into the weights.
         is_recording: whether TransformerLens' converter or processing runs on the tree just now.
     """
 
@@ -66,6 +72,7 @@ class Origin:
     root: Any = None
     checkpoint: Checkpoint | None = None
     n_layers: int | None = None
+    adapters: list[Adapter] = field(default_factory=list)
     is_recording: bool = False
 
     def hf_config_dict(self) -> dict[str, Any]:
@@ -110,15 +117,24 @@ class Origin:
         self.is_recording = True
         if self.hf_model is not None:
             self.root = tree.tree_from_model(self.hf_model, dtype)
+            if self.adapters:
+                merge_into_model(self.adapters, self.root)
             return self.root
         checkpoint = self._open(revision)
         promises, notes = tree.checkpoint_promises(checkpoint, self.reader)
         self.notes.extend(notes)
-        architecture = config.architecture_of(self.hf_config)
-        self.root, self.ledger = tree.tree_from_checkpoint(
-            promises, self.hf_config, architecture, dtype, self.spec
-        )
+        self.root, self.ledger = self._grow(promises, dtype)
+        if self.adapters:
+            weights = Weights(self.root, self.ledger.tied)
+            if merge_into_files(self.adapters, weights, promises, dtype):
+                self.root, self.ledger = self._grow(promises, dtype)
+                weights = Weights(self.root, self.ledger.tied)
+            merge(self.adapters, weights, Requantizer())
         return self.root
+
+    def _grow(self, promises: dict[str, Promise], dtype: torch.dtype) -> tuple[Any, Ledger]:
+        architecture = config.architecture_of(self.hf_config)
+        return tree.tree_from_checkpoint(promises, self.hf_config, architecture, dtype, self.spec)
 
     def missing(self) -> list[str]:
         """Names of the module tree's weights that the checkpoint does not have."""
@@ -184,7 +200,8 @@ def find_origin(
         dtype: what transformers dequantizes to, if it is asked to.
 
     Raises:
-        UnknownModelError, CheckpointError, UnsupportedArchitectureError, ArgumentError.
+        UnknownModelError, CheckpointError, UnsupportedArchitectureError, ArgumentError,
+        AdapterError.
     """
     if not isinstance(model_name, (str, Path)):
         raise ArgumentError(
@@ -194,8 +211,11 @@ def find_origin(
     is_folder = isinstance(model_name, Path) or Path(model_name).is_dir()
     # A folder wins over a name, as in transformers.
     official = None if is_folder else official_name(str(model_name))
+    adapters = open_adapters(options.adapter, sorted_keywords.hub, reader)
     if hf_model is not None:
-        return _from_model(model_name, official, hf_model, sorted_keywords, reader, options)
+        origin = _from_model(model_name, official, hf_model, sorted_keywords, reader, options)
+        origin.adapters += adapters
+        return origin
     location = resolve_config(model_name, **sorted_keywords.hub)
     is_toy = is_toy_name(official) or _is_toy_folder(location)
     stock_name = stock_name_for(official, location.repo or location.label)
@@ -222,6 +242,7 @@ def find_origin(
         reader=reader,
         options=options,
         spec=spec,
+        adapters=adapters,
     )
 
 
@@ -238,6 +259,7 @@ def _from_model(
             f"hf_model is a {type(hf_model).__name__} without a configuration. Pass a transformers "
             "model, such as AutoModelForCausalLM.from_pretrained(...) returns."
         )
+    hf_model, adapters = adapters_of(hf_model)
     try:
         config.architecture_of(hf_model.config)
     except UnsupportedArchitectureError as error:
@@ -256,6 +278,7 @@ def _from_model(
         reader=reader,
         options=options,
         spec=of_checkpoint(hf_model.config, "hf_model"),
+        adapters=adapters,
     )
 
 

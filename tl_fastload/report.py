@@ -35,6 +35,7 @@ class LoadReport:
         processing: each processing step -> "done", or "skipped: ..." with the reason.
         quantization: kind of the quantized weights; None for a model without.
         not_quantized: matrices of a quantized model that are dense -> why.
+        adapters: the adapters that were merged, one line each.
         notes: anything else worth knowing, in sentences.
     """
 
@@ -55,6 +56,7 @@ class LoadReport:
     processing: dict[str, str] = field(default_factory=dict)
     quantization: str | None = None
     not_quantized: dict[str, str] = field(default_factory=dict)
+    adapters: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def rows(self) -> list[tuple[str, str]]:
@@ -72,6 +74,7 @@ class LoadReport:
         if self.peak_device_bytes is not None:
             rows.append(("peak device memory", self._peak(self.peak_device_bytes)))
         rows += list(self.processing.items())
+        rows += [("adapter", adapter) for adapter in self.adapters]
         if self.quantization is not None:
             rows.append(("quantization", self.quantization))
             rows += [("not quantized", text) for text in _by_reason(self.not_quantized)]
@@ -103,7 +106,14 @@ class LoadReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: dtype as text, everything else as it is."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return copy.deepcopy({**values, "dtype": str(self.dtype), "notes": list(self.notes)})
+        return copy.deepcopy(
+            {
+                **values,
+                "dtype": str(self.dtype),
+                "adapters": list(self.adapters),
+                "notes": list(self.notes),
+            }
+        )
 
 
 def _by_reason(not_quantized: dict[str, str]) -> list[str]:

@@ -101,6 +101,7 @@ def _load(
     dtype = arguments.get("torch_dtype", arguments["dtype"])
     origin = find_origin(model_name, hf_model, keywords, reader, options, dtype)
     verify.check_quantization(origin, options, arguments)
+    verify.check_adapters(origin, options)
     requested = {step: bool(arguments[step]) for step in steps.STEPS}
     session = Session(replace(options, move_to_device=move_to_device), requested, origin)
 
@@ -244,6 +245,7 @@ def _report(model: Any, session: Session, sampler: PeakSampler, seconds: float) 
         processing=steps.describe(session.requested, model.cfg),
         quantization=_quantization(session),
         not_quantized=session.not_quantized,
+        adapters=tuple(a.describe() for a in origin.adapters) if origin is not None else (),
         notes=(*(origin.notes if origin is not None else ()), *session.notes),
     )
 

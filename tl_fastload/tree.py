@@ -152,7 +152,8 @@ def fill_tree(model: Any, promises: Mapping[str, Promise], dtype: torch.dtype) -
     rules.
     """
     found, ledger = rename_to_model(model, promises, dtype)
-    for group in tied_groups(model):
+    ledger.tied = tied_groups(model)
+    for group in ledger.tied:
         present = [name for name in group if name in found]
         for name in group:
             if present and name not in found:
