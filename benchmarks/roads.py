@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from benchmarks import models
+from benchmarks.adapters import make_adapter
 from benchmarks.forward import sample_log_probs, time_forward
 from benchmarks.measure import Case
 from benchmarks.proc import own_memory
@@ -132,7 +133,25 @@ def _stock(case: Case, folder: Path) -> Load:
     )
     arguments: dict[str, Any] = {"dtype": _torch_dtype(case.dtype), "device": "cpu"}
     _blank_tokenizer()  # its imports
+    if case.adapter:
+        merge = _merged_by_peft(case, folder)
+        return lambda: function(name, hf_model=merge(), tokenizer=_blank_tokenizer(), **arguments)
     return lambda: function(name, tokenizer=_blank_tokenizer(), **arguments)
+
+
+def _merged_by_peft(case: Case, folder: Path) -> Load:
+    """What has to come before stock: transformers' model with the adapter merged into it."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    adapter = make_adapter(case.model, folder)
+
+    def merge() -> Any:
+        base = AutoModelForCausalLM.from_pretrained(folder, **_dtype_argument(case.dtype))
+        with_adapter: Any = PeftModel.from_pretrained(base, adapter)
+        return with_adapter.merge_and_unload()
+
+    return merge
 
 
 def _lean(case: Case, folder: Path) -> Load:
@@ -151,6 +170,10 @@ def _lean(case: Case, folder: Path) -> Load:
     }
     if case.from_hf_model:
         arguments["hf_model"] = _hf_model_in_memory(case, folder)
+    if case.adapter:
+        import peft  # noqa: F401 - an import, not a part of the load
+
+        arguments["adapter"] = make_adapter(case.model, folder)
     _blank_tokenizer()  # its imports
     return lambda: function(folder, tokenizer=_blank_tokenizer(), **arguments)
 

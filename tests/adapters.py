@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import quantized_zoo
 import reference
 import torch
 from comparison import lean_model, stock_model
@@ -95,6 +96,12 @@ def gaps(lean: HookedTransformer, stock: HookedTransformer) -> dict[str, float]:
         if not is_unused and not torch.equal(one, other):
             found[name] = float((one - other).norm() / other.norm().clamp_min(1e-30))
     return found
+
+
+def gaps_of_dense(lean: HookedTransformer, other: HookedTransformer) -> list[str]:
+    """Names of parameters whose dequantized values differ."""
+    one, two = quantized_zoo.dense_values(lean), quantized_zoo.dense_values(other)
+    return [name for name in one if not torch.equal(one[name], two[name])]
 
 
 def lean(folder: Path, adapter: Any, **arguments: Any) -> Any:

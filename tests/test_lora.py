@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import adapters
 import pytest
 import reference
 import torch
+import zoo as zoo_module
 from comparison import changed, lean_model, values
 
-CASES = """
-    gpt2 gpt-neo opt gptj neox llama-gqa llama-gqa1-tied mistral mixtral bloom qwen2 qwen3 phi phi3
-    phi3-gqa gemma gemma2 gemma3 olmo olmo2 olmo3 olmoe apertus gpt-oss
+CASES = ["gpt2", "neox", "llama-gqa", "mixtral", "bloom", "phi3", "gemma2"]
+MORE_CASES = """
+    gpt-neo opt gptj llama-gqa1-tied mistral qwen2 qwen3 phi phi3-gqa gemma gemma3 olmo olmo2 olmo3
+    olmoe apertus gpt-oss
 """.split()
 _BOUND = 1e-6
 
@@ -37,6 +40,12 @@ def _compare(
 
 @pytest.mark.parametrize("case_id", CASES)
 def test_merged_as_peft_does(zoo: Any, tmp_path: Path, case_id: str) -> None:
+    _compare(zoo, tmp_path, case_id)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case_id", MORE_CASES)
+def test_merged_as_peft_does_in_other_architectures(zoo: Any, tmp_path: Path, case_id: str) -> None:
     _compare(zoo, tmp_path, case_id)
 
 
@@ -68,12 +77,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case_id", ["llama-gqa", "llama-gqa1-tied"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_each_setting(zoo: Any, tmp_path: Path, case_id: str, name: str) -> None:
-    if case_id == "llama-gqa1-tied" and name == "unembedding":
-        pytest.skip("peft refuses to merge into a tied unembedding alone")
-    _compare(zoo, tmp_path, case_id, **CONFIGS[name])
+def test_each_setting(zoo: Any, tmp_path: Path, name: str) -> None:
+    _compare(zoo, tmp_path, "llama-gqa", **CONFIGS[name])
+
+
+ON_EMBEDDINGS = ["modules to save", "both embeddings", "embedding", "tokens"]
+
+
+@pytest.mark.parametrize("name", ON_EMBEDDINGS)
+def test_embeddings_that_are_tied(zoo: Any, tmp_path: Path, name: str) -> None:
+    _compare(zoo, tmp_path, "llama-gqa1-tied", **CONFIGS[name])
 
 
 CONV1D: dict[str, dict[str, Any]] = {
@@ -101,7 +115,38 @@ def test_stacked_experts_by_parameter(zoo: Any, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("case_id", ["gpt2", "llama-gqa", "neox"])
+def test_experts_that_were_modules_of_their_own(zoo: Any, tmp_path: Path) -> None:
+    """Adapters from transformers 4, whose names are those of the checkpoint's files."""
+    folder = zoo("mixtral")
+    tensors = {}
+    for name, weight in zoo_module.read_weights(folder).items():
+        module = name.removesuffix(".weight")
+        if module.endswith(("q_proj", ".w1", ".w2", ".w3")):
+            out, inputs = weight.shape
+            tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(3, inputs)
+            tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(out, 3)
+    assert any(".w1." in name for name in tensors)
+    targets = ["q_proj", "w1", "w2", "w3"]
+    adapter = adapters.write(tmp_path / "adapter", tensors, target_modules=targets)
+    hf = adapters.merged_by_peft("mixtral", folder, adapter)
+    stock = adapters.stock_of("mixtral", hf, tmp_path / "merged")
+    lean = adapters.lean(folder, adapter)
+    assert max(adapters.gaps(lean, stock).values(), default=0) <= _BOUND
+    assert f"LoRA of {len(tensors) // 2} matrices" in lean.load_report.adapters[0]
+
+
+def test_another_base_is_noted(zoo: Any, tmp_path: Path) -> None:
+    folder = zoo("llama-gqa")
+    adapter = adapters.for_case("llama-gqa", folder, tmp_path / "adapter")
+    assert not any(
+        "base model" in note for note in adapters.lean(folder, adapter).load_report.notes
+    )
+    elsewhere = shutil.copytree(folder, tmp_path / "elsewhere")
+    notes = adapters.lean(elsewhere, adapter).load_report.notes
+    assert any(f"names {folder} as its base model" in note for note in notes)
+
+
+@pytest.mark.parametrize("case_id", ["gpt2", "llama-gqa"])
 @pytest.mark.parametrize("config", [{}, {"use_dora": True}], ids=["plain", "dora"])
 def test_bfloat16_rounds_where_peft_rounds(
     zoo: Any, tmp_path: Path, case_id: str, config: dict[str, Any]

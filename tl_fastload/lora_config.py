@@ -81,6 +81,7 @@ class Adapter:
         replaced: parameter -> the tensor that takes its place (`modules_to_save`, biases).
         tokens: module of an embedding -> new rows of `config.trainable_token_indices`.
         scalings: module -> scaling, where it is not the configuration's.
+        size: how many low-rank updates it has.
     """
 
     label: str
@@ -90,6 +91,7 @@ class Adapter:
     replaced: dict[str, Promise] = field(default_factory=dict)
     tokens: dict[str, Promise] = field(default_factory=dict)
     scalings: dict[str, float] = field(default_factory=dict)
+    size: int = 0
 
     def scaling(self, module: str) -> float:
         """What the product of a module's factors is multiplied by, as in peft's `update_layer`."""
@@ -113,7 +115,7 @@ class Adapter:
         """One line for the report."""
         weight = "" if self.weight == 1 else f" times {self.weight:g}"
         kind = "DoRA" if getattr(self.config, "use_dora", False) else "LoRA"
-        parts = [f"{kind} of {len(self.low_rank)} matrices"] if self.low_rank else []
+        parts = [f"{kind} of {self.size} matrices"] if self.size else []
         if self.replaced:
             parts.append(f"{len(self.replaced)} tensors replaced")
         if self.tokens:
@@ -355,9 +357,31 @@ def sort_tensors(adapter: Adapter, tensors: Mapping[str, Promise]) -> None:
         for leaf, factor in zip(names, (part.a, part.b), strict=True):
             if factor is None:
                 problems.append(f"missing: {part.module}.{leaf}")
+    adapter.size = len(adapter.low_rank)
     if not tensors:
         problems.append("missing: it has no tensors at all")
     raise_for(adapter, problems)
+
+
+def base_notes(adapters: Sequence[Adapter], names: Sequence[str | None]) -> list[str]:
+    """A note on each adapter that names another base model; only the last parts of names are
+    compared, as paths differ.
+
+    Args:
+        adapters: what is merged.
+        names: what the model is called: folder, repository, official name.
+    """
+    known = {_last(name) for name in names if name}
+    notes = []
+    for adapter in adapters:
+        base = getattr(adapter.config, "base_model_name_or_path", None)
+        if base and _last(base) not in known:
+            notes.append(f"{adapter.label} names {base} as its base model; its shapes fit this one")
+    return notes
+
+
+def _last(name: str) -> str:
+    return re.split(r"[/\\]", str(name).rstrip("/\\"))[-1].partition("@")[0].lower()
 
 
 def _add(part: LowRank, kind: str, leaf: str, tensor: Promise) -> None:

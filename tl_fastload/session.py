@@ -16,6 +16,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from tl_fastload import compat, steps, verify
 from tl_fastload.already import versions
 from tl_fastload.errors import ArgumentError
+from tl_fastload.lora_config import base_notes
 from tl_fastload.memory import PeakSampler, return_freed_memory, unique_bytes
 from tl_fastload.options import Options
 from tl_fastload.origin import Origin, find_origin
@@ -246,8 +247,19 @@ def _report(model: Any, session: Session, sampler: PeakSampler, seconds: float) 
         quantization=_quantization(session),
         not_quantized=session.not_quantized,
         adapters=tuple(a.describe() for a in origin.adapters) if origin is not None else (),
-        notes=(*(origin.notes if origin is not None else ()), *session.notes),
+        notes=(
+            *_adapter_notes(origin),
+            *(origin.notes if origin is not None else ()),
+            *session.notes,
+        ),
     )
+
+
+def _adapter_notes(origin: Origin | None) -> list[str]:
+    if origin is None:
+        return []
+    own_name = getattr(origin.hf_config, "_name_or_path", None)
+    return base_notes(origin.adapters, [origin.label, origin.official, own_name])
 
 
 def _quantization(session: Session) -> str | None:
