@@ -92,6 +92,8 @@ def _memory(results: Results, shape: Shape, dtype: str) -> Iterator[Check]:
     ]
     if dtype == shape.file_dtype:
         anonymous.append((cases.lean(model, dtype, processed=False), 0.05))
+    if dtype == "float32":
+        anonymous.append((cases.with_adapter(cases.lean(model, dtype)), 1.05))
     for case, limit in anonymous:
         found = _get(results, case)
         value = ratio(found.peak_anonymous_bytes, found) if found else None
@@ -100,6 +102,7 @@ def _memory(results: Results, shape: Shape, dtype: str) -> Iterator[Check]:
     found = _get(results, case)
     value = ratio(found.peak_resident_bytes, found) if found else None
     yield Check(case.name, "peak resident memory, file pages included", value, 1.15)
+    yield from _adapter(results, model, dtype)
     for processed in (True, False):
         case = cases.repeated(model, dtype, processed)
         if case.name in results:
@@ -139,6 +142,16 @@ def prediction_error(predicted: int, measured: int, found: Measurement) -> float
     are mapped and hardly anything is held.
     """
     return abs(predicted - measured) / max(measured, found.parameter_bytes)
+
+
+def _adapter(results: Results, model: str, dtype: str) -> Iterator[Check]:
+    case = cases.with_adapter(cases.lean(model, dtype))
+    if case.name in results:
+        found = _get(results, case)
+        stock = _get(results, cases.with_adapter(cases.stock(model, dtype)))
+        value = stock.peak_anonymous_bytes / found.peak_anonymous_bytes if found and stock else None
+        promise = "less peak anonymous memory than stock with peft"
+        yield Check(case.name, promise, value, 2.0, at_least=True)
 
 
 def _load_time(results: Results, shape: Shape, dtype: str) -> Iterator[Check]:

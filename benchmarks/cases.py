@@ -36,6 +36,10 @@ def from_hf_model(model: str, dtype: str) -> Case:
     return Case(model, "lean", dtype, from_hf_model=True)
 
 
+def with_adapter(case: Case) -> Case:
+    return replace(case, adapter=True)
+
+
 def repeated(model: str, dtype: str, processed: bool = True) -> Case:
     return Case(model, "lean", dtype, processed, loads=REPEATED_LOADS)
 
@@ -89,6 +93,10 @@ def all_cases(
                     compared.append(stock(model, dtype, processed=False))
                 if SHAPES[model].family == "gpt2":
                     only_loaded += [repeated(model, dtype), repeated(model, dtype, False)]
+            if dtype == "float32":
+                only_loaded.append(with_adapter(lean(model, dtype)))
+                if with_stock:
+                    only_loaded.append(with_adapter(stock(model, dtype)))
             if load:
                 cases += only_loaded
             if forward:

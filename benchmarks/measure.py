@@ -27,6 +27,7 @@ class Case:
         processed: whether TransformerLens' processing (folding, centring) is on.
         strategy: passed to the lean loader.
         from_hf_model: the caller holds the Hugging Face model in memory and passes it.
+        adapter: a LoRA adapter is merged too: by the lean loader, or by peft before stock.
         loads: how many times to load, each time letting the one before go.
         quantize: passed to the lean loader when the processed copy is made.
         forward_tokens: lengths of the batch-1 forward passes to time after the load.
@@ -41,6 +42,7 @@ class Case:
     processed: bool = True
     strategy: str = "auto"
     from_hf_model: bool = False
+    adapter: bool = False
     loads: int = 1
     quantize: str | None = None
     forward_tokens: tuple[int, ...] = ()
@@ -61,6 +63,8 @@ class Case:
             parts.append("hf_model")
         if self.quantize is not None:
             parts.append(self.quantize)
+        if self.adapter:
+            parts.append("adapter")
         if self.loads > 1:
             parts.append(f"x{self.loads}")
         return " ".join(parts)

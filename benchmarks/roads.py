@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from benchmarks import copies, models, quantized_roads
+from benchmarks.adapters import make_adapter
 from benchmarks.forward import sample_log_probs, time_forward
 from benchmarks.loading import dtype_argument
 from benchmarks.measure import Case
@@ -128,7 +129,24 @@ def _floor(case: Case, folder: Path) -> Load:
 
 def _stock(case: Case, folder: Path) -> Load:
     import_architecture(folder)
-    return stock_load(models.SHAPES[case.model].official_name, case.dtype, case.processed)
+    merge = _merged_by_peft(case, folder) if case.adapter else None
+    name = models.SHAPES[case.model].official_name
+    return stock_load(name, case.dtype, case.processed, merge)
+
+
+def _merged_by_peft(case: Case, folder: Path) -> Load:
+    """What has to come before stock: transformers' model with the adapter merged into it."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    adapter = make_adapter(case.model, folder)
+
+    def merge() -> Any:
+        base = AutoModelForCausalLM.from_pretrained(folder, **dtype_argument(case.dtype))
+        with_adapter: Any = PeftModel.from_pretrained(base, adapter)
+        return with_adapter.merge_and_unload()
+
+    return merge
 
 
 def _lean(case: Case, folder: Path) -> Load:
@@ -141,6 +159,10 @@ def lean_arguments(case: Case, folder: Path) -> dict[str, Any]:
     arguments: dict[str, Any] = {"strategy": case.strategy}
     if case.from_hf_model:
         arguments["hf_model"] = _hf_model_in_memory(case, folder)
+    if case.adapter:
+        import peft  # noqa: F401 - an import, not a part of the load
+
+        arguments["adapter"] = make_adapter(case.model, folder)
     return arguments
 
 

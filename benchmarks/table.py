@@ -39,7 +39,8 @@ def load_table(results: Results, planned: Sequence[Case]) -> Table:
 def _load_row(results: Results, case: Case) -> list[str]:
     found = results[case.name]
     floor = _good(results, cases.floor(case.model, case.dtype))
-    stock = _good(results, cases.stock(case.model, case.dtype, case.processed))
+    same = cases.stock(case.model, case.dtype, case.processed)
+    stock = _good(results, cases.with_adapter(same) if case.adapter else same)
     compared = case.road in ("lean", "stock", "reload") and case.loads == 1
     predicted = found.facts.get("predicted", {})
     memory = (

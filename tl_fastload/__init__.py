@@ -7,6 +7,7 @@ from tl_fastload import compat as _compat
 _compat.require_hooked_transformer()
 
 from tl_fastload.errors import (  # noqa: E402  # after the check, whose message would be lost otherwise
+    AdapterError,
     ArgumentError,
     CheckpointError,
     DifferentModelError,
@@ -32,6 +33,7 @@ from tl_fastload.store_write import save_lean  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterError",
     "ArgumentError",
     "CheckpointError",
     "DifferentModelError",

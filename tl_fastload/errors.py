@@ -27,6 +27,10 @@ class MissingWeightsError(CheckpointError):
     """Weights are missing, unexpected or of the wrong shape; lists all of them."""
 
 
+class AdapterError(LeanLoadError):
+    """An adapter (LoRA) that cannot be merged into the model; says which of its parts and why."""
+
+
 class DifferentModelError(CheckpointError):
     """A checkpoint was trained beside another pretrained model than the one that stands here."""
 

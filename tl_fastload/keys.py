@@ -35,12 +35,14 @@ class Ledger:
         misshapen: model name -> (shape in the file, shape that the configuration asks for).
         integers: model name -> dtype, where a weight should be.
         incomplete: model name of a merged weight -> why its parts could not be merged.
+        tied: groups of model names that are one weight.
     """
 
     unexpected: list[str] = field(default_factory=list)
     misshapen: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     integers: dict[str, torch.dtype] = field(default_factory=dict)
     incomplete: dict[str, str] = field(default_factory=dict)
+    tied: list[list[str]] = field(default_factory=list)
 
 
 def rename_to_model(

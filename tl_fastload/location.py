@@ -183,7 +183,7 @@ def _no_config_message(name: str, folder: Path, names: Sequence[str]) -> str:
             "another one."
         )
     if any(entry.startswith("adapter_") for entry in names):
-        return message + "It holds an adapter (LoRA): load its base model, or merge the two first."
+        return message + "It holds an adapter (LoRA): load its base model with adapter= this."
     if any(entry.endswith(".gguf") for entry in names):
         return message + "GGUF files are not supported: fetch the safetensors version."
     return message + "Save the model there with `save_pretrained`, or copy its config.json into it."

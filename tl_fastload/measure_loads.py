@@ -90,8 +90,15 @@ def _describe_lean(loaded: Any) -> dict[str, Any]:
     }
 
 
-def stock_load(name: str, dtype: str, processed: bool) -> Load:
-    """TransformerLens' own loader, not altered in any way, under a name that it knows."""
+def stock_load(name: str, dtype: str, processed: bool, hf_model: Load | None = None) -> Load:
+    """TransformerLens' own loader, not altered in any way, under a name that it knows.
+
+    Args:
+        name: an official name.
+        dtype: of the parameters.
+        processed: whether the weights are processed.
+        hf_model: makes the model that is passed as `hf_model=`, as a part of the load.
+    """
     from transformer_lens import HookedTransformer
 
     function = (
@@ -101,7 +108,9 @@ def stock_load(name: str, dtype: str, processed: bool) -> Load:
     )
     arguments: dict[str, Any] = {"dtype": torch_dtype(dtype), "device": "cpu"}
     blank_tokenizer()  # its imports
-    return lambda: function(name, tokenizer=blank_tokenizer(), **arguments)
+    if hf_model is None:
+        return lambda: function(name, tokenizer=blank_tokenizer(), **arguments)
+    return lambda: function(name, hf_model=hf_model(), tokenizer=blank_tokenizer(), **arguments)
 
 
 def lean_load(model: str | Path, dtype: str, processed: bool, **more: Any) -> Load:

@@ -16,6 +16,7 @@ from tl_fastload.cache import load_through_cache
 from tl_fastload.draft import Request
 from tl_fastload.errors import NotEnoughMemory
 from tl_fastload.load_plan import LoadPlan
+from tl_fastload.lora_config import read_adapter_argument
 from tl_fastload.norms import replace_and_process
 from tl_fastload.options import DEFAULT_DTYPE, OWN_ARGUMENTS, Options
 from tl_fastload.progress import ProgressOption
@@ -68,6 +69,8 @@ class LeanLoadingMixin:
         progress: ProgressOption = None,
         quantize: Any = None,
         dequantize: bool = False,
+        adapter: Any = None,
+        requantize: bool = False,
         cache: bool | str | Path | None = None,
         verify: bool = False,
         check_memory: bool = True,
@@ -110,6 +113,11 @@ class LeanLoadingMixin:
                 checkpoint has them; quantized ones stay quantized.
             dequantize: let transformers turn a quantized checkpoint (GPTQ, AWQ, FP8, MXFP4,
                 bitsandbytes ...) into ordinary weights, and load these.
+            adapter: a LoRA adapter of peft to merge while loading: a folder,
+                "organisation/name", "organisation/name@revision"; or a list of adapters, each
+                alone or as (adapter, weight). Merged before processing and `quantize`.
+            requantize: merge the adapter into weights that came quantized, by quantizing them
+                again; without it that is an error.
             cache: keep a processed copy of what is loaded, and map it the next time: True for the
                 usual folder, or a folder; None for what the environment variable
                 TL_FASTLOAD_CACHE says; False for not. See `tl_fastload.cache`.
@@ -126,8 +134,8 @@ class LeanLoadingMixin:
         Raises:
             LeanLoadError: the base of all of: ArgumentError, UnknownModelError,
                 UnsupportedArchitectureError, CheckpointError, MissingWeightsError,
-                NotEnoughMemory, StrategyError. Raised before weights are read whenever that
-                is possible; nothing half-loaded is returned.
+                AdapterError, NotEnoughMemory, StrategyError. Raised before weights are read
+                whenever that is possible; nothing half-loaded is returned.
         """
         request = _request(**locals())
         if check_memory and dequantize:  # transformers reads the weights early
@@ -276,6 +284,7 @@ def _request(cls: type, from_pretrained_kwargs: dict[str, Any], **arguments: Any
     keywords = dict(from_pretrained_kwargs)
     own = {name: arguments.pop(name) for name in OWN_ARGUMENTS}
     own["quantize"] = read_quantization(quantization_argument(own["quantize"], keywords))
+    own["adapter"] = read_adapter_argument(own["adapter"])
     return Request(cls, Options(**own), arguments, keywords)
 
 

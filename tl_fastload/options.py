@@ -10,18 +10,13 @@ import psutil
 
 from tl_fastload import compat
 from tl_fastload.errors import ArgumentError, StrategyError
+from tl_fastload.lora_config import Requests
 from tl_fastload.progress import Progress, ProgressOption
 from tl_fastload.quantization import Quantization
 
 OWN_ARGUMENTS = (
-    "strategy",
-    "mmap",
-    "progress",
-    "quantize",
-    "dequantize",
-    "check_memory",
-    "cache",
-    "verify",
+    *("strategy", "mmap", "progress", "check_memory"),
+    *("quantize", "dequantize", "adapter", "requantize", "cache", "verify"),
 )
 """Arguments of `from_pretrained_lean` that TransformerLens' `from_pretrained` does not have."""
 
@@ -47,6 +42,8 @@ class Options:
         cache: None, False, True or a folder: whether, and where, processed copies are kept.
         verify: whether every byte of a processed copy is compared with its checksums.
         only_plan: find out what a load would do, from the configuration and the headers.
+        adapter: LoRA adapters to merge, with weights.
+        requantize: whether adapters may be merged into weights that came quantized.
     """
 
     strategy: str = "auto"
@@ -59,6 +56,8 @@ class Options:
     cache: bool | str | Path | None = None
     verify: bool = False
     only_plan: bool = False
+    adapter: Requests = ()
+    requantize: bool = False
 
     def check(self) -> None:
         """Raise for values that mean nothing, or that this torch cannot do."""

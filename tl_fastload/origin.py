@@ -20,6 +20,10 @@ from tl_fastload.headers import open_headers
 from tl_fastload.hub import repo_files
 from tl_fastload.keys import Ledger
 from tl_fastload.keywords import Keywords, override, sort_keywords
+from tl_fastload.lora import Weights, merge, merge_into_files
+from tl_fastload.lora_config import Adapter, open_adapters
+from tl_fastload.lora_model import adapters_of, merge_into_model
+from tl_fastload.lora_quantized import requantized
 from tl_fastload.names import official_name
 from tl_fastload.options import Options
 from tl_fastload.promise import Promise
@@ -51,6 +55,7 @@ class Origin:
         root: the module tree of promises; filled by `tree`.
         checkpoint: the opened weight files; filled by `tree`.
         n_layers: layers of the whole model, once its configuration is known.
+        adapters: what is merged into the weights.
         is_recording: whether TransformerLens' converter or processing runs on the tree just now.
         stock_ledger: counts what stock would need; None unless that is wanted.
         commit: of the hub repository that the weights come from; None for anything else.
@@ -72,6 +77,7 @@ class Origin:
     root: Any = None
     checkpoint: Checkpoint | None = None
     n_layers: int | None = None
+    adapters: list[Adapter] = field(default_factory=list)
     is_recording: bool = False
     stock_ledger: StockLedger | None = None
     commit: str | None = None
@@ -124,17 +130,28 @@ class Origin:
     def _tree(self, revision: str | None, dtype: Any) -> Any:
         if self.hf_model is not None:
             is_outline = self.options.only_plan and self.options.dequantize
-            return tree.tree_from_model(self.hf_model, dtype, is_outline=is_outline)
+            root = tree.tree_from_model(self.hf_model, dtype, is_outline=is_outline)
+            if self.adapters:
+                merge_into_model(self.adapters, root)
+            return root
         checkpoint = self._open(revision)
-        architecture = config.architecture_of(self.hf_config)
         if checkpoint.is_outline:
+            architecture = config.architecture_of(self.hf_config)
             promises = tree.outline_promises(architecture, self.hf_config, checkpoint)
         else:
             promises = self._promises(checkpoint)
-        root, self.ledger = tree.tree_from_checkpoint(
-            promises, self.hf_config, architecture, dtype, self.spec
-        )
+        root, self.ledger = self._grow(promises, dtype)
+        if self.adapters:
+            weights = Weights(root, self.ledger.tied)
+            if merge_into_files(self.adapters, weights, promises, dtype):
+                root, self.ledger = self._grow(promises, dtype)
+                weights = Weights(root, self.ledger.tied)
+            merge(self.adapters, weights, requantized)
         return root
+
+    def _grow(self, promises: dict[str, Promise], dtype: torch.dtype) -> tuple[Any, Ledger]:
+        architecture = config.architecture_of(self.hf_config)
+        return tree.tree_from_checkpoint(promises, self.hf_config, architecture, dtype, self.spec)
 
     def missing(self) -> list[str]:
         """Names of the module tree's weights that the checkpoint does not have."""
@@ -230,7 +247,8 @@ def find_origin(
         dtype: what transformers dequantizes to, if it is asked to.
 
     Raises:
-        UnknownModelError, CheckpointError, UnsupportedArchitectureError, ArgumentError.
+        UnknownModelError, CheckpointError, UnsupportedArchitectureError, ArgumentError,
+        AdapterError.
     """
     if not isinstance(model_name, (str, Path)):
         raise ArgumentError(
@@ -240,8 +258,11 @@ def find_origin(
     is_folder = isinstance(model_name, Path) or Path(model_name).is_dir()
     # A folder wins over a name, as in transformers.
     official = None if is_folder else official_name(str(model_name))
+    adapters = open_adapters(options.adapter, sorted_keywords.hub, reader)
     if hf_model is not None:
-        return _from_model(model_name, official, hf_model, sorted_keywords, reader, options)
+        origin = _from_model(model_name, official, hf_model, sorted_keywords, reader, options)
+        origin.adapters += adapters
+        return origin
     location = resolve_config(model_name, **sorted_keywords.hub)
     is_toy = is_toy_name(official) or _is_toy_folder(location)
     stock_name = stock_name_for(official, location.repo or location.label)
@@ -270,6 +291,7 @@ def find_origin(
         options=options,
         spec=spec,
         commit=location.commit,
+        adapters=adapters,
     )
 
 
@@ -286,6 +308,7 @@ def _from_model(
             f"hf_model is a {type(hf_model).__name__} without a configuration. Pass a transformers "
             "model, such as AutoModelForCausalLM.from_pretrained(...) returns."
         )
+    hf_model, adapters = adapters_of(hf_model)
     try:
         config.architecture_of(hf_model.config)
     except UnsupportedArchitectureError as error:
@@ -304,6 +327,7 @@ def _from_model(
         reader=reader,
         options=options,
         spec=of_checkpoint(hf_model.config, "hf_model"),
+        adapters=adapters,
     )
 
 

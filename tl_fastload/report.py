@@ -38,6 +38,7 @@ class LoadReport:
         processing: each processing step -> "done", or "skipped: ..." with the reason.
         quantization: kind of the quantized weights; None for a model without.
         not_quantized: matrices of a quantized model that are dense -> why.
+        adapters: the adapters that were merged, one line each.
         notes: anything else worth knowing, in sentences.
         timeline: memory over the time of the call, and its phases.
         revision: the hub commit of the source; None for folders.
@@ -61,6 +62,7 @@ class LoadReport:
     processing: dict[str, str] = field(default_factory=dict)
     quantization: str | None = None
     not_quantized: dict[str, str] = field(default_factory=dict)
+    adapters: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     timeline: Timeline = field(default_factory=Timeline, repr=False)
     revision: str | None = None
@@ -81,6 +83,7 @@ class LoadReport:
         if self.peak_device_bytes is not None:
             rows.append(("peak device memory", self._peak(self.peak_device_bytes)))
         rows += list(self.processing.items())
+        rows += [("adapter", adapter) for adapter in self.adapters]
         if self.quantization is not None:
             rows.append(("quantization", self.quantization))
             rows += [("not quantized", text) for text in _by_reason(self.not_quantized)]
@@ -116,6 +119,7 @@ class LoadReport:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         plain = {
             "dtype": str(self.dtype),
+            "adapters": list(self.adapters),
             "notes": list(self.notes),
             "timeline": self.timeline.to_dict(),
         }

@@ -17,6 +17,7 @@ from tl_fastload import compat, steps, verify
 from tl_fastload.already import versions
 from tl_fastload.evaluator import evaluate
 from tl_fastload.forecast import forecast
+from tl_fastload.lora_config import base_notes
 from tl_fastload.memory import PeakSampler, return_freed_memory, unique_bytes
 from tl_fastload.norms import unit_norms
 from tl_fastload.options import Options
@@ -148,6 +149,7 @@ def _load(
     dtype = arguments.get("torch_dtype", arguments["dtype"])
     origin = find_origin(model_name, hf_model, keywords, reader, options, dtype)
     verify.check_quantization(origin, options, arguments)
+    verify.check_adapters(origin, options)
     requested = {step: bool(arguments[step]) for step in steps.STEPS}
     session = Session(
         replace(options, move_to_device=move_to_device),
@@ -330,10 +332,22 @@ def _report(model: Any, session: Session, sampler: PeakSampler, seconds: float) 
         processing=steps.describe(session.requested, model.cfg),
         quantization=quantization(session, model),
         not_quantized=session.not_quantized,
-        notes=(*(origin.notes if origin is not None else ()), *session.notes),
+        adapters=tuple(a.describe() for a in origin.adapters) if origin is not None else (),
+        notes=(
+            *_adapter_notes(origin),
+            *(origin.notes if origin is not None else ()),
+            *session.notes,
+        ),
         revision=origin.commit if origin is not None else None,
         timeline=sampler.timeline(),
     )
+
+
+def _adapter_notes(origin: Origin | None) -> list[str]:
+    if origin is None:
+        return []
+    own_name = getattr(origin.hf_config, "_name_or_path", None)
+    return base_notes(origin.adapters, [origin.label, origin.official, own_name])
 
 
 def quantization(session: Session, model: nn.Module | None = None) -> str | None:

@@ -31,7 +31,7 @@ from tl_fastload.reader import FileReader, FileSource
 from tl_fastload.skeleton import SkipRandomInit
 
 
-class _NoValues(SkipRandomInit):
+class _NoValues(SkipRandomInit):  # type: ignore[no-untyped-call]
     """Lets a module that is built on the meta device ask for a value, as xIELU of transformers 4
     does: it gets zero, and never runs.
     """
@@ -212,7 +212,8 @@ def fill_tree(model: Any, promises: Mapping[str, Promise], dtype: torch.dtype) -
     rules.
     """
     found, ledger = rename_to_model(model, promises, dtype)
-    for group in tied_groups(model):
+    ledger.tied = tied_groups(model)
+    for group in ledger.tied:
         present = [name for name in group if name in found]
         for name in group:
             if present and name not in found:

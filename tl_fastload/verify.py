@@ -171,6 +171,30 @@ def check_quantization(origin: Origin, options: Options, arguments: dict[str, An
     require_device(device_asked_for(arguments))
 
 
+def check_adapters(origin: Origin, options: Options) -> None:
+    """Raise for adapters that contradict what they are to be merged into."""
+    if options.requantize and (origin.spec is None or not origin.adapters):
+        raise ArgumentError(
+            "requantize=True is for merging adapter= into weights that are quantized already: "
+            f"{origin.label} "
+            + ("has no adapter" if origin.spec is not None else "is not quantized")
+            + ". Leave it out."
+        )
+    if not origin.adapters:
+        return
+    if origin.is_toy:
+        raise ArgumentError(
+            f"adapter= needs a model in Hugging Face's format; {origin.label} is in "
+            "TransformerLens' own."
+        )
+    if origin.spec is not None and not options.requantize:
+        raise ArgumentError(
+            f"{origin.label} is quantized already ({origin.spec.kind}), and an adapter changes the "
+            "values behind its bytes. Pass requantize=True to dequantize, merge and quantize again "
+            "(which rounds twice), or take the unquantized checkpoint with adapter= and quantize=."
+        )
+
+
 def check_state_dict(model: Any, state_dict: dict[str, Any], flags: dict[str, bool]) -> None:
     """Raise MissingWeightsError if tensors of a state dict have other shapes than the model's, and
     ArgumentError if they cannot become its quantized weights.

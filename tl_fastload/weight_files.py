@@ -119,7 +119,7 @@ def no_weights_message(label: str, names: Collection[str], looked_for: Collectio
             "index, or pass weights_file= to read one of them."
         )
     elif any(name.startswith("adapter_") for name in names):
-        message += "It holds an adapter (LoRA): load the base model, or merge the two first."
+        message += "It holds an adapter (LoRA): load its base model with adapter= this."
     elif others:
         message += (
             f"Its weights are in another format ({', '.join(others)}): fetch the safetensors "

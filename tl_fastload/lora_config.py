@@ -1,0 +1,412 @@
+"""LoRA adapters on disk or on the hub: found, their configuration read with peft's own classes, and
+their tensors sorted by what they do. Only headers are read here.
+
+peft is imported when an adapter is asked for, not before.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tl_fastload import hub
+from tl_fastload.checkpoint import Location, open_weights
+from tl_fastload.errors import AdapterError, ArgumentError, CheckpointError, UnknownModelError
+from tl_fastload.hub import HubOptions
+from tl_fastload.location import file_names
+from tl_fastload.promise import MemorySource, Promise
+from tl_fastload.reader import FileReader, FileSource
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+Requests = tuple[tuple[str, float], ...]
+
+# Fields of LoraConfig that the merge follows, or that only concern training.
+_FOLLOWED = {
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
+    *("revision", "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha"),
+    *("lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "modules_to_save", "lora_bias"),
+    *("init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern"),
+    *("alpha_pattern", "megatron_config", "megatron_core", "trainable_token_indices"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "use_dora"),
+    *("velora_config", "qalora_group_size", "runtime_config", "target_parameters"),
+}
+# Ways to initialise that subtract something from the base weights, unlike the others.
+_CHANGES_BASE = re.compile(r"(pissa.*|olora|corda|loftq|lora_ga)$", re.IGNORECASE)
+_PREFIX = re.compile(r"^base_model\.model\.")
+_LOW_RANK = re.compile(
+    r"^(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B|magnitude_vector)"
+    r"(?:\.[^.]+)??(?:\.(?P<leaf>weight|bias))?$"
+)
+_TOKENS = re.compile(r"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?$")
+_WRAPPER = re.compile(r"\.(?:base_layer|modules_to_save)(?:\.default)?(?=\.[^.]+$)")
+
+
+@dataclass
+class LowRank:
+    """The low-rank update of one module.
+
+    Attributes:
+        module: dotted name of the module, as in the adapter.
+        is_embedding: whether `a` is [rank, tokens] and `b` [width, rank], for an embedding.
+        a: [rank, in].
+        b: [out, rank].
+        bias: [out], added (scaled) to the module's bias; or None.
+        magnitude: [out], the lengths of DoRA; or None.
+    """
+
+    module: str
+    is_embedding: bool = False
+    a: Promise | None = None
+    b: Promise | None = None
+    bias: Promise | None = None
+    magnitude: Promise | None = None
+
+
+@dataclass
+class Adapter:
+    """A LoRA adapter, known but not read.
+
+    Attributes:
+        label: for messages and the report.
+        config: peft's `LoraConfig`.
+        weight: what the low-rank updates are multiplied by.
+        low_rank: module -> its update.
+        replaced: parameter -> the tensor that takes its place (`modules_to_save`, biases).
+        tokens: module of an embedding -> new rows of `config.trainable_token_indices`.
+        scalings: module -> scaling, where it is not the configuration's.
+        size: how many low-rank updates it has.
+    """
+
+    label: str
+    config: Any
+    weight: float = 1.0
+    low_rank: dict[str, LowRank] = field(default_factory=dict)
+    replaced: dict[str, Promise] = field(default_factory=dict)
+    tokens: dict[str, Promise] = field(default_factory=dict)
+    scalings: dict[str, float] = field(default_factory=dict)
+    size: int = 0
+
+    def scaling(self, module: str) -> float:
+        """What the product of a module's factors is multiplied by, as in peft's `update_layer`."""
+        if module in self.scalings:
+            return self.weight * self.scalings[module]
+        alpha = _by_pattern(self.config.alpha_pattern, self._key(module), self.config.lora_alpha)
+        rank = self.rank(module)
+        return self.weight * float(alpha / (math.sqrt(rank) if self.config.use_rslora else rank))
+
+    def rank(self, module: str) -> int:
+        """The rank that the configuration gives a module."""
+        return int(_by_pattern(self.config.rank_pattern, self._key(module), self.config.r))
+
+    def _key(self, module: str) -> str:
+        """What patterns are matched with: the module, or the parameter that is targeted itself."""
+        parameter = f"{module}.weight"
+        targets = getattr(self.config, "target_parameters", None) or ()
+        return parameter if any(_ends_with(parameter, target) for target in targets) else module
+
+    def describe(self) -> str:
+        """One line for the report."""
+        weight = "" if self.weight == 1 else f" times {self.weight:g}"
+        kind = "DoRA" if getattr(self.config, "use_dora", False) else "LoRA"
+        parts = [f"{kind} of {self.size} matrices"] if self.size else []
+        if self.replaced:
+            parts.append(f"{len(self.replaced)} tensors replaced")
+        if self.tokens:
+            parts.append("token embeddings replaced")
+        return f"{self.label}{weight} ({', '.join(parts)})"
+
+
+def _ends_with(path: str, end: str) -> bool:
+    return path == end or path.endswith("." + end)
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """The value of the first pattern that fits a module's name: peft's `get_pattern_key`."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def read_adapter_argument(asked: Any) -> Requests:
+    """Read `adapter=`: names with weights.
+
+    Args:
+        asked: None; a folder or hub name; or a sequence of these, each alone or with a weight.
+
+    Raises:
+        ArgumentError: for anything else.
+    """
+    if asked is None:
+        return ()
+    several = not isinstance(asked, (str, Path))
+    items = list(asked) if several and isinstance(asked, Sequence) else [asked]
+    if several and len(items) == 2 and _is_name(items[0]) and _is_number(items[1]):
+        items = [tuple(items)]
+    requests = []
+    for item in items:
+        pair = tuple(item) if isinstance(item, (tuple, list)) else (item, 1.0)
+        if len(pair) != 2 or not _is_name(pair[0]) or not _is_number(pair[1]):
+            raise ArgumentError(
+                f"adapter={asked!r}: {item!r} is neither the folder or hub name of an adapter nor "
+                'such a name with a weight, as in adapter=[("first", 0.5), ("second", 0.5)].'
+            )
+        requests.append((str(pair[0]), float(pair[1])))
+    if not requests:
+        raise ArgumentError(f"adapter={asked!r} names no adapter. Leave it out to merge none.")
+    return tuple(requests)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, (str, Path)) and bool(str(value))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def open_adapters(
+    requests: Requests, keywords: Mapping[str, Any], reader: FileReader
+) -> list[Adapter]:
+    """Find adapters and read their configurations and headers.
+
+    Args:
+        requests: from `read_adapter_argument`.
+        keywords: how to reach the hub, as for the model; its revision and subfolder are not the
+            adapter's.
+        reader: reads the weights later.
+
+    Raises:
+        ArgumentError: peft is not installed.
+        UnknownModelError, CheckpointError: an adapter cannot be had.
+        AdapterError: it is of another kind, or does something that cannot be merged.
+    """
+    adapters = []
+    for name, weight in requests:
+        location = _locate(name, dict(keywords))
+        config = read_config(location.folder, location.label)
+        adapter = Adapter(location.label, config, weight)
+        sort_tensors(adapter, _tensors(location, reader))
+        adapters.append(adapter)
+    return adapters
+
+
+def import_peft() -> Any:
+    """peft, or an ArgumentError that says how to get it."""
+    try:
+        import peft
+    except ImportError as error:
+        raise ArgumentError(
+            f"adapter= reads adapters with peft, which cannot be imported ({error}). Install it: "
+            'pip install "tl-fastload[lora]"'
+        ) from error
+    return peft
+
+
+def _locate(name: str, keywords: dict[str, Any]) -> Location:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / CONFIG).is_file():
+            raise CheckpointError(
+                f"{folder} has no {CONFIG}: it holds no adapter. Pass the folder that peft's "
+                "save_pretrained wrote."
+            )
+        return Location(folder, str(folder))
+    repo, _, revision = name.partition("@")
+    parts = repo.split("/")
+    if folder.is_absolute() or parts[0] in (".", "..", "~", "") or folder.exists():
+        raise UnknownModelError(
+            f"There is no folder {folder.absolute()}. Check the path; an adapter on the hub is "
+            "written 'organisation/name', 'organisation/name/subfolder' or "
+            "'organisation/name@revision'."
+        )
+    keywords = {k: v for k, v in keywords.items() if k not in ("revision", "subfolder")}
+    options = HubOptions(revision=revision or None, **keywords)
+    repo, subfolder = "/".join(parts[:2]), "/".join(parts[2:])
+    file = f"{subfolder}/{CONFIG}" if subfolder else CONFIG
+    try:
+        path = hub.hub_file(repo, file, options)
+    except (UnknownModelError, CheckpointError) as error:
+        message = f"Cannot find the adapter {name!r}. There is no folder {folder.absolute()}. "
+        raise type(error)(message + str(error)) from error
+    commit = path.parents[len(Path(subfolder).parts)].name
+    pinned = HubOptions(revision=commit, **keywords)
+    label = f"{repo}{f'/{subfolder}' if subfolder else ''}@{options.revision_name}"
+    return Location(path.parent, label, repo, commit, subfolder, pinned)
+
+
+def read_config(folder: Path, label: str) -> Any:
+    """peft's `LoraConfig` of an adapter.
+
+    Raises:
+        ArgumentError: peft is not installed.
+        AdapterError: it is no LoRA, or has fields that change the result in an unknown way.
+    """
+    peft = import_peft()
+    path = folder / CONFIG
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        kind = stored["peft_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterError(
+            f"{path} is no adapter configuration ({type(error).__name__}: {error}). Save the "
+            "adapter again with peft's save_pretrained."
+        ) from error
+    if kind != "LORA":
+        raise AdapterError(
+            f"{label} is an adapter of the kind {kind}, which is not merged here: only LORA is. "
+            "Load it with peft, and pass hf_model=peft_model.merge_and_unload() if it can merge."
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # fields of newer versions are judged below
+            config = peft.PeftConfig.from_pretrained(str(folder))
+    except (TypeError, ValueError, KeyError, ImportError) as error:
+        raise AdapterError(
+            f"peft {peft.__version__} cannot read {path}: {error} The adapter was saved by peft "
+            f"{stored.get('peft_version', 'of an unknown version')}: install that one or a newer."
+        ) from error
+    check_config(config, label, stored)
+    return config
+
+
+def check_config(
+    config: Any, label: str, stored: Mapping[str, Any], *, is_live: bool = False
+) -> None:
+    """Raise AdapterError for a LoRA that is more than low-rank products added to weights.
+
+    Args:
+        config: peft's `LoraConfig`.
+        label: the adapter, for messages.
+        stored: the fields as they are in the file.
+        is_live: whether the base weights are those of a model that holds the adapter.
+    """
+    unknown = sorted(
+        name
+        for name in {*stored, *vars(config)} - _FOLLOWED
+        if stored.get(name) or getattr(config, name, None)
+    )
+    if unknown:
+        raise AdapterError(
+            f"{label} sets {', '.join(unknown)}, which may change what the model computes and "
+            "cannot be merged here. If peft can merge it, pass "
+            "hf_model=peft_model.merge_and_unload()."
+        )
+    initial = config.init_lora_weights
+    if not is_live and isinstance(initial, str) and _CHANGES_BASE.match(initial):
+        raise AdapterError(
+            f"{label} has init_lora_weights={initial!r}: it belongs to base weights from which "
+            "that initialisation was subtracted. Save it as an ordinary LoRA, with peft's "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...), or pass "
+            "hf_model=peft_model.merge_and_unload()."
+        )
+
+
+def _tensors(location: Location, reader: FileReader) -> dict[str, Promise]:
+    names = file_names(location).files
+    found = next((name for name in WEIGHTS if name in names), None)
+    if found is None:
+        raise CheckpointError(
+            f"{location.label} has neither {' nor '.join(WEIGHTS)}: the adapter's weights are "
+            "missing. Save it again with peft's save_pretrained, or download it again."
+        )
+    checkpoint = open_weights(location, weights_file=found)
+    promises: dict[str, Promise] = {
+        name: Promise.of(FileSource(entry, reader)) for name, entry in checkpoint.entries.items()
+    }
+    for name, tensor in checkpoint.load_tensors().tensors.items():
+        promises[name] = Promise.of(MemorySource(tensor, name))
+    return promises
+
+
+def sort_tensors(adapter: Adapter, tensors: Mapping[str, Promise]) -> None:
+    """Sort an adapter's tensors, by the names that peft gives them, into its fields.
+
+    Raises:
+        AdapterError: a factor stands alone, or a tensor is no number or no part of a LoRA.
+    """
+    problems = []
+    for full_name, tensor in sorted(tensors.items()):
+        name = _PREFIX.sub("", full_name)
+        low_rank, tokens = _LOW_RANK.match(name), _TOKENS.match(name)
+        if ".original_module." in name:
+            continue  # with `bias="all"`, beside the trained copy that takes its place
+        if not tensor.is_floating_point():
+            problems.append(f"not weights: {full_name} holds {tensor.dtype}")
+        elif low_rank is not None:
+            module = low_rank["module"]
+            part = adapter.low_rank.setdefault(module, LowRank(module))
+            _add(part, low_rank["part"], low_rank["leaf"] or "weight", tensor)
+        elif tokens is not None:
+            adapter.tokens[tokens["module"]] = tensor
+        elif ".lora_" in name:
+            problems.append(f"unknown: {full_name}")
+        else:
+            adapter.replaced[_WRAPPER.sub("", name)] = tensor
+    for part in adapter.low_rank.values():
+        names = ("lora_embedding_A", "lora_embedding_B") if part.is_embedding else (
+            "lora_A", "lora_B"
+        )  # fmt: skip
+        for leaf, factor in zip(names, (part.a, part.b), strict=True):
+            if factor is None:
+                problems.append(f"missing: {part.module}.{leaf}")
+    adapter.size = len(adapter.low_rank)
+    if not tensors:
+        problems.append("missing: it has no tensors at all")
+    raise_for(adapter, problems)
+
+
+def base_notes(adapters: Sequence[Adapter], names: Sequence[str | None]) -> list[str]:
+    """A note on each adapter that names another base model; only the last parts of names are
+    compared, as paths differ.
+
+    Args:
+        adapters: what is merged.
+        names: what the model is called: folder, repository, official name.
+    """
+    known = {_last(name) for name in names if name}
+    notes = []
+    for adapter in adapters:
+        base = getattr(adapter.config, "base_model_name_or_path", None)
+        if base and _last(base) not in known:
+            notes.append(f"{adapter.label} names {base} as its base model; its shapes fit this one")
+    return notes
+
+
+def _last(name: str) -> str:
+    return re.split(r"[/\\]", str(name).rstrip("/\\"))[-1].partition("@")[0].lower()
+
+
+def _add(part: LowRank, kind: str, leaf: str, tensor: Promise) -> None:
+    part.is_embedding = part.is_embedding or kind.startswith("embedding")
+    if kind == "magnitude_vector":
+        part.magnitude = tensor
+    elif leaf == "bias":
+        part.bias = tensor
+    elif kind.endswith("A"):
+        part.a = tensor
+    else:
+        part.b = tensor
+
+
+def raise_for(adapter: Adapter, problems: Sequence[str]) -> None:
+    """Raise one AdapterError with all problems of an adapter, if there are any."""
+    if problems:
+        raise AdapterError(
+            f"The adapter {adapter.label} cannot be merged:\n  "
+            + "\n  ".join(problems)
+            + "\nNothing was loaded. Check that the adapter is complete, and that it was trained "
+            "on this model" + _base_of(adapter) + "."
+        )
+
+
+def _base_of(adapter: Adapter) -> str:
+    base = getattr(adapter.config, "base_model_name_or_path", None)
+    return f" (it names {base} as its base)" if base else ""

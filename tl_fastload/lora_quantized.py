@@ -1,0 +1,64 @@
+"""LoRA merged into quantized matrices: dequantized, updated, and quantized again in the same way,
+as peft's `merge_and_unload` does it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tl_fastload import quantized
+from tl_fastload.errors import QuantizationError
+from tl_fastload.evaluator import evaluate
+from tl_fastload.lora import Merge
+from tl_fastload.promise import MemorySource, Promise, SourceView
+from tl_fastload.quantized import QuantizedTensor
+from tl_fastload.quantized_bytes import FourBitBytes, Int8Bytes
+from tl_fastload.quantized_recipes import QuantizedSource
+
+
+def requantized(weight: Promise, merge: Merge) -> Promise:
+    """A promise of a quantized matrix with an update merged in: a `tl_fastload.lora.Requantize`.
+
+    Raises:
+        QuantizationError: the weight is pieced together of several quantized matrices.
+    """
+    node = weight.node
+    source = node.source if isinstance(node, SourceView) else None
+    if not isinstance(source, QuantizedSource) or source.shape.numel() != weight.numel():
+        raise QuantizationError(
+            "an adapter updates a matrix that is pieced together of quantized ones, which "
+            "cannot be quantized again. Merge into the unquantized model with quantize=."
+        )
+    rows, columns = source.shape
+    made = Promise.of(
+        QuantizedSource(
+            lambda: _updated(source, merge),
+            (rows, columns),
+            source.dtype,
+            source.name,
+            source.outline,
+            source.home,
+        ),
+        weight.device,
+    )
+    return made if weight.stride() == made.stride() else made.t()  # type: ignore[return-value]
+
+
+def _updated(source: QuantizedSource, merge: Merge) -> QuantizedTensor:
+    old = source.matrix()
+    source.release()  # the parts of a fused matrix hold the updated one
+    stored = old.content.stored
+    blocks = stored if isinstance(stored, FourBitBytes) else None
+    # Values as bitsandbytes dequantizes them, then float32, in which peft adds.
+    stored_dtype = blocks.quant_dtype if blocks is not None else torch.float32
+    dense = QuantizedTensor(old.content, None, stored_dtype).dequantize().float()
+    promise = Promise.of(MemorySource(dense, source.name), dense.device)
+    return quantized.quantize(
+        evaluate(merge(promise).node, dense.device).tensor,
+        stored.kind,
+        blocksize=blocks.blocksize if blocks is not None else 64,
+        double_quant=blocks is not None and blocks.nested_absmax is not None,
+        threshold=stored.threshold if isinstance(stored, Int8Bytes) else 6.0,
+        dtype=source.dtype,
+        compute_dtype=old.content.compute_dtype,
+    )
