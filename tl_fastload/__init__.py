@@ -18,6 +18,7 @@ from tl_fastload.errors import (  # noqa: E402  # after the check, whose message
     UnknownModelError,
     UnsupportedArchitectureError,
 )
+from tl_fastload.load_weights import load_weights_  # noqa: E402
 from tl_fastload.model import LeanHookedTransformer, LeanLoadingMixin  # noqa: E402
 from tl_fastload.progress import ProgressEvent  # noqa: E402
 from tl_fastload.report import LoadReport  # noqa: E402
@@ -39,4 +40,5 @@ __all__ = [
     "StrategyError",
     "UnknownModelError",
     "UnsupportedArchitectureError",
+    "load_weights_",
 ]

@@ -29,6 +29,7 @@ class LeanLoadingMixin:
 
     load_report: LoadReport
     _session: sessions.Session | None = None
+    _hf_config: Any = None  # Hugging Face's configuration, for weights in its naming
 
     @classmethod
     def from_pretrained_lean(

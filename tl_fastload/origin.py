@@ -17,6 +17,7 @@ from tl_fastload.checkpoint import Checkpoint, Location, names_at_hand, open_wei
 from tl_fastload.dequantize import load_dequantized
 from tl_fastload.errors import ArgumentError, CheckpointError, UnsupportedArchitectureError
 from tl_fastload.hub import repo_files
+from tl_fastload.key_prefixes import without_wrappers
 from tl_fastload.keys import Ledger
 from tl_fastload.keywords import Keywords, override, sort_keywords
 from tl_fastload.names import official_name
@@ -118,6 +119,7 @@ class Origin:
         self.root, self.ledger = tree.tree_from_checkpoint(
             promises, self.hf_config, architecture, dtype, self.spec
         )
+        self.notes.extend(self.ledger.notes)
         return self.root
 
     def missing(self) -> list[str]:
@@ -156,8 +158,9 @@ class Origin:
         self.checkpoint = open_weights(location, weights_file=file_name)
         self.reader.maps = FileMaps() if self.options.may_map(self.checkpoint) else None
         promises, notes = tree.checkpoint_promises(self.checkpoint, self.reader)
-        self.notes.extend(notes)
-        return promises
+        renaming = without_wrappers(promises)
+        self.notes.extend([*notes, *renaming.notes])
+        return renaming.apply(promises)
 
     def _place(self) -> Location:
         if self.location is None:

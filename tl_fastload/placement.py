@@ -233,7 +233,11 @@ class _Waiting:
         self._readers: dict[str, set[str]] = {name: set() for name in recipes}
         if assign:
             return
-        owner = {targets[name].untyped_storage().data_ptr(): name for name in recipes}
+        owner = {
+            targets[name].untyped_storage().data_ptr(): name
+            for name in recipes
+            if not isinstance(targets[name], QuantizedTensor)
+        }
         for name, promise in recipes.items():
             for view in sources(promise.node):
                 if isinstance(view.source, MemorySource):

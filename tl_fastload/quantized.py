@@ -231,8 +231,8 @@ def rebuild(
 def _rebuild_view(
     content: Content, shape: Any, stride: Any, offset: int, dtype: torch.dtype
 ) -> QuantizedTensor:
-    flat = quantized_view.whole(content.stored.shape)
-    return QuantizedTensor(content, flat.as_strided(shape, stride, offset), dtype)
+    geometry = quantized_view.part(content.stored.shape, shape, stride, offset)
+    return QuantizedTensor(content, geometry, dtype)
 
 
 def _default_dtype(content: Content) -> torch.dtype:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from tl_fastload.errors import QuantizationError
+from tl_fastload.tracing import runs_untraced
 
 Part = TypeVar("Part", bound="Declared")
 
@@ -261,6 +262,7 @@ class FourBitBytes(QuantizedBytes):
         return {"absmax": scales, "nested_absmax": None, "nested_code": None, "nested_offset": None}
 
 
+@runs_untraced
 def runs_of(index: torch.Tensor) -> list[tuple[int, int]]:
     """Row numbers as runs of successive ones: (first, last + 1)."""
     if index.numel() == 0:

@@ -24,8 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_map
 
+from tl_fastload import quantized_view
 from tl_fastload.errors import QuantizationError
 from tl_fastload.quantized import COMPUTING_DTYPES, QuantizedTensor
+from tl_fastload.tracing import untraced
 
 aten = torch.ops.aten
 
@@ -47,6 +49,14 @@ def _overload(name: str) -> Any:
 _VIEWS = {_overload(name) for name in _VIEW_NAMES} - {None}
 
 
+def _at_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which torch.compile runs and does not look into."""
+    compiler: Any = getattr(torch, "compiler", None)  # came with torch 2.1
+    made: Callable[..., Any] = function if compiler is None else compiler.disable(function)
+    return made
+
+
+@_at_once
 def call_function(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`__torch_function__` of a quantized tensor."""
     handler = _FUNCTIONS.get(func)
@@ -94,7 +104,8 @@ def _refuse_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     source = args[0]
-    seen = func(source.geometry, *args[1:], **kwargs)
+    with untraced():
+        seen = func(source.geometry, *args[1:], **kwargs)
 
     def wrap(geometry: Any) -> Any:
         return QuantizedTensor(source.content, geometry, source.dtype)
@@ -146,15 +157,14 @@ def _copy_(target: Any, source: Any, non_blocking: bool = False) -> Any:
             f"tensor: quantize them "
             "first, or load with `assign=True`."
         )
-    same = source.shape == target.shape and source.stride() == target.stride()
-    if not same or source.storage_offset() != target.storage_offset():
+    if not quantized_view.is_same(source.geometry, target.geometry):
         raise QuantizationError(
             f"a quantized weight {list(target.shape)} with strides {target.stride()} cannot take "
             f"the bytes of a "
             f"{list(source.shape)} one with strides {source.stride()}. Load with `assign=True`."
         )
     content = source.content.map(lambda tensor: tensor.to(target.device, copy=True))
-    target.become(QuantizedTensor(content, source.geometry, target.dtype))
+    target.become(QuantizedTensor(content, target.geometry, target.dtype))
     return target
 
 
@@ -186,7 +196,7 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
 def _matmul(input: Any, other: Any, *, out: Any = None) -> Any:
     if out is not None or not _is_weight(other):
         return NotImplemented
-    return _multiply(input, other, other.geometry.t(), None)
+    return _multiply(input, other, quantized_view.transposed(other.geometry), None)
 
 
 def _mm(input: Any, mat2: Any, *, out: Any = None) -> Any:
@@ -198,7 +208,7 @@ def _addmm(
 ) -> Any:
     if out is not None or (beta, alpha) != (1, 1) or mat1.dim() != 2 or not _is_weight(mat2):
         return NotImplemented
-    columns = mat2.geometry.t()
+    columns = quantized_view.transposed(mat2.geometry)
     if input.shape == (mat2.shape[1],):
         return _multiply(mat1, mat2, columns, input)
     product = _multiply(mat1, mat2, columns, None)

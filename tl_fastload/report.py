@@ -36,6 +36,8 @@ class LoadReport:
         quantization: kind of the quantized weights; None for a model without.
         not_quantized: matrices of a quantized model that are dense -> why.
         notes: anything else worth knowing, in sentences.
+        missing_keys: weights of the model that `load_weights_(strict=False)` left as they were.
+        unexpected_keys: keys that it did not use.
     """
 
     strategy: str
@@ -56,6 +58,8 @@ class LoadReport:
     quantization: str | None = None
     not_quantized: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    missing_keys: tuple[str, ...] = ()
+    unexpected_keys: tuple[str, ...] = ()
 
     def rows(self) -> list[tuple[str, str]]:
         """The report as (label, text) pairs, in reading order."""
@@ -80,6 +84,10 @@ class LoadReport:
             f"transformer_lens {self.transformer_lens_version}"
         )
         rows.append(("versions", versions))
+        for label, keys in (("missing", self.missing_keys), ("unexpected", self.unexpected_keys)):
+            if keys:
+                more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+                rows.append((f"{label} keys", f"{len(keys)}: {', '.join(keys[:5])}{more}"))
         rows += [("note", note) for note in self.notes]
         return rows
 

@@ -8,6 +8,7 @@ steps) runs as it is.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -129,6 +130,24 @@ def run_from_pretrained(
     """
     function = HookedTransformer.from_pretrained.__func__  # type: ignore[attr-defined]
     return borrow(function, loading=_Loading(answers))(build, model_name, **arguments)
+
+
+def convert(answers: Answers, cfg: Any) -> dict[str, Any]:
+    """Run TransformerLens' own weight converter.
+
+    Args:
+        answers: its `tree` gives the Hugging Face module tree.
+        cfg: the HookedTransformerConfig; not changed.
+
+    Returns:
+        The weights under TransformerLens' names, unprocessed.
+    """
+    cfg = copy.copy(cfg)
+    cfg.from_checkpoint = False  # what is converted is at hand, no step of a training run
+    named: dict[str, Any] = _Loading(answers).get_pretrained_state_dict(
+        answers.stock_name, cfg, dtype=cfg.dtype
+    )
+    return named
 
 
 def stock_name_for(official_name: str | None, label: str) -> str:
