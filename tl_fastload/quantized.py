@@ -20,6 +20,7 @@ from tl_fastload import bnb_kernels, quantized_view
 from tl_fastload.errors import QuantizationError
 from tl_fastload.quantized_bytes import FourBitBytes
 from tl_fastload.quantized_content import Content
+from tl_fastload.tracing import not_compiled
 
 COMPUTING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -198,6 +199,7 @@ class QuantizedTensor(torch.Tensor):
         return rebuild, (tensors, plain, *view, self.dtype, is_parameter)
 
     @classmethod
+    @not_compiled
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         from tl_fastload import quantized_ops  # the operations build on this module
 

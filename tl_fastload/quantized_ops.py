@@ -49,14 +49,6 @@ def _overload(name: str) -> Any:
 _VIEWS = {_overload(name) for name in _VIEW_NAMES} - {None}
 
 
-def _at_once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, which torch.compile runs and does not look into."""
-    compiler: Any = getattr(torch, "compiler", None)  # came with torch 2.1
-    made: Callable[..., Any] = function if compiler is None else compiler.disable(function)
-    return made
-
-
-@_at_once
 def call_function(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`__torch_function__` of a quantized tensor."""
     handler = _FUNCTIONS.get(func)
