@@ -23,6 +23,7 @@ from tl_fastload.errors import (  # noqa: E402  # after the check, whose message
     UnsupportedArchitectureError,
 )
 from tl_fastload.load_plan import LoadPlan  # noqa: E402
+from tl_fastload.load_weights import load_weights_  # noqa: E402
 from tl_fastload.memory import watch_memory  # noqa: E402
 from tl_fastload.model import LeanHookedTransformer, LeanLoadingMixin, plan  # noqa: E402
 from tl_fastload.progress import ProgressEvent  # noqa: E402
@@ -52,6 +53,7 @@ __all__ = [
     "StrategyError",
     "UnknownModelError",
     "UnsupportedArchitectureError",
+    "load_weights_",
     "plan",
     "save_lean",
     "verify_copy",

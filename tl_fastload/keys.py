@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from tl_fastload import compat
+from tl_fastload.key_prefixes import Renaming, without_prefixes
 from tl_fastload.promise import Promise
 
 # Tables that old checkpoints carry and no model reads: causal masks and rotary frequencies.
@@ -36,6 +37,7 @@ class Ledger:
         integers: model name -> dtype, where a weight should be.
         incomplete: model name of a merged weight -> why its parts could not be merged.
         tied: groups of model names that are one weight.
+        notes: what was done to the checkpoint's names, for the report.
     """
 
     unexpected: list[str] = field(default_factory=list)
@@ -43,6 +45,13 @@ class Ledger:
     integers: dict[str, torch.dtype] = field(default_factory=dict)
     incomplete: dict[str, str] = field(default_factory=dict)
     tied: list[list[str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, renaming: Renaming) -> None:
+        """Take the notes of a renaming, or why there was none."""
+        self.notes.extend(renaming.notes)
+        if renaming.ambiguous is not None:
+            self.notes.append(f"No prefix was taken off the weights' keys: {renaming.ambiguous}.")
 
 
 def rename_to_model(
@@ -68,9 +77,12 @@ def rename_to_model(
         return promise.to(planned or wanted[name].dtype)
 
     tied = {name for group in tied_groups(model) for name in group}
-    if promises.keys() <= wanted.keys() and wanted.keys() - promises.keys() <= tied:
+    renaming = without_prefixes(promises, lambda name: name if name in wanted else None)
+    bare = renaming.apply(promises)
+    if bare.keys() <= wanted.keys() and wanted.keys() - bare.keys() <= tied:
         # Every name is the model's own: transformers' table, slow to build, has nothing to say.
-        return {name: cast(name, promise) for name, promise in promises.items()}, Ledger()
+        ledger = Ledger(notes=list(renaming.notes))
+        return {name: cast(name, promise) for name, promise in bare.items()}, ledger
     if compat.HAS_WEIGHT_CONVERSIONS:
         return _rename_by_table(model, promises, wanted, cast)
     return _rename_by_prefix(model, promises, wanted, cast)
@@ -92,13 +104,26 @@ def _rename_by_table(
     converters = [entry for entry in table if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     prefix = model.base_model_prefix
-    found: dict[str, Promise] = {}
-    collected: dict[str, Any] = {}
-    ledger = Ledger()
-    for name in sorted(promises, key=dot_natural_key):
+
+    def renamed(name: str) -> tuple[str, str | None]:
         target, pattern = rename_source_key(name, renamings, converters, prefix, wanted)
         if target not in wanted and name in wanted:
             target, pattern = rename_source_key(name, [], [], prefix, wanted)
+        return target, pattern
+
+    def fits(name: str) -> str | None:
+        target, pattern = renamed(name)
+        # Parts of a merged weight have one target, and are known by their own names.
+        return None if target not in wanted else target if pattern is None else name
+
+    found: dict[str, Promise] = {}
+    collected: dict[str, Any] = {}
+    ledger = Ledger()
+    renaming = without_prefixes(promises, fits)
+    ledger.note(renaming)
+    promises = renaming.apply(promises)
+    for name in sorted(promises, key=dot_natural_key):
+        target, pattern = renamed(name)
         if target not in wanted:
             _note_unexpected(model, name, target, ledger)
         elif pattern is None:
@@ -125,22 +150,26 @@ def _rename_by_prefix(
     ledger = Ledger()
     prefix = model.base_model_prefix + "."
     renames = getattr(model, "_checkpoint_conversion_mapping", None) or {}
-    for name, promise in promises.items():
-        target = name
+
+    def renamed(name: str) -> str:
         for pattern, replacement in renames.items():
-            target, count = re.subn(pattern, replacement, target)
+            name, count = re.subn(pattern, replacement, name)
             if count:
                 break
-        target = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", target)
-        target = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", target)
-        candidates = (
-            target,
-            prefix + target,
-            target[len(prefix) :] if target.startswith(prefix) else "",
-        )
-        match = next((c for c in candidates if c in wanted), None)
+        name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
+        return re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
+
+    def fits(name: str) -> str | None:
+        target = renamed(name)
+        candidates = (target, prefix + target, target.removeprefix(prefix))
+        return next((c for c in candidates if c in wanted), None)
+
+    renaming = without_prefixes(promises, fits)
+    ledger.note(renaming)
+    for name, promise in renaming.apply(promises).items():
+        match = fits(name)
         if match is None:
-            _note_unexpected(model, name, target, ledger)
+            _note_unexpected(model, name, renamed(name), ledger)
         else:
             found[match] = cast(match, promise)
     return found, ledger

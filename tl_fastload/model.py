@@ -40,6 +40,7 @@ class LeanLoadingMixin:
     load_report: LoadReport
     _session: sessions.Session | None = None
     _processed: tuple[set[str], Any]
+    _hf_config: Any = None  # Hugging Face's configuration, for weights in its naming
 
     @classmethod
     def from_pretrained_lean(

@@ -18,6 +18,7 @@ from tl_fastload.dequantize import load_dequantized, outline_dequantized
 from tl_fastload.errors import ArgumentError, CheckpointError, UnsupportedArchitectureError
 from tl_fastload.headers import open_headers
 from tl_fastload.hub import repo_files
+from tl_fastload.key_prefixes import without_wrappers
 from tl_fastload.keys import Ledger
 from tl_fastload.keywords import Keywords, override, sort_keywords
 from tl_fastload.lora import Weights, merge, merge_into_files
@@ -147,6 +148,7 @@ class Origin:
                 root, self.ledger = self._grow(promises, dtype)
                 weights = Weights(root, self.ledger.tied)
             merge(self.adapters, weights, requantized)
+        self.notes.extend(self.ledger.notes)
         return root
 
     def _grow(self, promises: dict[str, Promise], dtype: torch.dtype) -> tuple[Any, Ledger]:
@@ -207,6 +209,9 @@ class Origin:
         self.checkpoint = open_weights(location, weights_file=file_name)
         self._prepare(self.checkpoint)
         promises = self._promises(self.checkpoint)
+        renaming = without_wrappers(promises)
+        self.notes.extend(renaming.notes)
+        promises = renaming.apply(promises)
         if self.stock_ledger is not None:
             self.stock_ledger.hold(promises.values(), caller_holds=False)
         return promises

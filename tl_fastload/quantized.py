@@ -20,6 +20,7 @@ from tl_fastload import bnb_kernels, quantized_view
 from tl_fastload.errors import QuantizationError
 from tl_fastload.quantized_bytes import FourBitBytes
 from tl_fastload.quantized_content import Content
+from tl_fastload.tracing import not_compiled
 
 COMPUTING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -205,6 +206,7 @@ class QuantizedTensor(torch.Tensor):
         return rebuild, (tensors, plain, *view, self.dtype, is_parameter)
 
     @classmethod
+    @not_compiled
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         from tl_fastload import quantized_ops  # the operations build on this module
 
@@ -238,8 +240,8 @@ def rebuild(
 def _rebuild_view(
     content: Content, shape: Any, stride: Any, offset: int, dtype: torch.dtype
 ) -> QuantizedTensor:
-    flat = quantized_view.whole(content.stored.shape)
-    return QuantizedTensor(content, flat.as_strided(shape, stride, offset), dtype)
+    geometry = quantized_view.part(content.stored.shape, shape, stride, offset)
+    return QuantizedTensor(content, geometry, dtype)
 
 
 def _default_dtype(content: Content) -> torch.dtype:

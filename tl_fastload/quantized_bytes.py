@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from tl_fastload.errors import QuantizationError
+from tl_fastload.tracing import runs_untraced
 
 Part = TypeVar("Part", bound="Declared")
 
@@ -292,6 +293,7 @@ def outline(
     )
 
 
+@runs_untraced
 def runs_of(index: torch.Tensor) -> list[tuple[int, int]]:
     """Row numbers as runs of successive ones: (first, last + 1)."""
     if index.numel() == 0:

@@ -24,8 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_map
 
+from tl_fastload import quantized_view
 from tl_fastload.errors import QuantizationError
 from tl_fastload.quantized import COMPUTING_DTYPES, QuantizedTensor
+from tl_fastload.tracing import untraced
 
 aten = torch.ops.aten
 
@@ -94,7 +96,8 @@ def _refuse_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     source = args[0]
-    seen = func(source.geometry, *args[1:], **kwargs)
+    with untraced():
+        seen = func(source.geometry, *args[1:], **kwargs)
 
     def wrap(geometry: Any) -> Any:
         return QuantizedTensor(source.content, geometry, source.dtype)
@@ -148,8 +151,7 @@ def _copy_(target: Any, source: Any, non_blocking: bool = False) -> Any:
             f"tensor: quantize them "
             "first, or load with `assign=True`."
         )
-    same = source.shape == target.shape and source.stride() == target.stride()
-    if not same or source.storage_offset() != target.storage_offset():
+    if not quantized_view.is_same(source.geometry, target.geometry):
         raise QuantizationError(
             f"a quantized weight {list(target.shape)} with strides {target.stride()} cannot take "
             f"the bytes of a "
@@ -158,7 +160,7 @@ def _copy_(target: Any, source: Any, non_blocking: bool = False) -> Any:
     content = source.content
     if not target.shares_bytes(source):
         content = content.map(lambda tensor: tensor.to(target.device, copy=True))
-    target.become(QuantizedTensor(content, source.geometry, target.dtype))
+    target.become(QuantizedTensor(content, target.geometry, target.dtype))
     return target
 
 
@@ -190,7 +192,7 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
 def _matmul(input: Any, other: Any, *, out: Any = None) -> Any:
     if out is not None or not _is_weight(other):
         return NotImplemented
-    return _multiply(input, other, other.geometry.t(), None)
+    return _multiply(input, other, quantized_view.transposed(other.geometry), None)
 
 
 def _mm(input: Any, mat2: Any, *, out: Any = None) -> Any:
@@ -202,7 +204,7 @@ def _addmm(
 ) -> Any:
     if out is not None or (beta, alpha) != (1, 1) or mat1.dim() != 2 or not _is_weight(mat2):
         return NotImplemented
-    columns = mat2.geometry.t()
+    columns = quantized_view.transposed(mat2.geometry)
     if input.shape == (mat2.shape[1],):
         return _multiply(mat1, mat2, columns, input)
     product = _multiply(mat1, mat2, columns, None)

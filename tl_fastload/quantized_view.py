@@ -10,11 +10,38 @@ from dataclasses import dataclass
 
 import torch
 
+from tl_fastload.tracing import runs_untraced
 
+
+@runs_untraced
 def whole(shape: tuple[int, int]) -> torch.Tensor:
     """The geometry that shows the matrix itself."""
     # Without a storage, so that nobody who counts memory takes it for a matrix.
     return torch.empty(0, device="meta").as_strided(shape, (shape[1], 1))
+
+
+@runs_untraced
+def part(
+    matrix: tuple[int, int], shape: tuple[int, ...], stride: tuple[int, ...], offset: int
+) -> torch.Tensor:
+    """The geometry with this shape, these strides and this offset in a matrix."""
+    return whole(matrix).as_strided(shape, stride, offset)
+
+
+@runs_untraced
+def transposed(geometry: torch.Tensor) -> torch.Tensor:
+    """A matrix's geometry with its two dimensions exchanged."""
+    return geometry.t()
+
+
+def is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two geometries show the same elements in the same order; the stride of a dimension of
+    size one means nothing.
+    """
+    if one.shape != other.shape or one.storage_offset() != other.storage_offset():
+        return False
+    strides = zip(one.shape, one.stride(), other.stride(), strict=True)
+    return all(size == 1 or a == b for size, a, b in strides)
 
 
 @dataclass(frozen=True)
@@ -33,6 +60,7 @@ class RowView:
     columns: int
     geometry: torch.Tensor
 
+    @runs_untraced
     def index(self, row_dims: tuple[int, ...] | None = None) -> torch.Tensor:
         """The number of each row that the view shows, [n] int64, the last of `row_dims` fastest."""
         index = torch.tensor([self.geometry.storage_offset() // self.columns])
@@ -49,6 +77,7 @@ class RowView:
         is_last = not rows or not inputs or max(rows) < min(inputs)
         return rows if is_last and inputs == tuple(sorted(inputs)) else None
 
+    @runs_untraced
     def packed(self, row_dims: tuple[int, ...] | None = None) -> torch.Tensor:
         """The geometry of the same view once only its rows are kept, in the order of `index`."""
         shape = self.geometry.shape

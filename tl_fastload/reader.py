@@ -18,6 +18,7 @@ from tl_fastload.checkpoint import TensorEntry
 from tl_fastload.compat import item_bytes
 from tl_fastload.errors import CheckpointError
 from tl_fastload.promise import Source
+from tl_fastload.safetensors_header import unreadable
 
 CHUNK_BYTES = 4 << 20
 HELD_SPAN_BYTES = 8 << 20
@@ -53,7 +54,10 @@ class FileReader:
         target = memoryview(out.numpy())  # type: ignore[arg-type]
         done = 0
         while done < len(target):
-            got = _read_at(descriptor, target[done : done + (1 << 30)], offset + done)
+            try:
+                got = _read_at(descriptor, target[done : done + (1 << 30)], offset + done)
+            except OSError as error:
+                raise unreadable(path, error) from error
             if got == 0:
                 raise CheckpointError(
                     f"{path} ended {len(target) - done} bytes early: it was cut while it was being "

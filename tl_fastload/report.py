@@ -40,6 +40,8 @@ class LoadReport:
         not_quantized: matrices of a quantized model that are dense -> why.
         adapters: the adapters that were merged, one line each.
         notes: anything else worth knowing, in sentences.
+        missing_keys: weights of the model that `load_weights_(strict=False)` left as they were.
+        unexpected_keys: keys that it did not use.
         timeline: memory over the time of the call, and its phases.
         revision: the hub commit of the source; None for folders.
         cache: "hit: <folder>", "filled: <folder>" or "not filled: <reason>"; None without a cache.
@@ -67,6 +69,8 @@ class LoadReport:
     timeline: Timeline = field(default_factory=Timeline, repr=False)
     revision: str | None = None
     cache: str | None = None
+    missing_keys: tuple[str, ...] = ()
+    unexpected_keys: tuple[str, ...] = ()
 
     def rows(self) -> list[tuple[str, str]]:
         """The report as (label, text) pairs, in reading order."""
@@ -94,6 +98,10 @@ class LoadReport:
         rows.append(("versions", versions))
         if self.cache is not None:
             rows.append(("cache", self.cache))
+        for label, keys in (("missing", self.missing_keys), ("unexpected", self.unexpected_keys)):
+            if keys:
+                more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+                rows.append((f"{label} keys", f"{len(keys)}: {', '.join(keys[:5])}{more}"))
         rows += [("note", note) for note in self.notes]
         return rows
 

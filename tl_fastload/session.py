@@ -4,6 +4,7 @@ next.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -15,8 +16,10 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from tl_fastload import compat, steps, verify
 from tl_fastload.already import versions
+from tl_fastload.errors import MissingWeightsError
 from tl_fastload.evaluator import evaluate
 from tl_fastload.forecast import forecast
+from tl_fastload.key_prefixes import named_as
 from tl_fastload.lora_config import base_notes
 from tl_fastload.memory import PeakSampler, return_freed_memory, unique_bytes
 from tl_fastload.norms import unit_norms
@@ -35,6 +38,7 @@ from tl_fastload.skeleton import build_empty, build_outline, device_map
 from tl_fastload.state_dicts import as_promise, listed, own_values_apart
 from tl_fastload.stock import run_from_pretrained
 from tl_fastload.stock_memory import StockLedger
+from tl_fastload.wrapped import unwrapped
 
 
 @dataclass
@@ -142,7 +146,7 @@ def _load(
     mark: Callable[[str], None] = lambda phase: None,
     ledger: StockLedger | None = None,
 ) -> tuple[Any, Session]:
-    model_name, hf_model = arguments.pop("model_name"), arguments.pop("hf_model")
+    model_name, hf_model = arguments.pop("model_name"), unwrapped(arguments.pop("hf_model"))
     move_to_device = arguments.pop("move_to_device")
     if "torch_dtype" in keywords:
         arguments["torch_dtype"] = keywords.pop("torch_dtype")
@@ -184,6 +188,7 @@ def _load(
         raise
     model._session = None
     origin.root = None
+    model._hf_config = copy.deepcopy(origin.hf_config)
     return model, session
 
 
@@ -199,13 +204,15 @@ def load_state_dict_into(
         flags: the processing steps.
         stock: the model's own bound `load_and_process_state_dict`.
     """
+    state_dict, notes = _under_own_names(model, state_dict)
     if model._session is not None:
+        model._session.notes.extend(notes)
         _process_and_place(model, model._session, state_dict, flags, stock)
         return
     started = time.perf_counter()
     verify.check_refactor(model.cfg, flags)
     verify.check_state_dict(model, state_dict, flags)
-    session = Session(Options(strategy="copy", progress=False), dict(flags))
+    session = Session(Options(strategy="copy", progress=False), dict(flags), notes=[*notes])
     model._session = session
     try:
         with PeakSampler() as sampler:
@@ -217,6 +224,19 @@ def load_state_dict_into(
     model.load_report = _report(model, session, sampler, time.perf_counter() - started)
 
 
+def _under_own_names(
+    model: Any, state_dict: dict[str, Any]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The state dict without wrappers' prefixes, and what the report has to say about it."""
+    named, renaming = named_as(model, state_dict)
+    if renaming.ambiguous is not None:
+        raise MissingWeightsError(
+            f"The state dict's keys do not fit the model, and {renaming.ambiguous}. Nothing was "
+            "loaded. Pass the keys of one model, without what stands in front of them."
+        )
+    return named, renaming.notes
+
+
 def _process_and_place(
     model: Any,
     session: Session,
@@ -224,6 +244,31 @@ def _process_and_place(
     flags: dict[str, bool],
     stock: Callable[..., None],
 ) -> None:
+    record_processing(model, session, state_dict, flags, stock)
+    if session.origin is not None:
+        verify.check_recipes(model, session.origin, session.recipes)
+        session.origin.is_recording = False
+    _place(model, session)
+
+
+def record_processing(
+    model: Any,
+    session: Session,
+    state_dict: dict[str, Any],
+    flags: dict[str, bool],
+    stock: Callable[..., None],
+) -> None:
+    """Run TransformerLens' `load_and_process_state_dict` on promises; `session.recipes` are then
+    what it would load.
+
+    Args:
+        model: the model, or what stands in for it: TransformerLens' `load_state_dict` of it calls
+            `session.collect`.
+        session: gets the recipes.
+        state_dict: TransformerLens names -> tensors or promises; not changed.
+        flags: the processing steps; those that the model does not allow are left out.
+        stock: TransformerLens' bound `load_and_process_state_dict`.
+    """
     own: dict[str, Any] = {}
     if session.ledger is not None and session.origin is not None:
         own = session.ledger.hand_over(session.origin.root, state_dict)
@@ -256,10 +301,6 @@ def _process_and_place(
             )
         promises |= unit_norms(model, promises)
     stock(promises, **allowed)
-    if session.origin is not None:
-        verify.check_recipes(model, session.origin, session.recipes)
-        session.origin.is_recording = False
-    _place(model, session)
 
 
 def _place(model: nn.Module, session: Session) -> None:

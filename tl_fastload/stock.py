@@ -8,6 +8,7 @@ steps) runs as it is.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from inspect import signature
 from types import SimpleNamespace
@@ -149,6 +150,24 @@ def run_from_pretrained(
     function = HookedTransformer.from_pretrained.__func__  # type: ignore[attr-defined]
     silent = {"print": lambda *args: None} if quiet else {}
     return borrow(function, loading=_Loading(answers), **silent)(build, model_name, **given)
+
+
+def convert(answers: Answers, cfg: Any) -> dict[str, Any]:
+    """Run TransformerLens' own weight converter.
+
+    Args:
+        answers: its `tree` gives the Hugging Face module tree.
+        cfg: the HookedTransformerConfig; not changed.
+
+    Returns:
+        The weights under TransformerLens' names, unprocessed.
+    """
+    cfg = copy.copy(cfg)
+    cfg.from_checkpoint = False  # what is converted is at hand, no step of a training run
+    named: dict[str, Any] = _Loading(answers).get_pretrained_state_dict(
+        answers.stock_name, cfg, dtype=cfg.dtype
+    )
+    return named
 
 
 def stock_name_for(official_name: str | None, label: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import zipfile
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from tl_fastload import compat
 from tl_fastload.errors import CheckpointError
+from tl_fastload.quantized import rebuild
 from tl_fastload.safetensors_header import (
     AGAIN,
     LFS_PREFIX,
@@ -23,7 +25,6 @@ from tl_fastload.safetensors_header import (
 
 # Under these keys trainers put the state dict when they save other things beside it.
 NESTING_KEYS = ("state_dict", "model_state_dict", "module", "model")
-WRAPPER_PREFIX = "module."  # what DataParallel puts before every name
 _REFUSED = re.compile(r"(?:GLOBAL|[Uu]nsupported class) ([\w.]+)")
 
 
@@ -85,7 +86,7 @@ def _read_torch_file(path: Path, *, mmap: bool) -> tuple[dict[str, torch.Tensor]
     if mmap and not mappable:
         notes.append(f"{path.name} was read into memory, not mapped: {why_not}")
     loaded = _load(path, {"mmap": True} if use_mmap else {})
-    state, key = _unnest(loaded)
+    state, key = unnested(loaded)
     if key is not None:
         notes.append(f"{path.name}: the weights were found under the key {key!r}")
     tensors = {
@@ -99,9 +100,6 @@ def _read_torch_file(path: Path, *, mmap: bool) -> tuple[dict[str, torch.Tensor]
             "`state_dict()`, best as safetensors."
         )
     _check_dense(path, tensors)
-    if all(name.startswith(WRAPPER_PREFIX) for name in tensors):
-        notes.append(f"{path.name}: the prefix {WRAPPER_PREFIX!r} was taken off every name")
-        tensors = {name[len(WRAPPER_PREFIX) :]: value for name, value in tensors.items()}
     return tensors, notes
 
 
@@ -124,8 +122,11 @@ def _mappable(path: Path) -> tuple[bool, str]:
 
 
 def _load(path: Path, arguments: dict[str, Any]) -> Any:
+    # Quantized tensors that we have saved; older versions of torch cannot be told so.
+    allow: Any = getattr(torch.serialization, "safe_globals", None)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, **arguments)
+        with allow([rebuild]) if allow is not None else nullcontext():
+            return torch.load(path, map_location="cpu", weights_only=True, **arguments)
     except OSError as error:
         raise unreadable(path, error) from error
     except Exception as error:  # a corrupt pickle can raise anything at all
@@ -149,8 +150,8 @@ def _why_not_loaded(path: Path, error: Exception) -> str:
     )
 
 
-def _unnest(loaded: Any) -> tuple[Mapping[Any, Any], str | None]:
-    """The state dict in what a file held, and the key it was found under, if any."""
+def unnested(loaded: Any) -> tuple[Mapping[Any, Any], str | None]:
+    """The state dict in what a trainer saved, and the key it was found under, if any."""
     if not isinstance(loaded, Mapping):
         return {}, None
     for key in NESTING_KEYS:

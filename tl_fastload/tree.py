@@ -22,6 +22,7 @@ from transformer_lens import HookedTransformer
 from tl_fastload import compat
 from tl_fastload.checkpoint import Checkpoint
 from tl_fastload.errors import CheckpointError, UnsupportedArchitectureError
+from tl_fastload.key_prefixes import without_wrappers
 from tl_fastload.keys import Ledger, rename_to_model, tied_groups
 from tl_fastload.promise import MemorySource, Promise, Source, SourceView, aten
 from tl_fastload.quantization import Quantization
@@ -181,7 +182,10 @@ def tree_from_checkpoint(
     if model_class is None:
         integers = {n: p.dtype for n, p in promises.items() if not p.is_floating_point()}
         weights = {n: t for n, t in integers.items() if not n.endswith(("bias", "mask"))}
-        return _bare_tree(promises, hf_config, dtype), Ledger(integers=weights)
+        ledger = Ledger(integers=weights)
+        renaming = without_wrappers(promises)
+        ledger.note(renaming)
+        return _bare_tree(renaming.apply(promises), hf_config, dtype), ledger
     model = _empty_model(model_class, hf_config, dtype)
     return model, fill_tree(model, promises, dtype)
 

@@ -232,6 +232,11 @@ def check_state_dict(model: Any, state_dict: dict[str, Any], flags: dict[str, bo
 
 def check_recipes(model: Any, origin: Origin, recipes: dict[str, Promise]) -> None:
     """Raise MissingWeightsError for everything of the checkpoint that does not fit the model."""
+    _raise_for(origin, recipe_problems(model, origin, recipes))
+
+
+def recipe_problems(model: Any, origin: Origin, recipes: dict[str, Promise]) -> list[str]:
+    """Everything of the checkpoint that does not fit the model, a line each."""
     read = [view.source for promise in recipes.values() for view in sources(promise.node)]
     missing = sorted({source.name for source in read if isinstance(source, MissingSource)})
     problems = [f"missing: {name}" for name in missing] + _ledger_problems(origin)
@@ -241,8 +246,7 @@ def check_recipes(model: Any, origin: Origin, recipes: dict[str, Promise]) -> No
             found, wanted = tuple(promise.shape), tuple(own[name].shape)
             problems.append(f"misshapen: {name} comes out as {found} instead of {wanted}")
     unread = _unread(origin, {id(source) for source in read}, model.cfg)
-    problems += [f"no place in HookedTransformer for: {name}" for name in unread]
-    _raise_for(origin, problems)
+    return problems + [f"no place in HookedTransformer for: {name}" for name in unread]
 
 
 def explain(origin: Origin, error: Exception, arguments: dict[str, Any]) -> None:

@@ -1,0 +1,377 @@
+"""Weights into a model that is there already: tensor by tensor, in place."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformer_lens import HookedTransformer
+
+from tl_fastload import compat, quantized_view, steps
+from tl_fastload.already import versions
+from tl_fastload.errors import (
+    ArgumentError,
+    CheckpointError,
+    MissingWeightsError,
+    QuantizationError,
+)
+from tl_fastload.hf_weights import Converted, converted, find_config, steps_of
+from tl_fastload.in_place import InPlaceWriter, Write
+from tl_fastload.key_prefixes import named_as, own_names
+from tl_fastload.memory import PeakSampler, return_freed_memory, unique_bytes
+from tl_fastload.placement import Placer
+from tl_fastload.progress import Progress, ProgressOption
+from tl_fastload.promise import MemorySource, Promise, Source
+from tl_fastload.quantized import QuantizedTensor
+from tl_fastload.quantizer import Quantizer
+from tl_fastload.reader import FileReader
+from tl_fastload.report import LoadReport
+from tl_fastload.state_dicts import listed
+from tl_fastload.weight_sources import WeightSource, open_source, read_through
+from tl_fastload.wrapped import unwrapped
+
+# Tables that TransformerLens computes from the configuration; other versions have others.
+_TABLES = ("mask", "IGNORE", "rotary_sin", "rotary_cos", "alibi")
+_FOLDED_NORMS = ("LayerNormPre", "RMSNormPre")
+
+
+@dataclass
+class _Found:
+    """What fits and what does not, before anything is written."""
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    flags: dict[str, bool] | None = None
+
+    def check(self, label: str, strict: bool, fitting: int) -> None:
+        """Raise MissingWeightsError if the weights must not be loaded."""
+        lines = list(self.problems)
+        if strict:
+            lines += [f"missing: {name}" for name in self.missing]
+            lines += [f"unexpected: {name}" for name in self.unexpected]
+        if not lines and self.unexpected and not fitting:
+            lines = [f"no key fits: {listed(self.unexpected)}"]
+        if lines:
+            raise MissingWeightsError(
+                f"The weights of {label} do not fit the model, which is as it was:\n  "
+                + "\n  ".join([*lines, *self.notes])
+            )
+
+
+def load_weights_(
+    model: Any,
+    source: Any,
+    strict: bool = True,
+    *,
+    config: Any = None,
+    processing: Mapping[str, bool] | None = None,
+    progress: ProgressOption = False,
+) -> LoadReport:
+    """Load weights into a model that exists, in place, one tensor at a time.
+
+    Parameters keep their identity, device, dtype, strides, `requires_grad` and `grad`, so that
+    optimizers and compiled code go on with them. At most one parameter's worth of extra memory is
+    held. Everything that does not fit is found, and every file read through once, before the first
+    byte changes.
+
+    Args:
+        model: a HookedTransformer, loaded by tl_fastload or not; compiled or parallel is fine.
+        source: a state dict, on any devices and in any floating dtypes, the model's own tensors
+            among them; a model, which stands for its state dict; the path of a safetensors file, of
+            a torch file (read with `weights_only=True`), of an index, or of a folder. Keys are
+            TransformerLens' or Hugging Face's; `_orig_mod.`, `module.` or an attribute's name in
+            front of them is taken off where the rest fits.
+        strict: whether weights may neither be missing nor unexpected. Tables that TransformerLens
+            computes (masks, rotary embeddings) and biases that the architecture does not have may
+            always be missing. Shapes must fit in any case.
+        config: for Hugging Face's naming: the configuration (an object, a folder, a name) of the
+            weights. By default the one beside the files, or the one that the model was loaded
+            with.
+        processing: for Hugging Face's naming: step -> whether to do it, where the default is not
+            wanted. Weights are processed as the model's own were.
+        progress: as for `from_pretrained_lean`.
+
+    Returns:
+        The report, which is also `model.load_report` of a lean model; `missing_keys` and
+        `unexpected_keys` say what was left out with `strict=False`.
+
+    Raises:
+        MissingWeightsError: missing, unexpected or misshapen keys, all of them.
+        CheckpointError: files that cannot be read. Says so if they were changed, or failed, after
+            they had been read through: the model then is a mixture.
+        QuantizationError: dense weights for quantized parameters, or another kind.
+        ArgumentError: no HookedTransformer, no source, or no configuration to be found.
+    """
+    started = time.perf_counter()
+    model = unwrapped(model)
+    _check_model(model)
+    before = versions(model)
+    reader = FileReader()
+    try:
+        with torch.inference_mode(False), PeakSampler() as sampler, Progress(progress) as bar:
+            weights = open_source(source, reader)
+            named, renaming = named_as(model, weights.table)
+            own = own_names(model)
+            is_hooked = not named or any(name in own for name in named)
+            if renaming.ambiguous is None and is_hooked:
+                if processing is not None:
+                    raise ArgumentError(
+                        "processing= is for weights in Hugging Face's naming. These have "
+                        "TransformerLens' names and go in as they are; to process them, call "
+                        "model.load_and_process_state_dict."
+                    )
+                found = _load_hooked(model, weights, named, [*renaming.notes], strict, reader, bar)
+            else:
+                if renaming.ambiguous is not None:
+                    weights.notes.append(f"No prefix was taken off: {renaming.ambiguous}.")
+                found = _load_converted(model, weights, config, processing, strict, reader, bar)
+    except Exception as error:
+        _raise_if_changed(model, before, error)
+        raise
+    finally:
+        reader.close()
+    report = _report(model, weights, found, sampler, time.perf_counter() - started)
+    if hasattr(model, "load_report"):
+        model.load_report = report
+    return report
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, HookedTransformer):
+        raise ArgumentError(
+            f"load_weights_ loads into a HookedTransformer, not into a {type(model).__name__}."
+        )
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if empty:
+        raise ArgumentError(
+            f"The model has no memory for {listed(empty, 3)} (device meta): load it first."
+        )
+
+
+def _raise_if_changed(model: Any, before: list[tuple[str, int, int]], error: Exception) -> None:
+    """Raise CheckpointError if some parameters are new and others are not: a file that was read
+    through without a fault changed, or the device failed, while its values were being put in place.
+    """
+    changed = [one[0] for one, other in zip(versions(model), before, strict=True) if one != other]
+    if changed:
+        raise CheckpointError(
+            f"Loading stopped in the middle ({type(error).__name__}: {error}). The model is not as "
+            f"it was: {listed(changed)} hold new values. Load once more, from weights that nobody "
+            "changes meanwhile."
+        ) from error
+
+
+def _load_hooked(
+    model: Any,
+    weights: WeightSource,
+    named: Mapping[str, Source],
+    notes: list[str],
+    strict: bool,
+    reader: FileReader,
+    bar: Progress,
+) -> _Found:
+    """Weights in TransformerLens' naming: copied as they are."""
+    own = own_names(model)
+    state = model.state_dict(keep_vars=True)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    found = _Found(notes=[*weights.notes, *notes])
+    found.unexpected = [f"{name} ({why})" for name, why in weights.unusable.items()]
+    writes = []
+    for name, source in named.items():
+        if name not in own:
+            if name.rpartition(".")[2] not in _TABLES:
+                found.unexpected.append(name)
+            continue
+        target = state[own[name]]
+        is_parameter = own[name] in parameters
+        problem = _problem(name, source, target, is_parameter)
+        if problem is None:
+            writes.append(Write(own[name], target, source))
+        elif is_parameter:
+            found.problems.append(problem)
+        else:
+            found.notes.append(f"The model's own table stays: {problem}.")
+    given = {write.name for write in writes}
+    found.missing = [
+        bare
+        for bare, name in own.items()
+        if bare not in named and name not in given and not _may_be_missing(model, name, parameters)
+    ]
+    found.notes += _hints(model, found)
+    found.check(weights.label, strict, len(writes))
+    _check_kinds(writes)
+    read_through({write.name: write.source for write in writes}, reader)
+    bar.start(sum(_size_bytes(write.target) for write in writes))
+    InPlaceWriter(writes, lambda write: bar.advance(write.name, _size_bytes(write.target))).run()
+    return found
+
+
+def _problem(name: str, source: Source, target: torch.Tensor, is_parameter: bool) -> str | None:
+    """Why values cannot go into a tensor of the model, or None."""
+    one_number = target.dim() == 0 and source.shape.numel() == 1
+    if source.shape != target.shape and not one_number:
+        return f"misshapen: {name} is {tuple(source.shape)}, the model has {tuple(target.shape)}"
+    if is_parameter and not source.dtype.is_floating_point:
+        return f"not weights: {name} holds {source.dtype}"
+    wide = torch.finfo(target.dtype).bits if target.dtype.is_floating_point else 0
+    narrow = torch.finfo(source.dtype).bits if source.dtype.is_floating_point else 0
+    if not is_parameter and narrow < wide:
+        return f"{name} is {source.dtype}, which would round it"
+    return None
+
+
+def _may_be_missing(model: nn.Module, name: str, parameters: Mapping[str, Any]) -> bool:
+    """Whether a tensor of the state dict follows from the configuration."""
+    if name in parameters:
+        return False
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return type(owner).__module__.partition(".")[0] in ("transformer_lens", "transformers")
+
+
+def _hints(model: Any, found: _Found) -> list[str]:
+    """What is probably wrong when norm weights are too many or too few."""
+    norms = [name for name in found.unexpected if _is_norm(name)]
+    folded = any(type(module).__name__ in _FOLDED_NORMS for module in model.modules())
+    if norms and folded:
+        return [
+            "These weights are not processed, and the model is: its norms are folded into the "
+            "layers behind them. model.load_and_process_state_dict(state_dict) folds them."
+        ]
+    if any(_is_norm(name) for name in found.missing):
+        return [
+            "These weights seem to come from a processed model, whose norms are folded away; this "
+            "model has norm weights of its own."
+        ]
+    return []
+
+
+def _is_norm(name: str) -> bool:
+    return name.endswith(("ln1.w", "ln1.b", "ln2.w", "ln2.b", "ln_final.w", "ln_final.b"))
+
+
+def _check_kinds(writes: list[Write]) -> None:
+    """Quantized parameters take quantized values of their own kind and geometry only."""
+    for write in writes:
+        if not isinstance(write.target, QuantizedTensor):
+            continue
+        given = write.source.tensor if isinstance(write.source, MemorySource) else None
+        _check_kind(write.name, given, write.target)
+
+
+def _check_kind(name: str, given: Any, target: QuantizedTensor) -> None:
+    kind = target.content.stored.kind
+    found = given.content.stored.kind if isinstance(given, QuantizedTensor) else "dense"
+    if found != kind:
+        problem = f"the weights for it are {found}"
+    elif not quantized_view.is_same(given.geometry, target.geometry):
+        problem = "the weights for it are rows in another order"
+    else:
+        return
+    raise QuantizationError(
+        f"{name} is quantized ({kind}), and {problem}; the model is as it was. Load weights of a "
+        "model that is quantized alike, or load this model again from the new weights."
+    )
+
+
+def _load_converted(
+    model: Any,
+    weights: WeightSource,
+    config: Any,
+    processing: Mapping[str, bool] | None,
+    strict: bool,
+    reader: FileReader,
+    bar: Progress,
+) -> _Found:
+    """Weights in Hugging Face's naming: converted and processed one parameter at a time."""
+    flags = steps_of(model, processing)
+    result = converted(model, weights, find_config(config, weights, model), flags, reader)
+    notes = [*weights.notes, *result.session.notes]
+    found = _Found(result.missing, result.unexpected, result.problems, notes, flags)
+    found.unexpected += [f"{name} ({why})" for name, why in weights.unusable.items()]
+    recipes = result.recipes
+    if not strict:
+        recipes = {name: recipes[name] for name in recipes if name in result.determined}
+        found.problems += _half_known(result)
+    found.check(weights.label, strict, len(result.determined))
+    own = own_names(model)
+    recipes = {own[name]: promise for name, promise in recipes.items()}
+    quantizer = _quantizer(model, recipes, result)
+    read_through(weights.table, reader)
+    homes = {name: tensor.device for name, tensor in model.named_parameters()}
+    placer = Placer(
+        model,
+        homes.__getitem__,
+        assign=False,
+        maps=None,
+        map_any_layout=False,
+        progress=bar,
+        quantizer=quantizer,
+        fresh=False,
+    )
+    placer.place(recipes)
+    if placer.not_finite:
+        found.notes.append(f"NaN or infinite values in {listed(placer.not_finite)}.")
+    return found
+
+
+def _half_known(result: Converted) -> list[str]:
+    return [
+        f"not complete: {name} comes from several weights, of which {listed(lacking, 3)} "
+        f"{'is' if len(lacking) == 1 else 'are'} missing"
+        for name, lacking in result.half_known.items()
+    ]
+
+
+def _quantizer(model: Any, recipes: Mapping[str, Promise], result: Converted) -> Quantizer | None:
+    """What makes quantized parameters of the recipes; a rehearsal shows that it can."""
+    targets = {n: p for n, p in model.named_parameters() if isinstance(p, QuantizedTensor)}
+    if not targets:
+        return None
+    quantizer = Quantizer(None, result.session.shifts)
+    for name, target in targets.items():
+        if name in recipes:
+            made = quantizer.keep(name, recipes[name], target.dtype, target.device)
+            _check_kind(name, made, target)
+    return quantizer
+
+
+def _report(
+    model: Any, weights: WeightSource, found: _Found, sampler: PeakSampler, seconds: float
+) -> LoadReport:
+    return_freed_memory()
+    parameters = list(model.parameters())
+    if found.flags is not None and hasattr(model, "load_report"):
+        model._processed = ({step for step, on in found.flags.items() if on}, versions(model))
+    processing = {} if found.flags is None else steps.describe(found.flags, model.cfg)
+    kinds = {p.content.stored.kind for p in parameters if isinstance(p, QuantizedTensor)}
+    return LoadReport(
+        strategy="copy",
+        reason="parameters keep their identity",
+        torch_version=str(compat.TORCH),
+        transformers_version=str(compat.TRANSFORMERS),
+        transformer_lens_version=str(compat.TRANSFORMER_LENS),
+        source=weights.label,
+        dtype=model.cfg.dtype,
+        device=", ".join(sorted({str(parameter.device) for parameter in parameters})),
+        seconds=seconds,
+        parameter_bytes=unique_bytes(parameters),
+        peak_host_bytes=sampler.peak_host_bytes,
+        peak_anonymous_bytes=sampler.peak_anonymous_bytes,
+        mapped_bytes=0,
+        peak_device_bytes=sampler.peak_device_bytes,
+        processing=processing,
+        quantization=", ".join(sorted(kinds)) or None,
+        notes=tuple(found.notes),
+        missing_keys=tuple(found.missing),
+        unexpected_keys=tuple(found.unexpected),
+    )
+
+
+def _size_bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,42 @@
+"""Doing sums on tensors while somebody traces: torch.compile, fake tensors, functional modes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch.utils import _python_dispatch
+
+Result = TypeVar("Result")
+
+
+def untraced() -> AbstractContextManager[Any]:
+    """Operations in this context are run at once, and no tracer sees them.
+
+    The geometry of a view is kept as a meta tensor. It is bookkeeping, not part of the program that
+    is traced, and tracers refuse tensors that are not their own.
+    """
+    if not torch._C._len_torch_dispatch_stack():
+        return nullcontext()
+    return _python_dispatch._disable_current_modes()
+
+
+def runs_untraced(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Decorator: every call of the function is `untraced`."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Result:
+        with untraced():
+            return function(*args, **kwargs)
+
+    return run
+
+
+def not_compiled(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Decorator: torch.compile runs the function as it is, with all that it calls."""
+    compiler: Any = getattr(torch, "compiler", None)  # came with torch 2.1
+    made: Callable[..., Result] = function if compiler is None else compiler.disable(function)
+    return made
