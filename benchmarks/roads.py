@@ -159,7 +159,7 @@ def _transformers(case: Case, folder: Path) -> Load:
     from transformers import AutoModelForCausalLM
 
     _import_architecture(folder)
-    arguments = {**_dtype_argument(case.dtype), "attn_implementation": "sdpa"}
+    arguments = {**_dtype_argument(case.dtype), **_fast_attention()}
     return lambda: AutoModelForCausalLM.from_pretrained(folder, **arguments)
 
 
@@ -169,6 +169,15 @@ ROADS: dict[str, Callable[[Case, Path], Load]] = {
     "stock": _stock,
     "transformers": _transformers,
 }
+
+
+def _fast_attention() -> dict[str, str]:
+    import transformers
+    from packaging.version import Version
+
+    # Older ones have it for some models only.
+    everywhere = Version(transformers.__version__) >= Version("4.48")
+    return {"attn_implementation": "sdpa"} if everywhere else {}
 
 
 def _dtype_argument(name: str) -> dict[str, torch.dtype]:
@@ -198,7 +207,9 @@ def _blank_tokenizer() -> Any:
 
     words = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))
     make: Any = PreTrainedTokenizerFast  # has no types in some versions
-    return make(tokenizer_object=words, unk_token="<unk>")
+    # TransformerLens 2 makes a tokenizer anew, from its name, unless this one adds a BOS token.
+    given = {"unk_token": "<unk>", "name_or_path": "", "add_bos_token": True}
+    return make(tokenizer_object=words, **given)
 
 
 def _hf_model_in_memory(case: Case, folder: Path) -> Any:
