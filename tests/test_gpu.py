@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import environments
 import pytest
 import reference
 import torch
 import transformers
-import environments
 import zoo as zoo_module
 
 from tl_fastload import LeanHookedTransformer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def test_copying_gives_stocks_numbers(
 
 
 def test_assign_is_refused_where_torch_cannot(zoo: Any) -> None:
-    with pytest.raises(StrategyError, match=f"2.1 or newer, this is {TORCH}"):
+    with pytest.raises(StrategyError, match=f"or newer, this is {re.escape(TORCH)}"):
         lean_model(zoo("gpt2"), strategy="assign")
 
 
@@ -76,7 +77,9 @@ def test_quantized_weights_are_refused_where_torch_cannot(zoo: Any, tmp_path: Pa
         (folder, {"load_in_4bit": True}),
         (saved, {}),
     ):
-        with pytest.raises(ArgumentError, match=f"need torch 2.1 or newer, this is {TORCH}"):
+        with pytest.raises(
+            ArgumentError, match=f"need torch .* or newer, this is {re.escape(TORCH)}"
+        ):
             lean_model(source, **arguments)
 
 

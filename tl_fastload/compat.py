@@ -44,7 +44,7 @@ def halves_are_finite(tensor: torch.Tensor) -> bool:
         extremes = torch.aminmax(tensor)
     except RuntimeError:  # torch 2.0 has no kernel for it on the CPU
         rows = max(1, tensor.shape[0] * (1 << 20) // tensor.numel())
-        return all(bool(torch.isfinite(piece).all()) for piece in tensor.split(rows))
+        return all(bool(torch.isfinite(piece).all()) for piece in torch.split(tensor, rows))
     return all(bool(torch.isfinite(extreme)) for extreme in extremes)
 
 

@@ -166,7 +166,7 @@ class Promise(torch.Tensor):
     ) -> Any:
         return _record(func, args, kwargs or {})
 
-    def __isub__(self, other: Any) -> Promise:  # type: ignore[override,misc]
+    def __isub__(self, other: Any) -> torch.Tensor:  # type: ignore[misc]
         """`state_dict[name] -= mean`, as TransformerLens 2 has it: the name gets a new promise.
 
         Raises RecordingError where somebody else may see the memory that is written to.
@@ -176,7 +176,8 @@ class Promise(torch.Tensor):
                 "`-=` writes into a stored tensor, or into a view of another one, whose values are "
                 "not loaded yet. Load the model first, then change it."
             )
-        return (self - other).to(self.dtype)  # type: ignore[return-value]
+        result: torch.Tensor = self - other
+        return result.to(self.dtype)
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         kind = type(self.node).__name__

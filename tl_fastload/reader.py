@@ -235,6 +235,7 @@ def byte_span(entry: TensorEntry, geometry: torch.Tensor) -> tuple[int, int]:
     size = item_bytes(entry.dtype)
     first = int(geometry.storage_offset())
     last = first + sum(
-        (length - 1) * stride for length, stride in zip(geometry.shape, geometry.stride(), strict=True)
+        (length - 1) * stride
+        for length, stride in zip(geometry.shape, geometry.stride(), strict=True)
     )
     return entry.offset + first * size, entry.offset + (last + 1) * size

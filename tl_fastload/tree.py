@@ -30,7 +30,7 @@ from tl_fastload.reader import FileReader, FileSource
 from tl_fastload.skeleton import SkipRandomInit
 
 
-class _NoValues(SkipRandomInit):
+class _NoValues(SkipRandomInit):  # type: ignore[no-untyped-call]
     """Lets a module that is built on the meta device ask for a value, as xIELU of transformers 4
     does: it gets zero, and never runs.
     """
