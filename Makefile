@@ -48,17 +48,19 @@ test-gpu: $(DEV) ## the tests that need a CUDA device
 parity: parity-current $(ENVIRONMENTS:%=parity-%) ## the parity suite, with all versions of the libraries
 
 # Kept apart from `test`: it counts what it skips.
+# Other test files are not even imported: what they need is not installed everywhere.
+PARITY_FILES := $(shell grep -l "pytest.mark.parity" tests/test_*.py)
 PARITY := -m pytest -n $(JOBS) -m "parity and not gpu and not slow" --count-skips -p no:cacheprovider
 
 parity-current: $(DEV) ## the parity suite: TransformerLens 3.9, torch 2.13, transformers 5
-	OMP_NUM_THREADS=1 $(BIN)/python $(PARITY)
+	OMP_NUM_THREADS=1 $(BIN)/python $(PARITY) $(PARITY_FILES)
 
 parity-tl2: ## ... TransformerLens 2.18, transformers 4.57
 parity-tl216: ## ... TransformerLens 2.16.1, the oldest that SAELens admits
 parity-old: ## ... TransformerLens 2.8.1, torch 2.0.1, transformers 4.40, Python 3.10 (5 GB)
 parity-sae: ## SAELens' HookedSAETransformer as the base class
 $(ENVIRONMENTS:%=parity-%): parity-%: .venv-%/.installed
-	OMP_NUM_THREADS=1 .venv-$*/bin/python $(PARITY) $(if $(filter sae,$*),tests/test_sae_lens.py)
+	OMP_NUM_THREADS=1 .venv-$*/bin/python $(PARITY) $(if $(filter sae,$*),tests/test_sae_lens.py,$(PARITY_FILES))
 
 # Memory and time there, stock's and ours, for instance `make bench-old ARGS="--models gpt2-medium"`.
 $(ENVIRONMENTS:%=bench-%): bench-%: .venv-%/.installed

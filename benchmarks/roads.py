@@ -197,7 +197,7 @@ def _transformers(case: Case, folder: Path) -> Load:
     from transformers import AutoModelForCausalLM
 
     import_architecture(folder)
-    arguments = {**dtype_argument(case.dtype), "attn_implementation": "sdpa"}
+    arguments = {**dtype_argument(case.dtype), **_fast_attention()}
     return lambda: AutoModelForCausalLM.from_pretrained(folder, **arguments)
 
 
@@ -210,6 +210,15 @@ ROADS: dict[str, Callable[[Case, Path], Load]] = {
     "touch": _touch,
     "transformers": _transformers,
 }
+
+
+def _fast_attention() -> dict[str, str]:
+    import transformers
+    from packaging.version import Version
+
+    # Older ones have it for some models only.
+    everywhere = Version(transformers.__version__) >= Version("4.48")
+    return {"attn_implementation": "sdpa"} if everywhere else {}
 
 
 def _hf_model_in_memory(case: Case, folder: Path) -> Any:

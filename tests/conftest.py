@@ -33,6 +33,8 @@ def pytest_report_header() -> str:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         reason = environments.why_not_test(f"{item.path.name}::{item.name}")
+        case_id = getattr(item, "callspec", None) and item.callspec.params.get("case_id")
+        reason = reason or environments.why_not_case(str(case_id))
         if reason is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
 

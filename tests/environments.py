@@ -78,7 +78,14 @@ LACKS: tuple[Lack, ...] = (
             "test_versions.py::test_assign_where_torch_can",
             "test_versions.py::test_quantized_while_loading",
             "test_quantized",
+            "test_processing.py::test_processing_a_mapped_model",
         ),
+    ),
+    Lack(
+        "torch",
+        "<2.1",
+        "torch multiplies no float16 matrices on the CPU",
+        tests=("test_parity.py::test_experts_have_the_dtype_and_run[mixtral-dtype0]",),
     ),
     Lack(
         "torch",
@@ -112,6 +119,12 @@ LACKS: tuple[Lack, ...] = (
         "<3",
         "stock's load_and_process_state_dict leaves the norms of the model, which a note says",
         tests=("test_processing.py::test_a_loaded_state_dict_never_changes",),
+    ),
+    Lack(
+        "transformer_lens",
+        "<3",
+        "TransformerLens has no attention sinks",
+        tests=("test_parity.py::test_value_biases_stay_where_attention_has_sinks",),
     ),
     Lack("sae-lens", "<1", "not installed", tests=("test_sae_lens.py",)),
 )

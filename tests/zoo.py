@@ -174,7 +174,7 @@ def write_weights(folder: Path, tensors: Tensors, *, shards: int = 1, bin: bool 
         file = f"{stem}-{number:05d}-of-{len(groups):05d}{suffix}"
         _save(folder / file, {name: tensors[name] for name in group}, bin)
         weight_map.update(dict.fromkeys(group, file))
-    total_size = sum(value.nbytes for value in tensors.values())
+    total_size = sum(value.numel() * value.element_size() for value in tensors.values())
     index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
     (folder / f"{stem}{suffix}.index.json").write_text(json.dumps(index, indent=2))
 
