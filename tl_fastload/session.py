@@ -15,6 +15,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from tl_fastload import compat, steps, verify
 from tl_fastload.already import versions
+from tl_fastload.errors import ArgumentError
 from tl_fastload.evaluator import evaluate
 from tl_fastload.memory import PeakSampler, return_freed_memory, unique_bytes
 from tl_fastload.options import Options
@@ -145,12 +146,25 @@ def load_state_dict_into(
     verify.check_state_dict(model, state_dict, flags)
     session = Session(Options(strategy="copy", progress=False), dict(flags))
     model._session = session
+    norms = (model.cfg.normalization_type, _norms(model))
     try:
         with PeakSampler() as sampler:
             _process_and_place(model, session, state_dict, flags, stock)
+    except ArgumentError:  # which is raised before anything is written
+        model.cfg.normalization_type = norms[0]
+        for name, norm in norms[1].items():
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, norm)
+        raise
     finally:
         model._session = None
     model.load_report = _report(model, session, sampler, time.perf_counter() - started)
+
+
+def _norms(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that TransformerLens replaces when it folds norms, by name."""
+    leaves = ("ln1", "ln2", "ln_final", "ln")
+    return {n: norm for n, norm in model.named_modules() if n.rpartition(".")[2] in leaves}
 
 
 def _process_and_place(
@@ -181,6 +195,8 @@ def _process_and_place(
     if session.origin is not None:
         verify.check_recipes(model, session.origin, session.recipes)
         session.origin.is_recording = False
+    else:
+        verify.check_in_place(model, session.recipes)
     _place(model, session)
 
 
