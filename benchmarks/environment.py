@@ -10,7 +10,15 @@ from pathlib import Path
 
 from benchmarks.proc import meminfo
 
-_PACKAGES = ("tl_fastload", "transformer_lens", "transformers", "torch", "safetensors", "numpy")
+_PACKAGES = (
+    "tl_fastload",
+    "transformer_lens",
+    "transformers",
+    "torch",
+    "safetensors",
+    "bitsandbytes",
+    "numpy",
+)
 
 
 def machine() -> dict[str, str | int | float]:

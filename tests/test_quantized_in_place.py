@@ -117,3 +117,18 @@ def test_what_cannot_be_done_in_place(zoo: Any) -> None:
         model.load_and_process_state_dict(dense)
     _assert_equal(model, before)
     assert model.cfg.normalization_type == "LN"
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_processed_state_dict_is_not_folded_again(kind: str, zoo: Any) -> None:
+    """Its matrices are centred over their input, which scaling them would undo."""
+    model, processed = _unprocessed(zoo, "gpt2", kind)
+    before = copy.deepcopy(model)
+    with pytest.raises(
+        ArgumentError, match=r"W_\w+ cannot be processed in place: .*scale it first"
+    ):
+        model.load_and_process_state_dict(processed.state_dict())
+    _assert_equal(model, before)
+    assert [type(m) for m in model.modules()] == [type(m) for m in before.modules()]
+    assert model.cfg.normalization_type == "LN"
+    assert torch.equal(qz.log_probs(model, "gpt2"), qz.log_probs(before, "gpt2"))

@@ -196,7 +196,7 @@ class LeanLoadingMixin:
         share no memory with the model.
 
         Args:
-            state_dict: parameter name -> tensor.
+            state_dict: parameter name -> tensor; quantized ones for the quantized parameters.
             fold_ln: fold the norm weights into the following layer.
             center_writing_weights: give what writes to the residual stream zero mean.
             center_unembed: give the unembedding zero mean over the vocabulary.
@@ -205,6 +205,7 @@ class LeanLoadingMixin:
 
         Raises:
             MissingWeightsError: weights are missing or misshapen; the model is as it was.
+            ArgumentError: quantized weights cannot take these values or steps; likewise.
         """
         steps = {
             name: value for name, value in locals().items() if name not in ("self", "state_dict")
@@ -223,7 +224,8 @@ class LeanLoadingMixin:
         """Process the weights of this model in place, one parameter at a time.
 
         A second call with nothing changed in between does nothing and says so in
-        `load_report.notes`: steps are never applied twice. Parameter objects keep their identity.
+        `load_report.notes`: steps are never applied twice. Parameter objects keep their identity,
+        quantized ones also their bytes.
 
         Args:
             fold_ln: fold the norm weights into the following layer.

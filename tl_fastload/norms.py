@@ -1,8 +1,9 @@
-"""Norms under TransformerLens 2, whose `process_weights_` replaces them by ones without weights."""
+"""Norms that TransformerLens replaces by ones without weights when it processes a live model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,11 +23,18 @@ def replace_and_process(model: Any, flags: dict[str, bool], stock: Callable[...,
             `load_and_process_state_dict`.
     """
     check_refactor(model.cfg, flags)
+    asked = {step: on for step, on in flags.items() if step != "fold_value_biases"}
+    with norms_put_back_on_error(model):
+        stock(**asked)
+
+
+@contextlib.contextmanager
+def norms_put_back_on_error(model: Any) -> Iterator[None]:
+    """Give a model back the norms that TransformerLens has replaced, if the body raises."""
     kind = model.cfg.normalization_type
     modules = [(parent, dict(parent._modules)) for parent in model.modules()]
-    asked = {step: on for step, on in flags.items() if step != "fold_value_biases"}
     try:
-        stock(**asked)
+        yield
     except BaseException:
         model.cfg.normalization_type = kind
         for parent, children in modules:

@@ -19,6 +19,18 @@ from tl_fastload.reader import FileSource
 _ROWS = "Int8Params"
 _BLOCKS = "Params4bit"
 
+_AS_SAVED = "the one that the checkpoint was saved with"
+_BNB = '{"quant_method": "bitsandbytes", '
+_DECLARED_BY = {
+    "SCB": _BNB + '"load_in_8bit": true}',
+    "weight.quant_state.bitsandbytes__nf4": _BNB
+    + '"load_in_4bit": true, "bnb_4bit_quant_type": "nf4"}',
+    "weight.quant_state.bitsandbytes__fp4": _BNB
+    + '"load_in_4bit": true, "bnb_4bit_quant_type": "fp4"}',
+    **dict.fromkeys(("qweight", "weight_scale", "weight_scale_inv"), _AS_SAVED),
+}
+"""Pieces that only quantized weights have -> the configuration that they need."""
+
 
 def promise_of_layer(module: nn.Module, name: str, dtype: torch.dtype) -> Promise | None:
     """A promise of the weight of a bitsandbytes layer in memory, sharing its bytes; None for
@@ -69,19 +81,6 @@ def refuse_undeclared(promises: Mapping[str, Promise]) -> None:
             f"{name} ({promises[name].dtype}) belongs to quantized weights, but config.json has no "
             f"quantization_config. Add it again: {fields}."
         )
-
-
-_AS_SAVED = "the one that the checkpoint was saved with"
-_BNB = '{"quant_method": "bitsandbytes", '
-_DECLARED_BY = {
-    "SCB": _BNB + '"load_in_8bit": true}',
-    "weight.quant_state.bitsandbytes__nf4": _BNB
-    + '"load_in_4bit": true, "bnb_4bit_quant_type": "nf4"}',
-    "weight.quant_state.bitsandbytes__fp4": _BNB
-    + '"load_in_4bit": true, "bnb_4bit_quant_type": "fp4"}',
-    **dict.fromkeys(("qweight", "weight_scale", "weight_scale_inv"), _AS_SAVED),
-}
-"""Pieces that only quantized weights have -> the configuration that they need."""
 
 
 def combine(

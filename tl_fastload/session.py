@@ -22,7 +22,7 @@ from tl_fastload.forecast import forecast
 from tl_fastload.key_prefixes import named_as
 from tl_fastload.lora_config import base_notes
 from tl_fastload.memory import PeakSampler, return_freed_memory, unique_bytes
-from tl_fastload.norms import unit_norms
+from tl_fastload.norms import norms_put_back_on_error, unit_norms
 from tl_fastload.options import Options
 from tl_fastload.origin import Origin, find_origin
 from tl_fastload.placement import Placer
@@ -215,7 +215,7 @@ def load_state_dict_into(
     session = Session(Options(strategy="copy", progress=False), dict(flags), notes=[*notes])
     model._session = session
     try:
-        with PeakSampler() as sampler:
+        with PeakSampler() as sampler, norms_put_back_on_error(model):
             session.mark = sampler.mark
             sampler.mark("recording")
             _process_and_place(model, session, state_dict, flags, stock)
@@ -248,6 +248,8 @@ def _process_and_place(
     if session.origin is not None:
         verify.check_recipes(model, session.origin, session.recipes)
         session.origin.is_recording = False
+    else:
+        verify.check_in_place(model, session.recipes)
     _place(model, session)
 
 

@@ -18,12 +18,14 @@ from tl_fastload.errors import (
     CheckpointError,
     LeanLoadError,
     MissingWeightsError,
+    QuantizationError,
 )
 from tl_fastload.evaluator import sources
 from tl_fastload.options import Options
 from tl_fastload.origin import Origin
 from tl_fastload.promise import Promise
 from tl_fastload.quantized import QuantizedTensor
+from tl_fastload.quantized_recipes import follow
 from tl_fastload.state_dicts import listed
 from tl_fastload.steps import reason_to_skip
 from tl_fastload.tree import MissingSource
@@ -228,6 +230,20 @@ def check_state_dict(model: Any, state_dict: dict[str, Any], flags: dict[str, bo
             "The state dict has tensors of the wrong shape; the model is unchanged:\n  "
             + "\n  ".join(wrong)
         )
+
+
+def check_in_place(model: Any, recipes: dict[str, Promise]) -> None:
+    """Raise ArgumentError if a quantized parameter of a live model cannot follow its recipe."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, QuantizedTensor) and name in recipes:
+            try:
+                follow(recipes[name].node, parameter.device)
+            except QuantizationError as error:
+                raise ArgumentError(
+                    f"{name} cannot be processed in place: {error}. The model is unchanged. Load "
+                    "it again with the processing steps, or with a state dict that is not "
+                    "processed yet."
+                ) from error
 
 
 def check_recipes(model: Any, origin: Origin, recipes: dict[str, Promise]) -> None:
