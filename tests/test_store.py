@@ -358,6 +358,23 @@ def test_altered_descriptions_are_found_always(tmp_path: Path) -> None:
         embedded_copy(folder)
 
 
+def test_a_class_with_tensors_that_are_not_in_the_copy(tmp_path: Path) -> None:
+    class WithOthers(LeanHookedTransformer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.register_buffer("theirs", torch.arange(3), persistent=False)
+            self.plain = torch.full((2,), 5.0)
+            self.number = self.plain.sum().item()
+
+    embedded().save_lean(tmp_path / "copy")
+    copy = WithOthers.from_pretrained_lean(tmp_path / "copy", device="cpu")
+    assert copy.theirs.tolist() == [0, 1, 2]
+    assert copy.plain.tolist() == [5.0, 5.0]
+    assert copy.number == 10.0
+    tokens = torch.arange(5)[None]
+    assert torch.equal(copy(tokens), embedded()(tokens))
+
+
 def test_another_class_or_version_is_named(tmp_path: Path) -> None:
     class Wider(LeanHookedTransformer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -147,7 +147,7 @@ def _load(
     check_arguments(manifest, cfg, options, arguments, sorted_keywords, folder)
     check_steps(manifest, cfg, arguments, folder)
     notes: list[str] = []
-    model = _build(cls, cfg, manifest, arguments, sorted_keywords, folder, notes)
+    model = _build(cls, cfg, manifest, arguments, sorted_keywords, folder, notes, options.assigns)
     device_of = device_map(model, arguments["move_to_device"])
     check_names(model, manifest, folder)
     may_map = options.mmap is True or (options.mmap == "auto" and not is_on_network(folder))
@@ -202,6 +202,7 @@ def _build(
     keywords: Keywords,
     folder: Path,
     notes: list[str],
+    assigns: bool,
 ) -> Any:
     """The empty model, with its tokenizer."""
     given = arguments["device"]
@@ -218,9 +219,33 @@ def _build(
     cfg.tokenizer_name, cfg.init_weights = None, False
     context = SimpleNamespace(keywords=keywords, tokenizer_folder=lambda: None)
     made: dict[str, Any] = {} if tokenizer is None else {"default_padding_side": side}
-    model = build_empty(cls, cfg, context, notes, tokenizer, move_to_device=False, **made)
+
+    def build() -> Any:
+        found: list[str] = []
+        model = build_empty(cls, cfg, context, found, tokenizer, move_to_device=False, **made)
+        notes[:] = [*earlier, *found]
+        return model
+
+    earlier = list(notes)
+    model = _build_without_values(build, manifest) if assigns else None
+    model = build() if model is None else model
     cfg.tokenizer_name, cfg.init_weights = as_saved
     return model
+
+
+def _build_without_values(build: Callable[[], Any], manifest: Manifest) -> Any | None:
+    """The empty model on the meta device: computing rotary tables takes longer than all the rest.
+    None if it has tensors that the copy does not hold.
+    """
+    try:
+        with torch.device("meta"):
+            model = build()
+    except (NotImplementedError, RuntimeError):  # a class that looks at values
+        return None
+    if dict(model.named_buffers()).keys() - manifest.buffers.keys():
+        return None
+    others = [value for module in model.modules() for value in vars(module).values()]
+    return None if any(isinstance(v, torch.Tensor) and v.is_meta for v in others) else model
 
 
 def _tokenizer(
@@ -271,10 +296,11 @@ def _place(
             model.get_submodule(parent)._parameters[leaf] = done[keys]
     for name, buffer in list(model.named_buffers()):
         parent, _, leaf = name.rpartition(".")
-        view_of = manifest.buffers.get(name)
-        value = buffer.to(device_of(name))
-        if view_of is not None:
-            value = _tensor(view_of, entries, reader, device_of(name))
+        held = manifest.buffers.get(name)
+        if held is not None:
+            value = _tensor(held, entries, reader, device_of(name))
+        else:
+            value = buffer.to(device_of(name))
         model.get_submodule(parent)._buffers[leaf] = value
     return mapped_bytes
 
