@@ -117,8 +117,7 @@ class Origin:
         self.is_recording = True
         if self.hf_model is not None:
             self.root = tree.tree_from_model(self.hf_model, dtype)
-            if self.adapters:
-                merge_into_model(self.adapters, self.root)
+            merge_into_model(self.adapters, self.root)
             return self.root
         checkpoint = self._open(revision)
         promises, notes = tree.checkpoint_promises(checkpoint, self.reader)

@@ -16,7 +16,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from tl_fastload import compat, steps, verify
 from tl_fastload.already import versions
 from tl_fastload.errors import ArgumentError
-from tl_fastload.lora_config import base_notes
+from tl_fastload.lora import base_notes
 from tl_fastload.memory import PeakSampler, return_freed_memory, unique_bytes
 from tl_fastload.options import Options
 from tl_fastload.origin import Origin, find_origin
