@@ -159,7 +159,9 @@ def _adapter(results: Results, model: str, dtype: str) -> Iterator[Check]:
     if case.name in results:
         found = _get(results, case)
         stock = _get(results, cases.with_adapter(cases.stock(model, dtype)))
-        value = stock.peak_anonymous_bytes / found.peak_anonymous_bytes if found and stock else None
+        value = None
+        if found and stock:
+            value = stock.peak_anonymous_bytes / max(found.peak_anonymous_bytes, 1)
         promise = "less peak anonymous memory than stock with peft"
         yield Check(case.name, promise, value, 2.0, at_least=True)
 

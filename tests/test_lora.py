@@ -226,6 +226,16 @@ def test_hf_model_that_carries_its_adapter(zoo: Any, tmp_path: Path, name: str) 
     assert "'0' of hf_model" in lean.load_report.adapters[0]
 
 
+def test_hf_model_whose_adapters_are_switched_off(zoo: Any, tmp_path: Path) -> None:
+    folder = zoo("gpt2")
+    adapter = adapters.for_case("gpt2", folder, tmp_path / "adapter", modules_to_save=["ln_f"])
+    model = adapters.attached("gpt2", folder, adapter)
+    with model.disable_adapter():
+        lean = lean_model(folder, hf_model=model)
+    assert not adapters.gaps(lean, lean_model(folder))
+    assert lean.load_report.adapters == ()
+
+
 def test_quantize_comes_after_the_merge(zoo: Any, tmp_path: Path) -> None:
     folder = zoo("llama-gqa")
     adapter = adapters.for_case("llama-gqa", folder, tmp_path / "adapter")

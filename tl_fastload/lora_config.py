@@ -363,27 +363,6 @@ def sort_tensors(adapter: Adapter, tensors: Mapping[str, Promise]) -> None:
     raise_for(adapter, problems)
 
 
-def base_notes(adapters: Sequence[Adapter], names: Sequence[str | None]) -> list[str]:
-    """A note on each adapter that names another base model; only the last parts of names are
-    compared, as paths differ.
-
-    Args:
-        adapters: what is merged.
-        names: what the model is called: folder, repository, official name.
-    """
-    known = {_last(name) for name in names if name}
-    notes = []
-    for adapter in adapters:
-        base = getattr(adapter.config, "base_model_name_or_path", None)
-        if base and _last(base) not in known:
-            notes.append(f"{adapter.label} names {base} as its base model; its shapes fit this one")
-    return notes
-
-
-def _last(name: str) -> str:
-    return re.split(r"[/\\]", str(name).rstrip("/\\"))[-1].partition("@")[0].lower()
-
-
 def _add(part: LowRank, kind: str, leaf: str, tensor: Promise) -> None:
     part.is_embedding = part.is_embedding or kind.startswith("embedding")
     if kind == "magnitude_vector":

@@ -57,30 +57,34 @@ def adapters_of(hf_model: Any) -> tuple[Any, list[Adapter]]:
 
 
 def merge_into_model(adapters: Sequence[Adapter], root: Any) -> None:
-    """Merge adapters into the tree of a model in memory.
+    """Take the modules that peft put around its own out of the tree of a model in memory, and
+    merge adapters into it.
 
     Args:
-        adapters: those that the model carries, without the modules that peft put around its own,
-            and others.
+        adapters: those that the model carries, and others; may be none.
         root: of `tl_fastload.tree.tree_from_model`; changed.
     """
+    if isinstance(root, nn.Module) and "peft" in sys.modules:
+        _unwrap(root)
+    if not adapters:
+        return
     if not isinstance(root, nn.Module):
         raise AdapterError(
             f"adapter= needs a transformers model as hf_model, not a {type(root).__name__}."
         )
-    merge(adapters, Weights(_unwrapped(root)), requantized)
+    merge(adapters, Weights(root), requantized)
 
 
-def _unwrapped(root: Any) -> Any:
-    """The root of a tree, with the modules that peft wraps in place of its wrappers."""
+def _unwrap(root: Any) -> None:
+    """Put the modules that peft wraps in place of its wrappers."""
     for name, child in list(root._modules.items()):
         plain = child
         while _holds_adapter(plain):
             inside = plain._modules
             plain = next((inside[part] for part in _INSIDE if part in inside), None)
         if plain is not None:
-            root._modules[name] = _unwrapped(plain)
-    return root
+            root._modules[name] = plain
+            _unwrap(plain)
 
 
 def _holds_adapter(module: Any) -> bool:
@@ -99,6 +103,8 @@ def _is_lora(config: Any) -> bool:
 def _active(layers: dict[str, Any]) -> list[str]:
     names: dict[str, None] = {}
     for layer in layers.values():
+        if getattr(layer, "disable_adapters", False):
+            continue
         active = getattr(layer, "active_adapters", ())
         names.update(dict.fromkeys([active] if isinstance(active, str) else active))
     return list(names)

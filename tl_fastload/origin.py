@@ -132,8 +132,7 @@ class Origin:
         if self.hf_model is not None:
             is_outline = self.options.only_plan and self.options.dequantize
             root = tree.tree_from_model(self.hf_model, dtype, is_outline=is_outline)
-            if self.adapters:
-                merge_into_model(self.adapters, root)
+            merge_into_model(self.adapters, root)
             return root
         checkpoint = self._open(revision)
         if checkpoint.is_outline:

@@ -20,7 +20,7 @@ from tl_fastload.errors import MissingWeightsError
 from tl_fastload.evaluator import evaluate
 from tl_fastload.forecast import forecast
 from tl_fastload.key_prefixes import named_as
-from tl_fastload.lora_config import base_notes
+from tl_fastload.lora import base_notes
 from tl_fastload.memory import PeakSampler, return_freed_memory, unique_bytes
 from tl_fastload.norms import norms_put_back_on_error, unit_norms
 from tl_fastload.options import Options
