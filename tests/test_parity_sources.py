@@ -154,6 +154,8 @@ def test_revision(zoo: Any, tmp_path: Path) -> None:
     assert_equal_to_folder(lean, other)
     assert lean.cfg.eps == 1e-3
     assert lean.load_report.source == "somebody/neox@v2"
+    assert lean.load_report.revision == bed.hub_commit("somebody/neox@v2")
+    assert lean_model(main).load_report.revision is None
     with pytest.raises(UnknownModelError, match="v3"):
         lean_model("somebody/neox", cache_dir=tmp_path, revision="v3")
 
@@ -190,7 +192,9 @@ def test_training_checkpoints_are_revisions(
             wanted = lean_model(folder)
             assert torch.equal(lean.unembed.W_U, wanted.unembed.W_U)
             assert torch.equal(lean.blocks[1].attn.W_Q, wanted.blocks[1].attn.W_Q)
-            assert lean.load_report.source == f"{repo}@{revision.format(value)}"
+            source = f"{repo}@{revision.format(value)}"
+            assert lean.load_report.source == source
+            assert lean.load_report.revision == bed.hub_commit(source)
 
 
 def _other_weights(source: Path, target: Path) -> Path:

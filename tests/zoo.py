@@ -210,6 +210,11 @@ def add_tokenizer(folder: Path, d_vocab: int) -> Path:
     return folder
 
 
+def hub_commit(source: str) -> str:
+    """The commit that `hub_cache` gives to "repository@revision"."""
+    return hashlib.sha1(source.encode()).hexdigest()
+
+
 def hub_cache(
     root: Path,
     repo: str,
@@ -223,7 +228,7 @@ def hub_cache(
     """
     repo_folder = root / ("models--" + repo.replace("/", "--"))
     for revision, other in (revisions or {"main": None}).items():
-        commit = hashlib.sha1(f"{repo}@{revision}".encode()).hexdigest()
+        commit = hub_commit(f"{repo}@{revision}")
         reference = repo_folder / "refs" / revision
         reference.parent.mkdir(parents=True, exist_ok=True)
         reference.write_text(commit)
