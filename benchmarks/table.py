@@ -26,7 +26,8 @@ def load_table(results: Results, planned: Sequence[Case]) -> Table:
         title="Loading, each in a fresh process, page cache warm (time: median, memory: largest)",
         caption="Memory above the imports, as multiples of the parameters' bytes (last column): "
         "highest private, highest resident with file pages (behind each: what tl_fastload.plan "
-        "says), highest file pages, and private when loaded. floor: the time, as a multiple of the floor's. vs stock: times faster.",
+        "says), highest file pages, and private when loaded. floor: the time, as a multiple of "
+        "the floor's. vs stock: times faster.",
     )
     columns = (
         *("peak anon", "plan", "resident", "plan"),
