@@ -81,8 +81,9 @@ def open_headers(
 def _check_descriptions(location: Location, names: Iterable[str]) -> None:
     if any(name.endswith(_DESCRIPTIONS) for name in names):
         raise CheckpointError(
-            f"{location.label} holds 4-bit weights, and how these are packed is written in tensors, "
-            "not in headers. Download it first, or plan the unquantized model with quantize=."
+            f"{location.label} holds 4-bit weights, and how these are packed is written in "
+            "tensors, not in headers. Download it first, or plan the unquantized model with "
+            "quantize=."
         )
 
 
