@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from counting import AllocatedBytes
 
 import tl_fastload
@@ -77,3 +78,34 @@ def test_a_forecast_is_what_is_counted(
     assert plan.mapped_bytes == report.mapped_bytes
     assert plan.quantization == report.quantization
     assert (plan.parameter_bytes["quantized"] > 0) == ("quantize" in WAYS[way])
+
+
+QUANTIZED: dict[str, dict[str, Any]] = {
+    "int8": {"load_in_8bit": True},
+    "nf4": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_quantized_checkpoints(
+    kind: str, zoo: Any, placed: list[tuple[Forecast, int]], tmp_path: Path
+) -> None:
+    config = transformers.BitsAndBytesConfig(**QUANTIZED[kind])
+    dense = zoo("llama-gqa", **SIZES["llama-gqa"])
+    hf = transformers.AutoModelForCausalLM.from_pretrained(dense, quantization_config=config)
+    hf.save_pretrained(tmp_path)
+    for arguments in ({}, {"hf_model": hf}, {"mmap": False}, {"dequantize": True}):
+        plan = tl_fastload.plan(tmp_path, device="cpu", **arguments)
+        model = LeanHookedTransformer.from_pretrained_lean(
+            tmp_path, device="cpu", progress=False, **arguments
+        )
+        predicted, counted = placed[-1]
+        assert predicted.peak_bytes[CPU] == pytest.approx(counted, rel=0.05, abs=1000)
+        parameters = plan.total_bytes - plan.parameter_bytes["buffers"]
+        assert parameters == model.load_report.parameter_bytes
+        assert (plan.parameter_bytes["quantized"] > 0) == ("dequantize" not in arguments)
+        assert plan.stock_peak_host_bytes is None

@@ -81,7 +81,8 @@ def test_torch_files_are_sized_and_not_fetched(
 
 def test_a_toy_model_is_not_fetched(zoo: Any, hub: FakeHub, tmp_path: Path) -> None:
     folder = zoo("gelu")
-    name = next(path.name for path in folder.rglob("*.pth"))
+    weights = next(folder.rglob("*.pth"))
+    name = weights.name
     hub.repos["NeelNanda/GELU_1L512W_C4_Code"] = Repo(
         {
             "config.json": (folder / "config.json").read_bytes(),

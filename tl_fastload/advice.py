@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ _KINDS = ("8bit", "nf4")
 
 
 def choices(request: Request, draft: Draft) -> Iterator[Choice]:
-    """Choices that fit, nearest first: another device, a narrower dtype, unprocessed weights that
-    are mapped, quantized weights, fewer layers.
+    """Choices that fit, nearest first: another device, mapping, a narrower dtype, unprocessed
+    weights that are mapped, quantized weights, fewer layers.
 
     Args:
         request: the call that does not fit.
@@ -31,6 +32,11 @@ def choices(request: Request, draft: Draft) -> Iterator[Choice]:
     """
     for arguments in _devices(request, draft):
         yield from _tried(request, arguments)
+    if request.options.mmap is False:
+        mapping = replace(request, options=replace(request.options, mmap="auto"))
+        mapped = _drafted(mapping)
+        if mapped is not None:
+            yield from _fitting(mapped, {"mmap": "auto"}, mapped.forecast())
     narrow: Draft | None = None
     if draft.model.cfg.dtype in _WIDE:
         narrow = _drafted(request.changed(dtype="bfloat16"))

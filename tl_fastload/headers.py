@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import MappingProxyType
 
 from tl_fastload import hub
 from tl_fastload.checkpoint import Checkpoint, choose_weights, open_weights, read_headers
+from tl_fastload.errors import CheckpointError
 from tl_fastload.location import Location, fetch, inside_repo, names_at_hand
+from tl_fastload.quantized_checkpoint import DESCRIPTIONS
 from tl_fastload.safetensors_header import DTYPES, TensorEntry
 from tl_fastload.torch_files import whole_bytes
 from tl_fastload.weight_files import read_index
+
+_DESCRIPTIONS = tuple(part for part in DESCRIPTIONS if "quant_state" in part)
 
 
 def open_headers(
@@ -59,6 +63,7 @@ def open_headers(
         entries = read_headers(local) if local else {}
         for name in missing:
             entries.update(_remote_entries(location, name))
+    _check_descriptions(location, entries)
     missing_bytes = sum(sizes.values())
     return Checkpoint(
         folder=location.folder,
@@ -71,6 +76,15 @@ def open_headers(
         missing_bytes=missing_bytes,
         is_outline=not entries,
     )
+
+
+def _check_descriptions(location: Location, names: Iterable[str]) -> None:
+    if any(name.endswith(_DESCRIPTIONS) for name in names):
+        raise CheckpointError(
+            f"{location.label} holds 4-bit weights, and how these are packed is written in "
+            "tensors, not in headers. Download it first, or plan the unquantized model with "
+            "quantize=."
+        )
 
 
 def _sizes(location: Location, names: Sequence[str]) -> dict[str, int]:

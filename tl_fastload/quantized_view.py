@@ -87,8 +87,7 @@ class RowView:
         for dim in reversed(inputs_last):
             strides[dim] = step
             step *= shape[dim]
-        flat = torch.empty(step if inputs_last else self.columns, device="meta")
-        return flat.as_strided(shape, strides)
+        return torch.empty(0, device="meta").as_strided(shape, strides)
 
 
 def row_view(geometry: torch.Tensor, columns: int) -> RowView | None:
