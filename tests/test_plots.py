@@ -115,7 +115,9 @@ def test_without_matplotlib_it_says_what_to_install(
 
 
 def test_peaks_as_bars() -> None:
-    good = Measurement("lean float32", (1.5,), 20 * MIB, 30 * MIB, facts={"parameter_bytes": 10 * MIB})
+    good = Measurement(
+        "lean float32", (1.5,), 20 * MIB, 30 * MIB, facts={"parameter_bytes": 10 * MIB}
+    )
     written = texts(plots.plot_peaks([good, Measurement("stock", error="failed: x")], "Peaks"))
     assert "lean float32" in written
     assert "2.00x, 1.50 s" in written
