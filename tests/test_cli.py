@@ -83,6 +83,25 @@ def test_load_passes_its_options_on() -> None:
     assert set(values["processing"].values()) == {"skipped: not asked for"}
 
 
+def test_options_become_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def record(model: str, **arguments: Any) -> None:
+        given.update(arguments, model_name=model)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_load.LeanHookedTransformer, "from_pretrained_lean", record)
+    run("load", "gpt2", code=130)
+    assert "dtype" not in given  # a processed copy keeps its own
+    assert "adapter" not in given
+    assert (given["check_memory"], given["mmap"], given["cache"]) == (True, "auto", None)
+    options = "--adapter a --requantize --revision r --subfolder s --offline --n-ctx 8"
+    run("load", "gpt2", *options.split(), "--no-check-memory", "--no-cache", code=130)
+    wanted = {"adapter": "a", "requantize": True, "revision": "r", "subfolder": "s", "n_ctx": 8}
+    wanted |= {"local_files_only": True, "check_memory": False, "cache": False}
+    assert wanted.items() <= given.items()
+
+
 def test_load_draws(tmp_path: Path) -> None:
     run("load", MODEL, "--plot", tmp_path / "a.png", "--map", tmp_path / "b.pdf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.pdf"]

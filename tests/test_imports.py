@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 
-HEAVY = ("matplotlib", "peft", "lightning", "pytorch_lightning", "IPython", "sklearn")
+HEAVY = (
+    "matplotlib",
+    "peft",
+    "lightning",
+    "pytorch_lightning",
+    "IPython",
+    "sklearn",
+    "typer",
+)
 
 
 def run(code: str, *arguments: Any) -> str:

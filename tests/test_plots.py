@@ -1,4 +1,4 @@
-"""Pictures: drawn without a display, with what was measured in them, in any format or none."""
+"""Pictures: drawn without a display, with what was measured in them, written whole or not."""
 
 from __future__ import annotations
 

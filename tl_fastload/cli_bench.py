@@ -27,53 +27,66 @@ _STRATEGIES = ("auto", "assign", "copy")
 _QUANTIZATIONS = ("8bit", "nf4", "fp4")
 
 
+_Model = Annotated[
+    str | None,
+    typer.Argument(help="A folder, a TransformerLens name or a hub name.", show_default=False),
+]
+_Shape = Annotated[
+    str | None,
+    typer.Option(
+        help="Random weights in this shape instead of a model: gpt2 or llama, then any of "
+        "n_layers, d_model, n_heads, n_kv_heads, d_mlp, d_vocab, n_ctx and dtype (of the "
+        "file), such as llama:d_model=512,n_layers=8."
+    ),
+]
+_Dtypes = Annotated[
+    list[str] | None, typer.Option(help="To load in; may be repeated.  [default: float32]")
+]
+_Strategies = Annotated[
+    list[str] | None,
+    typer.Option(help="auto, assign or copy; may be repeated.  [default: auto]"),
+]
+_Quantizations = Annotated[
+    list[str] | None, typer.Option(help="Also quantized while loading; may be repeated.")
+]
+_Processing = Annotated[
+    bool, typer.Option("--processing/--no-processing", help="Fold and centre the weights.")
+]
+_Stock = Annotated[
+    bool,
+    typer.Option(
+        "--stock/--no-stock",
+        help="Measure TransformerLens' own loader, too; it takes several times the memory.",
+    ),
+]
+_Repeats = Annotated[int, typer.Option(min=1, help="Processes for each load.")]
+_Keep = Annotated[
+    Path | None, typer.Option(help="Write the model of --shape into this folder and keep it.")
+]
+_Json = Annotated[
+    Path | None, typer.Option(help="Write the figures as JSON; - for standard output.")
+]
+_Plot = Annotated[
+    Path | None,
+    typer.Option(
+        help="Draw the peaks into this file (.png, .pdf ...), and memory over time into a "
+        'second one, whose name has "-timeline" added.'
+    ),
+]
+
+
 def bench(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="A folder, a TransformerLens name or a hub name.", show_default=False),
-    ] = None,
-    shape: Annotated[
-        str | None,
-        typer.Option(
-            help="Random weights in this shape instead of a model: gpt2 or llama, then any of "
-            "n_layers, d_model, n_heads, n_kv_heads, d_mlp, d_vocab, n_ctx and dtype (of the "
-            "file), such as llama:d_model=512,n_layers=8."
-        ),
-    ] = None,
-    dtype: Annotated[
-        list[str] | None, typer.Option(help="To load in; may be repeated.  [default: float32]")
-    ] = None,
-    strategy: Annotated[
-        list[str] | None,
-        typer.Option(help="auto, assign or copy; may be repeated.  [default: auto]"),
-    ] = None,
-    quantize: Annotated[
-        list[str] | None, typer.Option(help="Also quantized while loading; may be repeated.")
-    ] = None,
-    processing: Annotated[
-        bool, typer.Option("--processing/--no-processing", help="Fold and centre the weights.")
-    ] = True,
-    stock: Annotated[
-        bool,
-        typer.Option(
-            "--stock/--no-stock",
-            help="Measure TransformerLens' own loader, too; it takes several times the memory.",
-        ),
-    ] = True,
-    repeats: Annotated[int, typer.Option(min=1, help="Processes for each load.")] = 3,
-    keep: Annotated[
-        Path | None, typer.Option(help="Write the model of --shape into this folder and keep it.")
-    ] = None,
-    json: Annotated[
-        Path | None, typer.Option(help="Write the figures as JSON; - for standard output.")
-    ] = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option(
-            help="Draw the peaks into this file (.png, .pdf ...), and memory over time into a "
-            'second one, whose name has "-timeline" added.'
-        ),
-    ] = None,
+    model: _Model = None,
+    shape: _Shape = None,
+    dtype: _Dtypes = None,
+    strategy: _Strategies = None,
+    quantize: _Quantizations = None,
+    processing: _Processing = True,
+    stock: _Stock = True,
+    repeats: _Repeats = 3,
+    keep: _Keep = None,
+    json: _Json = None,
+    plot: _Plot = None,
     debug: Debug = False,
 ) -> None:
     """Measure what loading costs, lean and stock, each load in a fresh process.

@@ -58,6 +58,14 @@ def _shared(
     dequantize: Annotated[
         bool, _option("--dequantize", panel=_WHAT, help="Make a quantized checkpoint ordinary.")
     ] = False,
+    adapter: Annotated[
+        str | None,
+        _option(metavar="LORA", panel=_WHAT, help="Merge this LoRA adapter: a folder or hub name."),
+    ] = None,
+    requantize: Annotated[
+        bool,
+        _option("--requantize", panel=_WHAT, help="Merge the adapter into quantized weights, too."),
+    ] = False,
     first_n_layers: Annotated[
         int | None, _option(metavar="N", panel=_WHAT, help="Load only that many layers.")
     ] = None,
@@ -104,6 +112,15 @@ def _shared(
     """The shared options, declared once."""
 
 
+_PASSED_IF_GIVEN = (
+    "dtype",
+    "adapter",
+    "requantize",
+    "revision",
+    "subfolder",
+    "local_files_only",
+    "trust_remote_code",
+)
 _STEPS = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
 
 
@@ -121,7 +138,7 @@ def _arguments(given: dict[str, Any]) -> dict[str, Any]:
     arguments = {**given, **steps, "mmap": "auto" if mmap is None else mmap}
     arguments["local_files_only"] = arguments.pop("offline")
     # Left to the loader's own defaults unless they say something.
-    for name in ("dtype", "revision", "subfolder", "local_files_only", "trust_remote_code"):
+    for name in _PASSED_IF_GIVEN:
         if not arguments[name]:
             del arguments[name]
     return arguments

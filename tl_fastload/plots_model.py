@@ -70,7 +70,7 @@ def plot_memory_map(model: Any, path: str | Path | None = None) -> Any:
     axes.set_ylim(0, 1.08 * highest / unit_bytes)
     axes.set_title(
         f"{_model_name(model)}, {format_bytes(sum(totals.values()))}; "
-        "from bottom to top: attention, MLP, norms",
+        "from bottom to top: attention, MLP, norms and buffers",
     )
     _legend_of_states(figure, totals)
     return finish(figure, path)
