@@ -78,8 +78,11 @@ SOURCES = ["state dict", "safetensors file", "torch file", "shards", "index", "t
 def test_every_source(case_id: str, how: str, zoo: Any, tmp_path: Path) -> None:
     model = lean_model(zoo(case_id))
     state = other_values(model)
+    versions = {name: parameter._version for name, parameter in model.named_parameters()}
     report = load_weights_(model, written(how, state, tmp_path))
     assert_holds(model, state)
+    # Autograd and process_weights_ see that they have changed, also where bytes were read in.
+    assert not [n for n, p in model.named_parameters() if p._version == versions[n] and p.numel()]
     assert model.load_report is report
     assert report.missing_keys == report.unexpected_keys == ()
     assert report.strategy == "copy"
