@@ -78,8 +78,11 @@ SOURCES = ["state dict", "safetensors file", "torch file", "shards", "index", "t
 def test_every_source(case_id: str, how: str, zoo: Any, tmp_path: Path) -> None:
     model = lean_model(zoo(case_id))
     state = other_values(model)
+    versions = {name: parameter._version for name, parameter in model.named_parameters()}
     report = load_weights_(model, written(how, state, tmp_path))
     assert_holds(model, state)
+    # Autograd and process_weights_ see that they have changed, also where bytes were read in.
+    assert not [n for n, p in model.named_parameters() if p._version == versions[n] and p.numel()]
     assert model.load_report is report
     assert report.missing_keys == report.unexpected_keys == ()
     assert report.strategy == "copy"
@@ -180,7 +183,7 @@ def test_everything_wrong_is_told_at_once(model: Any) -> None:
     ):
         assert line in str(error.value), line
     assert not changed(before, model)
-    with pytest.raises(MissingWeightsError, match="misshapen") as error:
+    with pytest.raises(MissingWeightsError, match=r"not usable: unembed.W_U") as error:
         load_weights_(model, wrong, strict=False)
     assert "missing:" not in str(error.value)
     assert not changed(before, model)
@@ -192,6 +195,24 @@ def test_nothing_that_fits_is_an_error(model: Any) -> None:
     with pytest.raises(MissingWeightsError, match="missing: embed"):
         load_weights_(model, {})
     assert load_weights_(model, {}, strict=False).missing_keys
+
+
+def test_two_models_in_one_state_dict(model: Any) -> None:
+    before, state = values(model), other_values(model)
+    two = {f"{who}.{name}": v for who in ("student", "teacher") for name, v in state.items()}
+    for strict in (True, False):
+        with pytest.raises(
+            MissingWeightsError, match=r"'student\..* and 'teacher\..* would both be"
+        ):
+            load_weights_(model, two, strict=strict)
+    assert not changed(before, model)
+
+
+def test_a_model_that_was_made_without_weights(model: Any) -> None:
+    empty = LeanHookedTransformer(model.cfg)
+    report = load_weights_(empty, model)
+    assert empty.load_report is report
+    assert_holds(empty, model.state_dict())
 
 
 def _without_config(model: Any) -> Any:

@@ -117,9 +117,14 @@ def load_weights_(
         with torch.inference_mode(False), PeakSampler() as sampler, Progress(progress) as bar:
             weights = open_source(source, reader)
             named, renaming = named_as(model, weights.table)
+            if renaming.ambiguous is not None:
+                raise MissingWeightsError(
+                    f"The keys of {weights.label} fit the model only without what stands in front "
+                    f"of them, and {renaming.ambiguous}. The model is as it was. Pass the keys of "
+                    "one model."
+                )
             own = own_names(model)
-            is_hooked = not named or any(name in own for name in named)
-            if renaming.ambiguous is None and is_hooked:
+            if not named or any(name in own or _is_norm(name) for name in named):
                 if processing is not None:
                     raise ArgumentError(
                         "processing= is for weights in Hugging Face's naming. These have "
@@ -128,8 +133,6 @@ def load_weights_(
                     )
                 found = _load_hooked(model, weights, named, [*renaming.notes], strict, reader, bar)
             else:
-                if renaming.ambiguous is not None:
-                    weights.notes.append(f"No prefix was taken off: {renaming.ambiguous}.")
                 found = _load_converted(model, weights, config, processing, strict, reader, bar)
     except Exception as error:
         _raise_if_changed(model, before, error)
@@ -137,7 +140,7 @@ def load_weights_(
     finally:
         reader.close()
     report = _report(model, weights, found, sampler, time.perf_counter() - started)
-    if hasattr(model, "load_report"):
+    if hasattr(model, "_session"):  # of the lean classes
         model.load_report = report
     return report
 
@@ -181,7 +184,11 @@ def _load_hooked(
     state = model.state_dict(keep_vars=True)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     found = _Found(notes=[*weights.notes, *notes])
-    found.unexpected = [f"{name} ({why})" for name, why in weights.unusable.items()]
+    for name, why in weights.unusable.items():
+        if name in own:
+            found.problems.append(f"not usable: {name} ({why})")
+        else:
+            found.unexpected.append(f"{name} ({why})")
     writes = []
     for name, source in named.items():
         if name not in own:
@@ -197,11 +204,12 @@ def _load_hooked(
             found.problems.append(problem)
         else:
             found.notes.append(f"The model's own table stays: {problem}.")
-    given = {write.name for write in writes}
     found.missing = [
         bare
         for bare, name in own.items()
-        if bare not in named and name not in given and not _may_be_missing(model, name, parameters)
+        if bare not in named
+        and bare not in weights.unusable
+        and not _may_be_missing(model, name, parameters)
     ]
     found.notes += _hints(model, found)
     found.check(weights.label, strict, len(writes))
@@ -346,7 +354,7 @@ def _report(
 ) -> LoadReport:
     return_freed_memory()
     parameters = list(model.parameters())
-    if found.flags is not None and hasattr(model, "load_report"):
+    if found.flags is not None and hasattr(model, "_session"):
         model._processed = ({step for step, on in found.flags.items() if on}, versions(model))
     processing = {} if found.flags is None else steps.describe(found.flags, model.cfg)
     kinds = {p.content.stored.kind for p in parameters if isinstance(p, QuantizedTensor)}
