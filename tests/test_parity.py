@@ -152,7 +152,7 @@ def test_experts_have_the_dtype_and_run(case_id: str, dtype: torch.dtype, zoo: A
     lean = lean_model(folder, dtype=dtype)
     assert {parameter.dtype for parameter in lean.parameters()} == {dtype}
     assert any("Expert layers are" in note for note in lean.load_report.notes)
-    with pytest.raises(RuntimeError, match="dtype|scalar type"):
+    with pytest.raises(RuntimeError, match=r"dtype|scalar type"):
         stock_model(case_id, folder, dtype=dtype)(tokens(case_id))
     assert log_probs(lean, case_id).isfinite().all()
     if dtype == torch.float64:
