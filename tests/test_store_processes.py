@@ -22,7 +22,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """What `store_programs` saw, all of it in one process: the imports take longest."""
     few = request.param == "few"
     script = Path(__file__).with_name("store_programs.py")
-    numbers = ("killed=10", "together=2") if few else ("killed=120", "together=20")
+    numbers = ("killed=10", "together=2") if few else ("killed=200", "together=20")
     done = subprocess.run(
         [sys.executable, script, tmp_path_factory.mktemp("programs"), *numbers, "shared=3"],
         capture_output=True,
@@ -36,7 +36,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_a_save_that_is_killed(found: Any) -> None:
-    killed, times = found["killed"], 10 if found["few"] else 120
+    killed, times = found["killed"], 10 if found["few"] else 200
     assert killed["absent"] + killed["old"] + killed["new"] == times
     assert killed["finished"] < times  # most were killed at work
     assert killed["files"] == ["tl_fastload.json", "tokenizer", "weights"]

@@ -89,8 +89,9 @@ def _merge(folder: Path, target: Path, last: str, old: Callable[[], Collection[s
         replaced = set(old())
         (folder / last).replace(target / last)
     except BaseException:
-        for path in moved:
-            remove(path)
+        if (folder / last).exists():  # an interrupt may come just after the replacement
+            for path in moved:
+                remove(path)
         raise
     sync(target)
     new = {path.name for path in moved}
