@@ -292,7 +292,6 @@ def test_4bit_layers_that_cannot_be_read() -> None:
         (torch.zeros(2, 4, 64), "nf4", {}, "matrix"),
         (torch.zeros(4, 64, dtype=torch.int8), "nf4", {}, "floating point"),
         (torch.full((4, 64), 1e6), "int8", {}, "beyond float16"),
-        (torch.zeros(4, 64, device="meta"), "nf4", {}, "no kernels for device meta"),
     ],
 )
 def test_what_cannot_be_quantized(
@@ -300,6 +299,11 @@ def test_what_cannot_be_quantized(
 ) -> None:
     with pytest.raises(QuantizationError, match=message):
         bnb_kernels.quantize(dense, kind, **options)
+
+
+def test_a_device_without_kernels() -> None:
+    with pytest.raises(QuantizationError, match="no kernels for device meta"):
+        bnb_kernels.require_device(torch.device("meta"))
 
 
 @pytest.fixture

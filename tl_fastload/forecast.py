@@ -8,7 +8,6 @@ matrix in every layer) are rehearsed once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -164,7 +163,7 @@ class _Rehearsal:
             held=tuple(held[name] for name in recipes),
             quantized=tuple(_quantized_bytes(made[name]) for name in recipes),
             peak=counter.peak,
-            scratch=stage.scratch_bytes,
+            scratch=stage.scratch.bytes,
         )
 
     def _keep(self, name: str, promise: Promise, node: Node, stage: _Stage) -> torch.Tensor | None:
@@ -225,15 +224,22 @@ class _Outline:
         return value
 
 
-class _Stage:
-    """Copies of recipes that read nothing: stand-ins take the place of their sources.
+@dataclass
+class _Scratch:
+    """What reading would take on the host, beside the values: the most at a time."""
 
-    Attributes:
-        scratch_bytes: what reading would take on the host, beside the values.
-    """
+    bytes: int = 0
+
+    def read(self, size: int) -> None:
+        self.bytes = max(self.bytes, size)
+
+
+class _Stage:
+    """Copies of recipes that read nothing: stand-ins take the place of their sources."""
 
     def __init__(self, device: torch.device) -> None:
-        self.scratch_bytes = 0
+        # Apart from the stage, which holds the stand-ins: a cycle would keep the recipes alive.
+        self.scratch = _Scratch()
         self._device = device
         self._nodes: dict[Node, Node] = {}
         self._sources: dict[int, Source] = {}
@@ -265,23 +271,18 @@ class _Stage:
         is_lent = _is_lent(source, self._device)
         if isinstance(source, QuantizedSource):
             return _quantized_stand_in(source, is_lent)
-        return _StandIn(source, is_lent, self._device.type == "cpu", self._read)
-
-    def _read(self, size: int) -> None:
-        self.scratch_bytes = max(self.scratch_bytes, size)
+        return _StandIn(source, is_lent, self._device.type == "cpu", self.scratch)
 
 
 class _StandIn(Source):
     """A source without values."""
 
-    def __init__(
-        self, source: Source, is_lent: bool, on_host: bool, read: Callable[[int], None]
-    ) -> None:
+    def __init__(self, source: Source, is_lent: bool, on_host: bool, scratch: _Scratch) -> None:
         self._on_host = on_host
         self.name, self.shape, self.stride = source.name, source.shape, source.stride
         self.dtype = source.dtype
         self._is_file = not isinstance(source, MemorySource)
-        self._read = read
+        self._scratch = scratch
         self._lent = None
         if is_lent:
             self._lent = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=META)
@@ -307,7 +308,7 @@ class _StandIn(Source):
         if self._on_host:
             for dtype in casts[:-1]:
                 torch.empty(count, dtype=dtype, device=META)  # counted, and gone
-        self._read(held)
+        self._scratch.read(held)
 
 
 def _span_bytes(geometry: torch.Tensor) -> int:

@@ -70,6 +70,9 @@ class Placer:
         """
         targets = self.targets()
         todo = self.todo(recipes)
+        if self.quantizer is not None:
+            for name in self.parameters & recipes.keys() - todo.keys():
+                self.quantizer.stays_dense(name, recipes[name])  # the report says why
         recipes.clear()
         total_bytes = sum(_size_bytes(targets[name]) for name in todo)
         self._trim_bytes = max(_TRIM_LEAST_BYTES, int(total_bytes * _TRIM_FRACTION))

@@ -281,7 +281,9 @@ def _shadow(
 
 def _promise_once(tensor: torch.Tensor, name: str, promises: dict[int, Promise]) -> Promise:
     if id(tensor) not in promises:
-        promises[id(tensor)] = _as_parameter(Promise.of(MemorySource(tensor, name), tensor.device))
+        # TransformerLens refuses weights on the meta device, where those of an outline lie.
+        device = torch.device("cpu") if tensor.is_meta else tensor.device
+        promises[id(tensor)] = _as_parameter(Promise.of(MemorySource(tensor, name), device))
     return promises[id(tensor)]
 
 
