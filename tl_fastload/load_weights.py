@@ -25,10 +25,11 @@ from tl_fastload.key_prefixes import named_as, own_names
 from tl_fastload.memory import PeakSampler, return_freed_memory, unique_bytes
 from tl_fastload.placement import Placer
 from tl_fastload.progress import Progress, ProgressOption
-from tl_fastload.promise import MemorySource, Promise, Source
+from tl_fastload.promise import Promise
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.quantizer import Quantizer
 from tl_fastload.reader import FileReader
+from tl_fastload.recipe import MemorySource, Source
 from tl_fastload.report import LoadReport
 from tl_fastload.state_dicts import listed
 from tl_fastload.weight_sources import WeightSource, open_source, read_through

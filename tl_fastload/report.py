@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import html
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tl_fastload.display import format_bytes, html_table, text_table
 from tl_fastload.timeline import Timeline
-
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 @dataclass(frozen=True)
@@ -110,17 +108,10 @@ class LoadReport:
         return f"{format_bytes(size_bytes)} ({ratio:.2f}x of the parameters)"
 
     def __str__(self) -> str:
-        rows = self.rows()
-        width = max(len(label) for label, _ in rows)
-        return "\n".join(["LoadReport", *(f"  {label:<{width}}  {text}" for label, text in rows)])
+        return text_table("LoadReport", self.rows())
 
     def _repr_html_(self) -> str:
-        cells = "".join(
-            f"<tr><th style='text-align:left'>{html.escape(label)}</th>"
-            f"<td style='text-align:left'>{html.escape(text)}</td></tr>"
-            for label, text in self.rows()
-        )
-        return f"<table><caption>LoadReport</caption>{cells}</table>"
+        return html_table("LoadReport", self.rows())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: dtype as text, everything else as it is."""
@@ -161,13 +152,3 @@ def _by_reason(not_quantized: dict[str, str]) -> list[str]:
         f"{found[0]}{f' and {len(found) - 1} more' if len(found) > 1 else ''} ({reason})"
         for reason, found in names.items()
     ]
-
-
-def format_bytes(size_bytes: float) -> str:
-    """A size in binary units, such as "1.52 GiB"."""
-    size = float(size_bytes)
-    for unit in _UNITS:
-        if abs(size) < 1024 or unit == _UNITS[-1]:
-            break
-        size /= 1024
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
