@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tl_fastload import compat
 from tl_fastload.display import format_bytes, html_table, text_table
+from tl_fastload.memory import PeakSampler, unique_bytes
 from tl_fastload.timeline import Timeline
 
 
@@ -69,6 +71,53 @@ class LoadReport:
     cache: str | None = None
     missing_keys: tuple[str, ...] = ()
     unexpected_keys: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        *,
+        strategy: str,
+        reason: str,
+        source: str,
+        mapped_bytes: int = 0,
+        **said: Any,
+    ) -> LoadReport:
+        """The report of a load into `model`, before `measured` adds time and memory.
+
+        Args:
+            model: a `HookedTransformer` with its weights.
+            strategy: as in the report, like the other arguments; `said` is any of the rest.
+        """
+        parameters = list(model.parameters())
+        return cls(
+            strategy=strategy,
+            reason=reason,
+            torch_version=str(compat.TORCH),
+            transformers_version=str(compat.TRANSFORMERS),
+            transformer_lens_version=str(compat.TRANSFORMER_LENS),
+            source=source,
+            dtype=model.cfg.dtype,
+            device=", ".join(sorted({str(parameter.device) for parameter in parameters})),
+            seconds=0.0,
+            parameter_bytes=unique_bytes(parameters),
+            peak_host_bytes=0,
+            peak_anonymous_bytes=0,
+            mapped_bytes=mapped_bytes,
+            peak_device_bytes=None,
+            **said,
+        )
+
+    def measured(self, sampler: PeakSampler, seconds: float) -> LoadReport:
+        """The same report with the time that the call took, and its memory."""
+        return replace(
+            self,
+            seconds=seconds,
+            peak_host_bytes=sampler.peak_host_bytes,
+            peak_anonymous_bytes=sampler.peak_anonymous_bytes,
+            peak_device_bytes=sampler.peak_device_bytes,
+            timeline=sampler.timeline(),
+        )
 
     def rows(self) -> list[tuple[str, str]]:
         """The report as (label, text) pairs, in reading order."""

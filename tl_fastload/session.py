@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from tl_fastload import compat, steps, verify
+from tl_fastload import steps, verify
 from tl_fastload.already import versions
 from tl_fastload.display import format_bytes
 from tl_fastload.errors import MissingWeightsError
 from tl_fastload.forecast import forecast
 from tl_fastload.key_prefixes import named_as
 from tl_fastload.lora import base_notes
-from tl_fastload.memory import PeakSampler, return_freed_memory, unique_bytes
+from tl_fastload.memory import PeakSampler, return_freed_memory
 from tl_fastload.norms import norms_put_back_on_error
 from tl_fastload.options import Options
 from tl_fastload.origin import Origin, find_origin
@@ -259,26 +259,16 @@ def _place(model: nn.Module, session: Session) -> None:
 
 def _report(model: Any, session: Session, sampler: PeakSampler, seconds: float) -> LoadReport:
     origin = session.origin
-    parameters = list(model.parameters())
     asked = {step for step, value in session.requested.items() if value}
     model._processed = (asked, versions(model))
     if origin is not None:
         model._quantization = session.options.quantize or origin.spec
-    return LoadReport(
+    report = LoadReport.of(
+        model,
         strategy="assign" if session.options.assigns else "copy",
         reason=session.options.reason() if origin is not None else "parameters keep their identity",
-        torch_version=str(compat.TORCH),
-        transformers_version=str(compat.TRANSFORMERS),
-        transformer_lens_version=str(compat.TRANSFORMER_LENS),
         source=origin.label if origin is not None else "state_dict",
-        dtype=model.cfg.dtype,
-        device=", ".join(sorted({str(parameter.device) for parameter in parameters})),
-        seconds=seconds,
-        parameter_bytes=unique_bytes(parameters),
-        peak_host_bytes=sampler.peak_host_bytes,
-        peak_anonymous_bytes=sampler.peak_anonymous_bytes,
         mapped_bytes=session.mapped_bytes,
-        peak_device_bytes=sampler.peak_device_bytes,
         processing=steps.describe(session.requested, model.cfg),
         quantization=quantization(session, model),
         not_quantized=session.not_quantized,
@@ -289,8 +279,8 @@ def _report(model: Any, session: Session, sampler: PeakSampler, seconds: float) 
             *session.notes,
         ),
         revision=origin.commit if origin is not None else None,
-        timeline=sampler.timeline(),
     )
+    return report.measured(sampler, seconds)
 
 
 def _adapter_notes(origin: Origin | None) -> list[str]:
