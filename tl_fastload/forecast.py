@@ -227,15 +227,11 @@ class _Outline:
 
 
 class _Stage:
-    """Copies of recipes that read nothing: stand-ins take the place of their sources.
-
-    Attributes:
-        scratch_bytes: what reading would take on the host, beside the values.
-    """
+    """Copies of recipes that read nothing: stand-ins take the place of their sources."""
 
     def __init__(self, device: torch.device) -> None:
-        self.scratch_bytes = 0
         self._device = device
+        self._reads: list[int] = []
         self._nodes: dict[Node, Node] = {}
         self._sources: dict[int, Source] = {}
 
@@ -266,10 +262,13 @@ class _Stage:
         is_lent = _is_lent(source, self._device)
         if isinstance(source, QuantizedSource):
             return _quantized_stand_in(source, is_lent)
-        return _StandIn(source, is_lent, self._device.type == "cpu", self._read)
+        # Not a method of this one: the cycle would keep recipes until the next collection.
+        return _StandIn(source, is_lent, self._device.type == "cpu", self._reads.append)
 
-    def _read(self, size: int) -> None:
-        self.scratch_bytes = max(self.scratch_bytes, size)
+    @property
+    def scratch_bytes(self) -> int:
+        """What reading would take on the host, beside the values."""
+        return max(self._reads, default=0)
 
 
 class _StandIn(Source):
