@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tl_fastload.promise import MemorySource, Promise
+from tl_fastload.promise import Promise
 from tl_fastload.reader import FileReader, FileSource
+from tl_fastload.recipe import MemorySource
 from tl_fastload.safetensors_header import read_header
 
 Step = tuple[str, int, int, int]

@@ -25,8 +25,9 @@ from programs import (
 from tl_fastload import layout
 from tl_fastload.errors import RecordingError
 from tl_fastload.evaluator import Evaluation, Value, evaluate, operands, sources
-from tl_fastload.promise import MemorySource, Promise, SourceView, node_of
+from tl_fastload.promise import Promise, node_of
 from tl_fastload.reader import FileReader, is_dense
+from tl_fastload.recipe import MemorySource, SourceView
 
 SHAPES = ((4, 6), (6,), (2, 3, 4), (4, 6))
 KIB = 1 << 10

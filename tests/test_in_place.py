@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tl_fastload.in_place import InPlaceWriter, Write
-from tl_fastload.promise import MemorySource
+from tl_fastload.recipe import MemorySource
 
 
 def run(targets: dict[str, torch.Tensor], sources: dict[str, torch.Tensor]) -> int:

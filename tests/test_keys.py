@@ -11,7 +11,8 @@ from torch import nn
 
 from tl_fastload import compat, keys
 from tl_fastload.keys import Ledger, rename_to_model, tied_groups
-from tl_fastload.promise import MemorySource, Promise
+from tl_fastload.promise import Promise
+from tl_fastload.recipe import MemorySource
 
 TABLES = pytest.mark.skipif(not compat.HAS_WEIGHT_CONVERSIONS, reason="transformers 4 has no table")
 

@@ -24,9 +24,10 @@ from tl_fastload import LeanHookedTransformer
 from tl_fastload.errors import LeanLoadError
 from tl_fastload.evaluator import Evaluation
 from tl_fastload.origin import Origin
-from tl_fastload.promise import Node, Promise, Source
+from tl_fastload.promise import Promise
 from tl_fastload.reader import FileMaps, FileReader
-from tl_fastload.session import Session
+from tl_fastload.recipe import Node, Source
+from tl_fastload.recording import Session
 
 RAW = reference.NO_PROCESSING
 OURS = (Promise, Source, Node, FileReader, FileMaps, Session, Origin, Evaluation)

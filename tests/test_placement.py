@@ -15,8 +15,9 @@ from tl_fastload import layout
 from tl_fastload.forecast import forecast
 from tl_fastload.placement import Placer, groups
 from tl_fastload.progress import Progress
-from tl_fastload.promise import MemorySource, Promise
+from tl_fastload.promise import Promise
 from tl_fastload.reader import FileMaps, FileReader, FileSource
+from tl_fastload.recipe import MemorySource
 from tl_fastload.safetensors_header import read_header
 
 CPU = torch.device("cpu")

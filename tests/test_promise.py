@@ -11,16 +11,15 @@ from programs import CPU, DTYPES, STEPS, assert_same, in_memory, random_sources,
 
 from tl_fastload.errors import LeanLoadError, RecordingError
 from tl_fastload.evaluator import evaluate
-from tl_fastload.promise import (
+from tl_fastload.promise import Promise, node_of
+from tl_fastload.recipe import (
     Call,
     MemorySource,
     Pick,
-    Promise,
     Source,
     SourceView,
     dense_strides,
     dtype_of,
-    node_of,
     shape_of,
 )
 

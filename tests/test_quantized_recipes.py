@@ -15,9 +15,10 @@ from quantized_kinds import assert_near, dense_matrix
 from tl_fastload import quantized
 from tl_fastload.errors import QuantizationError
 from tl_fastload.evaluator import evaluate
-from tl_fastload.promise import MemorySource, Promise
+from tl_fastload.promise import Promise
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.quantized_recipes import QuantizedSource, follow, reads_quantized
+from tl_fastload.recipe import MemorySource
 
 CPU = torch.device("cpu")
 HEADS, D_HEAD, D_MODEL = 3, 32, 128

@@ -9,11 +9,12 @@ import torch
 from quantized_kinds import dense_matrix
 
 from tl_fastload import quantized
-from tl_fastload.promise import MemorySource, Promise
+from tl_fastload.promise import Promise
 from tl_fastload.quantization import Quantization
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.quantized_recipes import QuantizedSource
 from tl_fastload.quantizer import Quantizer
+from tl_fastload.recipe import MemorySource
 
 CPU = torch.device("cpu")
 HEADS, D_HEAD, D_MODEL = 3, 32, 128

@@ -15,8 +15,8 @@ import torch
 from comparison import lean_model
 
 from tl_fastload import LoadReport, compat
+from tl_fastload.display import format_bytes
 from tl_fastload.memory import unique_bytes
-from tl_fastload.report import format_bytes
 
 
 def make_report(**fields: Any) -> LoadReport:

@@ -18,8 +18,9 @@ from tl_fastload import tree
 from tl_fastload.checkpoint import resolve
 from tl_fastload.errors import CheckpointError
 from tl_fastload.evaluator import evaluate, sources
-from tl_fastload.promise import MemorySource, Promise
+from tl_fastload.promise import Promise
 from tl_fastload.reader import FileReader
+from tl_fastload.recipe import MemorySource
 
 
 def tree_of(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:

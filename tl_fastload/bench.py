@@ -16,11 +16,11 @@ import torch
 from tl_fastload import synthetic
 from tl_fastload.available import available_bytes
 from tl_fastload.checkpoint import Checkpoint, open_weights, resolve_config
+from tl_fastload.display import format_bytes
 from tl_fastload.errors import LeanLoadError
 from tl_fastload.measure import Measurement, WorkerError, combine, read_ahead, run_action
 from tl_fastload.measure_loads import Contender, torch_dtype
 from tl_fastload.names import official_name
-from tl_fastload.report import format_bytes
 
 _IMPORTS_BYTES = 1 << 30
 _STOCK_BYTES_A_NUMBER = 14  # its processing upcasts everything to float32, three and a half times

@@ -18,7 +18,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tl_fastload import __version__
 from tl_fastload.cli_bench import bench
 from tl_fastload.cli_cache import cache_app
 from tl_fastload.cli_console import show_error
@@ -28,6 +27,7 @@ from tl_fastload.cli_options import takes_load_options
 from tl_fastload.cli_plan import plan_command
 from tl_fastload.cli_save import save
 from tl_fastload.errors import LeanLoadError
+from tl_fastload.version import __version__
 
 EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
 _DEBUG = "--debug"

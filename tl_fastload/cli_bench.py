@@ -16,10 +16,10 @@ from tl_fastload import bench as benchmark
 from tl_fastload.bench import Subject
 from tl_fastload.cli_console import console, say, write_json
 from tl_fastload.cli_options import Debug
+from tl_fastload.display import format_bytes
 from tl_fastload.doctor import machine, versions
 from tl_fastload.measure import Measurement
 from tl_fastload.measure_loads import Contender
-from tl_fastload.report import format_bytes
 from tl_fastload.synthetic import parse_shape
 
 _DTYPES = ("float32", "bfloat16", "float16")

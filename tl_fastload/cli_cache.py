@@ -15,7 +15,7 @@ from rich.text import Text
 from tl_fastload import cache
 from tl_fastload.cli_console import console, write_json
 from tl_fastload.cli_options import Debug
-from tl_fastload.report import format_bytes
+from tl_fastload.display import format_bytes
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B?)", re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}

@@ -11,8 +11,8 @@ from rich.text import Text
 
 from tl_fastload.cli_console import console, write_json
 from tl_fastload.cli_options import Debug
+from tl_fastload.display import format_bytes
 from tl_fastload.doctor import Diagnosis, diagnose
-from tl_fastload.report import format_bytes
 
 
 def doctor_command(

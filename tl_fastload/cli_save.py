@@ -10,8 +10,8 @@ from rich.text import Text
 
 from tl_fastload.cli_console import console, libraries_to_stderr
 from tl_fastload.cli_options import Debug, Model
+from tl_fastload.display import format_bytes
 from tl_fastload.model import LeanHookedTransformer
-from tl_fastload.report import format_bytes
 from tl_fastload.store_write import check_target
 
 

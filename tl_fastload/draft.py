@@ -18,6 +18,7 @@ from tl_fastload.origin import Origin
 from tl_fastload.placement import Placer
 from tl_fastload.promise import Promise
 from tl_fastload.quantizer import Quantizer
+from tl_fastload.recording import Session
 from tl_fastload.stock_memory import StockLedger
 
 CPU = torch.device("cpu")
@@ -67,7 +68,7 @@ class Draft:
     """
 
     model: Any
-    session: sessions.Session
+    session: Session
     origin: Origin
     placer: Placer
     recipes: dict[str, Promise]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from tl_fastload.promise import Call, Node, Pick, SourceView, aten, dense_strides
+from tl_fastload.recipe import Call, Node, Pick, SourceView, aten, dense_strides
 
 _IN_PLACE: dict[Any, Any] = {
     aten.mul.Tensor: aten.mul_.Tensor,

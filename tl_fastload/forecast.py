@@ -17,11 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tl_fastload.evaluator import Evaluation
 from tl_fastload.placement import Placer, groups
-from tl_fastload.promise import Call, MemorySource, Node, Pick, Promise, Source, SourceView
+from tl_fastload.promise import Promise
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.quantized_content import Content
 from tl_fastload.quantized_recipes import QuantizedSource
 from tl_fastload.reader import CHUNK_BYTES, HELD_SPAN_BYTES
+from tl_fastload.recipe import Call, MemorySource, Node, Pick, Source, SourceView
 
 META = torch.device("meta")
 _LARGE_BYTES = 1 << 20

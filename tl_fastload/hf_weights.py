@@ -24,10 +24,11 @@ from tl_fastload.evaluator import sources
 from tl_fastload.keywords import Keywords
 from tl_fastload.options import Options
 from tl_fastload.origin import Origin
-from tl_fastload.promise import MemorySource, Promise
+from tl_fastload.promise import Promise
 from tl_fastload.quantization import of_checkpoint
 from tl_fastload.reader import FileReader
-from tl_fastload.session import Session, record_processing
+from tl_fastload.recipe import MemorySource
+from tl_fastload.recording import Session, record_processing
 from tl_fastload.state_dicts import as_promise, listed
 from tl_fastload.steps import STEPS, reason_to_skip
 from tl_fastload.stock import convert

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tl_fastload.promise import MemorySource, Source
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.reader import FileSource
+from tl_fastload.recipe import MemorySource, Source
 
 
 @dataclass(frozen=True)

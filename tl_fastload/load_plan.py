@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import html
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tl_fastload.report import format_bytes
+from tl_fastload.display import format_bytes, html_table, text_table
 
 KINDS = ("embedding", "attention", "MLP", "norms and other", "quantized", "buffers")
 
@@ -186,20 +185,12 @@ class LoadPlan:
         return f"{format_bytes(size)} ({size / max(self.total_bytes, 1):.2f}x)"
 
     def __str__(self) -> str:
-        rows = self.rows()
-        width = max(len(label) for label, _ in rows)
-        return "\n".join(["LoadPlan", *(f"  {label:<{width}}  {text}" for label, text in rows)])
+        return text_table("LoadPlan", self.rows())
 
     def _repr_html_(self) -> str:
-        cells = "".join(
-            f"<tr><th style='text-align:left;white-space:pre'>{html.escape(label)}</th>"
-            f"<td style='text-align:left'>{html.escape(text)}</td></tr>"
-            for label, text in self.rows()
-        )
         colour = "green" if self.fits else "crimson"
         verdict = "fits" if self.fits else "does not fit"
-        title = f"LoadPlan: <b style='color:{colour}'>{verdict}</b>"
-        return f"<table><caption>{title}</caption>{cells}</table>"
+        return html_table(f"LoadPlan: <b style='color:{colour}'>{verdict}</b>", self.rows())
 
     def plot(self, path: str | Path | None = None) -> Any:
         """Draw the predicted peaks, lean and stock, against what is available. Needs matplotlib.

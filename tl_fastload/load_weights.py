@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformer_lens import HookedTransformer
 
-from tl_fastload import compat, quantized_view, steps
+from tl_fastload import quantized_view, steps
 from tl_fastload.already import versions
 from tl_fastload.errors import (
     ArgumentError,
@@ -22,13 +22,14 @@ from tl_fastload.errors import (
 from tl_fastload.hf_weights import Converted, converted, find_config, steps_of
 from tl_fastload.in_place import InPlaceWriter, Write
 from tl_fastload.key_prefixes import named_as, own_names
-from tl_fastload.memory import PeakSampler, return_freed_memory, unique_bytes
+from tl_fastload.memory import PeakSampler, return_freed_memory
 from tl_fastload.placement import Placer
 from tl_fastload.progress import Progress, ProgressOption
-from tl_fastload.promise import MemorySource, Promise, Source
+from tl_fastload.promise import Promise
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.quantizer import Quantizer
 from tl_fastload.reader import FileReader
+from tl_fastload.recipe import MemorySource, Source
 from tl_fastload.report import LoadReport
 from tl_fastload.state_dicts import listed
 from tl_fastload.weight_sources import WeightSource, open_source, read_through
@@ -353,32 +354,22 @@ def _report(
     model: Any, weights: WeightSource, found: _Found, sampler: PeakSampler, seconds: float
 ) -> LoadReport:
     return_freed_memory()
-    parameters = list(model.parameters())
     if found.flags is not None and hasattr(model, "_session"):
         model._processed = ({step for step, on in found.flags.items() if on}, versions(model))
     processing = {} if found.flags is None else steps.describe(found.flags, model.cfg)
-    kinds = {p.content.stored.kind for p in parameters if isinstance(p, QuantizedTensor)}
-    return LoadReport(
+    kinds = {p.content.stored.kind for p in model.parameters() if isinstance(p, QuantizedTensor)}
+    report = LoadReport.of(
+        model,
         strategy="copy",
         reason="parameters keep their identity",
-        torch_version=str(compat.TORCH),
-        transformers_version=str(compat.TRANSFORMERS),
-        transformer_lens_version=str(compat.TRANSFORMER_LENS),
         source=weights.label,
-        dtype=model.cfg.dtype,
-        device=", ".join(sorted({str(parameter.device) for parameter in parameters})),
-        seconds=seconds,
-        parameter_bytes=unique_bytes(parameters),
-        peak_host_bytes=sampler.peak_host_bytes,
-        peak_anonymous_bytes=sampler.peak_anonymous_bytes,
-        mapped_bytes=0,
-        peak_device_bytes=sampler.peak_device_bytes,
         processing=processing,
         quantization=", ".join(sorted(kinds)) or None,
         notes=tuple(found.notes),
         missing_keys=tuple(found.missing),
         unexpected_keys=tuple(found.unexpected),
     )
+    return report.measured(sampler, seconds)
 
 
 def _size_bytes(tensor: torch.Tensor) -> int:

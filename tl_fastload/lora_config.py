@@ -20,8 +20,9 @@ from tl_fastload.checkpoint import Location, open_weights
 from tl_fastload.errors import AdapterError, ArgumentError, CheckpointError, UnknownModelError
 from tl_fastload.hub import HubOptions
 from tl_fastload.location import file_names
-from tl_fastload.promise import MemorySource, Promise
+from tl_fastload.promise import Promise
 from tl_fastload.reader import FileReader, FileSource
+from tl_fastload.recipe import MemorySource
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

@@ -17,7 +17,8 @@ from tl_fastload.errors import AdapterError
 from tl_fastload.lora import Weights, merge
 from tl_fastload.lora_config import Adapter, check_config, sort_tensors
 from tl_fastload.lora_quantized import requantized
-from tl_fastload.promise import MemorySource, Promise
+from tl_fastload.promise import Promise
+from tl_fastload.recipe import MemorySource
 
 # Where peft's wrappers keep the module that they stand for.
 _INSIDE = ("base_layer", "token_adapter", "original_module")

@@ -10,10 +10,11 @@ from tl_fastload import quantized
 from tl_fastload.errors import QuantizationError
 from tl_fastload.evaluator import evaluate
 from tl_fastload.lora import Merge
-from tl_fastload.promise import MemorySource, Promise, SourceView
+from tl_fastload.promise import Promise
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.quantized_bytes import FourBitBytes, Int8Bytes
 from tl_fastload.quantized_recipes import QuantizedSource
+from tl_fastload.recipe import MemorySource, SourceView
 
 
 def requantized(weight: Promise, merge: Merge) -> Promise:

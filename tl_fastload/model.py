@@ -21,6 +21,7 @@ from tl_fastload.norms import replace_and_process
 from tl_fastload.options import DEFAULT_DTYPE, OWN_ARGUMENTS, Options
 from tl_fastload.progress import ProgressOption
 from tl_fastload.quantization import quantization_argument, read_quantization
+from tl_fastload.recording import Session
 from tl_fastload.report import LoadReport
 from tl_fastload.state_dicts import fill_missing_keys
 from tl_fastload.steps import reason_to_skip
@@ -38,7 +39,7 @@ class LeanLoadingMixin:
     """
 
     load_report: LoadReport
-    _session: sessions.Session | None = None
+    _session: Session | None = None
     _processed: tuple[set[str], Any]
     _hf_config: Any = None  # Hugging Face's configuration, for weights in its naming
 

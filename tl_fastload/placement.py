@@ -15,11 +15,12 @@ from tl_fastload import compat, layout
 from tl_fastload.evaluator import Evaluation, Value, sources
 from tl_fastload.memory import return_freed_memory
 from tl_fastload.progress import Progress
-from tl_fastload.promise import MemorySource, Promise, SourceView
+from tl_fastload.promise import Promise
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.quantized_recipes import QuantizedSource
 from tl_fastload.quantizer import Quantizer
 from tl_fastload.reader import FileMaps, FileSource, has_overlap, is_dense
+from tl_fastload.recipe import MemorySource, SourceView
 
 # Freed scratch memory is given back each time that this part of the model has passed through it.
 _TRIM_FRACTION = 0.01

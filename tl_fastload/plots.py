@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from tl_fastload.display import format_bytes
 from tl_fastload.errors import ArgumentError
 from tl_fastload.measure import Measurement
 from tl_fastload.plots_base import (
@@ -29,7 +30,6 @@ from tl_fastload.plots_base import (
 )
 from tl_fastload.plots_model import plot_memory_map
 from tl_fastload.plots_plan import plot_plan
-from tl_fastload.report import LoadReport, format_bytes
 from tl_fastload.timeline import Phase, Timeline
 
 __all__ = ["Series", "plot_load", "plot_memory_map", "plot_peaks", "plot_plan", "plot_timelines"]
@@ -59,7 +59,18 @@ class Series:
     final_bytes: int
 
 
-def plot_load(report: LoadReport, stock: Any = None, path: str | Path | None = None) -> Any:
+class Loaded(Protocol):
+    """What a picture needs of a load: a `LoadReport` has it."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def parameter_bytes(self) -> int: ...
+    @property
+    def timeline(self) -> Timeline: ...
+
+
+def plot_load(report: Loaded, stock: Any = None, path: str | Path | None = None) -> Any:
     """Draw the memory of a lean load over its time, and of a stock load beside it.
 
     Args:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tl_fastload.display import format_bytes
 from tl_fastload.memory_map import STATES, memory_map
 from tl_fastload.plots_base import (
     BLACK,
@@ -20,7 +21,6 @@ from tl_fastload.plots_base import (
     styled,
     unit,
 )
-from tl_fastload.report import format_bytes
 
 _STATE_STYLES = {
     "dense": (BLUE, ""),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from tl_fastload.load_plan import LoadPlan
+from tl_fastload.display import format_bytes
 from tl_fastload.plots_base import (
     BLACK,
     GREEN,
@@ -21,7 +21,6 @@ from tl_fastload.plots_base import (
     unit,
     write_beside,
 )
-from tl_fastload.report import format_bytes
 
 _KIND_STYLES = {
     "embedding": (SKY, "...."),
@@ -36,8 +35,37 @@ _MOST_OF_LARGEST = 2.0
 Row = tuple[str, int, int, int | None]
 
 
+class Planned(Protocol):
+    """What a picture needs of a plan: a `LoadPlan` has it."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def fits(self) -> bool: ...
+    @property
+    def total_bytes(self) -> int: ...
+    @property
+    def parameter_bytes(self) -> dict[str, int]: ...
+    @property
+    def available_host_bytes(self) -> int | None: ...
+    @property
+    def available_device_bytes(self) -> int | None: ...
+    @property
+    def peak_host_bytes(self) -> int: ...
+    @property
+    def peak_anonymous_bytes(self) -> int: ...
+    @property
+    def peak_device_bytes(self) -> int | None: ...
+    @property
+    def stock_peak_host_bytes(self) -> int | None: ...
+    @property
+    def stock_peak_anonymous_bytes(self) -> int | None: ...
+    @property
+    def stock_peak_device_bytes(self) -> int | None: ...
+
+
 @styled
-def plot_plan(plan: LoadPlan, path: str | Path | None = None) -> Any:
+def plot_plan(plan: Planned, path: str | Path | None = None) -> Any:
     """Draw the predicted peaks, lean and stock, against what is available, and the model by kind.
 
     Args:
@@ -73,7 +101,7 @@ def plot_plan(plan: LoadPlan, path: str | Path | None = None) -> Any:
     return finish(figure, path)
 
 
-def _rows(plan: LoadPlan) -> list[Row]:
+def _rows(plan: Planned) -> list[Row]:
     """Label, memory that no file backs, all resident memory, and what is available."""
     free = plan.available_host_bytes
     held, resident = plan.peak_anonymous_bytes, plan.peak_host_bytes
@@ -90,13 +118,13 @@ def _rows(plan: LoadPlan) -> list[Row]:
     return rows
 
 
-def _verdict(plan: LoadPlan) -> str:
+def _verdict(plan: Planned) -> str:
     free = plan.available_host_bytes
     room = "" if free is None else f", {format_bytes(free)} of host memory can be had"
     return f"{'fits' if plan.fits else 'does NOT fit'}{room}"
 
 
-def _draw_kinds(axes: Any, plan: LoadPlan, unit_bytes: int) -> None:
+def _draw_kinds(axes: Any, plan: Planned, unit_bytes: int) -> None:
     """One bar: what the model consists of."""
     left = 0.0
     for kind, size_bytes in plan.parameter_bytes.items():

@@ -8,196 +8,19 @@ other bytes in their place. So `clone` shares them, and only `copy.deepcopy` cop
 
 from __future__ import annotations
 
-import contextlib
-import copy
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 
-from tl_fastload import bnb_kernels, quantized_view
-from tl_fastload.errors import QuantizationError
-from tl_fastload.quantized_bytes import FourBitBytes
+from tl_fastload import bnb_kernels, quantized_ops
 from tl_fastload.quantized_content import Content
+from tl_fastload.quantized_matrix import QuantizedMatrix
 from tl_fastload.tracing import not_compiled
 
-COMPUTING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-
-class QuantizedTensor(torch.Tensor):
-    """A view of a quantized matrix; see the module's text.
-
-    Attributes:
-        content: the bytes and what belongs to them.
-        geometry: meta tensor; its shape, strides and offset select elements of the dense matrix
-            [out, in].
-    """
-
-    content: Content
-    geometry: torch.Tensor
-
-    @staticmethod
-    def __new__(
-        cls, content: Content, geometry: torch.Tensor | None = None, dtype: Any = None
-    ) -> QuantizedTensor:
-        if geometry is None:
-            geometry = quantized_view.whole(content.stored.shape)
-        dtype = _default_dtype(content) if dtype is None else dtype
-        if dtype not in COMPUTING_DTYPES:
-            raise QuantizationError(f"quantized weights cannot compute in {dtype}.")
-        # In inference mode torch cannot make views of an ordinary tensor's wrapper otherwise.
-        with torch.inference_mode(False):
-            tensor: QuantizedTensor = torch.Tensor._make_wrapper_subclass(
-                cls,
-                geometry.shape,
-                strides=geometry.stride(),
-                storage_offset=geometry.storage_offset(),
-                dtype=dtype,
-                device=content.stored.device,
-            )
-        tensor.content = content
-        tensor.geometry = geometry
-        return tensor
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # torch.Tensor.__init__ takes no arguments of a subclass.
-        pass
-
-    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
-        return (
-            f"QuantizedTensor({self.content.stored.kind}, shape={tuple(self.shape)}, "
-            f"dtype={self.dtype}, "
-            f"device={self.device}, bytes={self.nbytes_stored()})"
-        )
-
-    def nbytes_stored(self) -> int:
-        """Bytes of everything that this tensor holds, also of rows that its view does not show."""
-        return sum(t.numel() * t.element_size() for t in self.content.tensors().values())
-
-    def dequantize(self) -> torch.Tensor:
-        """The values as an ordinary tensor of the same shape, strides and dtype."""
-        content, geometry = self.content, self.geometry
-        if geometry.numel() < self._size():
-            # Not whole rows: dequantize the matrix, and look at a part of it.
-            with contextlib.suppress(QuantizationError):
-                content, geometry = self._compact()
-        return content.dense(self.dtype).as_strided(
-            geometry.shape, geometry.stride(), geometry.storage_offset()
-        )
-
-    def compact(self) -> QuantizedTensor:
-        """The same values, holding only the rows that this view shows; a run of successive rows
-        stays shared.
-
-        Raises:
-            QuantizationError: the view does not show whole rows, or rows that can be taken out
-                exactly; says why.
-        """
-        return type(self)(*self._compact(), self.dtype)
-
-    def why_dense(self) -> str | None:
-        """Why linear maps by this view have to dequantize it; None if they run on the kernel."""
-        try:
-            self._compact()
-        except QuantizationError as error:
-            return str(error)
-        return None
-
-    def scale_input(self, scale: torch.Tensor) -> QuantizedTensor:
-        """The same view of the matrix with its columns multiplied by `scale` [in], bytes untouched
-        and shared.
-
-        Raises:
-            QuantizationError: the matrix is centred over its input already, or `scale` has another
-                length.
-        """
-        return type(self)(self.content.scaled_input(scale), self.geometry, self.dtype)
-
-    def shift_input(self, shift: torch.Tensor) -> QuantizedTensor:
-        """The same map, whose kernel sees activations moved by `shift` [in]; values are the
-        same.
-        """
-        return type(self)(self.content.shifted_input(shift), self.geometry, self.dtype)
-
-    def center_input(self) -> QuantizedTensor:
-        """The same view of the matrix less its mean over the input, bytes untouched and shared."""
-        return type(self)(replace(self.content, center_in=True), self.geometry, self.dtype)
-
-    def center_output(self) -> QuantizedTensor:
-        """The same view of the matrix less its mean over the output, rows not shown included."""
-        return type(self)(replace(self.content, center_out=True), self.geometry, self.dtype)
-
-    def rows_content(self, geometry: torch.Tensor) -> Content | None:
-        """What multiplies by a view [rows, in] of whole rows; None if no kernel can."""
-        view = quantized_view.linear_rows(geometry, self.content.stored.shape[1])
-        if view is None:
-            return None
-        if geometry.shape[0] == self.content.stored.shape[0] and geometry.is_contiguous():
-            return self.content
-        try:
-            return self.content.rows(view.index())
-        except QuantizationError:
-            return None
-
-    def contiguous_rows(self) -> QuantizedTensor | None:
-        """The same values contiguous, by taking whole rows; None if that is not enough."""
-        view = quantized_view.row_view(self.geometry, self.content.stored.shape[1])
-        order = None if view is None else view.in_logical_order()
-        if view is None or order is None:
-            return None
-        try:
-            content = self.content.rows(view.index(order))
-        except QuantizationError:
-            return None
-        return type(self)(content, view.packed(order), self.dtype)
-
-    def become(self, other: QuantizedTensor) -> None:
-        """Hold the bytes of another tensor from now on."""
-        self.content, self.geometry = other.content, other.geometry
-
-    def shares_bytes(self, other: QuantizedTensor) -> bool:
-        """Whether the other tensor's bytes lie in the same memory, with the same scales."""
-        mine, theirs = self.content.stored.tensors(), other.content.stored.tensors()
-        return mine.keys() == theirs.keys() and all(
-            mine[name].data_ptr() == theirs[name].data_ptr() for name in mine
-        )
-
-    def _compact(self) -> tuple[Content, torch.Tensor]:
-        view = quantized_view.row_view(self.geometry, self.content.stored.shape[1])
-        if view is None:
-            raise QuantizationError("the view does not show whole rows of the quantized matrix")
-        return self.content.rows(view.index()), view.packed()
-
-    def _size(self) -> int:
-        return self.content.stored.shape[0] * self.content.stored.shape[1]
-
-    def __getattr__(self, name: str) -> Any:
-        # The names that __tensor_flatten__ gives are attributes; everything else is torch's.
-        content = self.__dict__.get("content")
-        tensors = {} if content is None else content.tensors()
-        if name in tensors:
-            return tensors[name]
-        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
-
-    def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
-        tensors, plain = self.content.parts()
-        return list(tensors), {"plain": plain, "offset": self.storage_offset(), "dtype": self.dtype}
-
-    @classmethod
-    def __tensor_unflatten__(
-        cls, tensors: Mapping[str, torch.Tensor], context: Mapping[str, Any], size: Any, stride: Any
-    ) -> QuantizedTensor:
-        content = Content.build(tensors, context["plain"])
-        return _rebuild_view(content, size, stride, context["offset"], context["dtype"])
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedTensor:
-        content = self.content.map(lambda tensor: copy.deepcopy(tensor, memo))
-        made = type(self)(content, self.geometry, self.dtype)
-        if isinstance(self, torch.nn.Parameter):
-            made = torch.nn.Parameter(made, requires_grad=False)  # type: ignore[assignment]
-        memo[id(self)] = made
-        return made
+class QuantizedTensor(QuantizedMatrix):
+    """A view of a quantized matrix; see the module's text."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         tensors, plain = self.content.parts()
@@ -208,16 +31,12 @@ class QuantizedTensor(torch.Tensor):
     @classmethod
     @not_compiled
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from tl_fastload import quantized_ops  # the operations build on this module
-
         return quantized_ops.call_function(func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch passes no kwargs at times
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        from tl_fastload import quantized_ops
-
         return quantized_ops.call_operator(func, args, kwargs or {})
 
 
@@ -231,24 +50,10 @@ def rebuild(
     is_parameter: bool,
 ) -> QuantizedTensor:
     """Make a saved tensor again. `torch.load(weights_only=True)` must be allowed this name."""
-    made = _rebuild_view(Content.build(tensors, plain), shape, stride, offset, dtype)
+    made = QuantizedTensor.of_view(Content.build(tensors, plain), shape, stride, offset, dtype)
     if is_parameter:
         made = torch.nn.Parameter(made, requires_grad=False)  # type: ignore[assignment]
     return made
-
-
-def _rebuild_view(
-    content: Content, shape: Any, stride: Any, offset: int, dtype: torch.dtype
-) -> QuantizedTensor:
-    geometry = quantized_view.part(content.stored.shape, shape, stride, offset)
-    return QuantizedTensor(content, geometry, dtype)
-
-
-def _default_dtype(content: Content) -> torch.dtype:
-    # That of the matrix which was quantized, where it is known; what bitsandbytes dequantizes to,
-    # where not.
-    stored = content.stored
-    return stored.quant_dtype if isinstance(stored, FourBitBytes) else torch.float32
 
 
 def from_linear8bit(

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map
 
 from tl_fastload import quantized_view
 from tl_fastload.errors import QuantizationError
-from tl_fastload.quantized import COMPUTING_DTYPES, QuantizedTensor
+from tl_fastload.quantized_matrix import COMPUTING_DTYPES, QuantizedMatrix
 from tl_fastload.tracing import untraced
 
 aten = torch.ops.aten
@@ -78,7 +78,7 @@ def call_operator(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 
 def _dense(value: Any) -> Any:
-    return value.dequantize() if isinstance(value, QuantizedTensor) else value
+    return value.dequantize() if isinstance(value, QuantizedMatrix) else value
 
 
 def _refuse_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -86,7 +86,7 @@ def _refuse_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
         value = args[position] if position < len(args) else kwargs.get(argument.name)
-        if isinstance(value, QuantizedTensor):
+        if isinstance(value, QuantizedMatrix):
             raise QuantizationError(
                 f"{func} writes into a quantized weight, whose values cannot be changed one by "
                 f"one. Work on "
@@ -100,7 +100,7 @@ def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         seen = func(source.geometry, *args[1:], **kwargs)
 
     def wrap(geometry: Any) -> Any:
-        return QuantizedTensor(source.content, geometry, source.dtype)
+        return type(source)(source.content, geometry, source.dtype)
 
     return wrap(seen) if isinstance(seen, torch.Tensor) else [wrap(part) for part in seen]
 
@@ -112,7 +112,7 @@ def _clone(source: Any, *, memory_format: Any = None) -> Any:
         return NotImplemented if rows is None else rows
     if memory_format not in (None, torch.preserve_format, torch.contiguous_format):
         return NotImplemented
-    return QuantizedTensor(source.content, source.geometry, source.dtype)
+    return type(source)(source.content, source.geometry, source.dtype)
 
 
 def _to_copy(
@@ -136,16 +136,16 @@ def _to_copy(
         content = content.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
     if dtype != source.dtype and content.compute_dtype is not None:
         content = replace(content, compute_dtype=dtype)
-    return QuantizedTensor(content, same.geometry, dtype)
+    return type(source)(content, same.geometry, dtype)
 
 
 def _copy_(target: Any, source: Any, non_blocking: bool = False) -> Any:
     """`load_state_dict`: the target gets bytes of its own, the source keeps its memory. Bytes that
     the target has already stay where they are.
     """
-    if not isinstance(target, QuantizedTensor):
+    if not isinstance(target, QuantizedMatrix):
         return target.copy_(_dense(source), non_blocking)
-    if not isinstance(source, QuantizedTensor):
+    if not isinstance(source, QuantizedMatrix):
         raise QuantizationError(
             f"a quantized weight {list(target.shape)} cannot take the values of a {source.dtype} "
             f"tensor: quantize them "
@@ -160,19 +160,19 @@ def _copy_(target: Any, source: Any, non_blocking: bool = False) -> Any:
     content = source.content
     if not target.shares_bytes(source):
         content = content.map(lambda tensor: tensor.to(target.device, copy=True))
-    target.become(QuantizedTensor(content, target.geometry, target.dtype))
+    target.become(type(target)(content, target.geometry, target.dtype))
     return target
 
 
 def _set_data(target: Any, value: Any) -> Any:
     """`tensor.data = value`, with which older versions of torch move the parameters of a module."""
-    if isinstance(target, QuantizedTensor) and not isinstance(value, QuantizedTensor):
+    if isinstance(target, QuantizedMatrix) and not isinstance(value, QuantizedMatrix):
         raise QuantizationError(
             "the data of a quantized weight can only be set to a quantized weight."
         )
     with torch._C.DisableTorchFunctionSubclass():
         torch.Tensor.data.__set__(target, value)  # type: ignore[attr-defined]
-    if isinstance(target, QuantizedTensor):
+    if isinstance(target, QuantizedMatrix):
         target.become(value)
     return None
 
@@ -212,12 +212,12 @@ def _addmm(
 
 
 def _is_weight(tensor: Any) -> bool:
-    return isinstance(tensor, QuantizedTensor) and tensor.dim() == 2
+    return isinstance(tensor, QuantizedMatrix) and tensor.dim() == 2
 
 
-def _multiply(x: Any, weight: QuantizedTensor, geometry: torch.Tensor, bias: Any) -> Any:
+def _multiply(x: Any, weight: QuantizedMatrix, geometry: torch.Tensor, bias: Any) -> Any:
     # A product of two weights is one of matrices, not of an activation: it takes the exact values.
-    if isinstance(x, QuantizedTensor) or isinstance(bias, QuantizedTensor):
+    if isinstance(x, QuantizedMatrix) or isinstance(bias, QuantizedMatrix):
         return NotImplemented
     if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] != geometry.shape[1]:
         return NotImplemented

@@ -15,9 +15,10 @@ import torch
 
 from tl_fastload.errors import QuantizationError
 from tl_fastload.evaluator import evaluate, sources
-from tl_fastload.promise import Call, Node, Promise, Source, SourceView, aten, meta_of
+from tl_fastload.promise import Promise
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.quantized_bytes import QuantizedBytes
+from tl_fastload.recipe import Call, Node, Source, SourceView, aten, meta_of
 
 _COPIES = (aten.clone.default, aten._to_copy.default, aten.detach.default)
 _VIEWS = (

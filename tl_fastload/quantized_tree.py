@@ -10,11 +10,12 @@ from torch import nn
 
 from tl_fastload import quantized, quantized_checkpoint
 from tl_fastload.errors import QuantizationError
-from tl_fastload.promise import Promise, SourceView
+from tl_fastload.promise import Promise
 from tl_fastload.quantization import Quantization
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.quantized_recipes import QuantizedSource
 from tl_fastload.reader import FileSource
+from tl_fastload.recipe import SourceView
 
 _ROWS = "Int8Params"
 _BLOCKS = "Params4bit"

@@ -17,7 +17,7 @@ import torch
 from tl_fastload.checkpoint import TensorEntry
 from tl_fastload.compat import item_bytes
 from tl_fastload.errors import CheckpointError
-from tl_fastload.promise import Source
+from tl_fastload.recipe import Source
 from tl_fastload.safetensors_header import unreadable
 
 CHUNK_BYTES = 4 << 20

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-import html
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tl_fastload import compat
+from tl_fastload.display import format_bytes, html_table, text_table
+from tl_fastload.memory import PeakSampler, unique_bytes
 from tl_fastload.timeline import Timeline
-
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,53 @@ class LoadReport:
     missing_keys: tuple[str, ...] = ()
     unexpected_keys: tuple[str, ...] = ()
 
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        *,
+        strategy: str,
+        reason: str,
+        source: str,
+        mapped_bytes: int = 0,
+        **said: Any,
+    ) -> LoadReport:
+        """The report of a load into `model`, before `measured` adds time and memory.
+
+        Args:
+            model: a `HookedTransformer` with its weights.
+            strategy: as in the report, like the other arguments; `said` is any of the rest.
+        """
+        parameters = list(model.parameters())
+        return cls(
+            strategy=strategy,
+            reason=reason,
+            torch_version=str(compat.TORCH),
+            transformers_version=str(compat.TRANSFORMERS),
+            transformer_lens_version=str(compat.TRANSFORMER_LENS),
+            source=source,
+            dtype=model.cfg.dtype,
+            device=", ".join(sorted({str(parameter.device) for parameter in parameters})),
+            seconds=0.0,
+            parameter_bytes=unique_bytes(parameters),
+            peak_host_bytes=0,
+            peak_anonymous_bytes=0,
+            mapped_bytes=mapped_bytes,
+            peak_device_bytes=None,
+            **said,
+        )
+
+    def measured(self, sampler: PeakSampler, seconds: float) -> LoadReport:
+        """The same report with the time that the call took, and its memory."""
+        return replace(
+            self,
+            seconds=seconds,
+            peak_host_bytes=sampler.peak_host_bytes,
+            peak_anonymous_bytes=sampler.peak_anonymous_bytes,
+            peak_device_bytes=sampler.peak_device_bytes,
+            timeline=sampler.timeline(),
+        )
+
     def rows(self) -> list[tuple[str, str]]:
         """The report as (label, text) pairs, in reading order."""
         rows = [
@@ -110,17 +157,10 @@ class LoadReport:
         return f"{format_bytes(size_bytes)} ({ratio:.2f}x of the parameters)"
 
     def __str__(self) -> str:
-        rows = self.rows()
-        width = max(len(label) for label, _ in rows)
-        return "\n".join(["LoadReport", *(f"  {label:<{width}}  {text}" for label, text in rows)])
+        return text_table("LoadReport", self.rows())
 
     def _repr_html_(self) -> str:
-        cells = "".join(
-            f"<tr><th style='text-align:left'>{html.escape(label)}</th>"
-            f"<td style='text-align:left'>{html.escape(text)}</td></tr>"
-            for label, text in self.rows()
-        )
-        return f"<table><caption>LoadReport</caption>{cells}</table>"
+        return html_table("LoadReport", self.rows())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: dtype as text, everything else as it is."""
@@ -161,13 +201,3 @@ def _by_reason(not_quantized: dict[str, str]) -> list[str]:
         f"{found[0]}{f' and {len(found) - 1} more' if len(found) > 1 else ''} ({reason})"
         for reason, found in names.items()
     ]
-
-
-def format_bytes(size_bytes: float) -> str:
-    """A size in binary units, such as "1.52 GiB"."""
-    size = float(size_bytes)
-    for unit in _UNITS:
-        if abs(size) < 1024 or unit == _UNITS[-1]:
-            break
-        size /= 1024
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 
 from tl_fastload.available import available_bytes
+from tl_fastload.display import format_bytes
 from tl_fastload.errors import NotEnoughMemory
-from tl_fastload.report import format_bytes
 
 
 def check_room(needed_bytes: Mapping[torch.device, int], label: str) -> None:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tl_fastload import compat
 from tl_fastload.errors import UnknownModelError
-from tl_fastload.promise import aten
+from tl_fastload.recipe import aten
 
 
 class SkipRandomInit(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from tl_fastload.errors import MissingWeightsError
-from tl_fastload.promise import MemorySource, Promise
+from tl_fastload.promise import Promise
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.quantized_recipes import promise_of_tensor
+from tl_fastload.recipe import MemorySource
 
 
 def as_promise(tensor: torch.Tensor, name: str) -> Promise:

@@ -27,8 +27,9 @@ import torch
 from torch import nn
 
 from tl_fastload import compat
-from tl_fastload.promise import Node, Promise, SourceView
+from tl_fastload.promise import Promise
 from tl_fastload.reader import FileSource
+from tl_fastload.recipe import Node, SourceView
 
 # glibc's largest threshold (DEFAULT_MMAP_THRESHOLD_MAX), which it reaches as blocks are freed.
 _RETURNED_FROM_BYTES = 32 << 20

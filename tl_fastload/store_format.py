@@ -22,6 +22,7 @@ from tl_fastload import compat
 from tl_fastload.errors import CheckpointError, SaveError
 from tl_fastload.quantization import Quantization
 from tl_fastload.safetensors_header import LENGTH_BYTES, TensorEntry, read_header, unreadable
+from tl_fastload.version import __version__
 from tl_fastload.weight_files import stays_inside
 
 MANIFEST = "tl_fastload.json"
@@ -108,8 +109,6 @@ class Manifest:
 
 def versions() -> dict[str, str]:
     """Versions of what has a say in the numbers."""
-    from tl_fastload import __version__
-
     return {
         "tl_fastload": __version__,
         "torch": str(compat.TORCH),

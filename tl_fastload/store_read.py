@@ -6,7 +6,6 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +17,7 @@ from tl_fastload import compat, quantized, steps, verify
 from tl_fastload.already import versions
 from tl_fastload.errors import CheckpointError
 from tl_fastload.keywords import Keywords, sort_keywords
-from tl_fastload.memory import PeakSampler, return_freed_memory, unique_bytes
+from tl_fastload.memory import PeakSampler, return_freed_memory
 from tl_fastload.options import Options, is_on_network
 from tl_fastload.progress import Progress
 from tl_fastload.reader import FileMaps, FileReader, FileSource
@@ -119,14 +118,7 @@ def load_copy(
             model, report = _load(cls, options, arguments, keywords, folder, reader)
     finally:
         reader.close()
-    model.load_report = replace(
-        report,
-        seconds=time.perf_counter() - started,
-        peak_host_bytes=sampler.peak_host_bytes,
-        peak_anonymous_bytes=sampler.peak_anonymous_bytes,
-        peak_device_bytes=sampler.peak_device_bytes,
-        timeline=sampler.timeline(),
-    )
+    model.load_report = report.measured(sampler, time.perf_counter() - started)
     return model
 
 
@@ -158,22 +150,13 @@ def _load(
     model._quantization = manifest.quantization
     written = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     notes.append(f"Copy of {manifest.source or manifest.model_class}, written by {written}.")
-    report = LoadReport(
+    report = LoadReport.of(
+        model,
         strategy="assign" if options.assigns else "copy",
         reason="a processed copy",
-        torch_version=str(compat.TORCH),
-        transformers_version=str(compat.TRANSFORMERS),
-        transformer_lens_version=str(compat.TRANSFORMER_LENS),
         source=manifest.source or str(folder),
         revision=manifest.revision,
-        dtype=model.cfg.dtype,
-        device=", ".join(sorted({str(parameter.device) for parameter in model.parameters()})),
-        seconds=0.0,
-        parameter_bytes=unique_bytes(model.parameters()),
-        peak_host_bytes=0,
-        peak_anonymous_bytes=0,
         mapped_bytes=mapped_bytes,
-        peak_device_bytes=None,
         processing=steps.describe(manifest.flags, model.cfg),
         quantization=f"{manifest.quantization.kind}, as saved" if manifest.quantization else None,
         not_quantized=manifest.not_quantized,

@@ -16,10 +16,10 @@ from torch import nn
 
 from tl_fastload import layout
 from tl_fastload.already import is_processed
+from tl_fastload.display import format_bytes
 from tl_fastload.errors import LeanLoadError, SaveError
 from tl_fastload.progress import Progress, ProgressOption
 from tl_fastload.quantized import QuantizedTensor
-from tl_fastload.report import format_bytes
 from tl_fastload.safetensors_header import DTYPES, LENGTH_BYTES
 from tl_fastload.steps import STEPS, reason_to_skip
 from tl_fastload.store_files import move_into_place, new_owner, working_folder

@@ -24,11 +24,12 @@ from tl_fastload.checkpoint import Checkpoint
 from tl_fastload.errors import CheckpointError, UnsupportedArchitectureError
 from tl_fastload.key_prefixes import without_wrappers
 from tl_fastload.keys import Ledger, rename_to_model, tied_groups
-from tl_fastload.promise import MemorySource, Promise, Source, SourceView, aten
+from tl_fastload.promise import Promise
 from tl_fastload.quantization import Quantization
 from tl_fastload.quantized_recipes import reads_quantized
 from tl_fastload.quantized_tree import combine, is_conv1d, promise_of_layer, refuse_undeclared
 from tl_fastload.reader import FileReader, FileSource
+from tl_fastload.recipe import MemorySource, Source, SourceView, aten
 from tl_fastload.skeleton import SkipRandomInit
 
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from tl_fastload.checkpoint import Location, open_weights
 from tl_fastload.errors import ArgumentError
-from tl_fastload.promise import MemorySource, Source
 from tl_fastload.reader import CHUNK_BYTES, FileReader, FileSource
+from tl_fastload.recipe import MemorySource, Source
 from tl_fastload.torch_files import unnested
 from tl_fastload.wrapped import unwrapped
 

@@ -1,0 +1,34 @@
+"""Sizes and (label, text) rows as they are printed and shown in notebooks."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def format_bytes(size_bytes: float) -> str:
+    """A size in binary units, such as "1.52 GiB"."""
+    size = float(size_bytes)
+    for unit in _UNITS:
+        if abs(size) < 1024 or unit == _UNITS[-1]:
+            break
+        size /= 1024
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
+
+
+def text_table(title: str, rows: Sequence[tuple[str, str]]) -> str:
+    """A title, and a line for each row, its texts below one another."""
+    width = max(len(label) for label, _ in rows)
+    return "\n".join([title, *(f"  {label:<{width}}  {text}" for label, text in rows)])
+
+
+def html_table(caption: str, rows: Sequence[tuple[str, str]]) -> str:
+    """The same for a notebook; the caption is HTML already."""
+    cells = "".join(
+        f"<tr><th style='text-align:left;white-space:pre'>{html.escape(label)}</th>"
+        f"<td style='text-align:left'>{html.escape(text)}</td></tr>"
+        for label, text in rows
+    )
+    return f"<table><caption>{caption}</caption>{cells}</table>"

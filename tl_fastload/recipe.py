@@ -1,0 +1,140 @@
+"""Recipes: what was recorded, as a graph, and where its values come from.
+
+A recipe is a graph of three kinds of node: `SourceView` (elements of one stored tensor, seen
+through views and casts), `Call` (one ATen operation) and `Pick` (one result of an operation that
+returns several).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+aten = torch.ops.aten
+
+
+class Source(ABC):
+    """A stored tensor that recipes start from: a range of a file, or a tensor that somebody else
+    holds.
+    """
+
+    name: str
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @abstractmethod
+    def read_into(
+        self, out: torch.Tensor, geometry: torch.Tensor, casts: tuple[torch.dtype, ...]
+    ) -> None:
+        """Copy the elements that `geometry` (a meta view of this source) selects into `out`,
+        casting on the way.
+        """
+
+    @abstractmethod
+    def lend(self, geometry: torch.Tensor) -> torch.Tensor | None:
+        """The selected elements without a copy (the result is never written to), or None if that
+        is not possible.
+        """
+
+
+class MemorySource(Source):
+    """A tensor in memory that belongs to somebody else: read, never written."""
+
+    def __init__(self, tensor: torch.Tensor, name: str = "") -> None:
+        self.tensor = tensor.detach()
+        self.name = name
+        self.shape = tensor.shape
+        self.stride = tensor.stride()
+        self.dtype = tensor.dtype
+
+    def lend(self, geometry: torch.Tensor) -> torch.Tensor | None:
+        return self._view(geometry)
+
+    def _view(self, geometry: torch.Tensor) -> torch.Tensor:
+        offset = self.tensor.storage_offset() + geometry.storage_offset()
+        return self.tensor.as_strided(geometry.shape, geometry.stride(), offset)
+
+    def read_into(
+        self, out: torch.Tensor, geometry: torch.Tensor, casts: tuple[torch.dtype, ...]
+    ) -> None:
+        value = self._view(geometry)
+        for dtype in casts[:-1]:
+            value = value.to(dtype)
+        out.copy_(value)
+
+
+class Node:
+    """One step of a recipe."""
+
+    __slots__ = ()
+
+
+@dataclass(eq=False)
+class SourceView(Node):
+    """Elements of a source, seen through views, then cast.
+
+    Attributes:
+        source: where the values come from.
+        geometry: meta tensor; its shape, strides and offset select elements of the source's
+            storage.
+        casts: dtypes to cast through, in order; empty for the stored dtype.
+    """
+
+    source: Source
+    geometry: torch.Tensor
+    casts: tuple[torch.dtype, ...] = ()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.casts[-1] if self.casts else self.source.dtype
+
+
+@dataclass(eq=False)
+class Call(Node):
+    """One ATen operation. `args` and `kwargs` hold nodes where the operation took tensors."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    meta: Any = field(repr=False)
+
+
+@dataclass(eq=False)
+class Pick(Node):
+    """One of the tensors that a call returns."""
+
+    call: Call
+    index: int
+
+
+def meta_of(node: Node) -> torch.Tensor:
+    """A meta tensor with the shape and strides that a node's value has (for a cast view: before
+    the cast).
+    """
+    if isinstance(node, SourceView):
+        return node.geometry
+    if isinstance(node, Pick):
+        picked: torch.Tensor = node.call.meta[node.index]
+        return picked
+    meta: torch.Tensor = node.meta  # type: ignore[attr-defined]
+    return meta
+
+
+def shape_of(node: Node) -> torch.Size:
+    """The shape of a node's value."""
+    return meta_of(node).shape
+
+
+def dtype_of(node: Node) -> torch.dtype:
+    """The dtype of a node's value."""
+    return node.dtype if isinstance(node, SourceView) else meta_of(node).dtype
+
+
+def dense_strides(geometry: torch.Tensor) -> tuple[int, ...]:
+    """Strides of a dense tensor that keeps the memory order of `geometry`."""
+    return tuple(torch.empty_like(geometry, memory_format=torch.preserve_format).stride())

@@ -1,0 +1,113 @@
+"""What one load records: the session, and TransformerLens' processing run on its promises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn.modules.module import _IncompatibleKeys
+
+from tl_fastload import compat, steps
+from tl_fastload.evaluator import evaluate
+from tl_fastload.norms import unit_norms
+from tl_fastload.options import Options
+from tl_fastload.origin import Origin
+from tl_fastload.placement import Placer
+from tl_fastload.promise import Promise
+from tl_fastload.quantized import has_quantized
+from tl_fastload.quantized_shifts import kernel_shifts
+from tl_fastload.state_dicts import as_promise, own_values_apart
+from tl_fastload.stock_memory import StockLedger
+
+
+@dataclass
+class Session:
+    """State of one load.
+
+    Attributes:
+        options: strategy, mapping, progress.
+        requested: the processing steps that the caller asked for.
+        origin: where the weights come from; None for a state dict.
+        recipes: parameter name -> recipe, collected from TransformerLens' `load_state_dict` calls.
+        notes: for the report.
+        mapped_bytes: parameter bytes that were mapped.
+        shifts: what processing takes out of the inputs of quantized matrices.
+        not_quantized: matrices of a quantized model that are dense, and why.
+        mark: told the name of each phase as it begins.
+        ledger: counts what stock would need; None unless that is wanted.
+        placer: what would place the recipes, when nothing but a plan is wanted.
+    """
+
+    options: Options
+    requested: dict[str, bool]
+    origin: Origin | None = None
+    recipes: dict[str, Promise] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    mapped_bytes: int = 0
+    shifts: dict[str, Promise] = field(default_factory=dict)
+    not_quantized: dict[str, str] = field(default_factory=dict)
+    mark: Callable[[str], None] = lambda phase: None
+    ledger: StockLedger | None = None
+    placer: Placer | None = None
+
+    def collect(self, state_dict: dict[str, Any]) -> _IncompatibleKeys:
+        """Take what TransformerLens would load; it is placed when all of it is known."""
+        for name, value in state_dict.items():
+            self.recipes[name] = value if isinstance(value, Promise) else as_promise(value, name)
+        if self.ledger is not None:
+            self.ledger.load(state_dict)
+        return _IncompatibleKeys([], [])
+
+
+def record_processing(
+    model: Any,
+    session: Session,
+    state_dict: dict[str, Any],
+    flags: dict[str, bool],
+    stock: Callable[..., None],
+) -> None:
+    """Run TransformerLens' `load_and_process_state_dict` on promises; `session.recipes` are then
+    what it would load.
+
+    Args:
+        model: the model, or what stands in for it: TransformerLens' `load_state_dict` of it calls
+            `session.collect`.
+        session: gets the recipes.
+        state_dict: TransformerLens names -> tensors or promises; not changed.
+        flags: the processing steps; those that the model does not allow are left out.
+        stock: TransformerLens' bound `load_and_process_state_dict`.
+    """
+    own: dict[str, Any] = {}
+    if session.ledger is not None and session.origin is not None:
+        own = session.ledger.hand_over(session.origin.root, state_dict)
+        state_dict.clear()  # which `from_pretrained` holds: stock puts its copies in this very one
+        state_dict = own
+    promises = {
+        name: value if isinstance(value, Promise) else as_promise(value, name)
+        for name, value in own_values_apart(model, state_dict).items()
+        if isinstance(value, torch.Tensor)
+    }
+    own = state_dict = {}  # the promises are held once, as the tensors are in stock
+    # TransformerLens guards only some of its roads; unguarded steps change the model's output.
+    allowed = {
+        step: on and steps.reason_to_skip(step, model.cfg) is None for step, on in flags.items()
+    }
+    if session.origin is None and has_quantized(model):
+        # Their values now: the parameters that they are made of are written to one by one.
+        session.shifts = {
+            name: as_promise(evaluate(shift.node, shift.device).tensor.clone(), name)
+            for name, shift in kernel_shifts(promises, model.cfg, allowed).items()
+        }
+    elif session.origin is not None and session.origin.spec is not None:
+        session.shifts = kernel_shifts(promises, model.cfg, allowed)
+    if compat.REPLACES_NORMS and session.origin is None and allowed["fold_ln"]:
+        if "ln_final.w" in dict(model.named_parameters()):
+            session.notes.append(
+                f"TransformerLens {compat.TRANSFORMER_LENS} folds the norms of the state dict and "
+                "leaves those of the model as they are, so that both are applied. Use "
+                "process_weights_, or a model whose cfg.normalization_type ends in Pre."
+            )
+        promises |= unit_norms(model, promises)
+    stock(promises, **allowed)

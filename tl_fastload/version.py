@@ -1,0 +1,3 @@
+"""The version of tl_fastload."""
+
+__version__ = "0.1.0"
