@@ -190,7 +190,7 @@ def open_adapters(
     """
     adapters = []
     for name, weight in requests:
-        location = _locate(name, dict(keywords))
+        location = locate_adapter(name, dict(keywords))
         config = read_config(location.folder, location.label)
         adapter = Adapter(location.label, config, weight)
         sort_tensors(adapter, _tensors(location, reader))
@@ -210,7 +210,17 @@ def import_peft() -> Any:
     return peft
 
 
-def _locate(name: str, keywords: dict[str, Any]) -> Location:
+def locate_adapter(name: str, keywords: dict[str, Any]) -> Location:
+    """Find an adapter's folder; of one on the hub, its configuration is fetched and its commit is
+    resolved.
+
+    Args:
+        name: a folder; or "organisation/name", perhaps with "/subfolder" and "@revision".
+        keywords: how to reach the hub, as for the model.
+
+    Raises:
+        UnknownModelError, CheckpointError: it cannot be had, or is none.
+    """
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / CONFIG).is_file():
