@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import adapters
 import pytest
 import torch
 import zoo as zoo_module
 from comparison import differences, lean_model
+from fake_hub import COMMIT, OTHER_COMMIT, fill_cache, forbid_network
 from transformers import AutoTokenizer
 
 from tl_fastload import LeanHookedTransformer, cache, cache_key
 from tl_fastload.embedded_model import embedded_model_path
 from tl_fastload.errors import ArgumentError
+from tl_fastload.lora_argument import read_adapter_argument
 from tl_fastload.options import DEFAULT_DTYPE, Options
 from tl_fastload.quantization import read_quantization
 from tl_fastload.store_format import MANIFEST
@@ -103,40 +105,82 @@ def test_a_changed_source_is_not_found(change: str, source: Path, tmp_path: Path
     assert differences(lean_model(source), again) == []
 
 
-def test_versions_and_adapters_are_in_the_name(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    @dataclass
-    class WithAdapter(Options):
-        adapter: Any = None
-
+def entry_name(source: Path, adapter: Any = None, keywords: Any = None, **options: Any) -> str:
     arguments = dict.fromkeys((*cache_key._IN_THE_COPY, "device", "tokenizer"))
     arguments |= {"model_name": source, "dtype": DEFAULT_DTYPE, "move_to_device": True}
+    asked = Options(adapter=read_adapter_argument(adapter), **options)
+    return cache_key.entry_name(
+        LeanHookedTransformer, asked, {"n_devices": 1, **arguments}, keywords or {}
+    )
 
-    def name(**options: Any) -> str:
-        asked = {"n_devices": 1, **arguments}
-        return cache_key.entry_name(LeanHookedTransformer, WithAdapter(**options), asked, {})
 
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text("{}")
+def test_versions_and_options_are_in_the_name(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = {
-        name(),
-        name(quantize=read_quantization("nf4")),
-        name(quantize=read_quantization("fp4")),
-        name(adapter=adapter),
-        name(adapter=[(adapter, 0.5)]),
-        name(adapter="organisation/adapter"),
+        entry_name(source),
+        entry_name(source, quantize=read_quantization("nf4")),
+        entry_name(source, quantize=read_quantization("fp4")),
+        entry_name(source, requantize=True),
+        entry_name(source, dequantize=True),
     }
-    (adapter / "adapter_config.json").write_text("{ }")
-    names |= {name(adapter=adapter)}
+    assert entry_name(source, check_memory=False) in names
     for module in ("tl_fastload", "transformer_lens", "torch", "transformers"):
         other = {**cache_key.versions(), module: "0"}
         monkeypatch.setattr(cache_key, "versions", lambda other=other: other)
-        names.add(name())
+        names.add(entry_name(source))
     monkeypatch.setattr(cache_key, "FORMAT_VERSION", 99)
-    names.add(name())
-    assert len(names) == 12
+    names.add(entry_name(source))
+    assert len(names) == 10
+
+
+def test_adapters_are_known_by_their_files_and_weights(source: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    other = Path(shutil.copytree(adapter, tmp_path / "other"))
+    ways: list[Any] = [None, adapter, (adapter, 0.5), [adapter, other], [other, adapter]]
+    names = [entry_name(source, way) for way in ways]
+    assert [entry_name(source, way) for way in ways] == names
+    (adapter / "adapter_config.json").write_text("{ }")
+    names.append(entry_name(source, adapter))
+    assert len(set(names)) == len(names)
+
+
+def test_an_adapter_on_the_hub_is_known_by_its_commit(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbid_network(monkeypatch)
+    files = {"adapter_config.json": b"{}", "last/adapter_config.json": b"{}"}
+    fill_cache(tmp_path, "org/adapter", files, refs=("main", "v1"))
+    fill_cache(tmp_path, "org/adapter", files, commit=OTHER_COMMIT, refs=("v2",))
+
+    def name(adapter: str) -> str:
+        return entry_name(source, adapter, {"cache_dir": tmp_path})
+
+    before = name("org/adapter")
+    assert before == name("org/adapter@v1") == name(f"org/adapter@{COMMIT}")
+    assert len({before, name("org/adapter@v2"), name("org/adapter/last")}) == 3
+    (tmp_path / "models--org--adapter" / "refs" / "main").write_text(OTHER_COMMIT)
+    assert name("org/adapter") == name("org/adapter@v2") != before
+
+
+def test_a_merged_model_is_kept(zoo: Any, tmp_path: Path) -> None:
+    base, home = zoo("llama-gqa"), tmp_path / "cache"
+    one, two = (
+        adapters.for_case("llama-gqa", base, tmp_path / str(seed), seed=seed) for seed in (1, 2)
+    )
+    for adapter in (one, [(one, 0.5), (two, 0.5)]):
+        merged = lean_model(base, adapter=adapter)
+        for words in ("filled", "hit"):
+            made = lean_model(base, adapter=adapter, cache=home)
+            assert said(made) == words
+            assert differences(merged, made) == []
+            assert made.load_report.adapters == merged.load_report.adapters != ()
+    assert said(lean_model(base, cache=home)) == "filled"
+    folder = cache.entries(home)[-1].folder
+    with pytest.raises(ArgumentError, match="adapter="):
+        lean_model(folder, adapter=one)
 
 
 def test_a_hub_name_is_known_by_its_commit(zoo: Any, tmp_path: Path) -> None:

@@ -299,6 +299,7 @@ def test_files_that_are_none(model: Any, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     copy.mkdir()
     (copy / "tl_fastload.json").write_text("{}")
+    (copy / "weights-1.safetensors").touch()
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"embed.W_E": "gone.safetensors"}}))
     for source, kind, message in (
@@ -307,7 +308,8 @@ def test_files_that_are_none(model: Any, tmp_path: Path) -> None:
         (tmp_path / "module.pt", CheckpointError, "never run"),
         (tmp_path / "text.safetensors", CheckpointError, "not a safetensors file"),
         (index, CheckpointError, "gone.safetensors"),
-        (copy, ArgumentError, "processed copy"),
+        (copy / "weights-1.safetensors", ArgumentError, "part of a processed copy"),
+        (copy, CheckpointError, "does not describe a processed copy"),
         (7, ArgumentError, "cannot come from a int"),
     ):
         with pytest.raises(kind, match=message):

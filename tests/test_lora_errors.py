@@ -18,7 +18,7 @@ import torch
 from comparison import lean_model
 
 from tl_fastload import AdapterError, ArgumentError, CheckpointError, UnknownModelError
-from tl_fastload.lora_config import read_adapter_argument
+from tl_fastload.lora_argument import read_adapter_argument
 from tl_fastload.reader import FileReader
 
 Tensors = dict[str, torch.Tensor]

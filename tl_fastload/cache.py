@@ -168,18 +168,40 @@ def load_through_cache(
     copy = copy_folder(arguments["model_name"], keywords)
     if copy is not None:
         return load_copy(cls, options, arguments, keywords, copy)
-    home = folder_for(options.cache)
-    reason = _why_not(arguments) if home is not None else None
-    if home is None or reason is not None:
+    folder = entry_for(cls, options, arguments, keywords)
+    if folder is None:
         model = session.load(cls, options, arguments, keywords)
+        reason = _why_not(arguments) if folder_for(options.cache) is not None else None
         return model if reason is None else _told(model, f"not filled: {reason}")
-    verify.check_arguments(arguments, keywords)
-    folder = home / entry_name(cls, options, arguments, keywords)
     model = _hit(cls, options, arguments, keywords, folder)
     if model is None:
         model = session.load(cls, options, arguments, keywords)
         _told(model, _fill(model, folder, arguments))
     return model
+
+
+def entry_for(
+    cls: type, options: Options, arguments: dict[str, Any], keywords: dict[str, Any]
+) -> Path | None:
+    """The folder of the cache entry that a load would use, whether it is there or not; None for a
+    load without a cache. The arguments are those of `load_through_cache`.
+    """
+    home = folder_for(options.cache)
+    if home is None or _why_not(arguments) is not None:
+        return None
+    verify.check_arguments(arguments, keywords)
+    return home / entry_name(cls, options, arguments, keywords)
+
+
+def hit_arguments(
+    options: Options, arguments: dict[str, Any], keywords: dict[str, Any]
+) -> tuple[Options, dict[str, Any], dict[str, Any]]:
+    """How a load that hits the cache loads the entry: what its name stands for need not be
+    compared with what is in it. The arguments are those of `load_through_cache`.
+    """
+    arguments = {**arguments, "dtype": DEFAULT_DTYPE, "first_n_layers": None, "n_ctx": None}
+    keywords = {k: v for k, v in keywords.items() if k == "trust_remote_code"}
+    return replace(options, quantize=None, dequantize=False, adapter=()), arguments, keywords
 
 
 def _why_not(arguments: dict[str, Any]) -> str | None:
@@ -200,12 +222,8 @@ def _hit(
     """The model from its entry; None if there is none, or a damaged one."""
     if not (folder / MANIFEST).is_file():
         return None
-    # What the entry's name stands for need not be compared with what is in it.
-    arguments = {**arguments, "dtype": DEFAULT_DTYPE, "first_n_layers": None, "n_ctx": None}
-    keywords = {k: v for k, v in keywords.items() if k == "trust_remote_code"}
-    options = replace(options, quantize=None, dequantize=False)
     try:
-        model = load_copy(cls, options, arguments, keywords, folder)
+        model = load_copy(cls, *hit_arguments(options, arguments, keywords), folder)
     except CheckpointError:
         remove_whole(folder)
         return None

@@ -14,6 +14,7 @@ import torch
 from tl_fastload import verify
 from tl_fastload.checkpoint import Location, resolve_config
 from tl_fastload.keywords import sort_keywords
+from tl_fastload.lora_config import locate_adapter
 from tl_fastload.options import Options
 from tl_fastload.quantization import as_dtype
 from tl_fastload.steps import STEPS
@@ -21,7 +22,10 @@ from tl_fastload.store_format import FORMAT_VERSION, versions
 from tl_fastload.weight_files import read_index
 
 # How a load goes, not what comes out of it.
-_NOT_IN_THE_NUMBERS = ("strategy", "mmap", "progress", "move_to_device", "cache", "verify")
+_NOT_IN_THE_NUMBERS = (
+    *("strategy", "mmap", "progress", "move_to_device", "cache", "verify"),
+    *("check_memory", "only_plan"),
+)
 _IN_THE_COPY = ("first_n_layers", "n_ctx", "default_prepend_bos", "default_padding_side", *STEPS)
 
 
@@ -32,12 +36,13 @@ def entry_name(
 
     Args:
         cls: the model class.
-        options: all but how the load goes is part of the name, of an adapter its files as well.
+        options: all but how the load goes is part of the name; an adapter is known by its files,
+            or its commit on the hub.
         arguments: of `from_pretrained`, without `hf_model`.
         keywords: for Hugging Face.
 
     Raises:
-        UnknownModelError, CheckpointError, ArgumentError: the model cannot be found.
+        UnknownModelError, CheckpointError, ArgumentError: the model or an adapter cannot be found.
     """
     sorted_keywords = sort_keywords(keywords)
     torch_dtype = arguments.get("torch_dtype", keywords.get("torch_dtype"))
@@ -61,6 +66,10 @@ def entry_name(
             for item in fields(options)
             if item.name not in _NOT_IN_THE_NUMBERS
         },
+        "adapter": [
+            (_source(locate_adapter(name, sorted_keywords.hub)), weight)
+            for name, weight in options.adapter
+        ],
     }
     text = json.dumps(_identity(known), sort_keys=True)
     label = "".join(c if c.isalnum() else "-" for c in (location.repo or location.folder.name))

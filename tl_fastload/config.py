@@ -126,6 +126,18 @@ def load_hf_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig
     return config  # type: ignore[no-any-return]
 
 
+def hf_config_of(values: Mapping[str, Any]) -> PretrainedConfig:
+    """The configuration whose `to_dict` gave these values, as far as transformers has a class for
+    it; no code of a checkpoint runs.
+    """
+    model_type = _model_type(values)
+    if model_type is None:
+        return PretrainedConfig.from_dict(dict(values))
+    config_class: Any = CONFIG_MAPPING[model_type]
+    found: PretrainedConfig = config_class.from_dict({**values, "model_type": model_type})
+    return found
+
+
 def _read_json(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:

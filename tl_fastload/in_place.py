@@ -87,7 +87,9 @@ def _fill(target: torch.Tensor, source: Source) -> None:
             target.copy_(source.tensor.reshape(target.shape))
             return
         out = target.detach().reshape(source.shape)
-        geometry = torch.empty(source.shape, dtype=source.dtype, device="meta")
+        geometry = torch.empty_strided(
+            source.shape, source.stride, dtype=source.dtype, device="meta"
+        )
         casts = () if source.dtype == target.dtype else (target.dtype,)
         source.read_into(out, geometry, casts)
         out.as_strided((0,), (1,)).zero_()  # tells autograd and others that the tensor has changed

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,15 @@ import torch
 from tl_fastload.display import format_bytes, html_table, text_table
 
 KINDS = ("embedding", "attention", "MLP", "norms and other", "quantized", "buffers")
+
+
+def kind_of(name: str) -> str:
+    """Which of `KINDS` a parameter that is not quantized belongs to."""
+    if name.startswith(("embed.", "pos_embed.", "unembed.")):
+        return "embedding"
+    if ".attn." in name:
+        return "attention"
+    return "MLP" if ".mlp." in name else "norms and other"
 
 
 @dataclass(frozen=True)
@@ -81,12 +92,14 @@ class LoadPlan:
         stock_peak_anonymous_bytes: the same of `peak_anonymous_bytes`.
         stock_peak_device_bytes: the same of `peak_device_bytes`.
         stock_note: what stock's figures are about, if not about this load.
-        disk_bytes: what has to be downloaded.
-        available_disk_bytes: what is free where it goes; None if nothing has to be.
+        disk_bytes: what has to be downloaded, and what the entry of `cache=` will take.
+        cache_bytes: the second of these.
+        available_disk_bytes: what is free where these go, on the fuller disk if there are two;
+            None if nothing goes anywhere.
         rooms: need and room on the host and on each device.
-        seconds: how long planning took.
-        advice: the nearest choices that fit, if this one does not.
+        seconds: how long planning took, without `advice`.
         notes: anything else worth knowing, in sentences.
+        advise: finds `advice`; None for a plan that fits.
     """
 
     source: str
@@ -106,9 +119,20 @@ class LoadPlan:
     disk_bytes: int
     available_disk_bytes: int | None
     rooms: tuple[Room, ...]
+    cache_bytes: int = 0
     seconds: float = 0.0
-    advice: tuple[Choice, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    advise: Callable[[], tuple[Choice, ...]] | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def advice(self) -> tuple[Choice, ...]:
+        """The nearest choices that fit, if this one does not; found when they are first asked
+        for.
+        """
+        return () if self.advise is None else self.advise()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "advice": self.advice, "advise": None}
 
     @property
     def total_bytes(self) -> int:
@@ -133,9 +157,11 @@ class LoadPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether there is memory for the load, and disk space for what it downloads."""
-        free = self.available_disk_bytes
-        return self.fits_memory and (free is None or self.disk_bytes <= free)
+        """Whether there is memory for the load, and disk space for what it downloads. (A cache
+        entry that finds no room is left out, and the load goes on.)
+        """
+        free, needed = self.available_disk_bytes, self.disk_bytes - self.cache_bytes
+        return self.fits_memory and (free is None or needed <= free)
 
     def rows(self) -> list[tuple[str, str]]:
         """The plan as (label, text) pairs, in reading order."""
@@ -173,7 +199,8 @@ class LoadPlan:
         if self.disk_bytes:
             free = self.available_disk_bytes
             room = "" if free is None else f", {format_bytes(free)} free"
-            rows.append(("download", f"{format_bytes(self.disk_bytes)}{room}"))
+            entry = f" ({format_bytes(self.cache_bytes)} for the cache)" if self.cache_bytes else ""
+            rows.append(("disk", f"{format_bytes(self.disk_bytes)}{entry}{room}"))
         rows.append(("planned in", f"{self.seconds:.2f} s"))
         return rows + [("note", note) for note in self.notes]
 
@@ -211,12 +238,14 @@ class LoadPlan:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: dtype as text, tuples as lists, and what properties say."""
         values = {
-            **asdict(self),
+            **{item.name: getattr(self, item.name) for item in fields(self)},
+            "parameter_bytes": dict(self.parameter_bytes),
             "dtype": str(self.dtype),
             "rooms": [asdict(room) for room in self.rooms],
             "advice": [{**asdict(choice), "text": str(choice)} for choice in self.advice],
             "notes": list(self.notes),
         }
+        del values["advise"]
         for name in ("total_bytes", "available_host_bytes", "available_device_bytes", "fits"):
             values[name] = getattr(self, name)
         return values

@@ -85,7 +85,8 @@ def load_weights_(
         model: a HookedTransformer, loaded by tl_fastload or not; compiled or parallel is fine.
         source: a state dict, on any devices and in any floating dtypes, the model's own tensors
             among them; a model, which stands for its state dict; the path of a safetensors file, of
-            a torch file (read with `weights_only=True`), of an index, or of a folder. Keys are
+            a torch file (read with `weights_only=True`), of an index, of a folder, or of a
+            processed copy (`save_lean`), whose weights go in as they are. Keys are
             TransformerLens' or Hugging Face's; `_orig_mod.`, `module.` or an attribute's name in
             front of them is taken off where the rest fits.
         strict: whether weights may neither be missing nor unexpected. Tables that TransformerLens
@@ -184,6 +185,7 @@ def _load_hooked(
     own = own_names(model)
     state = model.state_dict(keep_vars=True)
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
     found = _Found(notes=[*weights.notes, *notes])
     for name, why in weights.unusable.items():
         if name in own:
@@ -193,7 +195,7 @@ def _load_hooked(
     writes = []
     for name, source in named.items():
         if name not in own:
-            if name.rpartition(".")[2] not in _TABLES:
+            if name.rpartition(".")[2] not in _TABLES and name not in buffers:
                 found.unexpected.append(name)
             continue
         target = state[own[name]]
@@ -212,6 +214,7 @@ def _load_hooked(
         and bare not in weights.unusable
         and not _may_be_missing(model, name, parameters)
     ]
+    found.flags = None if found.missing else weights.flags
     found.notes += _hints(model, found)
     found.check(weights.label, strict, len(writes))
     _check_kinds(writes)

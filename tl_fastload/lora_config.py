@@ -20,13 +20,13 @@ from tl_fastload.checkpoint import Location, open_weights
 from tl_fastload.errors import AdapterError, ArgumentError, CheckpointError, UnknownModelError
 from tl_fastload.hub import HubOptions
 from tl_fastload.location import file_names
+from tl_fastload.lora_argument import Requests
 from tl_fastload.promise import Promise
 from tl_fastload.reader import FileReader, FileSource
 from tl_fastload.recipe import MemorySource
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-Requests = tuple[tuple[str, float], ...]
 
 # Fields of LoraConfig that the merge follows, or that only concern training.
 _FOLLOWED = {
@@ -136,43 +136,6 @@ def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -
     return default
 
 
-def read_adapter_argument(asked: Any) -> Requests:
-    """Read `adapter=`: names with weights.
-
-    Args:
-        asked: None; a folder or hub name; or a sequence of these, each alone or with a weight.
-
-    Raises:
-        ArgumentError: for anything else.
-    """
-    if asked is None:
-        return ()
-    several = not isinstance(asked, (str, Path))
-    items = list(asked) if several and isinstance(asked, Sequence) else [asked]
-    if several and len(items) == 2 and _is_name(items[0]) and _is_number(items[1]):
-        items = [tuple(items)]
-    requests = []
-    for item in items:
-        pair = tuple(item) if isinstance(item, (tuple, list)) else (item, 1.0)
-        if len(pair) != 2 or not _is_name(pair[0]) or not _is_number(pair[1]):
-            raise ArgumentError(
-                f"adapter={asked!r}: {item!r} is neither the folder or hub name of an adapter nor "
-                'such a name with a weight, as in adapter=[("first", 0.5), ("second", 0.5)].'
-            )
-        requests.append((str(pair[0]), float(pair[1])))
-    if not requests:
-        raise ArgumentError(f"adapter={asked!r} names no adapter. Leave it out to merge none.")
-    return tuple(requests)
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, (str, Path)) and bool(str(value))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def open_adapters(
     requests: Requests, keywords: Mapping[str, Any], reader: FileReader
 ) -> list[Adapter]:
@@ -191,7 +154,7 @@ def open_adapters(
     """
     adapters = []
     for name, weight in requests:
-        location = _locate(name, dict(keywords))
+        location = locate_adapter(name, dict(keywords))
         config = read_config(location.folder, location.label)
         adapter = Adapter(location.label, config, weight)
         sort_tensors(adapter, _tensors(location, reader))
@@ -211,7 +174,17 @@ def import_peft() -> Any:
     return peft
 
 
-def _locate(name: str, keywords: dict[str, Any]) -> Location:
+def locate_adapter(name: str, keywords: dict[str, Any]) -> Location:
+    """Find an adapter's folder; of one on the hub, its configuration is fetched and its commit is
+    resolved.
+
+    Args:
+        name: a folder; or "organisation/name", perhaps with "/subfolder" and "@revision".
+        keywords: how to reach the hub, as for the model.
+
+    Raises:
+        UnknownModelError, CheckpointError: it cannot be had, or is none.
+    """
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / CONFIG).is_file():

@@ -16,7 +16,7 @@ from tl_fastload.cache import load_through_cache
 from tl_fastload.draft import Request
 from tl_fastload.errors import NotEnoughMemory
 from tl_fastload.load_plan import LoadPlan
-from tl_fastload.lora_config import read_adapter_argument
+from tl_fastload.lora_argument import read_adapter_argument
 from tl_fastload.norms import replace_and_process
 from tl_fastload.options import DEFAULT_DTYPE, OWN_ARGUMENTS, Options
 from tl_fastload.progress import ProgressOption

@@ -10,7 +10,7 @@ import psutil
 
 from tl_fastload import compat
 from tl_fastload.errors import ArgumentError, StrategyError
-from tl_fastload.lora_config import Requests
+from tl_fastload.lora_argument import Requests
 from tl_fastload.progress import Progress, ProgressOption
 from tl_fastload.quantization import Quantization
 

@@ -7,19 +7,23 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
-from tl_fastload import advice
+from tl_fastload import advice, cache, store_plan
 from tl_fastload import session as sessions
+from tl_fastload.display import format_bytes
 from tl_fastload.draft import CODE_BYTES, CPU, OBJECTS_BYTES, Draft, Needs, Request
 from tl_fastload.errors import NotEnoughMemory
 from tl_fastload.forecast import Forecast
-from tl_fastload.load_plan import KINDS, LoadPlan
+from tl_fastload.load_plan import KINDS, Choice, LoadPlan, kind_of
 from tl_fastload.stock_memory import StockLedger
+from tl_fastload.store_format import is_copy
+from tl_fastload.store_read import copy_folder
 
 
 def plan_load(request: Request) -> LoadPlan:
@@ -29,23 +33,87 @@ def plan_load(request: Request) -> LoadPlan:
         LeanLoadError: what the load itself would raise before it reads weights.
     """
     started = time.perf_counter()
+    request.options.check()
     with _quiet():
-        draft = Draft.of(request, StockLedger())
-        plan = _plan(draft)
-        if not plan.fits_memory:
-            plan = replace(plan, advice=tuple(advice.choices(request, draft)))
+        mapped = _copy_of(request)
+        plan = _of_checkpoint(request) if mapped is None else store_plan.plan_copy(*mapped)
     return replace(plan, seconds=time.perf_counter() - started)
+
+
+def _copy_of(request: Request) -> tuple[Request, Path] | None:
+    """The processed copy that would be loaded: the one that is named, or the cache's."""
+    folder = copy_folder(request.arguments["model_name"], request.keywords)
+    if folder is not None:
+        return request, folder
+    entry = cache.entry_for(request.cls, request.options, request.arguments, request.keywords)
+    if entry is None or not is_copy(entry):
+        return None
+    hit = cache.hit_arguments(request.options, request.arguments, request.keywords)
+    return Request(request.cls, *hit), entry
+
+
+def _of_checkpoint(request: Request) -> LoadPlan:
+    draft = Draft.of(request, StockLedger())
+    plan = _plan(draft)
+    entry = cache.entry_for(request.cls, request.options, request.arguments, request.keywords)
+    if entry is not None:
+        plan = _with_entry(plan, entry, _entry_bytes(plan, draft))
+    return plan if plan.fits_memory else replace(plan, advise=_advise(request, draft))
+
+
+def _advise(request: Request, draft: Draft) -> Callable[[], tuple[Choice, ...]]:
+    def advise() -> tuple[Choice, ...]:
+        with _quiet():
+            return tuple(advice.choices(request, draft))
+
+    return advise
+
+
+def _entry_bytes(plan: LoadPlan, draft: Draft) -> int:
+    """What a processed copy takes; the tables that every layer has are written once."""
+    tables = {
+        (name.rpartition(".")[2], buffer.shape, buffer.dtype): _bytes(buffer)
+        for name, buffer in draft.model.named_buffers()
+    }
+    return plan.total_bytes - plan.parameter_bytes["buffers"] + sum(tables.values())
+
+
+def _with_entry(plan: LoadPlan, entry: Path, size: int) -> LoadPlan:
+    """The plan with the bytes that filling a cache entry takes on the disk."""
+    place = next(path for path in entry.absolute().parents if path.exists())
+    room = shutil.disk_usage(place).free
+    free = room if plan.available_disk_bytes is None else min(room, plan.available_disk_bytes)
+    notes = plan.notes
+    if size > room:
+        notes = (
+            *notes,
+            f"The cache entry takes {format_bytes(size)}, {place} has {format_bytes(room)} free: "
+            "the model is loaded, and not kept.",
+        )
+    return replace(
+        plan,
+        disk_bytes=plan.disk_bytes + size,
+        cache_bytes=size,
+        available_disk_bytes=free,
+        notes=notes,
+    )
 
 
 def with_advice(request: Request, error: NotEnoughMemory) -> NotEnoughMemory:
     """The error with the choices that would fit."""
     with _quiet():
-        found = list(advice.choices(request, Draft.of(request)))
+        mapped = _copy_of(request)
+        if mapped is None:
+            found = list(advice.choices(request, Draft.of(request)))
+        else:
+            found = list(store_plan.choices(*mapped))
     return NotEnoughMemory(f"{error} {advice.as_text(found)}")
 
 
 def require_room(request: Request) -> None:
     """Raise NotEnoughMemory if a load does not fit; for loads that read weights early."""
+    if _copy_of(request) is not None:
+        return
     with _quiet():
         draft = Draft.of(request)
         rooms = Needs.of(draft, draft.forecast()).rooms()
@@ -90,19 +158,11 @@ def _by_kind(draft: Draft, found: Forecast) -> dict[str, int]:
     for name, parameter in draft.model.named_parameters():
         quantized_bytes = found.quantized_bytes.get(name)
         if quantized_bytes is None:
-            sizes[_kind(name)] += _bytes(parameter)
+            sizes[kind_of(name)] += _bytes(parameter)
         else:
             sizes["quantized"] += quantized_bytes
     sizes["buffers"] = sum(draft.buffer_bytes().values())
     return sizes
-
-
-def _kind(name: str) -> str:
-    if name.startswith(("embed.", "pos_embed.", "unembed.")):
-        return "embedding"
-    if ".attn." in name:
-        return "attention"
-    return "MLP" if ".mlp." in name else "norms and other"
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -139,14 +139,24 @@ def _is_free(spans: list[tuple[int, int]], start: int, stop: int) -> bool:
 
 
 class FileSource(Source):
-    """One tensor of a checkpoint file."""
+    """One tensor of a checkpoint file.
 
-    def __init__(self, entry: TensorEntry, reader: FileReader) -> None:
+    Args:
+        entry: where it lies.
+        reader: reads it.
+        geometry: a meta tensor, of all its elements in another order; None for row-major.
+    """
+
+    def __init__(
+        self, entry: TensorEntry, reader: FileReader, geometry: torch.Tensor | None = None
+    ) -> None:
+        if geometry is None:
+            geometry = torch.empty(entry.shape, device="meta")
         self.entry = entry
         self.reader = reader
         self.name = entry.name
-        self.shape = torch.Size(entry.shape)
-        self.stride = torch.empty(entry.shape, device="meta").stride()
+        self.shape = geometry.shape
+        self.stride = geometry.stride()
         self.dtype = entry.dtype
 
     def lend(self, geometry: torch.Tensor) -> torch.Tensor | None:
@@ -159,7 +169,7 @@ class FileSource(Source):
 
     def whole(self) -> torch.Tensor:
         """The stored tensor itself: mapped if files may be mapped, else read."""
-        geometry = torch.empty(self.shape, dtype=self.dtype, device="meta")
+        geometry = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
         if self.is_mapped() and self.reader.maps is not None:
             return self.reader.maps.view(self.entry, geometry)
         out = torch.empty(self.shape, dtype=self.dtype)

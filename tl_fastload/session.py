@@ -31,7 +31,7 @@ from tl_fastload.quantizer import Quantizer
 from tl_fastload.reader import FileReader
 from tl_fastload.recording import Session, record_processing
 from tl_fastload.report import LoadReport
-from tl_fastload.room import check_room
+from tl_fastload.room import check_room, is_ample
 from tl_fastload.skeleton import build_empty, build_outline, device_map
 from tl_fastload.state_dicts import listed
 from tl_fastload.stock import run_from_pretrained
@@ -239,7 +239,9 @@ def _place(model: nn.Module, session: Session) -> None:
             if options.only_plan:
                 session.placer = placer
                 return
-            if options.check_memory:
+            devices = {device_of(name) for name in session.recipes}
+            elements = sum(recipe.numel() for recipe in session.recipes.values())
+            if options.check_memory and not is_ample(elements, devices):
                 check_room(forecast(placer, session.recipes).peak_bytes, origin.label)
         placer.place(session.recipes)
     session.mapped_bytes = placer.mapped_bytes

@@ -39,6 +39,8 @@ def check_arguments(
         *((name, value, getattr(cfg, name, None)) for name, value in keywords.overrides.items()),
     ]
     wrong = [(name, asked, saved) for name, asked, saved in pairs if asked not in (None, saved)]
+    if options.adapter:
+        wrong.append(("adapter", options.adapter, "; ".join(manifest.adapters) or None))
     if options.dequantize and manifest.quantization is not None:
         wrong.append(("dequantize", True, manifest.quantization))
     if wrong:

@@ -71,6 +71,8 @@ class Manifest:
         tokenizer: "folder", "is_fast" and "padding_side" of the saved tokenizer; None without.
         parameters: name -> how it is made.
         buffers: name -> how it is made.
+        adapters: the adapters that were merged, one line each.
+        hf_config: Hugging Face's configuration of the source; None where there was none.
         checksums: key of a stored tensor -> SHA-256 of its bytes.
         files: name of a weight file -> its size "bytes", and "header", the SHA-256 of its header.
         versions: of the libraries that wrote it.
@@ -88,6 +90,8 @@ class Manifest:
     tokenizer: dict[str, Any] | None
     parameters: dict[str, View]
     buffers: dict[str, View]
+    adapters: list[str] = field(default_factory=list)
+    hf_config: dict[str, Any] | None = None
     checksums: dict[str, str] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: versions())

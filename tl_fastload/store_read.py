@@ -15,6 +15,7 @@ from torch import nn
 
 from tl_fastload import compat, quantized, steps, verify
 from tl_fastload.already import versions
+from tl_fastload.config import hf_config_of
 from tl_fastload.errors import CheckpointError
 from tl_fastload.keywords import Keywords, sort_keywords
 from tl_fastload.memory import PeakSampler, return_freed_memory
@@ -130,24 +131,18 @@ def _load(
     folder: Path,
     reader: FileReader,
 ) -> tuple[Any, LoadReport]:
-    keywords = dict(keywords)
-    if "torch_dtype" in keywords:
-        arguments = {**arguments, "torch_dtype": keywords.pop("torch_dtype")}
-    manifest, entries = _open(folder)
-    cfg = build_configuration(manifest, str(folder))
-    sorted_keywords = sort_keywords(keywords)
-    check_arguments(manifest, cfg, options, arguments, sorted_keywords, folder)
-    check_steps(manifest, cfg, arguments, folder)
+    manifest, entries = open_copy(folder)
+    cfg, sorted_keywords = checked_configuration(manifest, options, arguments, keywords, folder)
     notes: list[str] = []
     model = _build(cls, cfg, manifest, arguments, sorted_keywords, folder, notes, options.assigns)
     device_of = device_map(model, arguments["move_to_device"])
     check_names(model, manifest, folder)
-    may_map = options.mmap is True or (options.mmap == "auto" and not is_on_network(folder))
-    if may_map and options.assigns:
+    if may_map(options, folder):
         reader.maps = FileMaps()
     mapped_bytes = _place(model, manifest, entries, reader, options, device_of)
     model._processed = ({step for step, on in manifest.flags.items() if on}, versions(model))
     model._quantization = manifest.quantization
+    model._hf_config = _hf_config(manifest)
     written = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     notes.append(f"Copy of {manifest.source or manifest.model_class}, written by {written}.")
     report = LoadReport.of(
@@ -160,13 +155,60 @@ def _load(
         processing=steps.describe(manifest.flags, model.cfg),
         quantization=f"{manifest.quantization.kind}, as saved" if manifest.quantization else None,
         not_quantized=manifest.not_quantized,
+        adapters=tuple(manifest.adapters),
         notes=tuple(notes),
     )
     return model, report
 
 
-def _open(folder: Path) -> tuple[Manifest, dict[str, TensorEntry]]:
-    """The JSON and the headers; read again if another process has just replaced the copy."""
+def checked_configuration(
+    manifest: Manifest,
+    options: Options,
+    arguments: dict[str, Any],
+    keywords: dict[str, Any],
+    folder: Path,
+) -> tuple[Any, Keywords]:
+    """The configuration that was saved, with the devices that are asked for, and the keywords by
+    who takes them.
+
+    Raises:
+        ArgumentError: arguments that contradict what was saved.
+        CheckpointError: this TransformerLens lacks a field of the configuration.
+    """
+    keywords = dict(keywords)
+    if "torch_dtype" in keywords:
+        arguments = {**arguments, "torch_dtype": keywords.pop("torch_dtype")}
+    cfg = build_configuration(manifest, str(folder))
+    sorted_keywords = sort_keywords(keywords)
+    check_arguments(manifest, cfg, options, arguments, sorted_keywords, folder)
+    check_steps(manifest, cfg, arguments, folder)
+    given = arguments["device"]
+    cfg.device = given if given is not None else compat.default_device()
+    cfg.n_devices = arguments["n_devices"]
+    return cfg, sorted_keywords
+
+
+def may_map(options: Options, folder: Path) -> bool:
+    """Whether the files of a copy are mapped."""
+    wanted = options.mmap is True or (options.mmap == "auto" and not is_on_network(folder))
+    return wanted and options.assigns
+
+
+def _hf_config(manifest: Manifest) -> Any:
+    if manifest.hf_config is None:
+        return None
+    try:
+        return hf_config_of(manifest.hf_config)
+    except Exception:  # config classes raise anything for values of another version
+        return None  # only `load_weights_` wants it, and says so
+
+
+def open_copy(folder: Path) -> tuple[Manifest, dict[str, TensorEntry]]:
+    """The JSON and the headers of a copy; read again if another process has just replaced it.
+
+    Raises:
+        CheckpointError: the copy is damaged, or this version cannot read it.
+    """
     manifest = read_manifest(folder)
     try:
         return manifest, stored_tensors(folder, manifest)
@@ -188,9 +230,6 @@ def _build(
     assigns: bool,
 ) -> Any:
     """The empty model, with its tokenizer."""
-    given = arguments["device"]
-    cfg.device = given if given is not None else compat.default_device()
-    cfg.n_devices = arguments["n_devices"]
     if arguments["default_prepend_bos"] is not None:
         cfg.default_prepend_bos = arguments["default_prepend_bos"]
     side, tokenizer = arguments["default_padding_side"], arguments["tokenizer"]
@@ -269,7 +308,7 @@ def _place(
         for name, view in manifest.parameters.items():
             keys = tuple(_keys(view))  # the same ones: the same parameter, under another name
             if keys not in done:
-                tensor = _tensor(view, entries, reader, device_of(name))
+                tensor = read_tensor(view, entries, reader, device_of(name))
                 done[keys] = _parameter(model, name, tensor, view, options)
                 size_bytes = sum(entries[key].nbytes for key in keys)
                 is_mapped = reader.maps is not None and device_of(name).type == "cpu"
@@ -281,7 +320,7 @@ def _place(
         parent, _, leaf = name.rpartition(".")
         held = manifest.buffers.get(name)
         if held is not None:
-            value = _tensor(held, entries, reader, device_of(name))
+            value = read_tensor(held, entries, reader, device_of(name))
         else:
             value = buffer.to(device_of(name))
         model.get_submodule(parent)._buffers[leaf] = value
@@ -316,9 +355,10 @@ def _parameter(
     return own
 
 
-def _tensor(
+def read_tensor(
     view: View, entries: dict[str, TensorEntry], reader: FileReader, device: torch.device
 ) -> torch.Tensor:
+    """A parameter or a buffer of a copy: mapped where `reader.maps` is, else read."""
     if view.quantized is None:
         entry = entries[view.tensors[""]]
         return _stored(entry, checked_geometry(view, entry), reader, device)

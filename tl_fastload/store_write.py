@@ -31,13 +31,12 @@ from tl_fastload.store_format import (
     is_copy,
     read_manifest,
 )
+from tl_fastload.wrapped import unwrapped
 
 MAX_SHARD_BYTES = 4 << 30
 ALIGNMENT_BYTES = 64
 _PIECE_BYTES = 8 << 20
 _FORMAT_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# torch.compile, DataParallel and DistributedDataParallel hold the model in these.
-_WRAPPED = ("_orig_mod", "module")
 
 
 @dataclass(frozen=True)
@@ -182,7 +181,8 @@ def write_copy(
         tokenizer: whether the model's tokenizer is saved as well.
         keep: if another process has put a copy there meanwhile, leave that one.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
+    _check_model(model)
     target = folder.expanduser().absolute()
     check_target(target)
     plan = _Plan(model)
@@ -205,15 +205,9 @@ def write_copy(
         ) from error
 
 
-def _unwrapped(model: Any) -> Any:
-    for _ in range(len(_WRAPPED) + 1):
-        inner = [vars(model).get("_modules", {}).get(name) for name in _WRAPPED]
-        if hasattr(type(model), "run_with_hooks") or not any(inner):
-            break
-        model = next(one for one in inner if one is not None)
+def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module) or not hasattr(model, "cfg"):
         raise SaveError(f"{type(model).__name__} is not a HookedTransformer: there is no cfg.")
-    return model
 
 
 def check_target(target: Path) -> None:
@@ -262,7 +256,15 @@ def _describe(model: Any, plan: _Plan, tokenizer_home: Path | None) -> Manifest:
         tokenizer=_save_tokenizer(model, tokenizer_home, copy_id),
         parameters=plan.parameters,
         buffers=plan.buffers,
+        adapters=list(getattr(report, "adapters", ())),
+        hf_config=_hf_config(model),
     )
+
+
+def _hf_config(model: Any) -> dict[str, Any] | None:
+    config = getattr(model, "_hf_config", None)
+    # Through its own JSON, which has texts for dtypes.
+    return None if config is None else json.loads(config.to_json_string(use_diff=False))
 
 
 def _flags(model: Any) -> dict[str, bool]:

@@ -13,12 +13,13 @@ from torch import nn
 
 from tl_fastload.checkpoint import Location, open_weights
 from tl_fastload.errors import ArgumentError
-from tl_fastload.reader import CHUNK_BYTES, FileReader, FileSource
+from tl_fastload.options import is_on_network
+from tl_fastload.reader import CHUNK_BYTES, FileMaps, FileReader, FileSource
 from tl_fastload.recipe import MemorySource, Source
+from tl_fastload.store_format import MANIFEST, checked_geometry, is_copy
+from tl_fastload.store_read import open_copy, read_tensor
 from tl_fastload.torch_files import unnested
 from tl_fastload.wrapped import unwrapped
-
-_PROCESSED_COPY = "tl_fastload.json"  # what `save_lean` leaves in a folder
 
 
 @dataclass
@@ -32,6 +33,7 @@ class WeightSource:
         folder: where the files lie; None for a state dict.
         config: Hugging Face's configuration, of a model in memory.
         notes: for the report.
+        flags: of a processed copy, the steps that were asked for.
     """
 
     label: str
@@ -40,13 +42,15 @@ class WeightSource:
     folder: Path | None = None
     config: Any = None
     notes: list[str] = field(default_factory=list)
+    flags: dict[str, bool] | None = None
 
 
 def open_source(source: Any, reader: FileReader) -> WeightSource:
     """Make a table of a source's tensors, reading headers only.
 
     Args:
-        source: a mapping of tensors, a module, or the path of a file, a folder or an index.
+        source: a mapping of tensors, a module, or the path of a file, a folder (also of a processed
+            copy) or an index.
         reader: reads the files later.
 
     Raises:
@@ -113,12 +117,13 @@ def _of_path(path: Path, reader: FileReader) -> WeightSource:
             "downloaded with huggingface_hub.snapshot_download first."
         )
     folder = path if path.is_dir() else path.parent
-    if (folder / _PROCESSED_COPY).exists():
-        raise ArgumentError(
-            f"{folder} holds a processed copy, whose files mean nothing without their strides. "
-            "Pass the model instead, which is mapped: load_weights_(model, "
-            "LeanHookedTransformer.from_pretrained_lean(folder))."
-        )
+    if is_copy(folder):
+        if path.is_file() and path.name != MANIFEST:
+            raise ArgumentError(
+                f"{path} is a part of a processed copy, which means nothing without the rest. Pass "
+                f"its folder, {folder}."
+            )
+        return _of_copy(folder, reader)
     location = Location(folder, str(folder))
     if path.is_dir():
         checkpoint = open_weights(location)
@@ -131,3 +136,18 @@ def _of_path(path: Path, reader: FileReader) -> WeightSource:
     }
     table.update({name: MemorySource(t, name) for name, t in contents.tensors.items()})
     return WeightSource(str(path), table, folder=folder, notes=[*notes, *contents.notes])
+
+
+def _of_copy(folder: Path, reader: FileReader) -> WeightSource:
+    """A processed copy: plain tensors are read as they are written, quantized ones are mapped."""
+    manifest, entries = open_copy(folder)
+    reader.maps = None if is_on_network(folder) else FileMaps()
+    table: dict[str, Source] = {}
+    for name, view in {**manifest.buffers, **manifest.parameters}.items():
+        if view.quantized is None:
+            entry = entries[view.tensors[""]]
+            table[name] = FileSource(entry, reader, checked_geometry(view, entry))
+        else:
+            value = read_tensor(view, entries, reader, torch.device("cpu"))
+            table[name] = MemorySource(value, name)
+    return WeightSource(str(folder), table, folder=folder, flags=manifest.flags)
