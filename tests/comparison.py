@@ -27,11 +27,14 @@ def lean_model(source: str | Path, **arguments: Any) -> LeanHookedTransformer:
 
 
 def stock_model(case_id: str, folder: Path, **flags: Any) -> HookedTransformer:
-    """Stock's load on the CPU; of gpt-oss without the fold of value biases: it is wrong there,
-    unless stock is too old to have attention sinks.
+    """Stock's load on the CPU, without the steps that are wrong: the fold of value biases of
+    gpt-oss, unless stock is too old to have attention sinks, and in TransformerLens 2 the fold of
+    norms in front of experts, which only drops their weights.
     """
     if case_id == "gpt-oss" and reference.TRANSFORMER_LENS.major >= 3:
         flags["fold_value_biases"] = False
+    if case_id in ("mixtral", "gpt-oss") and reference.TRANSFORMER_LENS.major < 3:
+        flags["fold_ln"] = False
     return reference.stock_model(case_id, folder, device="cpu", **flags)
 
 

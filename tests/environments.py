@@ -101,6 +101,12 @@ LACKS: tuple[Lack, ...] = (
     ),
     Lack(
         "transformer_lens",
+        ">=3",
+        "TransformerLens folds the norms in front of experts",
+        tests=("test_parity.py::test_norms_in_front_of_experts_keep_their_weights",),
+    ),
+    Lack(
+        "transformer_lens",
         ">=2.17,<3",
         "TransformerLens has Gemma 3",
         tests=("test_versions.py::test_what_transformer_lens_lacks_is_said[gemma3]",),

@@ -48,6 +48,7 @@ INTENDED: dict[str, tuple[tuple[str, ...], str]] = {
     "experts have cfg.dtype": (EXPERTS, "stock's stay in float32, and its forward pass fails"),
     "b_V is not folded": (("gpt-oss",), "attention sinks: pattern rows sum to less than one"),
     "grouped heads load": (("olmo2",), "stock's converter takes as many heads as for queries"),
+    "norms keep their weights": (("mixtral", "gpt-oss"), "TransformerLens 2 drops, and folds not"),
 }
 """Where we differ from stock on purpose: what -> cases, why. Each has a test of its own below."""
 
@@ -132,6 +133,7 @@ def test_the_intended_differences_are_these() -> None:
         "experts have cfg.dtype": 3,
         "b_V is not folded": 1,
         "grouped heads load": 1,
+        "norms keep their weights": 2,
     }
 
 
@@ -182,3 +184,19 @@ def test_olmo2_with_grouped_heads(processing: str, zoo: Any) -> None:
     lean = lean_model(folder, **PROCESSING[processing])
     wanted = reference.hf_log_probs("olmo2", folder, tokens("olmo2"))
     assert (log_probs(lean, "olmo2") - wanted).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("case_id", ["mixtral", "gpt-oss"])
+def test_norms_in_front_of_experts_keep_their_weights(case_id: str, zoo: Any) -> None:
+    folder = zoo(case_id)
+    lean = lean_model(folder)
+    assert lean.cfg.normalization_type == "RMS"
+    assert lean.load_report.processing["fold_ln"].startswith("skipped: TransformerLens 2")
+    assert any("norms keep their weights" in note for note in lean.load_report.notes)
+    raw = log_probs(lean_model(folder, **reference.NO_PROCESSING), case_id)
+    stock = reference.stock_model(case_id, folder, device="cpu")
+    assert (log_probs(lean, case_id) - raw).abs().max() < 1e-4
+    assert (log_probs(stock, case_id) - raw).abs().max() > 0.1
+    if case_id == "mixtral":  # of gpt-oss, no number of TransformerLens 2 is right
+        wanted = reference.hf_log_probs(case_id, folder, tokens(case_id))
+        assert (log_probs(lean, case_id) - wanted).abs().max() < 1e-4

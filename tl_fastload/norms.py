@@ -1,16 +1,37 @@
-"""Norms that TransformerLens replaces by ones without weights when it processes a live model."""
+"""Norms that TransformerLens 2 replaces by ones without weights, folded or not."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
+from tl_fastload import compat, steps
 from tl_fastload.promise import Promise
 from tl_fastload.state_dicts import as_promise
 from tl_fastload.verify import check_refactor
+
+
+def kept_norms(cfg: Any, requested: Mapping[str, bool]) -> list[str]:
+    """Let a model have the norm weights that stock would drop without folding them.
+
+    Args:
+        cfg: the configuration that the model is built with; changed.
+        requested: the processing steps that were asked for.
+
+    Returns:
+        What the report has to say about it.
+    """
+    if not requested["fold_ln"] or not steps.drops_norms(cfg):
+        return []
+    cfg.normalization_type = cfg.normalization_type.removesuffix("Pre")
+    return [
+        "fold_ln is skipped and the norms keep their weights: TransformerLens "
+        f"{compat.TRANSFORMER_LENS} drops those of a model with experts without folding them, "
+        "which makes its numbers wrong. Version 3 folds them."
+    ]
 
 
 def replace_and_process(model: Any, flags: dict[str, bool], stock: Callable[..., None]) -> None:

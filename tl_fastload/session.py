@@ -21,7 +21,7 @@ from tl_fastload.forecast import forecast
 from tl_fastload.key_prefixes import named_as
 from tl_fastload.lora import base_notes
 from tl_fastload.memory import PeakSampler, return_freed_memory
-from tl_fastload.norms import norms_put_back_on_error
+from tl_fastload.norms import kept_norms, norms_put_back_on_error
 from tl_fastload.options import Options
 from tl_fastload.origin import Origin, find_origin
 from tl_fastload.placement import Placer
@@ -127,6 +127,7 @@ def _load(
 
     def build(cfg: Any, *args: Any, **kwargs: Any) -> Any:
         verify.check_refactor(cfg, session.requested)
+        session.notes.extend(kept_norms(cfg, session.requested))
         origin.is_recording = False
         model = build_model(cls, cfg, origin, session.notes, *args, **kwargs)
         origin.is_recording = True

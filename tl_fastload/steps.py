@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tl_fastload import compat
+
 STEPS = (
     "fold_ln",
     "center_writing_weights",
@@ -30,6 +32,8 @@ def reason_to_skip(step: str, cfg: Any) -> str | None:
         return f"{cfg.original_architecture} normalises after each sublayer"
     if step == "fold_ln" and norm not in ("LN", "LNPre", "RMS", "RMSPre"):
         return "the model has no normalisation weights"
+    if step == "fold_ln" and drops_norms(cfg):
+        return f"TransformerLens {compat.TRANSFORMER_LENS} folds no norms in front of experts"
     if step == "center_writing_weights" and norm in ("RMS", "RMSPre"):
         return "RMSNorm does not remove the mean"
     if step == "center_writing_weights" and getattr(cfg, "final_rms", False):
@@ -49,6 +53,17 @@ def reason_to_skip(step: str, cfg: Any) -> str | None:
     if step == "refactor_factored_attn_matrices" and cfg.positional_embedding_type == "rotary":
         return "rotary embeddings act between W_Q and W_K"
     return None
+
+
+def drops_norms(cfg: Any) -> bool:
+    """Whether stock's `from_pretrained` drops a model's norm weights when it is to fold them.
+
+    TransformerLens 2 folds nothing into experts, but builds such a model without norm weights.
+
+    Args:
+        cfg: the model's HookedTransformerConfig.
+    """
+    return compat.REPLACES_NORMS and (getattr(cfg, "num_experts", None) or 0) > 1
 
 
 def describe(requested: dict[str, bool], cfg: Any) -> dict[str, str]:
