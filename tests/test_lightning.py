@@ -126,7 +126,9 @@ def test_what_trains_in_a_frozen_part_would_be_lost(lens: Any, tmp_path: Path) -
 
 
 @both
-@pytest.mark.parametrize("quantize", [None, "8bit", "nf4"])
+@pytest.mark.parametrize(
+    "quantize", [None, *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("8bit", "nf4"))]
+)
 def test_resuming_equals_an_uninterrupted_run(
     package: str, quantize: str | None, tmp_path: Path
 ) -> None:

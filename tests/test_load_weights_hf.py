@@ -44,8 +44,14 @@ def assert_same(model: Any, expected: Any) -> None:
         assert torch.equal(model.pos_embed.W_pos, wanted["pos_embed.W_pos"])
 
 
+OFTEN = ("gpt2", "neox", "bloom", "llama-gqa1-tied", "mixtral", "gemma3")
+
+
 @pytest.mark.parametrize("flags", [{}, RAW], ids=["processed", "raw"])
-@pytest.mark.parametrize("case_id", CASES)
+@pytest.mark.parametrize(
+    "case_id",
+    [pytest.param(c, marks=() if c in OFTEN else pytest.mark.slow) for c in CASES],
+)
 def test_every_architecture(case_id: str, flags: Any, zoo: Any) -> None:
     """A state dict of a model that was tuned, into one that was loaded before."""
     folder = zoo(case_id)

@@ -77,7 +77,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+# The slow ones vary these.
+OFTEN = ("rslora", "dora", "patterns", "modules to save", "embedding", "tokens by name")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in OFTEN else pytest.mark.slow) for n in CONFIGS]
+)
 def test_each_setting(zoo: Any, tmp_path: Path, name: str) -> None:
     _compare(zoo, tmp_path, "llama-gqa", **CONFIGS[name])
 

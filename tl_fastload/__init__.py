@@ -28,7 +28,7 @@ from tl_fastload.memory import watch_memory  # noqa: E402
 from tl_fastload.model import LeanHookedTransformer, LeanLoadingMixin, plan  # noqa: E402
 from tl_fastload.progress import ProgressEvent  # noqa: E402
 from tl_fastload.report import LoadReport  # noqa: E402
-from tl_fastload.store_read import verify_copy  # noqa: E402
+from tl_fastload.store_bytes import verify_copy  # noqa: E402
 from tl_fastload.store_write import save_lean  # noqa: E402
 from tl_fastload.version import __version__ as __version__  # noqa: E402
 

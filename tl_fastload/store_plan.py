@@ -15,9 +15,10 @@ from tl_fastload.load_plan import KINDS, Choice, LoadPlan, kind_of
 from tl_fastload.reader import CHUNK_BYTES
 from tl_fastload.safetensors_header import TensorEntry
 from tl_fastload.skeleton import build_outline, device_map
+from tl_fastload.store_bytes import open_copy
 from tl_fastload.store_check import check_names
 from tl_fastload.store_format import Manifest, View
-from tl_fastload.store_read import checked_configuration, may_map, open_copy
+from tl_fastload.store_read import checked_configuration, may_map
 
 
 @dataclass(frozen=True)

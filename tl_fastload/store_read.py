@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +15,6 @@ from torch import nn
 from tl_fastload import compat, quantized, steps, verify
 from tl_fastload.already import versions
 from tl_fastload.config import hf_config_of
-from tl_fastload.errors import CheckpointError
 from tl_fastload.keywords import Keywords, sort_keywords
 from tl_fastload.memory import PeakSampler, return_freed_memory
 from tl_fastload.options import Options, is_on_network
@@ -26,6 +24,7 @@ from tl_fastload.report import LoadReport
 from tl_fastload.room import check_room
 from tl_fastload.safetensors_header import TensorEntry
 from tl_fastload.skeleton import build_empty, device_map
+from tl_fastload.store_bytes import open_copy, verify_copy
 from tl_fastload.store_check import check_arguments, check_names, check_steps
 from tl_fastload.store_format import (
     Manifest,
@@ -33,11 +32,7 @@ from tl_fastload.store_format import (
     build_configuration,
     checked_geometry,
     is_copy,
-    read_manifest,
-    stored_tensors,
 )
-
-_CHUNK_BYTES = 8 << 20
 
 
 def copy_folder(model_name: Any, keywords: dict[str, Any]) -> Path | None:
@@ -49,41 +44,6 @@ def copy_folder(model_name: Any, keywords: dict[str, Any]) -> Path | None:
     except (RuntimeError, ValueError):  # "~somebody", who has no home here
         return None
     return folder if is_copy(folder) else None
-
-
-def verify_copy(folder: str | os.PathLike[str]) -> None:
-    """Read every byte of a processed copy and compare it with the checksums of when it was saved.
-
-    Sizes, headers and the JSON are compared whenever a copy is loaded; this is for the rest.
-
-    Args:
-        folder: as passed to `save_lean`.
-
-    Raises:
-        CheckpointError: a file is missing, cut off or altered; names the tensor at fault.
-    """
-    place = Path(folder).expanduser()
-    manifest = read_manifest(place)
-    entries = stored_tensors(place, manifest)
-    reader = FileReader()
-    try:
-        for key, wanted in manifest.checksums.items():
-            if _digest(reader, entries[key]) != wanted:
-                raise CheckpointError(
-                    f"{entries[key].path}: the bytes of {key} are not those that were saved. Save "
-                    "the copy again, or load the original."
-                )
-    finally:
-        reader.close()
-
-
-def _digest(reader: FileReader, entry: TensorEntry) -> str:
-    digest = hashlib.sha256()
-    end = entry.offset + entry.nbytes
-    for first in range(entry.offset, end, _CHUNK_BYTES):
-        piece = reader.scratch(entry.path, first, min(first + _CHUNK_BYTES, end))
-        digest.update(memoryview(piece.numpy()))  # type: ignore[arg-type]
-    return digest.hexdigest()
 
 
 def load_copy(
@@ -201,22 +161,6 @@ def _hf_config(manifest: Manifest) -> Any:
         return hf_config_of(manifest.hf_config)
     except Exception:  # config classes raise anything for values of another version
         return None  # only `load_weights_` wants it, and says so
-
-
-def open_copy(folder: Path) -> tuple[Manifest, dict[str, TensorEntry]]:
-    """The JSON and the headers of a copy; read again if another process has just replaced it.
-
-    Raises:
-        CheckpointError: the copy is damaged, or this version cannot read it.
-    """
-    manifest = read_manifest(folder)
-    try:
-        return manifest, stored_tensors(folder, manifest)
-    except CheckpointError:
-        again = read_manifest(folder)
-        if again.copy_id == manifest.copy_id:
-            raise
-        return again, stored_tensors(folder, again)
 
 
 def _build(

@@ -16,8 +16,9 @@ from tl_fastload.errors import ArgumentError
 from tl_fastload.options import is_on_network
 from tl_fastload.reader import CHUNK_BYTES, FileMaps, FileReader, FileSource
 from tl_fastload.recipe import MemorySource, Source
+from tl_fastload.store_bytes import open_copy
 from tl_fastload.store_format import MANIFEST, checked_geometry, is_copy
-from tl_fastload.store_read import open_copy, read_tensor
+from tl_fastload.store_read import read_tensor
 from tl_fastload.torch_files import unnested
 from tl_fastload.wrapped import unwrapped
 
