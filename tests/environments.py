@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 
 from packaging.specifiers import SpecifierSet
@@ -152,6 +153,7 @@ def installed(package: str) -> str:
         return "0"
 
 
+@cache
 def lacks() -> list[Lack]:
     """The rows that apply here."""
     return [lack for lack in LACKS if lack.applies()]
