@@ -96,7 +96,7 @@ embedded-model: $(BASE) ## train the embedded model anew (minutes)
 	$(@D)/bin/python -m pip install --quiet --constraint $< --upgrade pip
 	$(@D)/bin/python -m pip install --quiet --constraint $< torch
 	$(@D)/bin/python -m pip install --quiet --constraint $< --editable . \
-		pytest pytest-xdist hypothesis einops $(if $(filter sae,$*),sae-lens)
+		pytest pytest-xdist hypothesis einops $(if $(filter sae,$*),sae-lens) $(if $(filter old,$*),typeguard)
 	touch $@
 
 clean: ## remove .venv and every cache
