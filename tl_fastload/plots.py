@@ -214,9 +214,7 @@ def _draw_phases(axes: Any, series: Sequence[Series]) -> None:
         )
         for name in names
     ]
-    axes.figure.legend(
-        handles=patches, loc="outside lower center", ncols=3, frameon=False
-    )
+    axes.figure.legend(handles=patches, loc="outside lower center", ncols=3, frameon=False)
 
 
 @styled
