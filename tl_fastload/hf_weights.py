@@ -64,7 +64,7 @@ class _Recorder:
 
     def fill_missing_keys(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Biases that the architecture does not have are zero, as in a fresh model."""
-        return {**_zero_biases(self, state_dict), **state_dict}
+        return {**_zeros(self, state_dict), **state_dict}
 
     def setup(self) -> None:
         """The hooks of the model are in place."""
@@ -233,10 +233,15 @@ def _with_architecture(cfg: Any, hf_config: Any) -> Any:
     return known
 
 
-def _zero_biases(model: Any, state_dict: Mapping[str, Any]) -> dict[str, Promise]:
+def _zeros(model: Any, state_dict: Mapping[str, Any]) -> dict[str, Promise]:
+    """Zeros for missing biases, and for the positions of ALiBi models, which no weights tell but
+    TransformerLens 2 centres.
+    """
+    unread = "pos_embed.W_pos" if model.cfg.positional_embedding_type == "alibi" else None
     zeros = {}
     for name, parameter in model.named_parameters():
-        if name not in state_dict and name.rpartition(".")[2].lstrip("_").startswith("b"):
+        is_bias = name.rpartition(".")[2].lstrip("_").startswith("b")
+        if name not in state_dict and (is_bias or name == unread):
             zero = torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
             zeros[name] = as_promise(zero, name)
     return zeros

@@ -102,8 +102,9 @@ def record_processing(
         }
     elif session.origin is not None and session.origin.spec is not None:
         session.shifts = kernel_shifts(promises, model.cfg, allowed)
-    if compat.REPLACES_NORMS and session.origin is None and allowed["fold_ln"]:
-        if "ln_final.w" in dict(model.named_parameters()):
+    is_given = session.origin is not None and not session.options.only_plan
+    if compat.REPLACES_NORMS and not is_given and allowed["fold_ln"]:
+        if session.origin is None and "ln_final.w" in dict(model.named_parameters()):
             session.notes.append(
                 f"TransformerLens {compat.TRANSFORMER_LENS} folds the norms of the state dict and "
                 "leaves those of the model as they are, so that both are applied. Use "

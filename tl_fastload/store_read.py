@@ -184,7 +184,9 @@ def _build(
     as_saved = cfg.tokenizer_name, cfg.init_weights
     cfg.tokenizer_name, cfg.init_weights = None, False
     context = SimpleNamespace(keywords=keywords, tokenizer_folder=lambda: None)
-    made: dict[str, Any] = {} if tokenizer is None else {"default_padding_side": side}
+    made: dict[str, Any] = {}
+    if tokenizer is not None and side is not None:
+        made["default_padding_side"] = side
 
     def build() -> Any:
         found: list[str] = []
