@@ -38,7 +38,13 @@ def time_forward(model: Any, n_tokens: int) -> float:
 
 
 def sample_log_probs(model: Any) -> list[float]:
-    """Log-probabilities of some next tokens, to see that the models compared are the same."""
+    """Log-probabilities of some next tokens, to see that the models compared are the same.
+
+    transformers' model computes attention step by step for them, as TransformerLens does: its fused
+    kernel rounds differently, which 8-bit layers turn into other codes.
+    """
+    if hasattr(model, "set_attn_implementation"):
+        model.set_attn_implementation("eager")
     with torch.inference_mode():
         logits = _logits(model, _tokens(model, _SAMPLED_TOKENS))[0, -1]
     log_probs = torch.log_softmax(logits.double(), dim=-1)
