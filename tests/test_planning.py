@@ -15,11 +15,12 @@ import transformers
 from test_forecast import SIZES, UNPROCESSED
 
 import tl_fastload
-from tl_fastload import LeanHookedTransformer, LoadPlan, NotEnoughMemory, plan, room
+from tl_fastload import LeanHookedTransformer, LoadPlan, NotEnoughMemory, plan, room, stock_memory
 from tl_fastload import draft as drafts
 from tl_fastload.errors import ArgumentError, MissingWeightsError, UnknownModelError
 from tl_fastload.load_plan import KINDS
 from tl_fastload.reader import FileMaps, FileReader
+from tl_fastload.synthetic import parse_shape, weights_file, write_checkpoint
 
 GPT2 = {"vocab_size": 300, "n_embd": 192, "n_head": 4, "n_inner": 352, "n_layer": 10}
 
@@ -262,3 +263,23 @@ def test_reading_at_a_glance(zoo: Any, free: Any) -> None:
     assert {"rooms", "parameter_bytes", "stock_peak_host_bytes", "disk_bytes"} <= values.keys()
     free(None)
     assert "fits</b>" in plan(folder, device="cpu")._repr_html_()
+
+
+def test_stock_lets_go_of_the_file_before_its_peak(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What views of the file were made of must not count on: stock has unmapped it by then.
+    monkeypatch.setattr(stock_memory, "_RETURNED_FROM_BYTES", 0)  # as for big models
+    shape = parse_shape("llama:d_model=256,n_layers=3,d_vocab=2048,dtype=bfloat16")
+    write_checkpoint(shape, tmp_path)
+    file_bytes = weights_file(tmp_path).stat().st_size
+
+    def file_pages(**steps: Any) -> int:
+        found = plan(tmp_path, device="cpu", dtype="bfloat16", **steps)
+        assert found.stock_peak_host_bytes is not None
+        assert found.stock_peak_anonymous_bytes is not None
+        return found.stock_peak_host_bytes - found.stock_peak_anonymous_bytes
+
+    other = file_pages()
+    assert other == drafts.CODE_BYTES
+    assert file_pages(**UNPROCESSED) - other > 0.8 * file_bytes

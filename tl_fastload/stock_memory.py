@@ -20,6 +20,7 @@ an upcast copy of the state dict and clones of it, 2.x does not.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -92,15 +93,20 @@ class StockLedger:
             The state dict with promises of its own in place of the model's.
         """
         own: dict[str, Any] = {}
+        kept: dict[Any, Allocation] = {}
         for name, value in state_dict.items():
             own[name] = value
             if isinstance(value, Promise):
                 own[name] = Promise(value.node, value.meta, value.device)
-                own[name].memory = value.memory
+                if isinstance(value.memory, Allocation):
+                    if value.memory not in kept:
+                        kept[value.memory] = value.memory.passed_on()
+                    own[name].memory = kept[value.memory]
         held = root.named_parameters() if hasattr(root, "named_parameters") else ()
         for _, promise in (*held, *state_dict.items()):
-            if isinstance(promise, Promise):
-                promise.memory = None
+            # Not only from this promise: torch keeps what a view was made of alive, too.
+            if isinstance(promise, Promise) and isinstance(promise.memory, Allocation):
+                promise.memory.release()
         return own
 
     def prepare(self, model: nn.Module) -> None:
@@ -164,15 +170,28 @@ class Allocation:
         where: "cpu", "file" (a mapped one), or another device.
     """
 
-    __slots__ = ("_is_read", "_ledger", "_size", "_where")
+    __slots__ = ("_is_held", "_is_read", "_ledger", "_size", "_where")
 
     def __init__(self, ledger: StockLedger, size: int, where: str) -> None:
         self._ledger, self._size, self._where = ledger, size, where
         self._is_read = where != "file"
+        self._is_held = True
         ledger.take(size, where)
 
     def __del__(self) -> None:
-        self._ledger.take(-self._size, self._where)
+        self.release()
+
+    def release(self) -> None:
+        """Count the memory as gone, once."""
+        if self._is_held:
+            self._is_held = False
+            self._ledger.take(-self._size, self._where)
+
+    def passed_on(self) -> Allocation:
+        """The same memory, for other promises to hold; this one holds nothing any more."""
+        made = copy.copy(self)
+        self._is_held = False
+        return made
 
     def read(self) -> None:
         """Count the pages of a mapped file, once."""
