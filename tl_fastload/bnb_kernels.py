@@ -112,6 +112,10 @@ def _linear_int8(stored: Int8Bytes, x: torch.Tensor, bias: torch.Tensor | None) 
     state.is_training = False
     state.use_pool = stored.threshold > 0
     bias = None if bias is None else bias.to(x.dtype)
+    if x.dtype == torch.float16 and stored.threshold > 0:
+        # bitsandbytes blanks outliers in what it is given and puts them back (on the CPU), which
+        # autograd would take for a change of the caller's tensor.
+        x = x.clone()
     with _cast_unsaid():
         product: torch.Tensor = bnb.matmul(x, stored.codes, bias=bias, state=state)
     return product
