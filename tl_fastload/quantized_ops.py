@@ -217,7 +217,7 @@ def _is_weight(tensor: Any) -> bool:
 
 def _multiply(x: Any, weight: QuantizedMatrix, geometry: torch.Tensor, bias: Any) -> Any:
     # A product of two weights is one of matrices, not of an activation: it takes the exact values.
-    if isinstance(x, QuantizedMatrix) or isinstance(bias, QuantizedMatrix):
+    if isinstance(x, (QuantizedMatrix, torch.nn.Parameter)) or isinstance(bias, QuantizedMatrix):
         return NotImplemented
     if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] != geometry.shape[1]:
         return NotImplemented
