@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import einops
 import pytest
 import torch
 import torch.nn.functional as F
-from quantized_kinds import COLUMNS, ROWS, Kind, assert_near, dense_matrix, some_kinds
+from quantized_kinds import COLUMNS, HEADS, ROWS, Kind, assert_near, dense_matrix, some_kinds
 
 from tl_fastload import quantized
 
@@ -32,3 +35,29 @@ def test_a_parameter_is_a_weight_not_an_activation(kind: Kind) -> None:
     assert torch.equal(F.linear(embedding, weight), expected)
     product = embedding.detach() @ weight.T
     assert torch.equal(product, expected) == (kind.kind != "int8")
+
+
+@some_kinds
+def test_transforms_of_functions(kind: Kind) -> None:
+    """torch.func and forward mode see the dequantized weight, for which torch has all rules."""
+    weight, x = kind.make().float(), kind.activations(5, COLUMNS).float()
+    dense, direction = weight.dequantize(), torch.randn(5, COLUMNS)
+    heads = einops.rearrange(weight, "(h e) d -> h d e", h=HEADS)
+
+    def linear(x: torch.Tensor, matrix: Any = weight) -> torch.Tensor:
+        return F.linear(x, matrix)
+
+    def per_head(x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("...d,hde->...he", x, heads).flatten(-2)
+
+    for function in (linear, per_head, lambda x: x @ weight.T):
+        assert_near(torch.func.jacrev(function)(x[0]), dense, 1e-6)
+        assert_near(torch.func.jacfwd(function)(x[0]), dense, 1e-6)
+        assert_near(torch.func.vmap(function)(x), x @ dense.T, 1e-6)
+        assert_near(torch.func.jvp(function, (x,), (direction,))[1], direction @ dense.T, 1e-6)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, direction)
+            tangent = torch.autograd.forward_ad.unpack_dual(function(dual)).tangent
+            assert tangent is not None
+            assert_near(tangent, direction @ dense.T, 1e-6)
+    assert_near(torch.func.grad(lambda x: linear(x).sum())(x), dense.sum(0).expand_as(x), 1e-6)
