@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import einops
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -61,3 +62,16 @@ def test_transforms_of_functions(kind: Kind) -> None:
             assert tangent is not None
             assert_near(tangent, direction @ dense.T, 1e-6)
     assert_near(torch.func.grad(lambda x: linear(x).sum())(x), dense.sum(0).expand_as(x), 1e-6)
+
+
+@some_kinds
+def test_bytes_are_what_is_shared_with_others(kind: Kind) -> None:
+    """The tensor has no memory of its own: torch would share, or lend, a null pointer."""
+    weight = torch.nn.Parameter(kind.make().float(), requires_grad=False)
+    dense = weight.dequantize()
+    assert not weight.is_shared()
+    assert weight.share_memory_() is weight
+    assert weight.is_shared()
+    assert all(tensor.is_shared() for tensor in weight.content.tensors().values())
+    assert torch.equal(weight.dequantize(), dense)
+    assert (numpy.from_dlpack(weight.detach()) == dense.numpy()).all()

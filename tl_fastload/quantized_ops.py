@@ -237,6 +237,16 @@ def _on_values(func: Callable[..., Any]) -> Callable[..., Any]:
     return handler
 
 
+def _share_memory(tensor: Any) -> Any:
+    """What there is to share is the bytes: the tensor itself has no memory."""
+    tensor.content.map(torch.Tensor.share_memory_)
+    return tensor
+
+
+def _is_shared(tensor: Any) -> bool:
+    return all(part.is_shared() for part in tensor.content.tensors().values())
+
+
 def _swapped(self: Any, other: Any) -> Any:
     return _matmul(other, self)
 
@@ -257,6 +267,9 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.numpy: _on_values(torch.Tensor.numpy),
     torch.Tensor.tolist: _on_values(torch.Tensor.tolist),
     torch.Tensor.__array__: _on_values(torch.Tensor.__array__),
+    torch.Tensor.__dlpack__: _on_values(torch.Tensor.__dlpack__),
+    torch.Tensor.share_memory_: _share_memory,
+    torch.Tensor.is_shared: _is_shared,
 }
 
 _OPERATORS: dict[Any, Callable[..., Any]] = {
