@@ -180,7 +180,8 @@ def _set_data(target: Any, value: Any) -> Any:
 def _refuse_gradient(tensor: Any, requires_grad: bool = True) -> Any:
     if requires_grad:
         raise QuantizationError(
-            "quantized weights have no gradient: make the parameter with `requires_grad=False`."
+            "quantized weights have no gradient: make the parameter with `requires_grad=False`. In "
+            "a module, set `requires_grad` on the other parameters one by one."
         )
     return NotImplemented
 
