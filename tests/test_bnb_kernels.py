@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import copy
 import itertools
+import logging
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,38 @@ def test_int8_product_is_that_of_the_layer(
     found = bnb_kernels.linear(stored, x, layer.bias.detach().clone())
     assert found.dtype == dtype
     assert torch.equal(found, layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_say_nothing_of_casts(
+    dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    """bitsandbytes logs a line each time, which floods notebooks; its own layers still do."""
+    layer, x = layer_8bit(_dense()), _activations(4, 128).to(dtype)
+    stored = bnb_kernels.from_linear8bit(layer)
+    log = logging.getLogger("bitsandbytes.autograd._functions")
+    filters = list(log.filters)
+    said_by_another: list[int] = []
+
+    def quiet() -> None:
+        with bnb_kernels._cast_unsaid():
+            bnb_kernels.linear(stored, x)
+            log.warning("something else")
+            other = threading.Thread(target=lambda: said_by_another.append(layer(x).numel()))
+            other.start()
+            other.join()
+
+    quiet()
+    assert said_by_another
+    assert [record.getMessage()[:14] for record in caplog.records] == [
+        "something else",
+        "MatMul8bitLt: ",
+    ]
+    assert log.filters == filters
+    bnb_kernels.linear(stored, x)
+    assert len(caplog.records) == 2
+    layer(x)
+    assert len(caplog.records) == 3
 
 
 @pytest.mark.parametrize(("kind", "double_quant", "blocksize"), FOUR_BIT)

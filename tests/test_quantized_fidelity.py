@@ -13,10 +13,18 @@ import torch
 import zoo as zoo_module
 from comparison import lean_model
 
+from tl_fastload import bnb_kernels
+
 # An 8-bit kernel rounds activations: one that lies on the edge may go the other way.
 BOUNDS = {"int8": 2e-3, "nf4": 1e-4, "fp4": 1e-4}
 PROCESSING: dict[str, dict[str, bool]] = {"unprocessed": reference.NO_PROCESSING, "processed": {}}
 every_case = pytest.mark.parametrize("case_id", qz.CASES)
+EVERY_KIND = [
+    case_id
+    if case_id in ("gpt2", "llama-gqa", "neox", "phi3-gqa", "bloom")
+    else pytest.param(case_id, marks=pytest.mark.slow)
+    for case_id in qz.CASES
+]
 
 
 Compare = Callable[[Any, str, Any], None]
@@ -48,7 +56,7 @@ def assert_same(monkeypatch: pytest.MonkeyPatch) -> Compare:
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 @every_case
 def test_log_probs_of_every_architecture(
-    case_id: str, kind: str, zoo: Any, assert_same: Compare
+    case_id: str, kind: str, zoo: Any, assert_same: Compare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = qz.build(zoo, case_id)
     hf = qz.hf_model(folder, kind)
@@ -59,11 +67,14 @@ def test_log_probs_of_every_architecture(
         n_projections = 4 if case_id in qz.EXPERTS else 6
         assert len(weights) >= model.cfg.n_layers * n_projections
         assert [name for name, weight in weights.items() if weight.why_dense()] == []
+        with monkeypatch.context() as patch:  # every product runs on the kernel
+            patch.delattr(bnb_kernels, "dequantize")
+            qz.log_probs(model, case_id)
 
 
 @pytest.mark.parametrize("processing", PROCESSING)
 @pytest.mark.parametrize("kind", ["int8-outliers", "nf4-double", "fp4"])
-@pytest.mark.parametrize("case_id", ["gpt2", "llama-gqa", "neox", "phi3-gqa", "bloom"])
+@pytest.mark.parametrize("case_id", EVERY_KIND)
 def test_log_probs_of_every_kind(
     case_id: str, kind: str, processing: str, zoo: Any, assert_same: Compare
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import quantized_zoo as qz
 import reference
 import torch
 from comparison import lean_model
+
+from tl_fastload.errors import ArgumentError
 
 KINDS = ["int8", "nf4", "nf4-double", "fp4"]
 NOT = "not quantized in the checkpoint"
@@ -118,6 +121,19 @@ def test_caller_model_stays_as_it_was(zoo: Any) -> None:
         if name not in qz.quantized_parameters(model)
     }
     assert not dense & ours
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_layers_that_the_configuration_does_not_declare(kind: str, zoo: Any) -> None:
+    """Put there by hand: quantized all the same, not dequantized unsaid."""
+    folder = qz.build(zoo, "llama-gqa")
+    hf = copy.deepcopy(qz.hf_model(folder, kind))
+    del hf.config.quantization_config
+    model = lean_model(folder, hf_model=hf)
+    assert len(qz.quantized_parameters(model)) == 7 * model.cfg.n_layers
+    assert model.load_report.quantization == f"{kind}, as in the checkpoint"
+    with pytest.raises(ArgumentError, match=rf"quantized already \({kind}\)"):
+        lean_model(folder, hf_model=hf, quantize="fp4")
 
 
 EXPERTS = [

@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -108,8 +112,31 @@ def _linear_int8(stored: Int8Bytes, x: torch.Tensor, bias: torch.Tensor | None) 
     state.is_training = False
     state.use_pool = stored.threshold > 0
     bias = None if bias is None else bias.to(x.dtype)
-    product: torch.Tensor = bnb.matmul(x, stored.codes, bias=bias, state=state)
+    if x.dtype == torch.float16 and stored.threshold > 0:
+        # bitsandbytes blanks outliers in what it is given and puts them back (on the CPU), which
+        # autograd would take for a change of the caller's tensor.
+        x = x.clone()
+    with _cast_unsaid():
+        product: torch.Tensor = bnb.matmul(x, stored.codes, bias=bias, state=state)
     return product
+
+
+@contextmanager
+def _cast_unsaid() -> Iterator[None]:
+    """Leave out the line that bitsandbytes logs at each 8-bit product of what is not float16: in
+    this thread and for our products only, not for the caller's own layers.
+    """
+    thread = threading.get_ident()
+
+    def is_worth_saying(record: logging.LogRecord) -> bool:
+        return threading.get_ident() != thread or "inputs will be cast" not in str(record.msg)
+
+    log = logging.getLogger("bitsandbytes.autograd._functions")
+    log.addFilter(is_worth_saying)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_worth_saying)
 
 
 def _linear_4bit(
@@ -293,8 +320,8 @@ def from_linear8bit(source: Any, threshold: float | None = None) -> Int8Bytes:
     if weight.dtype != torch.int8:
         raise QuantizationError(
             f"an 8-bit layer holds {weight.dtype} weights, not int8: it is not quantized yet, or "
-            f"keeps float16 weights "
-            "(`llm_int8_has_fp16_weight`). Move it to its device first, which quantizes it."
+            "keeps float16 weights (`llm_int8_has_fp16_weight`). Move it to its device first, "
+            "which quantizes it."
         )
     if scales is None:
         raise QuantizationError("8-bit weights without scales (SCB): load them again.")
@@ -319,8 +346,7 @@ def from_params4bit(source: Any) -> FourBitBytes:
     if state is None:
         raise QuantizationError(
             "4-bit weights without a quant_state: they are not quantized yet. Move the layer to "
-            "its device first, "
-            "which quantizes it."
+            "its device first, which quantizes it."
         )
     require_device(weight.device)
     packed = _plain(weight)

@@ -29,6 +29,7 @@ from tl_fastload.names import official_name
 from tl_fastload.options import Options
 from tl_fastload.promise import Promise
 from tl_fastload.quantization import Quantization, as_dtype, of_checkpoint
+from tl_fastload.quantized_tree import spec_of_layers
 from tl_fastload.reader import FileMaps, FileReader
 from tl_fastload.room import check_room
 from tl_fastload.stock import is_toy_name, stock_name_for
@@ -330,7 +331,7 @@ def _from_model(
         keywords=keywords,
         reader=reader,
         options=options,
-        spec=of_checkpoint(hf_model.config, "hf_model"),
+        spec=of_checkpoint(hf_model.config, "hf_model") or spec_of_layers(hf_model),
         adapters=adapters,
     )
 

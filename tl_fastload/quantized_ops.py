@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map
 from tl_fastload import quantized_view
 from tl_fastload.errors import QuantizationError
 from tl_fastload.quantized_matrix import COMPUTING_DTYPES, QuantizedMatrix
-from tl_fastload.tracing import untraced
+from tl_fastload.tracing import is_transformed, untraced
 
 aten = torch.ops.aten
 
@@ -180,7 +180,8 @@ def _set_data(target: Any, value: Any) -> Any:
 def _refuse_gradient(tensor: Any, requires_grad: bool = True) -> Any:
     if requires_grad:
         raise QuantizationError(
-            "quantized weights have no gradient: make the parameter with `requires_grad=False`."
+            "quantized weights have no gradient: make the parameter with `requires_grad=False`. In "
+            "a module, set `requires_grad` on the other parameters one by one."
         )
     return NotImplemented
 
@@ -217,10 +218,13 @@ def _is_weight(tensor: Any) -> bool:
 
 def _multiply(x: Any, weight: QuantizedMatrix, geometry: torch.Tensor, bias: Any) -> Any:
     # A product of two weights is one of matrices, not of an activation: it takes the exact values.
-    if isinstance(x, QuantizedMatrix) or isinstance(bias, QuantizedMatrix):
+    if isinstance(x, (QuantizedMatrix, torch.nn.Parameter)) or isinstance(bias, QuantizedMatrix):
         return NotImplemented
     if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] != geometry.shape[1]:
         return NotImplemented
+    if is_transformed():
+        # Kernels have no rules for these: they raise, or lose tangents without a word.
+        return F.linear(x, type(weight)(weight.content, geometry, weight.dtype).dequantize(), bias)
     content = weight.rows_content(geometry)
     return NotImplemented if content is None else content.linear(x, bias)
 
@@ -232,6 +236,16 @@ def _on_values(func: Callable[..., Any]) -> Callable[..., Any]:
         return func(_dense(tensor), *args, **kwargs)
 
     return handler
+
+
+def _share_memory(tensor: Any) -> Any:
+    """What there is to share is the bytes: the tensor itself has no memory."""
+    tensor.content.map(torch.Tensor.share_memory_)
+    return tensor
+
+
+def _is_shared(tensor: Any) -> bool:
+    return all(part.is_shared() for part in tensor.content.tensors().values())
 
 
 def _swapped(self: Any, other: Any) -> Any:
@@ -254,6 +268,9 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.numpy: _on_values(torch.Tensor.numpy),
     torch.Tensor.tolist: _on_values(torch.Tensor.tolist),
     torch.Tensor.__array__: _on_values(torch.Tensor.__array__),
+    torch.Tensor.__dlpack__: _on_values(torch.Tensor.__dlpack__),
+    torch.Tensor.share_memory_: _share_memory,
+    torch.Tensor.is_shared: _is_shared,
 }
 
 _OPERATORS: dict[Any, Callable[..., Any]] = {

@@ -55,6 +55,19 @@ def promise_of_layer(module: nn.Module, name: str, dtype: torch.dtype) -> Promis
     return promise
 
 
+def spec_of_layers(model: Any) -> Quantization | None:
+    """How bitsandbytes' layers of a model in memory are quantized, which its configuration need not
+    say if they were put there by hand; None without such layers.
+    """
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        weight: Any = module._parameters.get("weight")
+        if type(weight).__name__ == _ROWS:
+            return Quantization("int8")
+        if type(weight).__name__ == _BLOCKS:
+            return Quantization(weight.quant_type)
+    return None
+
+
 def is_conv1d(cls: Any) -> bool:
     """Whether a class is transformers' `Conv1D`, whose weight is [in, out]."""
     return getattr(cls, "__name__", "") == "Conv1D"

@@ -1,4 +1,4 @@
-"""Doing sums on tensors while somebody traces: torch.compile, fake tensors, functional modes."""
+"""Sums on tensors while somebody traces: torch.compile, fake tensors, torch.func."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
 
 Result = TypeVar("Result")
@@ -33,6 +34,12 @@ def runs_untraced(function: Callable[..., Result]) -> Callable[..., Result]:
             return function(*args, **kwargs)
 
     return run
+
+
+def is_transformed() -> bool:
+    """Whether torch.func (vmap, grad, jacrev ...) or forward-mode differentiation is at work."""
+    functions: Any = torch._C._functorch
+    return functions.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def not_compiled(function: Callable[..., Result]) -> Callable[..., Result]:
