@@ -33,10 +33,3 @@ def runs_untraced(function: Callable[..., Result]) -> Callable[..., Result]:
             return function(*args, **kwargs)
 
     return run
-
-
-def not_compiled(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Decorator: torch.compile runs the function as it is, with all that it calls."""
-    compiler: Any = getattr(torch, "compiler", None)  # came with torch 2.1
-    made: Callable[..., Result] = function if compiler is None else compiler.disable(function)
-    return made
