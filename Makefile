@@ -77,7 +77,7 @@ format: $(DEV) ## let ruff repair what it can
 types: $(DEV) ## mypy --strict
 	$(BIN)/mypy
 
-bench: $(BASE) ## measure memory, load time and forward time; writes benchmarks/results/
+bench: $(DEV) ## measure memory, load time and forward time; writes benchmarks/results/
 	$(BIN)/python -m benchmarks
 
 notebooks: $(DEV) ## run the notebooks and write their outputs

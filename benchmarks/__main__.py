@@ -34,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         planned = cases.all_cases(
             options.models, load=load, forward=forward, with_stock=options.stock
         )
+    if load and not cases.has_peft():
+        errors.print("Loads with an adapter are left out: peft is not installed.")
     if has_quantized:
         with_stock = options.stock and not forward  # which measures stock in bfloat16 already
         planned += quantized.all_cases(options.models, with_stock=with_stock)

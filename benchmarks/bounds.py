@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib import metadata
-
-from packaging.version import Version
 
 from benchmarks import cases
 from benchmarks.measure import Case, Measurement
 from benchmarks.models import SHAPES, Shape
+from tl_fastload import compat
 
 IMPORT_SECONDS = 0.2
 _GROWTH = 0.01  # of the parameters, over all repeated loads: none, but for fragmentation
@@ -86,15 +84,17 @@ def ratio(bytes_: int, measurement: Measurement) -> float:
     return bytes_ / measurement.parameter_bytes
 
 
-def _assigns() -> bool:
-    """Whether this torch can put finished tensors into a model (2.1 and newer)."""
-    return Version(metadata.version("torch")) >= Version("2.1")
+def _beats_stock() -> bool:
+    """Whether a speed against stock is promised: against version 3, whose loader copies most, and
+    where finished tensors need no copy. The table has the figure in any case.
+    """
+    return compat.can_assign() and compat.TRANSFORMER_LENS.major >= 3
 
 
 def _memory(results: Results, shape: Shape, dtype: str) -> Iterator[Check]:
     model = shape.name
     # What is copied into the model lies twice in memory for a moment, and cannot be mapped.
-    unprocessed_limit, limit = (0.05, 1.05) if _assigns() else (1.15, 1.15)
+    unprocessed_limit, limit = (0.05, 1.05) if compat.can_assign() else (1.15, 1.15)
     anonymous = [
         (cases.lean(model, dtype), limit),
         (cases.copied(model, dtype), 1.15),
@@ -103,7 +103,7 @@ def _memory(results: Results, shape: Shape, dtype: str) -> Iterator[Check]:
     if dtype == shape.file_dtype:
         anonymous.append((cases.lean(model, dtype, processed=False), unprocessed_limit))
     if dtype == "float32":
-        anonymous.append((cases.with_adapter(cases.lean(model, dtype)), 1.05))
+        anonymous.append((cases.with_adapter(cases.lean(model, dtype)), limit))
     for case, limit in anonymous:
         found = _get(results, case)
         value = ratio(found.peak_anonymous_bytes, found) if found else None
@@ -170,15 +170,18 @@ def _load_time(results: Results, shape: Shape, dtype: str) -> Iterator[Check]:
     model = shape.name
     case = cases.lean(model, dtype)
     found, floor = _get(results, case), _get(results, cases.floor(model, dtype))
-    least = floor.median_seconds if floor else 0.0
-    yield Check(
-        case.name,
-        "load within 2x the floor + 1 s (aim: 1.2x + 0.5 s)",
-        found.median_seconds if found and floor else None,
-        limit=2 * least + 1,
-        aim=1.2 * least + 0.5,
-        unit="s",
-    )
+    if compat.can_assign():
+        least = floor.median_seconds if floor else 0.0
+        yield Check(
+            case.name,
+            "load within 2x the floor + 1 s (aim: 1.2x + 0.5 s)",
+            found.median_seconds if found and floor else None,
+            limit=2 * least + 1,
+            aim=1.2 * least + 0.5,
+            unit="s",
+        )
+    if not _beats_stock():
+        return
     if (shape.family, dtype) in _FASTER_LOAD:
         limit, aim = _FASTER_LOAD[shape.family, dtype]
         value = faster(found, _get(results, cases.stock(model, dtype)))
@@ -191,20 +194,24 @@ def _load_time(results: Results, shape: Shape, dtype: str) -> Iterator[Check]:
 
 
 def _copies(results: Results, shape: Shape, dtype: str) -> Iterator[Check]:
-    """Processed copies: saved with one parameter of extra memory, loaded without any."""
+    """Processed copies: saved with one parameter of extra memory, mapped without any."""
     model = shape.name
     stock = _get(results, cases.stock(model, dtype))
     for quantize in cases.kinds_kept(model, dtype):
         case = cases.reload(model, dtype, quantize)
         found, touched = _get(results, case), _get(results, cases.touch(model, dtype, quantize))
         value = ratio(found.peak_anonymous_bytes, found) if found else None
-        yield Check(case.name, "peak anonymous memory", value, 0.05)
-        if shape.family == "llama":
+        # Where torch cannot assign, a copy is read into the model's own memory.
+        yield Check(
+            case.name, "peak anonymous memory", value, 0.05 if compat.can_assign() else 1.15
+        )
+        if shape.family == "llama" and _beats_stock():
             value = faster(found, stock)
             yield Check(case.name, "faster load than stock's", value, 30, at_least=True)
-        value = found.median_seconds if found and touched else None
-        limit = touched.median_seconds + 1 if touched else 0.0
-        yield Check(case.name, "load within touching every page + 1 s", value, limit, unit="s")
+        if compat.can_assign():
+            value = found.median_seconds if found and touched else None
+            limit = touched.median_seconds + 1 if touched else 0.0
+            yield Check(case.name, "load within touching every page + 1 s", value, limit, unit="s")
     case = cases.save(model, dtype)
     found = _get(results, case)
     value = None

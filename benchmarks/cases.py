@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import groupby
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from benchmarks.measure import Case, Measurement, combine, run_case
 from benchmarks.models import SHAPES
+from tl_fastload import compat
 
 DTYPES = ("float32", "bfloat16")
 FORWARD_TOKENS = (1, 64)
@@ -57,9 +59,14 @@ def save(model: str, dtype: str) -> Case:
 
 
 def kinds_kept(model: str, dtype: str) -> tuple[str | None, ...]:
-    """The kinds of processed copies that are measured."""
+    """The kinds of processed copies that are measured; none is quantized where torch is too old."""
     is_quantized = SHAPES[model].family == "llama" and dtype == SHAPES[model].file_dtype
-    return (None, "8bit", "nf4") if is_quantized else (None,)
+    return (None, "8bit", "nf4") if is_quantized and compat.can_assign() else (None,)
+
+
+def has_peft() -> bool:
+    """Whether loads with an adapter can be measured: its library is an extra."""
+    return importlib.util.find_spec("peft") is not None
 
 
 def transformers(model: str, dtype: str) -> Case:
@@ -93,7 +100,7 @@ def all_cases(
                     compared.append(stock(model, dtype, processed=False))
                 if SHAPES[model].family == "gpt2":
                     only_loaded += [repeated(model, dtype), repeated(model, dtype, False)]
-            if dtype == "float32":
+            if dtype == "float32" and has_peft():
                 only_loaded.append(with_adapter(lean(model, dtype)))
                 if with_stock:
                     only_loaded.append(with_adapter(stock(model, dtype)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -91,7 +92,11 @@ def run_case(case: Case, cache: Path | None = None, timeout_seconds: float = 180
             case.name, error=f"not measured: needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB free"
         )
     if case.road in ("reload", "touch"):
-        for path in copies.make_copy(folder, case.dtype, case.quantize).glob("*.safetensors"):
+        try:
+            copy = copies.make_copy(folder, case.dtype, case.quantize)
+        except subprocess.CalledProcessError as error:
+            return Measurement(case.name, error=f"failed: {error.stderr.decode()[-2000:]}")
+        for path in copy.glob("*.safetensors"):
             read_ahead(path)
     else:
         read_ahead(models.weights_file(folder))

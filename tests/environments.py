@@ -133,6 +133,12 @@ LACKS: tuple[Lack, ...] = (
         "TransformerLens has no attention sinks",
         tests=("test_parity.py::test_value_biases_stay_where_attention_has_sinks",),
     ),
+    Lack(
+        "transformer_lens",
+        "<3",
+        "an activation between two 8-bit codes goes the other way and moves it by 0.19, not 0.1",
+        tests=("test_quantized_fidelity.py::test_log_probs_of_every_architecture[neox-int8]",),
+    ),
     Lack("sae-lens", "<1", "not installed", tests=("test_sae_lens.py",)),
 )
 
@@ -140,9 +146,9 @@ LACKS: tuple[Lack, ...] = (
 SKIPPED: dict[tuple[str, str, str], int] = {
     ("3.9.0", "2.13.0", "0"): 14,
     ("3.9.0", "2.13.0", "6.54.12"): 0,
-    ("2.18.0", "2.13.0", "0"): 110,
-    ("2.16.1", "2.13.0", "0"): 166,
-    ("2.8.1", "2.0.1", "0"): 286,
+    ("2.18.0", "2.13.0", "0"): 125,
+    ("2.16.1", "2.13.0", "0"): 188,
+    ("2.8.1", "2.0.1", "0"): 434,
 }
 
 

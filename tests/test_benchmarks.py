@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from safetensors import safe_open
 
 from benchmarks import bounds, cases, models, quantized
@@ -245,6 +246,32 @@ def test_every_bound_is_about_a_case_that_is_measured() -> None:
     assert {check.subject for check in found} <= results.keys()
     assert all(check.passed is not None for check in found)
     assert len({(check.subject, check.promise) for check in found}) == len(found) > 40
+
+
+@pytest.mark.parametrize("assigns", [True, False])
+def test_older_versions_are_bound_in_memory(assigns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that they cannot do is measured, and no speed against another stock is promised."""
+    monkeypatch.setattr("tl_fastload.compat.can_assign", lambda: assigns)
+    monkeypatch.setattr("tl_fastload.compat.TRANSFORMER_LENS", Version("2.18"))
+    monkeypatch.setattr(cases, "has_peft", lambda: False)
+    models_ = ["gpt2-medium", "llama-1.1b"]
+    planned = cases.all_cases(models_, forward=False)
+    assert not any(case.adapter for case in planned)
+    assert any(case.quantize for case in planned) == assigns
+    results = {case.name: measurement(1.0, largest_parameter_bytes=1) for case in planned}
+    found = bounds.checks(results, models_, load=True, forward=False)
+    assert not any("faster" in check.promise for check in found)
+    limits = {c.subject: c.limit for c in found if c.promise == "peak anonymous memory"}
+    assert limits[cases.lean("llama-1.1b", "float32").name] == (1.05 if assigns else 1.15)
+    assert limits[cases.lean("llama-1.1b", "bfloat16", False).name] == (0.05 if assigns else 1.15)
+    assert limits[cases.reload("llama-1.1b", "bfloat16").name] == (0.05 if assigns else 1.15)
+
+
+def test_copy_that_cannot_be_made_fails_its_cases(cache: Path) -> None:
+    found = run_case(cases.reload("tiny-gpt2", "float32", "3bit"), cache)
+    assert found.error is not None
+    assert found.error.startswith("failed: ")
+    assert "3bit" in found.error
 
 
 def quantized_results(peak: int, seconds: float, densified: float) -> dict[str, Measurement]:

@@ -92,6 +92,24 @@ def test_one_home_for_each_library(library: str) -> None:
     assert homes <= HOMES[library]
 
 
+def asked_of_torch(path: Path) -> Iterator[str]:
+    """Where a file asks what the installed torch has, or compares versions."""
+    for node in ast.walk(syntax(path)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            subject = ast.unparse(node.args[0]) if node.args else ""
+            name = node.args[1] if len(node.args) > 1 else None
+            is_asked = node.func.id in ("hasattr", "getattr") and isinstance(name, ast.Constant)
+            if is_asked and subject.partition(".")[0] == "torch":
+                yield f"{path.name}:{node.lineno} {ast.unparse(node)}"
+    yield from (f"{path.name}: {name}" for name in imported(path) if name.startswith("packaging"))
+
+
+def test_what_a_torch_lacks_is_met_in_one_place() -> None:
+    found = {name: list(asked_of_torch(path)) for name, path in MODULES.items()}
+    assert found.pop("compat") != []
+    assert {name: asked for name, asked in found.items() if asked} == {}
+
+
 def test_files_are_short() -> None:
     # Not the tests: a long list of cases is still one thing to read.
     files = [path for path in SOURCES if path.parent.name != "tests"]

@@ -16,6 +16,8 @@ from transformers import BitsAndBytesConfig
 
 from tl_fastload.memory import unique_bytes
 
+pytestmark = pytest.mark.parity
+
 CASES = [*qz.CASES, "qwen", "gpt-oss"]
 LEAVES = ("W_Q", "W_K", "W_V", "_W_K", "_W_V", "W_O", "W_in", "W_gate", "W_out")
 

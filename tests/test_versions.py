@@ -13,11 +13,14 @@ import pytest
 import reference
 import torch
 import zoo as bed
-from comparison import differences, lean_model, log_probs, stock_model
+from comparison import differences, lean_model, log_probs, stock_model, values
+from counting import AllocatedBytes
 from packaging.version import Version
 from zoo import CASES, tokens
 
 from tl_fastload.errors import ArgumentError, StrategyError, UnsupportedArchitectureError
+from tl_fastload.measure_loads import blank_tokenizer
+from tl_fastload.placement import Placer
 
 pytestmark = pytest.mark.parity
 
@@ -54,6 +57,61 @@ def test_copying_gives_stocks_numbers(
     assert lean.load_report.strategy == "copy"
     apart = differences(stock_model(case_id, folder, dtype=dtype, **flags), lean)
     assert apart == []
+
+
+# Large enough for matrices to matter beside the reader's buffer of 4 MiB.
+WIDE: dict[str, dict[str, Any]] = {
+    "gpt2": {"vocab_size": 4000, "n_embd": 512, "n_head": 8, "n_layer": 8},
+    "llama-gqa": {
+        "vocab_size": 4000,
+        "hidden_size": 512,
+        "num_attention_heads": 8,
+        "head_dim": 64,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 8,
+    },
+}
+
+
+@pytest.fixture
+def placing(monkeypatch: pytest.MonkeyPatch) -> AllocatedBytes:
+    """Counts what placing allocates: the memory of the parameters, and on the way to them."""
+    counted, place = AllocatedBytes(), Placer.place
+
+    def count(self: Placer, recipes: Any) -> None:
+        with counted:
+            place(self, recipes)
+
+    monkeypatch.setattr(Placer, "place", count)
+    return counted
+
+
+@pytest.mark.parametrize(
+    ("case_id", "dtype"),
+    [("gpt2", "float32"), ("llama-gqa", "float32"), ("llama-gqa", "bfloat16")],
+)
+def test_one_copy_in_memory(case_id: str, dtype: str, zoo: Any, placing: AllocatedBytes) -> None:
+    folder = zoo(case_id, dtype=getattr(torch, dtype), **WIDE[case_id])
+    lean = lean_model(folder, dtype=dtype)
+    assert placing.peak < (1.05 if ASSIGNS else 1.15) * lean.load_report.parameter_bytes
+
+
+@pytest.mark.parametrize("case_id", WIDE)
+def test_mapped_where_torch_assigns(case_id: str, zoo: Any, placing: AllocatedBytes) -> None:
+    lean = lean_model(zoo(case_id, **WIDE[case_id]), **RAW)
+    assert placing.peak < (0.05 if ASSIGNS else 1.15) * lean.load_report.parameter_bytes
+
+
+@pytest.mark.parametrize("case_id", WIDE)
+def test_a_live_model_is_processed_in_its_own_memory(
+    case_id: str, zoo: Any, placing: AllocatedBytes
+) -> None:
+    lean = lean_model(zoo(case_id, **WIDE[case_id]), mmap=False, **RAW)
+    weights, most_bytes = values(lean), 1.15 * lean.load_report.parameter_bytes
+    for process in (lean.process_weights_, lambda: lean.load_and_process_state_dict(weights)):
+        placing.peak = 0
+        process()
+        assert most_bytes / 1.15 < placing.peak < most_bytes  # the model itself is counted
 
 
 def test_assign_is_refused_where_torch_cannot(zoo: Any) -> None:
@@ -138,6 +196,12 @@ def test_what_transformer_lens_lacks_is_said(case_id: str, tmp_path: Path) -> No
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(UnsupportedArchitectureError, match="newer TransformerLens than the inst"):
         lean_model(tmp_path)
+
+
+def test_the_tokenizer_that_benchmarks_use(zoo: Any) -> None:
+    """In every version it is taken as it is: loading one is not measured."""
+    given = blank_tokenizer()
+    assert lean_model(zoo("gpt2"), tokenizer=given).tokenizer is given
 
 
 def test_checkpoints_that_torch_saved(zoo: Any) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module, metadata
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from packaging.version import Version
@@ -18,6 +20,8 @@ TORCH = _version("torch")
 TRANSFORMERS = _version("transformers")
 TRANSFORMER_LENS = _version("transformer_lens")
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 ASSIGN_NEEDS_TORCH = Version("2.1")
 HOOKED_TRANSFORMER_GONE_IN = Version("4.0.dev0")
 
@@ -30,6 +34,31 @@ def can_assign() -> bool:
 def can_map_torch_files() -> bool:
     """Whether `torch.load` takes `mmap=True` (torch 2.1 and newer)."""
     return Version(TORCH.base_version) >= Version("2.1")
+
+
+def dtypes(names: Mapping[str, str]) -> dict[str, torch.dtype]:
+    """Those dtypes that this torch has: 8-bit floats came with 2.1, unsigned integers with 2.3.
+
+    Args:
+        names: any key -> torch's name.
+    """
+    return {key: getattr(torch, name) for key, name in names.items() if hasattr(torch, name)}
+
+
+def not_compiled(function: Function) -> Function:
+    """Decorator: torch.compile runs the function as it is, with all that it calls."""
+    compiler: Any = getattr(torch, "compiler", None)  # came with torch 2.1
+    made: Function = function if compiler is None else compiler.disable(function)
+    return made
+
+
+def unpickling(function: Callable[..., Any]) -> AbstractContextManager[Any]:
+    """While `torch.load(..., weights_only=True)` runs, let files name one more function.
+
+    Torch before 2.5 cannot be told so, and refuses such files.
+    """
+    allow: Any = getattr(torch.serialization, "safe_globals", None)
+    return nullcontext() if allow is None else allow([function])
 
 
 @cache
@@ -54,6 +83,12 @@ HAS_WEIGHT_CONVERSIONS = TRANSFORMERS.major >= 5
 # `process_weights_` of TransformerLens 2 replaces each norm by one without weights, and its steps
 # are methods of the model that expect every norm's weights; version 3 keeps unit weights.
 REPLACES_NORMS = TRANSFORMER_LENS.major < 3
+
+# Version 2 loads a tokenizer again, by its name, if it does not add BOS tokens already.
+RELOADS_TOKENIZERS = TRANSFORMER_LENS.major < 3
+
+# The first Gemma's activation: transformers took `hidden_activation` for it, `hidden_act` since.
+GEMMA_1_HAS_HIDDEN_ACTIVATION = Version("4.48") > TRANSFORMERS
 
 # The field of a configuration that holds the model's dtype.
 CONFIG_DTYPE_NAME = "dtype" if Version("4.56") <= TRANSFORMERS else "torch_dtype"

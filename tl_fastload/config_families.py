@@ -11,9 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from packaging.version import Version
-
-from tl_fastload.compat import TRANSFORMERS
+from tl_fastload import compat
 
 GEMMA_3_CONTEXT_CAP = 8192
 """TransformerLens' own cap for Gemma 3: longer contexts are asked for with `n_ctx=`."""
@@ -43,7 +41,7 @@ def head_dim(config: Any) -> int:
 
 def _gemma_1_activation(config: Any) -> str:
     """The activation that the installed transformers computes for the first Gemma."""
-    if Version("4.48") > TRANSFORMERS:
+    if compat.GEMMA_1_HAS_HIDDEN_ACTIVATION:
         return getattr(config, "hidden_activation", None) or "gelu_pytorch_tanh"
     return str(config.hidden_act)
 

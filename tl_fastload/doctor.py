@@ -214,7 +214,8 @@ def _fixes_for_versions(found: dict[str, str | None]) -> list[str]:
     fixes = []
     if not compat.can_assign():
         fixes.append(
-            f"torch {compat.TORCH} copies into the model instead of assigning, and maps nothing: "
+            f"torch {compat.TORCH} copies into the model instead of assigning, maps nothing and "
+            "holds no quantized weights: "
             f'pip install "torch>={compat.ASSIGN_NEEDS_TORCH}".'
         )
     for package, extra in _EXTRAS.items():

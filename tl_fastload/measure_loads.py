@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tl_fastload import compat
 from tl_fastload.memory import unique_bytes
 from tl_fastload.timeline import Phase, StockPhases
 
@@ -157,4 +158,6 @@ def blank_tokenizer() -> Any:
 
     words = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))
     make: Any = PreTrainedTokenizerFast  # has no types in some versions
-    return make(tokenizer_object=words, unk_token="<unk>")
+    # TransformerLens 2 would load it again by its name, unless it adds BOS tokens.
+    again = {"name_or_path": "", "add_bos_token": True} if compat.RELOADS_TOKENIZERS else {}
+    return make(tokenizer_object=words, unk_token="<unk>", **again)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from tl_fastload import bnb_kernels, quantized_ops
+from tl_fastload.compat import not_compiled
 from tl_fastload.quantized_content import Content
 from tl_fastload.quantized_matrix import QuantizedMatrix
-from tl_fastload.tracing import not_compiled
 
 
 class QuantizedTensor(QuantizedMatrix):

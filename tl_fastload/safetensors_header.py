@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from tl_fastload.compat import item_bytes
+from tl_fastload import compat
 from tl_fastload.errors import CheckpointError
 
 LENGTH_BYTES = 8
@@ -26,7 +26,6 @@ MAX_DIMENSION = 2**63 - 1
 LFS_PREFIX = b"version https://git-lfs"
 AGAIN = "Download or copy the file again"
 
-# Names on the right that this torch does not have are left out: they came with torch 2.1 to 2.7.
 _TORCH_NAMES = {
     "F64": "float64",
     "F32": "float32",
@@ -48,11 +47,7 @@ _TORCH_NAMES = {
     "U8": "uint8",
     "BOOL": "bool",
 }
-DTYPES: Mapping[str, torch.dtype] = {
-    name: getattr(torch, torch_name)
-    for name, torch_name in _TORCH_NAMES.items()
-    if hasattr(torch, torch_name)
-}
+DTYPES: Mapping[str, torch.dtype] = compat.dtypes(_TORCH_NAMES)
 
 
 @dataclass(frozen=True)
@@ -200,7 +195,7 @@ def _entry(path: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
             f"convert the checkpoint to one of {', '.join(DTYPES)}."
         )
     begin, end = offsets
-    expected_bytes = math.prod(shape) * item_bytes(dtype)
+    expected_bytes = math.prod(shape) * compat.item_bytes(dtype)
     if end - begin != expected_bytes:
         raise corrupt(
             f"has {end - begin:,} bytes of data where dtype {fields['dtype']} and shape "

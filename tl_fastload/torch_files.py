@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import zipfile
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,10 +121,8 @@ def _mappable(path: Path) -> tuple[bool, str]:
 
 
 def _load(path: Path, arguments: dict[str, Any]) -> Any:
-    # Quantized tensors that we have saved; older versions of torch cannot be told so.
-    allow: Any = getattr(torch.serialization, "safe_globals", None)
     try:
-        with allow([rebuild]) if allow is not None else nullcontext():
+        with compat.unpickling(rebuild):  # quantized tensors that we have saved
             return torch.load(path, map_location="cpu", weights_only=True, **arguments)
     except OSError as error:
         raise unreadable(path, error) from error

@@ -40,10 +40,3 @@ def is_transformed() -> bool:
     """Whether torch.func (vmap, grad, jacrev ...) or forward-mode differentiation is at work."""
     functions: Any = torch._C._functorch
     return functions.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-
-
-def not_compiled(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Decorator: torch.compile runs the function as it is, with all that it calls."""
-    compiler: Any = getattr(torch, "compiler", None)  # came with torch 2.1
-    made: Callable[..., Result] = function if compiler is None else compiler.disable(function)
-    return made
