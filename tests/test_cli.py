@@ -16,7 +16,7 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from tl_fastload import cli, cli_load, doctor
+from tl_fastload import LeanHookedTransformer, cli, doctor
 from tl_fastload.embedded_model import embedded_model_path
 
 MODEL = str(embedded_model_path())
@@ -36,9 +36,12 @@ def flat(text: str) -> str:
     return re.sub(r"[\s│╭╮╰╯─]+", " ", text)
 
 
-@pytest.mark.parametrize("name", ["plan", "load", "bench", "save", "doctor"])
+COMMANDS = ["plan", "load", "bench", "save", "doctor", "cache list", "cache prune", "cache clear"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help_with_examples(name: str) -> None:
-    written = flat(run(name, "--help").output)
+    written = flat(run(*name.split(), "--help").output)
     assert "Examples" in written
     assert f"tl-fastload {name}" in written
     assert "--debug" in written
@@ -90,7 +93,7 @@ def test_options_become_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
         given.update(arguments, model_name=model)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli_load.LeanHookedTransformer, "from_pretrained_lean", record)
+    monkeypatch.setattr(LeanHookedTransformer, "from_pretrained_lean", record)
     run("load", "gpt2", code=130)
     assert "dtype" not in given  # a processed copy keeps its own
     assert "adapter" not in given
@@ -131,6 +134,10 @@ def test_a_prompt_without_a_tokenizer(zoo: Any) -> None:
         (["bench", "--shape", "gpt2:n_layers=none"], 1, "n_layers=none is not a number"),
         (["bench", "--shape", "llama:d_model=100,n_heads=3"], 1, "multiple of n_heads=3"),
         (["cache", "prune", "--max-size", "many"], 2, "is no size"),
+        (["plan", MODEL, "--json", "nowhere/plan.json"], 2, "there is no folder"),
+        (["load", MODEL, "--plot", "nowhere/memory.png"], 2, "there is no folder"),
+        (["load", MODEL, "--map", "layers.doc"], 1, "layers.doc: pictures are written as"),
+        (["bench", MODEL, "--plot", "peaks"], 1, "end the name in one of these"),
     ],
 )
 def test_errors_are_one_block_without_a_traceback(
@@ -146,7 +153,7 @@ def test_an_unexpected_error_is_one_block_too(monkeypatch: pytest.MonkeyPatch) -
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("by nothing")
 
-    monkeypatch.setattr(cli_load.LeanHookedTransformer, "from_pretrained_lean", fail)
+    monkeypatch.setattr(LeanHookedTransformer, "from_pretrained_lean", fail)
     done = run("load", MODEL, code=1)
     assert "ZeroDivisionError" in done.stderr
     assert "--debug" in done.stderr
@@ -164,7 +171,7 @@ def test_ctrl_c_while_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli_load.LeanHookedTransformer, "from_pretrained_lean", interrupt)
+    monkeypatch.setattr(LeanHookedTransformer, "from_pretrained_lean", interrupt)
     assert "Interrupted" in run("load", MODEL, code=130).stderr
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module, metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from packaging.version import Version
+
+if TYPE_CHECKING:
+    import torch  # takes a second, and a version is known without
 
 
 def _version(distribution: str) -> Version:
@@ -35,11 +37,15 @@ def can_map_torch_files() -> bool:
 @cache
 def item_bytes(dtype: torch.dtype) -> int:
     """Bytes of one element; `dtype.itemsize` came with torch 2.1."""
+    import torch
+
     return torch.empty(0, dtype=dtype).element_size()
 
 
 def halves_are_finite(tensor: torch.Tensor) -> bool:
     """Whether a float16 tensor, which is not empty, has neither NaN nor infinite values."""
+    import torch
+
     try:
         extremes = torch.aminmax(tensor)
     except RuntimeError:  # torch 2.0 has no kernel for it on the CPU
