@@ -14,9 +14,10 @@ from typing import Any
 
 import psutil
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
-from tl_fastload import LeanHookedTransformer, cli, doctor
+from tl_fastload import LeanHookedTransformer, cli, cli_console, doctor
 from tl_fastload.embedded_model import embedded_model_path
 
 MODEL = str(embedded_model_path())
@@ -257,6 +258,27 @@ def test_the_bar_shows_bytes_rate_and_time_left() -> None:
 
     shown = {type(column).__name__ for column in _new_bar().columns}
     assert shown >= {"DownloadColumn", "TransferSpeedColumn", "TimeRemainingColumn"}
+
+
+def test_long_lines_hang_on_a_terminal_and_are_whole_in_a_pipe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Long:
+        def rows(self) -> list[tuple[str, str]]:
+            return [("note", "long words " * 20)]
+
+        def __str__(self) -> str:
+            return "whole " * 40
+
+    cli_console.show_rows(Long())
+    assert capsys.readouterr().out == "whole " * 40 + "\n"
+    terminal = Console(width=40, force_terminal=True, color_system=None)
+    monkeypatch.setattr(cli_console, "console", lambda: terminal)
+    cli_console.show_rows(Long())
+    title, first, *more = capsys.readouterr().out.splitlines()
+    assert (title, first[:12]) == ("Long", "  note  long")
+    assert len(more) > 3
+    assert all(line.startswith(" " * 8 + "long") or line[8:].startswith("words") for line in more)
 
 
 @pytest.mark.slow

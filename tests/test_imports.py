@@ -81,12 +81,14 @@ def test_the_command_line_answers_without_the_libraries() -> None:
 
 
 def test_names_are_there_when_they_are_asked_for() -> None:
-    code = """
-import tl_fastload
-assert "plan" in dir(tl_fastload) and not hasattr(tl_fastload, "no_such_thing")
-print(tl_fastload.cache.default_folder.__module__, tl_fastload.plan.__name__)
-"""
-    assert run(code) == "tl_fastload.cache plan"
+    import tl_fastload
+
+    named = tl_fastload.__getattr__("cache")  # imported by now: as if it were not
+    assert named is sys.modules["tl_fastload.cache"]
+    assert tl_fastload.__getattr__("plan") is sys.modules["tl_fastload.model"].plan
+    assert {"plan", "cache", "__version__"} <= set(dir(tl_fastload))
+    assert not hasattr(tl_fastload, "no_such_thing")
+    assert not hasattr(tl_fastload, "_hidden")
 
 
 SNAPSHOT = """

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from tl_fastload.cli_console import console, libraries_to_stderr, say, write_json
+from tl_fastload.cli_console import console, libraries_to_stderr, say, show_rows, write_json
 from tl_fastload.cli_options import Debug, Model, json_option, picture_option
 from tl_fastload.errors import ArgumentError
 
@@ -55,7 +55,7 @@ def load(
         loaded = LeanHookedTransformer.from_pretrained_lean(model, cache=cache, **arguments)
         predicted = None if prompt is None else _predictions(loaded, prompt, top)
     if str(json) != "-":
-        console().print(Text(str(loaded.load_report)))
+        show_rows(loaded.load_report)
     if json is not None:
         write_json({"report": loaded.load_report.to_dict(), "predictions": predicted}, json)
     if predicted is not None and str(json) != "-":

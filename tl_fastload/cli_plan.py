@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.text import Text
 
-from tl_fastload.cli_console import console, libraries_to_stderr, say, write_json
+from tl_fastload.cli_console import libraries_to_stderr, say, show_rows, write_json
 from tl_fastload.cli_options import Debug, Model, json_option, picture_option
 
 
@@ -38,7 +37,7 @@ def plan_command(
     if json is not None:
         write_json(found.to_dict(), json)
     if str(json) != "-":
-        console().print(Text(str(found)))
+        show_rows(found)
     if plot is not None:
         found.plot(path=plot)
         say(f"Written: {plot}")
