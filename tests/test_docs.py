@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+import tl_fastload
 from tl_fastload import bench, cli
 from tl_fastload.embedded_model import embedded_model_path
 from tl_fastload.measure import Measurement
@@ -25,6 +26,8 @@ _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _EXAMPLE = re.compile(r"^ +(tl-fastload .+)$", re.MULTILINE)
 # Models of the hub, and of the reader: the embedded one stands in for them.
 _STANDS_FOR = ("gpt2", "gpt2-xl", "./my-model")
+# Methods of torch and TransformerLens that are overridden, and what makes a report.
+_INNER = ("fill_missing_keys", "load_state_dict", "measured", "of")
 _SCREEN_LINES, _SCREEN_COLUMNS = 50, 160
 
 
@@ -100,6 +103,32 @@ def test_the_examples_of_a_help_text_run(text: str, command_line: Path) -> None:
     assert examples
     for line in examples:
         _run(line)
+
+
+def _public() -> list[Any]:
+    """What `tl_fastload` names: functions, and the methods that classes of ours define."""
+    found = []
+    for name in tl_fastload.__all__:
+        value = getattr(tl_fastload, name)
+        members = vars(value).items() if inspect.isclass(value) else {name: value}.items()
+        for member, function in members:
+            function = getattr(function, "__func__", function)
+            if inspect.isfunction(function) and not (member.startswith("_") or member in _INNER):
+                found.append(pytest.param(function, id=f"{name}.{member}"))
+    return found
+
+
+@pytest.mark.parametrize("function", _public())
+def test_the_public_api_is_documented(function: Any) -> None:
+    text = inspect.getdoc(function) or ""
+    assert text
+    if re.search(r"as for `|`\w+` (with|under)|see `", text):
+        return  # the arguments are those of the function that the text names
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name in ("self", "cls"):
+            continue
+        star = {parameter.VAR_POSITIONAL: r"\*", parameter.VAR_KEYWORD: r"\*\*"}
+        assert re.search(rf"^ +{star.get(parameter.kind, '')}{name}: \S", text, re.MULTILINE), name
 
 
 def test_no_block_is_left_out() -> None:
