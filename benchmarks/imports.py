@@ -1,4 +1,4 @@
-"""What `import tl_fastload` adds to `import transformer_lens`."""
+"""What importing tl_fastload, with everything in it, adds to `import transformer_lens`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ def prepare() -> tuple[Callable[[], Any], Callable[[Any], dict[str, Any]]]:
     start = time.perf_counter()
     importlib.import_module("transformer_lens")
     seconds = time.perf_counter() - start
-    return (
-        lambda: importlib.import_module("tl_fastload"),
-        lambda _: {"transformer_lens_seconds": seconds},
-    )
+    return _import_all, lambda _: {"transformer_lens_seconds": seconds}
+
+
+def _import_all() -> list[Any]:
+    """`from tl_fastload import *`: the package imports a name when it is first asked for."""
+    package = importlib.import_module("tl_fastload")
+    return [getattr(package, name) for name in package.__all__]
 
 
 def measure_import() -> Measurement:

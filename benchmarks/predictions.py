@@ -19,13 +19,13 @@ UNPROCESSED = dict.fromkeys(
 
 def prepare(case: dict[str, Any], folder: str) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
     """For `run_action`: plan a case; the plan's predictions for lean and for stock."""
-    import tl_fastload
+    from tl_fastload import plan
 
     wanted = Case(**case)
     import_architecture(Path(folder))
     arguments = lean_arguments(wanted, Path(folder))
     steps = {} if wanted.processed else UNPROCESSED
-    return lambda: tl_fastload.plan(
+    return lambda: plan(
         folder, dtype=torch_dtype(wanted.dtype), device="cpu", **arguments, **steps
     ), _describe
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ Load = Callable[[], Any]
 def prepare(case: dict[str, Any], folder: str) -> tuple[Load, Callable[[Any], dict[str, Any]]]:
     """Import what the case needs, and return the load and the description of its result."""
     wanted = Case(**case)
+    if wanted.road != "floor":  # every loader starts from the same imports
+        importlib.import_module("transformer_lens")
     roads = quantized_roads.ROADS if wanted.kind else ROADS
     load = roads[wanted.road](wanted, Path(folder))
     repeated = _Repeated(load, wanted.loads) if wanted.loads > 1 else None

@@ -9,12 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
 import torch
 from huggingface_hub import constants, file_download
 from safetensors.torch import save
+
+from tl_fastload.checkpoint import Checkpoint, open_weights, resolve_config
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER_COMMIT = "fedcba9876543210fedcba9876543210fedcba98"
@@ -28,6 +31,13 @@ SHARDS = {
 }
 SINGLE = {"config.json": CONFIG, "model.safetensors": WEIGHTS}
 SHARDED = {"config.json": CONFIG, "model.safetensors.index.json": INDEX, **SHARDS}
+
+
+def resolve(name: str | Path, **options: Any) -> Checkpoint:
+    """Find a model and its weights."""
+    choice = {"weights_file", "variant", "use_safetensors"} & options.keys()
+    chosen = {option: options.pop(option) for option in choice}
+    return open_weights(resolve_config(name, **options), **chosen)
 
 
 def forbid_network(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from fake_hub import fill_cache
+from fake_hub import fill_cache, resolve
 from folders import BIN_INDEX, INDEX, SHARDED, SHARDED_BIN, STATE, folder_with, index_of
 from safetensors.torch import save, save_file
 
-from tl_fastload.checkpoint import resolve
 from tl_fastload.errors import ArgumentError, CheckpointError
 from tl_fastload.weight_files import choose
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import psutil
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
-from tl_fastload import cli, cli_load, doctor
+from tl_fastload import LeanHookedTransformer, cli, cli_console, doctor
 from tl_fastload.embedded_model import embedded_model_path
 
 MODEL = str(embedded_model_path())
@@ -36,9 +37,12 @@ def flat(text: str) -> str:
     return re.sub(r"[\s│╭╮╰╯─]+", " ", text)
 
 
-@pytest.mark.parametrize("name", ["plan", "load", "bench", "save", "doctor"])
+COMMANDS = ["plan", "load", "bench", "save", "doctor", "cache list", "cache prune", "cache clear"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help_with_examples(name: str) -> None:
-    written = flat(run(name, "--help").output)
+    written = flat(run(*name.split(), "--help").output)
     assert "Examples" in written
     assert f"tl-fastload {name}" in written
     assert "--debug" in written
@@ -90,7 +94,7 @@ def test_options_become_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
         given.update(arguments, model_name=model)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli_load.LeanHookedTransformer, "from_pretrained_lean", record)
+    monkeypatch.setattr(LeanHookedTransformer, "from_pretrained_lean", record)
     run("load", "gpt2", code=130)
     assert "dtype" not in given  # a processed copy keeps its own
     assert "adapter" not in given
@@ -131,6 +135,10 @@ def test_a_prompt_without_a_tokenizer(zoo: Any) -> None:
         (["bench", "--shape", "gpt2:n_layers=none"], 1, "n_layers=none is not a number"),
         (["bench", "--shape", "llama:d_model=100,n_heads=3"], 1, "multiple of n_heads=3"),
         (["cache", "prune", "--max-size", "many"], 2, "is no size"),
+        (["plan", MODEL, "--json", "nowhere/plan.json"], 2, "there is no folder"),
+        (["load", MODEL, "--plot", "nowhere/memory.png"], 2, "there is no folder"),
+        (["load", MODEL, "--map", "layers.doc"], 1, "layers.doc: pictures are written as"),
+        (["bench", MODEL, "--plot", "peaks"], 1, "end the name in one of these"),
     ],
 )
 def test_errors_are_one_block_without_a_traceback(
@@ -146,7 +154,7 @@ def test_an_unexpected_error_is_one_block_too(monkeypatch: pytest.MonkeyPatch) -
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("by nothing")
 
-    monkeypatch.setattr(cli_load.LeanHookedTransformer, "from_pretrained_lean", fail)
+    monkeypatch.setattr(LeanHookedTransformer, "from_pretrained_lean", fail)
     done = run("load", MODEL, code=1)
     assert "ZeroDivisionError" in done.stderr
     assert "--debug" in done.stderr
@@ -164,7 +172,7 @@ def test_ctrl_c_while_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli_load.LeanHookedTransformer, "from_pretrained_lean", interrupt)
+    monkeypatch.setattr(LeanHookedTransformer, "from_pretrained_lean", interrupt)
     assert "Interrupted" in run("load", MODEL, code=130).stderr
 
 
@@ -250,6 +258,27 @@ def test_the_bar_shows_bytes_rate_and_time_left() -> None:
 
     shown = {type(column).__name__ for column in _new_bar().columns}
     assert shown >= {"DownloadColumn", "TransferSpeedColumn", "TimeRemainingColumn"}
+
+
+def test_long_lines_hang_on_a_terminal_and_are_whole_in_a_pipe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Long:
+        def rows(self) -> list[tuple[str, str]]:
+            return [("note", "long words " * 20)]
+
+        def __str__(self) -> str:
+            return "whole " * 40
+
+    cli_console.show_rows(Long())
+    assert capsys.readouterr().out == "whole " * 40 + "\n"
+    terminal = Console(width=40, force_terminal=True, color_system=None)
+    monkeypatch.setattr(cli_console, "console", lambda: terminal)
+    cli_console.show_rows(Long())
+    title, first, *more = capsys.readouterr().out.splitlines()
+    assert (title, first[:12]) == ("Long", "  note  long")
+    assert len(more) > 3
+    assert all(line.startswith(" " * 8 + "long") or line[8:].startswith("words") for line in more)
 
 
 @pytest.mark.slow

@@ -19,11 +19,12 @@ from fake_hub import (
     Repo,
     fill_cache,
     point_at,
+    resolve,
 )
 from huggingface_hub import constants
 
 from tl_fastload import hub
-from tl_fastload.checkpoint import open_weights, resolve, resolve_config
+from tl_fastload.checkpoint import open_weights, resolve_config
 from tl_fastload.errors import CheckpointError, LeanLoadError, UnknownModelError
 from tl_fastload.hub import HubOptions
 

@@ -18,11 +18,12 @@ from fake_hub import (
     SHARDS,
     SINGLE,
     fill_cache,
+    resolve,
 )
 from huggingface_hub import constants
 
 from tl_fastload import hub
-from tl_fastload.checkpoint import open_weights, resolve, resolve_config
+from tl_fastload.checkpoint import open_weights, resolve_config
 from tl_fastload.errors import ArgumentError, CheckpointError, LeanLoadError, UnknownModelError
 from tl_fastload.hub import HubOptions
 
@@ -52,7 +53,8 @@ def test_the_environment_variable_in_a_fresh_process(cache: Path) -> None:
     """huggingface_hub reads it at import, so this is the only honest test of it."""
     fill_cache(cache / "hub", "gpt2", SINGLE)
     program = (
-        "from tl_fastload.checkpoint import resolve\n"
+        "from tl_fastload.checkpoint import open_weights, resolve_config as find\n"
+        "def resolve(name): return open_weights(find(name))\n"
         "print(sorted(resolve('gpt2-small').entries), resolve('gpt2-small').label)\n"
         "try: resolve('distilgpt2')\n"
         "except Exception as error: print(type(error).__name__, error)"

@@ -33,7 +33,8 @@ MODULES = """
 import json, sys
 import transformer_lens
 before = set(sys.modules)
-import tl_fastload, tl_fastload.lightning
+import tl_fastload.lightning
+from tl_fastload import *
 print(json.dumps([sorted(before), sorted(set(sys.modules) - before)]))
 """
 
@@ -50,6 +51,44 @@ def test_importing_adds_nothing_heavy() -> None:
     assert not any(root.startswith("_") for root in third_party - {"_cython_0_29_37"})
     assert third_party <= {"packaging", "psutil", "rich", "einops", "safetensors", "pygments"}
     assert before
+
+
+QUICK = """
+import json, sys
+import tl_fastload
+from tl_fastload import cli
+from typer.testing import CliRunner
+codes = [CliRunner().invoke(cli.app, words.split()).exit_code for words in sys.argv[1:]]
+print(json.dumps([codes, sorted({name.partition(".")[0] for name in sys.modules})]))
+"""
+
+
+def test_the_command_line_answers_without_the_libraries() -> None:
+    """They take seconds, and neither the help nor a misspelt option needs them."""
+    commands = ("plan", "load", "bench", "save", "cache list", "cache prune", "doctor")
+    right = ["--help", "--version", *(f"{name} --help" for name in commands)]
+    wrong = [
+        "frobnicate",
+        "load",
+        "load x --colour red",
+        "load x --skip no",
+        "bench --dtype int8 x",
+    ]
+    codes, loaded = json.loads(run(QUICK, *right, *wrong))
+    assert codes == [0] * len(right) + [2] * len(wrong)
+    slow = {"torch", "transformers", "transformer_lens", "numpy", "huggingface_hub", "matplotlib"}
+    assert slow.isdisjoint(loaded)
+
+
+def test_names_are_there_when_they_are_asked_for() -> None:
+    import tl_fastload
+
+    named = tl_fastload.__getattr__("cache")  # imported by now: as if it were not
+    assert named is sys.modules["tl_fastload.cache"]
+    assert tl_fastload.__getattr__("plan") is sys.modules["tl_fastload.model"].plan
+    assert {"plan", "cache", "__version__"} <= set(dir(tl_fastload))
+    assert not hasattr(tl_fastload, "no_such_thing")
+    assert not hasattr(tl_fastload, "_hidden")
 
 
 SNAPSHOT = """

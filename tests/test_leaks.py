@@ -52,6 +52,15 @@ def alive() -> list[str]:
     return [type(thing).__name__ for thing in gc.get_objects() if issubclass(type(thing), OURS)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def earlier_objects_aside() -> Iterator[None]:
+    """Half a million objects of the libraries and of other tests need no look in each test."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture
 def no_collector() -> Iterator[None]:
     """Everything must go by reference counts: a cycle would keep weights until some collection."""

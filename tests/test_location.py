@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_hub import resolve
 from folders import STATE, folder_with
 
-from tl_fastload.checkpoint import open_weights, resolve, resolve_config
+from tl_fastload.checkpoint import open_weights, resolve_config
 from tl_fastload.errors import ArgumentError, CheckpointError, UnknownModelError
 
 

@@ -10,12 +10,12 @@ import pytest
 import reference
 import torch
 import transformers
+from fake_hub import resolve
 from programs import CPU, assert_same
 from torch import nn
 from transformers import AutoConfig
 
 from tl_fastload import tree
-from tl_fastload.checkpoint import resolve
 from tl_fastload.errors import CheckpointError
 from tl_fastload.evaluator import evaluate, sources
 from tl_fastload.promise import Promise

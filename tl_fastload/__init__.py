@@ -2,6 +2,10 @@
 memory.
 """
 
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
 from tl_fastload import compat as _compat
 
 _compat.require_hooked_transformer()
@@ -22,15 +26,46 @@ from tl_fastload.errors import (  # noqa: E402  # after the check, whose message
     UnknownModelError,
     UnsupportedArchitectureError,
 )
-from tl_fastload.load_plan import LoadPlan  # noqa: E402
-from tl_fastload.load_weights import load_weights_  # noqa: E402
-from tl_fastload.memory import watch_memory  # noqa: E402
-from tl_fastload.model import LeanHookedTransformer, LeanLoadingMixin, plan  # noqa: E402
-from tl_fastload.progress import ProgressEvent  # noqa: E402
-from tl_fastload.report import LoadReport  # noqa: E402
-from tl_fastload.store_bytes import verify_copy  # noqa: E402
-from tl_fastload.store_write import save_lean  # noqa: E402
 from tl_fastload.version import __version__ as __version__  # noqa: E402
+
+if TYPE_CHECKING:
+    from tl_fastload.load_plan import LoadPlan
+    from tl_fastload.load_weights import load_weights_
+    from tl_fastload.memory import watch_memory
+    from tl_fastload.model import LeanHookedTransformer, LeanLoadingMixin, plan
+    from tl_fastload.progress import ProgressEvent
+    from tl_fastload.report import LoadReport
+    from tl_fastload.store_bytes import verify_copy
+    from tl_fastload.store_write import save_lean
+else:
+    # Imported when they are first asked for: TransformerLens takes seconds, which the command line
+    # does not need to say what its options are.
+    _HOMES = {
+        "LeanHookedTransformer": "model",
+        "LeanLoadingMixin": "model",
+        "LoadPlan": "load_plan",
+        "LoadReport": "report",
+        "ProgressEvent": "progress",
+        "load_weights_": "load_weights",
+        "plan": "model",
+        "save_lean": "store_write",
+        "verify_copy": "store_bytes",
+        "watch_memory": "memory",
+    }
+
+    def __getattr__(name: str) -> Any:
+        if name in _HOMES:
+            value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        elif not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+            value = import_module(f"{__name__}.{name}")  # `tl_fastload.cache` needs no import
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "AdapterError",

@@ -41,7 +41,6 @@ __all__ = [
     "TensorEntry",
     "names_at_hand",
     "open_weights",
-    "resolve",
     "resolve_config",
 ]
 
@@ -101,38 +100,6 @@ class Checkpoint:
         if absent:
             raise CheckpointError(_absent_message(self.label, absent))
         return contents
-
-
-def resolve(
-    name: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
-    force_download: bool = False,
-    subfolder: str = "",
-    weights_file: str | None = None,
-    variant: str | None = None,
-    use_safetensors: bool | None = None,
-) -> Checkpoint:
-    """Find a model and its weights: `open_weights` of what `resolve_config` finds.
-
-    Raises:
-        As these two.
-    """
-    location = resolve_config(
-        name,
-        revision=revision,
-        cache_dir=cache_dir,
-        token=token,
-        local_files_only=local_files_only,
-        force_download=force_download,
-        subfolder=subfolder,
-    )
-    return open_weights(
-        location, weights_file=weights_file, variant=variant, use_safetensors=use_safetensors
-    )
 
 
 def resolve_config(

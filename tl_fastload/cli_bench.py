@@ -6,21 +6,21 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from tl_fastload import bench as benchmark
-from tl_fastload.bench import Subject
 from tl_fastload.cli_console import console, say, write_json
-from tl_fastload.cli_options import Debug
+from tl_fastload.cli_options import Debug, json_option, picture_option
 from tl_fastload.display import format_bytes
-from tl_fastload.doctor import machine, versions
 from tl_fastload.measure import Measurement
-from tl_fastload.measure_loads import Contender
 from tl_fastload.synthetic import parse_shape
+
+if TYPE_CHECKING:
+    from tl_fastload.bench import Subject
+    from tl_fastload.measure_loads import Contender
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _STRATEGIES = ("auto", "assign", "copy")
@@ -63,16 +63,22 @@ _Repeats = Annotated[int, typer.Option(min=1, help="Processes for each load.")]
 _Keep = Annotated[
     Path | None, typer.Option(help="Write the model of --shape into this folder and keep it.")
 ]
-_Json = Annotated[
-    Path | None, typer.Option(help="Write the figures as JSON; - for standard output.")
-]
+_Json = Annotated[Path | None, json_option("the figures")]
 _Plot = Annotated[
     Path | None,
-    typer.Option(
-        help="Draw the peaks into this file (.png, .pdf ...), and memory over time into a "
-        'second one, whose name has "-timeline" added.'
+    picture_option(
+        "Draw the peaks into this file (.png, .pdf ...), and memory over time into a second one, "
+        'whose name has "-timeline" added.'
     ),
 ]
+
+
+class _Wanted(NamedTuple):
+    """Every value of the options that may be repeated."""
+
+    dtypes: list[str]
+    strategies: list[str]
+    kinds: list[str]
 
 
 def bench(
@@ -101,9 +107,17 @@ def bench(
 
       tl-fastload bench ./my-model --no-stock --strategy assign --strategy copy --json -
     """
+    _check(model, shape, keep)
+    wanted = _Wanted(
+        _checked("--dtype", dtype or ["float32"], _DTYPES),
+        _checked("--strategy", strategy or ["auto"], _STRATEGIES),
+        _checked("--quantize", quantize or [], _QUANTIZATIONS),
+    )
+    from tl_fastload.bench import run
+
+    contenders = _contenders(wanted, processing, stock)
     with _subject(model, shape, keep) as subject:
-        contenders = _contenders(dtype, strategy, quantize, processing, stock)
-        found = benchmark.run(subject, contenders, repeats, _announce)
+        found = run(subject, contenders, repeats, _announce)
     if str(json) == "-":
         write_json(_as_json(subject, contenders, found), Path("-"))
     else:
@@ -116,37 +130,39 @@ def bench(
         raise typer.Exit(1)
 
 
-def _subject(
-    model: str | None, shape: str | None, keep: Path | None
-) -> AbstractContextManager[Subject]:
+def _check(model: str | None, shape: str | None, keep: Path | None) -> None:
+    """Say what is wrong with the arguments before anything slow is imported."""
     if (model is None) == (shape is None):
         raise typer.BadParameter(
             "name a model or give --shape, one of the two.", param_hint="'MODEL' / '--shape'"
         )
     if shape is not None:
-        return benchmark.synthetic_subject(parse_shape(shape), keep)
-    if keep is not None:
+        parse_shape(shape)
+    elif keep is not None:
         raise typer.BadParameter("goes with --shape only.", param_hint="'--keep'")
-    return benchmark.named_subject(str(model))
 
 
-def _contenders(
-    dtype: list[str] | None,
-    strategy: list[str] | None,
-    quantize: list[str] | None,
-    processing: bool,
-    stock: bool,
-) -> list[Contender]:
+def _subject(
+    model: str | None, shape: str | None, keep: Path | None
+) -> AbstractContextManager[Subject]:
+    from tl_fastload.bench import named_subject, synthetic_subject
+
+    if shape is not None:
+        return synthetic_subject(parse_shape(shape), keep)
+    return named_subject(str(model))
+
+
+def _contenders(wanted: _Wanted, processing: bool, stock: bool) -> list[Contender]:
     """Every load to measure; what is compared stands together."""
-    dtypes = _checked("--dtype", dtype or ["float32"], _DTYPES)
-    strategies = _checked("--strategy", strategy or ["auto"], _STRATEGIES)
-    kinds = _checked("--quantize", quantize or [], _QUANTIZATIONS)
+    from tl_fastload.measure_loads import Contender
+
     found = []
-    for one in dtypes:
+    for one in wanted.dtypes:
         if stock:
             found.append(Contender("stock", one, processing))
-        found += [Contender("lean", one, processing, way) for way in strategies]
-    found += [Contender("lean", dtypes[0], processing, quantize=kind) for kind in kinds]
+        found += [Contender("lean", one, processing, way) for way in wanted.strategies]
+    first = wanted.dtypes[0]
+    found += [Contender("lean", first, processing, quantize=kind) for kind in wanted.kinds]
     return found
 
 
@@ -178,6 +194,8 @@ def _show(subject: Subject, contenders: Sequence[Contender], found: Sequence[Mea
             table.add_row(one.name, *_cells(one, _stock_of(contender, contenders, found)))
         else:
             table.add_row(one.name, *["-"] * 5)
+    from tl_fastload.doctor import machine, versions
+
     console().print(table)
     for one in found:
         if one.error is not None:
@@ -219,6 +237,8 @@ def _peak(size_bytes: int, one: Measurement) -> str:
 def _as_json(
     subject: Subject, contenders: Sequence[Contender], found: Sequence[Measurement]
 ) -> dict[str, Any]:
+    from tl_fastload.doctor import machine, versions
+
     measured = [
         {"contender": asdict(contender), **asdict(one)}
         for contender, one in zip(contenders, found, strict=True)

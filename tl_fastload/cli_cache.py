@@ -12,9 +12,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from tl_fastload import cache
 from tl_fastload.cli_console import console, write_json
-from tl_fastload.cli_options import Debug
+from tl_fastload.cli_options import Debug, json_option
 from tl_fastload.display import format_bytes
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B?)", re.IGNORECASE)
@@ -35,12 +34,19 @@ cache_app = typer.Typer(
 @cache_app.command("list")
 def list_entries(
     folder: Folder = None,
-    json: Annotated[
-        Path | None, typer.Option(help="Write the list as JSON; - for standard output.")
-    ] = None,
+    json: Annotated[Path | None, json_option("the list")] = None,
     debug: Debug = False,
 ) -> None:
-    """List the copies, the one used last first."""
+    """List the copies, the one used last first.
+
+    [bold]Examples[/]
+
+      tl-fastload cache list
+
+      tl-fastload cache list --json -
+    """
+    from tl_fastload import cache
+
     entries = cache.entries(folder)
     home = folder or cache.default_folder()
     if json is not None:
@@ -90,7 +96,10 @@ def prune(
       tl-fastload cache prune --unused-days 30
     """
     max_bytes = None if max_size is None else _size_bytes(max_size)
-    _say_removed(cache.prune(folder, max_bytes=max_bytes, unused_days=unused_days), folder)
+    from tl_fastload import cache
+
+    removed = cache.prune(folder, max_bytes=max_bytes, unused_days=unused_days)
+    _say_removed(len(removed), cache.size_bytes(folder))
 
 
 @cache_app.command()
@@ -99,18 +108,27 @@ def clear(
     folder: Folder = None,
     debug: Debug = False,
 ) -> None:
-    """Remove every copy. Models that are mapped from one go on working."""
+    """Remove every copy. Models that are mapped from one go on working.
+
+    [bold]Examples[/]
+
+      tl-fastload cache clear
+
+      tl-fastload cache clear --yes --folder ./copies
+    """
+    from tl_fastload import cache
+
     size = format_bytes(cache.size_bytes(folder))
     if not yes:
         typer.confirm(
             f"Remove all copies ({size}) in {folder or cache.default_folder()}?", abort=True
         )
-    _say_removed(cache.clear(folder), folder)
+    removed = cache.clear(folder)
+    _say_removed(len(removed), cache.size_bytes(folder))
 
 
-def _say_removed(removed: list[Path], folder: Path | None) -> None:
-    left = format_bytes(cache.size_bytes(folder))
-    console().print(Text(f"Removed {len(removed)} copies; {left} left."))
+def _say_removed(count: int, left_bytes: int) -> None:
+    console().print(Text(f"Removed {count} copies; {format_bytes(left_bytes)} left."))
 
 
 def _size_bytes(text: str) -> int:

@@ -7,15 +7,22 @@ import json
 import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.panel import Panel
+from rich.table import Table
 from rich.text import Text
 
 from tl_fastload.errors import ArgumentError
 
 _PIPE_WIDTH = 120
+
+
+class Rows(Protocol):
+    """A report or a plan."""
+
+    def rows(self) -> list[tuple[str, str]]: ...
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -28,6 +35,21 @@ def console(*, stderr: bool = False) -> Console:
 def libraries_to_stderr() -> AbstractContextManager[Any]:
     """TransformerLens prints to standard output, which is for results."""
     return contextlib.redirect_stdout(sys.stderr)
+
+
+def show_rows(found: Rows) -> None:
+    """A report or a plan, long texts below their start on a terminal, as whole lines in a pipe."""
+    out = console()
+    if not out.is_terminal:
+        sys.stdout.write(f"{found}\n")
+        return
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, text in found.rows():
+        table.add_row(Text(f"  {label}"), Text(text))
+    out.print(type(found).__name__)
+    out.print(table)
 
 
 def say(text: str) -> None:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import typer
 from rich.table import Table
 from rich.text import Text
 
 from tl_fastload.cli_console import console, write_json
-from tl_fastload.cli_options import Debug
+from tl_fastload.cli_options import Debug, json_option
 from tl_fastload.display import format_bytes
-from tl_fastload.doctor import Diagnosis, diagnose
+
+if TYPE_CHECKING:
+    from tl_fastload.doctor import Diagnosis
 
 
 def doctor_command(
-    json: Annotated[
-        Path | None, typer.Option(help="Write the facts as JSON; - for standard output.")
-    ] = None,
+    json: Annotated[Path | None, json_option("the facts")] = None,
     debug: Debug = False,
 ) -> None:
     """Show versions, devices, kernels, caches and memory limits, and what to fix.
@@ -31,6 +30,8 @@ def doctor_command(
 
       tl-fastload doctor --json facts.json
     """
+    from tl_fastload.doctor import diagnose
+
     found = diagnose()
     if json is not None:
         write_json(found.to_dict(), json)

@@ -9,10 +9,9 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from tl_fastload.cli_console import console, libraries_to_stderr, say, write_json
-from tl_fastload.cli_options import Debug, Model
+from tl_fastload.cli_console import console, libraries_to_stderr, say, show_rows, write_json
+from tl_fastload.cli_options import Debug, Model, json_option, picture_option
 from tl_fastload.errors import ArgumentError
-from tl_fastload.model import LeanHookedTransformer
 
 
 def load(
@@ -22,14 +21,12 @@ def load(
         str | None, typer.Option(help="Show the likeliest next tokens after this text.")
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="How many tokens --prompt shows.")] = 5,
-    json: Annotated[
-        Path | None, typer.Option(help="Write the report as JSON; - for standard output.")
-    ] = None,
+    json: Annotated[Path | None, json_option("the report")] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw memory over time into this file (.png, .pdf ...).")
+        Path | None, picture_option("Draw memory over time into this file (.png, .pdf ...).")
     ] = None,
     map: Annotated[
-        Path | None, typer.Option(help="Draw where the memory of each layer lies into this file.")
+        Path | None, picture_option("Draw where the memory of each layer lies into this file.")
     ] = None,
     cache: Annotated[
         bool | None,
@@ -52,11 +49,13 @@ def load(
 
       tl-fastload load gpt2-xl --quantize nf4 --plot memory.png --map layers.png
     """
+    from tl_fastload.model import LeanHookedTransformer
+
     with libraries_to_stderr():
         loaded = LeanHookedTransformer.from_pretrained_lean(model, cache=cache, **arguments)
         predicted = None if prompt is None else _predictions(loaded, prompt, top)
     if str(json) != "-":
-        console().print(Text(str(loaded.load_report)))
+        show_rows(loaded.load_report)
     if json is not None:
         write_json({"report": loaded.load_report.to_dict(), "predictions": predicted}, json)
     if predicted is not None and str(json) != "-":

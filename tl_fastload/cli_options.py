@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -19,6 +20,35 @@ def _option(*names: str, panel: str, help: str, **more: Any) -> Any:
 Model = Annotated[
     str, typer.Argument(help="A folder, a TransformerLens name or alias, or any hub name.")
 ]
+
+
+def json_option(what: str) -> Any:
+    """`--json`: where to write something."""
+    return typer.Option(
+        help=f"Write {what} as JSON; - for standard output.", callback=_can_be_written
+    )
+
+
+def picture_option(help: str) -> Any:
+    """An option that names a file to draw into."""
+    return typer.Option(help=help, callback=_can_be_drawn)
+
+
+def _can_be_written(path: Path | None) -> Path | None:
+    """Say before a load of minutes, not after it, that there is nowhere to write."""
+    if path is not None and str(path) != "-" and not path.absolute().parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {path.absolute().parent}.")
+    return path
+
+
+def _can_be_drawn(path: Path | None) -> Path | None:
+    if path is not None:
+        from tl_fastload.plots_base import pictures
+
+        pictures().check_format(path)
+    return _can_be_written(path)
+
+
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 

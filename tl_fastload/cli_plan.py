@@ -6,20 +6,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.text import Text
 
-from tl_fastload.cli_console import console, libraries_to_stderr, say, write_json
-from tl_fastload.cli_options import Debug, Model
+from tl_fastload.cli_console import libraries_to_stderr, say, show_rows, write_json
+from tl_fastload.cli_options import Debug, Model, json_option, picture_option
 
 
 def plan_command(
     model: Model,
     arguments: dict[str, Any],
-    json: Annotated[
-        Path | None, typer.Option(help="Write the plan as JSON; - for standard output.")
-    ] = None,
+    json: Annotated[Path | None, json_option("the plan")] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw the plan into this file (.png, .pdf ...).")
+        Path | None, picture_option("Draw the plan into this file (.png, .pdf ...).")
     ] = None,
     debug: Debug = False,
 ) -> None:
@@ -40,7 +37,7 @@ def plan_command(
     if json is not None:
         write_json(found.to_dict(), json)
     if str(json) != "-":
-        console().print(Text(str(found)))
+        show_rows(found)
     if plot is not None:
         found.plot(path=plot)
         say(f"Written: {plot}")

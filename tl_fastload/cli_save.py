@@ -11,8 +11,6 @@ from rich.text import Text
 from tl_fastload.cli_console import console, libraries_to_stderr
 from tl_fastload.cli_options import Debug, Model
 from tl_fastload.display import format_bytes
-from tl_fastload.model import LeanHookedTransformer
-from tl_fastload.store_write import check_target
 
 
 def save(
@@ -33,6 +31,9 @@ def save(
 
       tl-fastload load ./gpt2-xl-processed
     """
+    from tl_fastload.model import LeanHookedTransformer
+    from tl_fastload.store_write import check_target
+
     check_target(folder)
     with libraries_to_stderr():
         loaded = LeanHookedTransformer.from_pretrained_lean(model, **arguments)

@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module, metadata
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from packaging.version import Version
+
+if TYPE_CHECKING:
+    import torch  # takes a second, and a version is known without
 
 
 def _version(distribution: str) -> Version:
@@ -42,11 +44,15 @@ def dtypes(names: Mapping[str, str]) -> dict[str, torch.dtype]:
     Args:
         names: any key -> torch's name.
     """
+    import torch
+
     return {key: getattr(torch, name) for key, name in names.items() if hasattr(torch, name)}
 
 
 def not_compiled(function: Function) -> Function:
     """Decorator: torch.compile runs the function as it is, with all that it calls."""
+    import torch
+
     compiler: Any = getattr(torch, "compiler", None)  # came with torch 2.1
     made: Function = function if compiler is None else compiler.disable(function)
     return made
@@ -57,6 +63,8 @@ def unpickling(function: Callable[..., Any]) -> AbstractContextManager[Any]:
 
     Torch before 2.5 cannot be told so, and refuses such files.
     """
+    import torch
+
     allow: Any = getattr(torch.serialization, "safe_globals", None)
     return nullcontext() if allow is None else allow([function])
 
@@ -64,11 +72,15 @@ def unpickling(function: Callable[..., Any]) -> AbstractContextManager[Any]:
 @cache
 def item_bytes(dtype: torch.dtype) -> int:
     """Bytes of one element; `dtype.itemsize` came with torch 2.1."""
+    import torch
+
     return torch.empty(0, dtype=dtype).element_size()
 
 
 def halves_are_finite(tensor: torch.Tensor) -> bool:
     """Whether a float16 tensor, which is not empty, has neither NaN nor infinite values."""
+    import torch
+
     try:
         extremes = torch.aminmax(tensor)
     except RuntimeError:  # torch 2.0 has no kernel for it on the CPU

@@ -81,6 +81,9 @@ class LeanLoadingMixin:
         """Load a pretrained model with the numbers of `from_pretrained` and about one copy of its
         weights in memory.
 
+            model = LeanHookedTransformer.from_pretrained_lean("gpt2-xl", dtype="bfloat16")
+            print(model.load_report)  # time, memory, and what was done
+
         Args:
             model_name: TransformerLens name or alias, any hub name, a local folder, or a folder
                 that `save_lean` wrote. Arguments that contradict such a copy are errors, the

@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 
 from tl_fastload.errors import ArgumentError
 
-__all__ = ["Line2D", "Patch", "Picture", "style"]
+__all__ = ["Line2D", "Patch", "Picture", "check_format", "style"]
 
 _STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib
@@ -34,6 +34,22 @@ def style() -> Any:
     settings: dict[Any, Any] = {**matplotlib.rcParamsDefault, **_STYLE}
     settings.pop("backend")  # naming one would load it
     return matplotlib.rc_context(settings)
+
+
+def check_format(path: Path) -> str:
+    """The format that the ending of a name says.
+
+    Raises:
+        ArgumentError: matplotlib has none of that name.
+    """
+    known = FigureCanvasAgg.get_supported_filetypes()
+    kind = path.suffix[1:].lower()
+    if kind not in known:
+        raise ArgumentError(
+            f"{path}: pictures are written as {', '.join(sorted(known))}; end the name in one of "
+            "these, such as .png."
+        )
+    return kind
 
 
 class Picture(Figure):
@@ -61,13 +77,7 @@ class Picture(Figure):
             ArgumentError: a format that matplotlib does not have, or a folder that is not there.
         """
         path = Path(path)
-        known = self.canvas.get_supported_filetypes()
-        kind = path.suffix[1:].lower()
-        if kind not in known:
-            raise ArgumentError(
-                f"{path}: pictures are written as {', '.join(sorted(known))}; end the name in one "
-                "of these, such as .png."
-            )
+        kind = check_format(path)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             with style():
