@@ -33,8 +33,11 @@ SEVERAL = (
 )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("flags", [{}, RAW], ids=["processed", "unprocessed"])
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [({}, "float32"), (RAW, "bfloat16")],
+    ids=["processed-float32", "unprocessed-bfloat16"],
+)
 @pytest.mark.parametrize("case_id", SEVERAL)
 def test_a_copy_is_the_model(
     case_id: str, flags: dict[str, bool], dtype: str, zoo: Any, tmp_path: Path
