@@ -102,8 +102,7 @@ def _memory(results: Results, shape: Shape, dtype: str) -> Iterator[Check]:
     ]
     if dtype == shape.file_dtype:
         anonymous.append((cases.lean(model, dtype, processed=False), unprocessed_limit))
-    if dtype == "float32":
-        anonymous.append((cases.with_adapter(cases.lean(model, dtype)), limit))
+    anonymous.append((cases.with_adapter(cases.lean(model, dtype)), limit))
     for case, limit in anonymous:
         found = _get(results, case)
         value = ratio(found.peak_anonymous_bytes, found) if found else None
@@ -155,10 +154,9 @@ def prediction_error(predicted: int, measured: int, found: Measurement) -> float
 
 
 def _adapter(results: Results, model: str, dtype: str) -> Iterator[Check]:
-    case = cases.with_adapter(cases.lean(model, dtype))
-    if case.name in results:
-        found = _get(results, case)
-        stock = _get(results, cases.with_adapter(cases.stock(model, dtype)))
+    case, merged = (cases.with_adapter(one(model, dtype)) for one in (cases.lean, cases.stock))
+    if merged.name in results:
+        found, stock = _get(results, case), _get(results, merged)
         value = None
         if found and stock:
             value = stock.peak_anonymous_bytes / max(found.peak_anonymous_bytes, 1)

@@ -100,9 +100,9 @@ def all_cases(
                     compared.append(stock(model, dtype, processed=False))
                 if SHAPES[model].family == "gpt2":
                     only_loaded += [repeated(model, dtype), repeated(model, dtype, False)]
-            if dtype == "float32" and has_peft():
+            if has_peft():
                 only_loaded.append(with_adapter(lean(model, dtype)))
-                if with_stock:
+                if with_stock and dtype == "float32":
                     only_loaded.append(with_adapter(stock(model, dtype)))
             if load:
                 cases += only_loaded

@@ -24,7 +24,8 @@ class Allocations(TorchDispatchMode):
         self._alive_bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {t.untyped_storage().data_ptr() for t in args if type(t) is torch.Tensor}
+        plain = (torch.Tensor, torch.nn.Parameter)  # others have no storage to ask for
+        known = {t.untyped_storage().data_ptr() for t in args if type(t) in plain}
         made = func(*args, **(kwargs or {}))
         if type(made) is torch.Tensor and made.device.type != "meta":
             storage = made.untyped_storage()

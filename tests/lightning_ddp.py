@@ -1,5 +1,6 @@
-"""Run by test_lightning.py: `python lightning_ddp.py PACKAGE QUANTIZE FOLDER`; Lightning starts the
-second process.
+"""Run by test_lightning_wrappers.py: `python lightning_ddp.py PACKAGE QUANTIZE FOLDER`.
+
+Lightning starts the second process.
 """
 
 from __future__ import annotations

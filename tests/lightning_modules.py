@@ -105,3 +105,22 @@ def fit(package: str, model: Any, max_epochs: int, ckpt_path: Path | None = None
         warnings.simplefilter("ignore")
         made.fit(model, data(), ckpt_path=ckpt_path)
     return made
+
+
+def save(package: str, model: Any, path: Path, epochs: int = 1) -> Path:
+    """The checkpoint of a model that was trained."""
+    fit(package, model, epochs).save_checkpoint(path)
+    return path
+
+
+def one_epoch(folders: Any) -> Path:
+    """The checkpoint of one epoch beside the processed, embedded model."""
+    return save(PACKAGES[0], seeded(PACKAGES[0], embedded()), folders.mktemp("trained") / "a.ckpt")
+
+
+def edited(path: Path, target: Path, change: Any) -> Path:
+    """A checkpoint with something changed in it."""
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, target)
+    return target

@@ -9,19 +9,23 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 torch.set_num_threads(1)
 
 from tl_fastload import LeanHookedTransformer, verify_copy  # noqa: E402
 from tl_fastload.embedded_model import embedded_model_path  # noqa: E402
+from tl_fastload.store_format import read_manifest  # noqa: E402
 
 
 def load(name: str | Path | None = None, **arguments: Any) -> Any:
@@ -41,40 +45,121 @@ def fork(act: Callable[[], None]) -> int:
         os._exit(1)
 
 
+# What a save asks of the file system, by the names of the C functions behind it.
+_STEPS = ("mkdir", "open", "write", "fsync", "rename", "replace", "scandir", "unlink", "rmdir")
+
+
 def killed(folder: Path, times: int) -> dict[str, Any]:
-    """Kill saves at random moments; after each, the folder is absent or one whole copy."""
-    target, model = folder / "copy", load()
+    """Kill saves that are under way, as often as asked for in each of two ways: by the clock, and
+    in front of a step of the file system. After each, the folder is absent or one whole copy.
+    """
     random.seed(0)
-    start = time.perf_counter()
-    os.waitpid(fork(lambda: model.save_lean(folder / "timed", progress=False)), 0)
-    seconds = time.perf_counter() - start
-    counts = {"absent": 0, "old": 0, "new": 0, "finished": 0, "left": 0}
-    saved: set[float] = set()
-    for turn in range(times):
-        model.unembed.b_U.data.fill_(float(turn + 1))
-        process = fork(lambda: model.save_lean(target, progress=False))
-        time.sleep(random.uniform(0, seconds))
-        os.kill(process, signal.SIGKILL)
-        _, status = os.waitpid(process, 0)
-        counts["finished"] += os.WIFEXITED(status)
+    model = load()
+    model.save_lean(folder / "first", progress=False)  # imports what saving needs
+    return {how: _killed(folder / how, times, how, model) for how in ("clock", "step")}
+
+
+def _killed(folder: Path, times: int, how: str, model: Any) -> dict[str, Any]:
+    folder.mkdir()
+    target = folder / "copy"
+    # By whether a copy is there already: it is then replaced, in other steps.
+    lengths = [_length(folder / "timed", how, model) for _ in range(2)]
+    counts = dict.fromkeys(("kills", "finished", "absent", "old", "new", "left"), 0)
+    while counts["kills"] < times and counts["finished"] < 10 * times:
+        turn = float(counts["kills"] + counts["finished"] + 1)
+        if random.random() < 0.5:
+            model.unembed.b_U.data.fill_(-turn)
+            model.save_lean(target, progress=False)
+        elif target.exists():
+            shutil.rmtree(target)
+        model.unembed.b_U.data.fill_(turn)
+        is_there = target.exists()
+        # Half of the moments are late ones, in which it is decided which copy is there.
+        moment = lengths[is_there] * random.choice((random.random(), random.uniform(0.8, 1)))
+        was_killed = _saves(target, model, how, moment)
+        counts["kills" if was_killed else "finished"] += 1
+        if not was_killed:
+            continue
         counts["left"] += any(path.name.startswith(".copy") for path in folder.iterdir())
         if not target.exists():
+            assert not is_there
             counts["absent"] += 1
             continue
-        verify_copy(target)
-        value = float(load(target).unembed.b_U[0])
-        assert value in {*saved, float(turn + 1)}, value
-        counts["new" if value == turn + 1 else "old"] += 1
-        saved = {value}
-        if turn % 5 == 4:  # and now and then from nothing
-            for path in sorted(target.rglob("*"), reverse=True):
-                path.rmdir() if path.is_dir() else path.unlink()
-            target.rmdir()
-            saved = set()
+        value = _whole(target, is_loaded=turn % 10 == 0)
+        assert value == turn or (is_there and value == -turn), value
+        counts["new" if value == turn else "old"] += 1
     model.save_lean(target, progress=False)
-    verify_copy(target)
+    _whole(target, is_loaded=True)
     files = sorted(path.name.split("-")[0] for path in target.iterdir())
     return {**counts, "files": files, "around": sorted(path.name for path in folder.iterdir())}
+
+
+def _whole(target: Path, is_loaded: bool) -> float:
+    """What marks the copy that is there, every byte of which is as it was saved."""
+    verify_copy(target)
+    if is_loaded:
+        return load(target).unembed.b_U[0].item()
+    name, *others = read_manifest(target).files
+    assert not others
+    with safe_open(target / name, "pt") as file:
+        return file.get_tensor("unembed.b_U")[0].item()
+
+
+def _length(target: Path, how: str, model: Any) -> float:
+    """How long a save takes: seconds, or steps."""
+    steps, start = Steps(), time.perf_counter()
+    with steps if how == "step" else nullcontext():
+        model.save_lean(target, progress=False)
+    return steps.count if how == "step" else time.perf_counter() - start
+
+
+def _saves(target: Path, model: Any, how: str, moment: float) -> bool:
+    """Save in a process that is killed at that moment; whether it was under way then."""
+    out, into = os.pipe()
+
+    def save() -> None:
+        os.write(into, b"begun ")
+        with Steps(last=int(moment)) if how == "step" else nullcontext():
+            model.save_lean(target, progress=False)
+        os.write(into, b"done")
+
+    process = fork(save)
+    os.close(into)
+    told = os.read(out, 6)
+    if how == "clock":
+        time.sleep(moment)
+        os.kill(process, signal.SIGKILL)
+    _, status = os.waitpid(process, 0)
+    told += os.read(out, 4)
+    os.close(out)
+    assert told.startswith(b"begun"), told
+    assert os.WIFEXITED(status) or os.WTERMSIG(status) == signal.SIGKILL, status
+    assert told == b"begun done" or os.WIFSIGNALED(status), "the save failed"
+    return told == b"begun "
+
+
+class Steps:
+    """Counts the steps that this process asks of the file system; kills it in front of one.
+
+    Attributes:
+        count: of the steps so far.
+    """
+
+    def __init__(self, last: int | None = None) -> None:
+        self.count, self._last = 0, last
+
+    def __enter__(self) -> Steps:
+        sys.setprofile(self._saw)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        sys.setprofile(None)
+
+    def _saw(self, frame: Any, event: str, called: Any) -> None:
+        if event == "c_call" and called.__name__ in _STEPS:
+            if self.count == self._last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.count += 1
 
 
 def together(folder: Path, times: int) -> dict[str, Any]:

@@ -200,21 +200,35 @@ def test_prefixes(prefix: str, zoo: Any) -> None:
     assert_same(model, lean_model(folder, hf_model=hf))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("flags", [{}, RAW], ids=["processed", "raw"])
-def test_no_second_copy(flags: Any, zoo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tl_fastload import reader, weight_sources
+def test_no_second_copy(flags: Any, dtype: str, zoo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One parameter is held, in float32 where that is what TransformerLens processes it in."""
+    from tl_fastload import reader, recipe, weight_sources
+
+    monkeypatch.setattr(recipe, "PIECE_ELEMENTS", 256)
 
     monkeypatch.setattr(reader, "CHUNK_BYTES", 256)
     monkeypatch.setattr(reader, "HELD_SPAN_BYTES", 512)
     monkeypatch.setattr(weight_sources, "CHUNK_BYTES", 256)
     folder = zoo("llama-gqa", vocab_size=400)
-    model = lean_model(folder, **flags)
-    largest = max(p.numel() * p.element_size() for p in model.parameters())
-    total = sum(p.numel() * p.element_size() for p in model.parameters())
-    with Allocations() as allocations:
-        load_weights_(model, folder)
-    assert allocations.peak_bytes < 1.2 * largest
+    model, expected = (lean_model(folder, dtype=dtype, **flags) for _ in range(2))
+    largest = max(p.numel() * 4 for p in model.parameters())
+    total = sum(p.numel() * 4 for p in model.parameters())
+    for source in (folder, bed.read_weights(folder)):
+        with Allocations() as allocations:
+            load_weights_(model, source)
+        assert allocations.peak_bytes < 1.2 * largest
+        assert_same(model, expected)
     assert 2 * largest < total
+
+
+def test_values_that_overflow_are_told(zoo: Any) -> None:
+    model = lean_model(zoo("llama-gqa"), dtype="float16")
+    state = bed.read_weights(zoo("llama-gqa"))
+    report = load_weights_(model, {**state, "lm_head.weight": state["lm_head.weight"] * 1e6})
+    assert any("unembed.W_U" in note for note in report.notes)
+    assert not any("embed.W_E" in note for note in report.notes)
 
 
 def test_a_read_that_fails_changes_nothing(zoo: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,7 @@
-"""Processed copies: what is saved is what is loaded, bit for bit, and nothing else is accepted."""
+"""Processed copies: what is saved is what is loaded, bit for bit."""
 
 from __future__ import annotations
 
-import errno
-import json
-import os
-import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,18 +11,15 @@ import quantized_zoo
 import torch
 from comparison import NAMES, changed, differences, lean_model, run, values
 from safetensors import safe_open
+from store_helpers import RAW, assert_same, embedded, only_file
 from torch import nn
 from transformer_lens import HookedTransformer
 
-from tl_fastload import LeanHookedTransformer, layout, save_lean, store_write, verify_copy
-from tl_fastload.embedded_model import embedded_model_path
-from tl_fastload.errors import ArgumentError, CheckpointError, SaveError
+from tl_fastload import LeanHookedTransformer, layout, save_lean, verify_copy
+from tl_fastload.errors import ArgumentError
 from tl_fastload.quantized import QuantizedTensor
-from tl_fastload.store_format import MANIFEST, read_manifest
+from tl_fastload.store_format import read_manifest
 
-RAW = dict.fromkeys(
-    ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"), False
-)
 SEVERAL = (
     "gpt2",
     "neox",
@@ -40,27 +33,11 @@ SEVERAL = (
 )
 
 
-def embedded(**arguments: Any) -> LeanHookedTransformer:
-    return lean_model(embedded_model_path(), **arguments)
-
-
-def assert_same(one: Any, other: Any, case_id: str | None = None) -> None:
-    """The same model, bit for bit, and the same logits."""
-    apart = differences(one, other)
-    assert apart == []
-    tokens = torch.arange(3, 14)[None]
-    with torch.no_grad():
-        wanted, found = (run(m, case_id)[0] if case_id else m(tokens) for m in (one, other))
-    assert torch.equal(wanted, found)
-
-
-def only_file(folder: Path) -> Path:
-    (path,) = folder.glob("*.safetensors")
-    return path
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("flags", [{}, RAW], ids=["processed", "unprocessed"])
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [({}, "float32"), (RAW, "bfloat16")],
+    ids=["processed-float32", "unprocessed-bfloat16"],
+)
 @pytest.mark.parametrize("case_id", SEVERAL)
 def test_a_copy_is_the_model(
     case_id: str, flags: dict[str, bool], dtype: str, zoo: Any, tmp_path: Path
@@ -156,30 +133,26 @@ def test_edits_gradients_and_ties_are_saved(tmp_path: Path) -> None:
     model.blocks[1].mlp.b_in = model.blocks[0].mlp.b_in
     model.blocks[1].mlp.W_in = nn.Parameter(model.blocks[1].mlp.W_in.detach()[:, ::1].flip(0))
     model.save_lean(tmp_path / "copy")
-    copy = embedded_copy(tmp_path / "copy")
+    copy = lean_model(tmp_path / "copy")
     assert_same(model, copy)
     assert copy.blocks[1].mlp.b_in is copy.blocks[0].mlp.b_in
     assert not copy.blocks[1].attn.W_Q.requires_grad
-
-
-def embedded_copy(folder: Path, **arguments: Any) -> LeanHookedTransformer:
-    return lean_model(folder, **arguments)
 
 
 def test_a_tokenizer_comes_along(tmp_path: Path) -> None:
     model = embedded()
     model.tokenizer.padding_side = "left"
     model.save_lean(tmp_path / "copy")
-    copy = embedded_copy(tmp_path / "copy")
+    copy = lean_model(tmp_path / "copy")
     text = "the cat sat"
     assert torch.equal(copy.to_tokens(text), model.to_tokens(text))
     assert copy.tokenizer.padding_side == "left"
     assert copy.cfg.tokenizer_name == model.cfg.tokenizer_name
-    assert embedded_copy(
-        tmp_path / "copy", default_padding_side="right"
-    ).tokenizer.padding_side == ("right")
+    assert lean_model(tmp_path / "copy", default_padding_side="right").tokenizer.padding_side == (
+        "right"
+    )
     arguments = {"default_padding_side": "right", "default_prepend_bos": False}
-    copy = embedded_copy(tmp_path / "copy", **arguments)
+    copy = lean_model(tmp_path / "copy", **arguments)
     assert copy.tokenizer.padding_side == "right"
     assert copy.cfg.default_prepend_bos is False
 
@@ -191,10 +164,10 @@ def test_a_wrapped_model(wrapper: str, tmp_path: Path) -> None:
         torch.compile(model, backend="eager") if wrapper == "compile" else nn.DataParallel(model)
     )
     save_lean(wrapped, tmp_path / "copy")
-    assert_same(model, embedded_copy(tmp_path / "copy"))
+    assert_same(model, lean_model(tmp_path / "copy"))
     if wrapper == "compile":
         wrapped.save_lean(tmp_path / "copy")
-        assert_same(model, embedded_copy(tmp_path / "copy"))
+        assert_same(model, lean_model(tmp_path / "copy"))
 
 
 def test_a_stock_model_is_saved_with_what_its_values_show(zoo: Any, tmp_path: Path) -> None:
@@ -202,7 +175,7 @@ def test_a_stock_model_is_saved_with_what_its_values_show(zoo: Any, tmp_path: Pa
     stock = HookedTransformer(model.cfg)
     stock.load_state_dict(model.state_dict())
     save_lean(stock, tmp_path / "copy")
-    assert_same(stock, embedded_copy(tmp_path / "copy"), "gpt2")
+    assert_same(stock, lean_model(tmp_path / "copy"), "gpt2")
 
 
 def test_a_model_made_from_scratch(tmp_path: Path) -> None:
@@ -221,7 +194,7 @@ def test_processing_in_place_is_recorded(tmp_path: Path) -> None:
     )
     model.process_weights_()
     model.save_lean(tmp_path / "copy")
-    copy = embedded_copy(tmp_path / "copy")
+    copy = lean_model(tmp_path / "copy")
     assert_same(model, copy)
     before = values(copy)
     copy.process_weights_()
@@ -233,7 +206,7 @@ def test_an_unprocessed_copy_is_never_given_as_processed(tmp_path: Path) -> None
     model = embedded(**RAW)
     model.save_lean(tmp_path / "copy")
     with pytest.raises(ArgumentError, match=r"none; asked for: fold_ln.*_no_processing_lean"):
-        embedded_copy(tmp_path / "copy")
+        lean_model(tmp_path / "copy")
     load = LeanHookedTransformer.from_pretrained_no_processing_lean
     assert_same(model, load(tmp_path / "copy", device="cpu"))
 
@@ -263,7 +236,7 @@ def test_arguments_that_contradict_the_copy(tmp_path: Path) -> None:
 
 def test_writing_never_reaches_the_file(tmp_path: Path) -> None:
     embedded().save_lean(tmp_path / "copy")
-    one, other = (embedded_copy(tmp_path / "copy") for _ in range(2))
+    one, other = (lean_model(tmp_path / "copy") for _ in range(2))
     before, untouched = only_file(tmp_path / "copy").read_bytes(), values(other)
     with torch.no_grad():
         for parameter in one.parameters():
@@ -277,13 +250,13 @@ def test_writing_never_reaches_the_file(tmp_path: Path) -> None:
 def test_saved_over_itself_while_mapped(tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     embedded().save_lean(folder)
-    model, other = embedded_copy(folder), embedded_copy(folder)
+    model, other = lean_model(folder), lean_model(folder)
     before = values(other)
     with torch.no_grad():
         model.unembed.W_U.mul_(3)
     model.save_lean(folder)
     assert changed(before, other) == []  # still mapped from files that have no name any more
-    assert_same(model, embedded_copy(folder))
+    assert_same(model, lean_model(folder))
     assert len(list(folder.iterdir())) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
@@ -295,67 +268,17 @@ def test_shards_and_progress(tmp_path: Path) -> None:
     done = [event.done_bytes for event in events]
     assert done == sorted(done)
     assert done[-1] == events[-1].total_bytes
-    assert_same(model, embedded_copy(tmp_path / "copy"))
+    assert_same(model, lean_model(tmp_path / "copy"))
 
 
 @pytest.mark.parametrize("arguments", [{"mmap": False}, {"strategy": "copy"}], ids=str)
 def test_reading_instead_of_mapping(arguments: dict[str, Any], tmp_path: Path) -> None:
     model = embedded()
     model.save_lean(tmp_path / "copy")
-    copy = embedded_copy(tmp_path / "copy", **arguments)
+    copy = lean_model(tmp_path / "copy", **arguments)
     shutil.rmtree(tmp_path / "copy")
     assert_same(model, copy)
     assert copy.load_report.mapped_bytes == 0
-
-
-@pytest.mark.parametrize("change", [-1, -100_000, 1], ids=["byte less", "cut off", "byte more"])
-def test_another_size_is_found_always(change: int, tmp_path: Path) -> None:
-    embedded().save_lean(tmp_path / "copy")
-    path = only_file(tmp_path / "copy")
-    os.truncate(path, path.stat().st_size + change)
-    with pytest.raises(CheckpointError, match=rf"{path.name} has .* bytes, .* were written"):
-        embedded_copy(tmp_path / "copy")
-
-
-def test_altered_bytes_are_found_on_demand(tmp_path: Path) -> None:
-    folder = tmp_path / "copy"
-    embedded().save_lean(folder)
-    name = read_manifest(folder).parameters["blocks.1.attn.W_O"].tensors[""]
-    data = bytearray(only_file(folder).read_bytes())
-    length = int.from_bytes(data[:8], "little")
-    begin = json.loads(data[8 : 8 + length])[name]["data_offsets"][0]
-    data[8 + length + begin + 5] ^= 1
-    only_file(folder).write_bytes(data)
-    embedded_copy(folder)
-    for act in (lambda: verify_copy(folder), lambda: embedded_copy(folder, verify=True)):
-        with pytest.raises(CheckpointError, match=r"bytes of blocks\.1\.attn\.W_O"):
-            act()
-
-
-def test_altered_descriptions_are_found_always(tmp_path: Path) -> None:
-    folder = tmp_path / "copy"
-    embedded().save_lean(folder)
-    other = tmp_path / "other"
-    embedded().save_lean(other)
-    path, text = folder / MANIFEST, (folder / MANIFEST).read_text()
-    mine = only_file(folder).read_bytes()
-    only_file(folder).write_bytes(only_file(other).read_bytes())
-    with pytest.raises(CheckpointError, match="is not the file that"):
-        embedded_copy(folder)
-    only_file(folder).write_bytes(mine)
-    for changed_text, words in [
-        (text.replace('"act_fn": "', '"act_fn": "x'), "was altered"),
-        (text[:-40], "not valid JSON"),
-        ("[]", "does not describe"),
-        (text.replace('"format_version": 1', '"format_version": 99'), "format version 99"),
-    ]:
-        path.write_text(changed_text)
-        with pytest.raises(CheckpointError, match=words):
-            embedded_copy(folder)
-    path.write_text(text)
-    only_file(folder).unlink()
-    with pytest.raises(CheckpointError, match="Cannot read"):
-        embedded_copy(folder)
 
 
 def test_a_class_with_tensors_that_are_not_in_the_copy(tmp_path: Path) -> None:
@@ -373,82 +296,6 @@ def test_a_class_with_tensors_that_are_not_in_the_copy(tmp_path: Path) -> None:
     assert copy.number == 10.0
     tokens = torch.arange(5)[None]
     assert torch.equal(copy(tokens), embedded()(tokens))
-
-
-def test_another_class_or_version_is_named(tmp_path: Path) -> None:
-    class Wider(LeanHookedTransformer):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self.extra = nn.Parameter(torch.ones(3))
-
-    model = embedded()
-    model.save_lean(tmp_path / "copy")
-    with pytest.raises(CheckpointError, match="missing in the copy: extra"):
-        Wider.from_pretrained_lean(tmp_path / "copy", device="cpu")
-    model.cfg.field_of_mine = [1, 2]
-    model.save_lean(tmp_path / "copy")
-    assert embedded_copy(tmp_path / "copy").cfg.field_of_mine == [1, 2]
-    model.cfg.field_of_mine = object()
-    with pytest.raises(SaveError, match=r"cfg\.field_of_mine is a object"):
-        model.save_lean(tmp_path / "copy")
-
-
-def test_places_that_cannot_be_saved_to(tmp_path: Path) -> None:
-    model = embedded()
-    (tmp_path / "file").touch()
-    with pytest.raises(SaveError, match="is a file"):
-        model.save_lean(tmp_path / "file")
-    (tmp_path / "checkpoint").mkdir()
-    (tmp_path / "checkpoint/config.json").touch()
-    with pytest.raises(SaveError, match=r"config\.json"):
-        model.save_lean(tmp_path / "checkpoint")
-    with pytest.raises(SaveError, match="/proc"):
-        model.save_lean("/proc/nowhere/copy")
-    with pytest.raises(SaveError, match="not a HookedTransformer"):
-        save_lean(nn.Linear(1, 1), tmp_path / "copy")
-    model.unembed.W_U = nn.Parameter(torch.empty(2, 2, device="meta"))
-    with pytest.raises(SaveError, match=r"unembed\.W_U"):
-        model.save_lean(tmp_path / "copy")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "file"]
-
-
-@pytest.mark.parametrize("there_before", [False, True])
-def test_a_full_disk_leaves_what_was_there(
-    there_before: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = embedded()
-    if there_before:
-        model.save_lean(tmp_path / "copy")
-    before = sorted(tmp_path.rglob("*"))
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # what a quota does
-    try:
-        with pytest.raises(SaveError, match="could not be written"):
-            model.save_lean(tmp_path / "copy")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert sorted(tmp_path.rglob("*")) == before
-
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr("tl_fastload.store_files.os.fsync", full)
-    with pytest.raises(SaveError, match="No space left on device"):
-        model.save_lean(tmp_path / "copy")
-    monkeypatch.setattr("tl_fastload.store_write._check_room", full)
-    with pytest.raises(SaveError, match="No space left on device"):
-        model.save_lean(tmp_path / "copy")
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_a_disk_that_is_too_small_is_known_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(store_write.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(SaveError, match="has 1000 B free"):
-        embedded().save_lean(tmp_path / "copy")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_copy_can_be_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

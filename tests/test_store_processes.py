@@ -22,7 +22,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """What `store_programs` saw, all of it in one process: the imports take longest."""
     few = request.param == "few"
     script = Path(__file__).with_name("store_programs.py")
-    numbers = ("killed=10", "together=2") if few else ("killed=200", "together=20")
+    numbers = ("killed=25", "together=2") if few else ("killed=250", "together=20")
     done = subprocess.run(
         [sys.executable, script, tmp_path_factory.mktemp("programs"), *numbers, "shared=3"],
         capture_output=True,
@@ -35,13 +35,15 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return {**json.loads(done.stdout), "few": few}
 
 
-def test_a_save_that_is_killed(found: Any) -> None:
-    killed, times = found["killed"], 10 if found["few"] else 200
-    assert killed["absent"] + killed["old"] + killed["new"] == times
-    assert killed["finished"] < times  # most were killed at work
+@pytest.mark.parametrize("how", ["clock", "step"])
+def test_a_save_that_is_killed(found: Any, how: str) -> None:
+    """At random moments, and in front of random steps of the file system."""
+    killed = found["killed"][how]
+    assert killed["kills"] == (25 if found["few"] else 250)  # none of which had finished
+    assert killed["absent"] + killed["old"] + killed["new"] == killed["kills"]
     assert killed["files"] == ["tl_fastload.json", "tokenizer", "weights"]
     assert killed["around"] == ["copy", "timed"]  # what was left was removed
-    if not found["few"]:
+    if how == "step" or not found["few"]:
         assert min(killed[key] for key in ("absent", "old", "new", "left")) > 0
 
 

@@ -147,7 +147,8 @@ class _Rehearsal:
     def _rehearse(self, recipes: dict[str, Promise], device: torch.device) -> _Outcome:
         """Do with stand-ins what `Placer` does with a group."""
         stage = _Stage(device)
-        played = {name: stage.copy(promise.node) for name, promise in recipes.items()}
+        nodes = {n: self.placer.evaluated(p.node, self.targets[n]) for n, p in recipes.items()}
+        played = {name: stage.copy(node) for name, node in nodes.items()}
         made: dict[str, torch.Tensor] = {}
         with torch.no_grad(), _Counter(device) as counter:
             for name, promise in recipes.items():

@@ -20,7 +20,7 @@ from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.quantized_recipes import QuantizedSource
 from tl_fastload.quantizer import Quantizer
 from tl_fastload.reader import FileMaps, FileSource, has_overlap, is_dense
-from tl_fastload.recipe import MemorySource, SourceView
+from tl_fastload.recipe import Call, MemorySource, Node, SourceView, aten, meta_of
 
 # Freed scratch memory is given back each time that this part of the model has passed through it.
 _TRIM_FRACTION = 0.01
@@ -121,9 +121,10 @@ class Placer:
         for name, promise in rest.items():
             by_device.setdefault(self.device_of(name), {})[name] = promise
         for device, some in by_device.items():
-            evaluation = Evaluation([promise.node for promise in some.values()], device)
-            for name, promise in some.items():
-                made = self.finish(name, evaluation.value(promise.node), targets[name])
+            nodes = {name: self.evaluated(some[name].node, targets[name]) for name in some}
+            evaluation = Evaluation(list(nodes.values()), device)
+            for name, node in nodes.items():
+                made = self.finish(name, evaluation.value(node), targets[name])
                 done = self._waiting.add(name, made)
                 del made
                 self._put_all(done)
@@ -186,13 +187,27 @@ class Placer:
         parent, _, leaf = name.rpartition(".")
         return layout.forward_strides(self.model.get_submodule(parent), leaf, shape)
 
+    @property
+    def _copies(self) -> bool:
+        return not self.assign and self.quantizer is None
+
+    def evaluated(self, node: Node, target: torch.Tensor) -> Node:
+        """The step of a recipe to evaluate: a last cast is left to the copying, which rounds the
+        same and needs no memory for it.
+        """
+        is_cast = isinstance(node, Call) and node.func is aten._to_copy.default
+        if not self._copies or not is_cast or meta_of(node).dtype != target.dtype:
+            return node
+        before: Node = node.args[0]  # type: ignore[attr-defined]
+        return before if isinstance(before, Call) else node  # what is read is cast on the way
+
     def finish(self, name: str, value: Value, target: torch.Tensor) -> torch.Tensor:
         """The tensor to place: right dtype and layout, memory of its own."""
         tensor: torch.Tensor = value.tensor
         if tensor.shape != target.shape:
             # One number: torch's own load_state_dict takes shape (1,) for () as well.
             tensor = tensor.reshape(target.shape)
-        if name in self.parameters and not _is_finite(tensor):
+        if name in self.parameters and not self._copies and not _is_finite(tensor):
             self.not_finite.append(name)
         if self.quantizer is not None and name in self.parameters:
             made = self.quantizer.quantize(name, tensor.to(target.dtype))
@@ -239,6 +254,9 @@ class Placer:
                             target.shape, strides, dtype=target.dtype, device=tensor.device
                         )
                     target.copy_(tensor)
+                    tensor = target
+                    if self._copies and not _is_finite(target):
+                        self.not_finite.append(name)
         size_bytes = _size_bytes(tensor)
         del tensor
         self.progress.advance(name, size_bytes)

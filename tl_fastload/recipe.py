@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 aten = torch.ops.aten
+PIECE_ELEMENTS = 2 << 20
 
 
 class Source(ABC):
@@ -63,9 +64,17 @@ class MemorySource(Source):
         self, out: torch.Tensor, geometry: torch.Tensor, casts: tuple[torch.dtype, ...]
     ) -> None:
         value = self._view(geometry)
-        for dtype in casts[:-1]:
-            value = value.to(dtype)
-        out.copy_(value)
+        pieces = [(value, out)]
+        if len(casts) > 1 and value.dim() and type(value) is torch.Tensor:
+            # In pieces: what lies between two casts is never held whole.
+            slowest = max(range(value.dim()), key=value.stride)
+            least = PIECE_ELEMENTS * value.shape[slowest] // max(value.numel(), 1)
+            cut = max(least, 1), slowest
+            pieces = list(zip(torch.split(value, *cut), torch.split(out, *cut), strict=True))
+        for piece, target in pieces:
+            for dtype in casts[:-1]:
+                piece = piece.to(dtype)
+            target.copy_(piece)
 
 
 class Node:

@@ -320,7 +320,7 @@ def _encode(value: Any) -> Any:
 def _decode(value: Any) -> Any:
     if isinstance(value, dict):
         if value.keys() == {"torch.dtype"}:
-            dtype = getattr(torch, value["torch.dtype"])
+            dtype = getattr(torch, value["torch.dtype"], None)
             if not isinstance(dtype, torch.dtype):
                 raise ValueError(f"{value['torch.dtype']!r} is not a dtype")
             return dtype

@@ -200,8 +200,8 @@ def write_copy(
             )
     except OSError as error:
         raise SaveError(
-            f"{target} could not be written ({error.strerror or error}). Nothing was left there. "
-            "Free space or give permission, or choose another folder."
+            f"{target} could not be written ({error.strerror or error}). What was there before is "
+            "as it was. Free space or give permission, or choose another folder."
         ) from error
 
 
@@ -286,7 +286,15 @@ def _save_tokenizer(model: Any, home: Path | None, copy_id: str) -> dict[str, An
     if tokenizer is None or home is None:
         return None
     folder = f"tokenizer-{copy_id}"
-    tokenizer.save_pretrained(home / folder)
+    try:
+        tokenizer.save_pretrained(home / folder)
+    except OSError:
+        raise
+    except Exception as error:  # a full disk is one, too, for the code in Rust
+        raise SaveError(
+            f"The model's tokenizer could not be written ({type(error).__name__}: {error}). What "
+            "was there before is as it was. Free space, or save without it: model.tokenizer = None."
+        ) from error
     return {
         "folder": folder,
         "is_fast": bool(getattr(tokenizer, "is_fast", True)),
