@@ -297,11 +297,12 @@ class _Waiting:
 def groups(recipes: dict[str, Promise]) -> list[list[str]]:
     """The order of placement: groups of names that are evaluated together.
 
-    Largest parameter first, so that scratch memory falls when little has been allocated. Small
-    parameters that read the same weight (a folded bias) are evaluated just before it, so that the
-    weight is read once.
+    Largest parameter first, and of equal ones the largest group (a fused matrix makes three of
+    them), so that scratch memory falls when little has been allocated. Small parameters that read
+    the same weight (a folded bias) are evaluated just before it, so that the weight is read once.
     """
-    names = sorted(recipes, key=lambda name: -_size_bytes(recipes[name]))
+    size = {name: _size_bytes(promise) for name, promise in recipes.items()}
+    names = sorted(recipes, key=lambda name: -size[name])
     big = {
         id(view.source): name for name in reversed(names) for view in _large_sources(recipes[name])
     }
@@ -310,7 +311,12 @@ def groups(recipes: dict[str, Promise]) -> list[list[str]]:
         readers = {big[id(view.source)] for view in _large_sources(recipes[name])}
         heads = [head for head in joined if head in readers]
         joined.setdefault(heads[0] if heads else name, []).append(name)
-    return [_small_before_big(group, recipes) for group in joined.values()]
+
+    def largest_first(group: list[str]) -> tuple[int, int]:
+        return -size[group[0]], -sum(size[name] for name in group)
+
+    ordered = sorted(joined.values(), key=largest_first)
+    return [_small_before_big(group, recipes) for group in ordered]
 
 
 def _small_before_big(group: list[str], recipes: dict[str, Promise]) -> list[str]:
