@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     planned: list[Case] = []
     if load or forward:
         planned = cases.all_cases(
-            options.models, load=load, forward=forward, with_stock=options.stock
+            options.models, options.dtypes, load=load, forward=forward, with_stock=options.stock
         )
     if load and not cases.has_peft():
         errors.print("Loads with an adapter are left out: peft is not installed.")
@@ -55,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table.show(Console(), results, planned, checks, imported, machine)
     complete = load and forward and has_quantized and imported is not None and options.stock
     complete = complete and tuple(options.models) == _BOUNDED
+    complete = complete and tuple(options.dtypes) == cases.DTYPES
     found = table.report(results, planned, checks, imported, machine)
     _write(found, options.json, complete, errors)
     return _exit_status(checks, [*results.values(), *([imported] if imported else [])])
@@ -74,6 +75,13 @@ def _parser() -> argparse.ArgumentParser:
         type=_choices("model", {name: (name,) for name in SHAPES} | {"tiny": _TINY}),
         default=_BOUNDED,
         help=f"any of {','.join(SHAPES)}, or tiny (to try this out: no bounds apply)",
+    )
+    parser.add_argument(
+        "--dtypes",
+        type=_choices("dtype", {dtype: (dtype,) for dtype in cases.DTYPES}),
+        default=cases.DTYPES,
+        help="any of " + ",".join(cases.DTYPES) + " (forward passes in bfloat16 take an hour on "
+        "CPUs without AVX-512 BF16)",
     )
     parser.add_argument("--repeats", type=int, default=3, help="processes per case (default 3)")
     parser.add_argument(

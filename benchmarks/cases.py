@@ -74,19 +74,25 @@ def transformers(model: str, dtype: str) -> Case:
 
 
 def all_cases(
-    models: Iterable[str], *, load: bool = True, forward: bool = True, with_stock: bool = True
+    models: Iterable[str],
+    dtypes: Iterable[str] = DTYPES,
+    *,
+    load: bool = True,
+    forward: bool = True,
+    with_stock: bool = True,
 ) -> list[Case]:
     """The cases of the benchmark; what is compared with each other stands together.
 
     Args:
         models: keys of `benchmarks.models.SHAPES`.
+        dtypes: of the loaded parameters.
         load: measure loading: every case.
         forward: time forward passes, in the processes that load models which are compared.
         with_stock: measure TransformerLens' own loader too.
     """
     cases = []
     for model in models:
-        for dtype in DTYPES:
+        for dtype in dtypes:
             compared = [lean(model, dtype), transformers(model, dtype)]
             only_loaded = [floor(model, dtype), copied(model, dtype), from_hf_model(model, dtype)]
             only_loaded.append(save(model, dtype))
