@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
+from tl_fastload import skeleton
 from tl_fastload.skeleton import build_empty, device_map
 
 
@@ -109,3 +110,17 @@ def test_several_devices() -> None:
     }
     for name, index in places.items():
         assert device_of(name) == torch.device("cuda", index), name
+
+
+def test_memory_of_a_mask_is_given_back_before_parameters_take_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(skeleton, "return_freed_memory", lambda: calls.append("given back"))
+    with skeleton.SkipRandomInit():
+        torch.empty(4)
+        assert not calls
+        torch.tril(torch.ones(3, 3))
+        torch.empty(4)
+        torch.empty(4)
+    assert calls == ["given back"]

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tl_fastload import compat
 from tl_fastload.errors import UnknownModelError
+from tl_fastload.memory import return_freed_memory
 from tl_fastload.recipe import aten
 
 
@@ -21,9 +22,17 @@ class SkipRandomInit(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Everything else runs, so that buffers (rotary tables, masks) are what TransformerLens computes.
     """
 
+    _made_mask = False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (aten.uniform_.default, aten.normal_.default):
             return args[0]
+        if self._made_mask and func is aten.empty.memory_format:
+            # What TransformerLens 2 computes each layer's mask from is freed memory with pages
+            # behind it: a parameter that took it would cost its size after all.
+            return_freed_memory()
+            self._made_mask = False
+        self._made_mask |= func is aten.tril.default
         return func(*args, **(kwargs or {}))
 
 
