@@ -92,3 +92,19 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty hub cache, and no network."""
     forbid_network(monkeypatch)
     return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def lens() -> Any:
+    """The embedded model, frozen in the tests of Lightning. Treat it as read-only."""
+    from lightning_modules import embedded
+
+    return embedded()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a Lightning module after one epoch beside such a model."""
+    from lightning_modules import one_epoch  # not installed in every environment
+
+    return one_epoch(tmp_path_factory)

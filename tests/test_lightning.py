@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning_modules import PACKAGES, edited, embedded, fit, one_epoch, sae_class, save, seeded
+from lightning_modules import PACKAGES, edited, embedded, fit, sae_class, save, seeded
 from reference import NO_PROCESSING
 from torch import nn
 
@@ -17,17 +17,6 @@ from tl_fastload.lightning import RECORD_KEY
 
 PL = PACKAGES[0]
 both = pytest.mark.parametrize("package", PACKAGES)
-
-
-@pytest.fixture(scope="module")
-def lens() -> Any:
-    """Treat it as read-only."""
-    return embedded()
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return one_epoch(tmp_path_factory)
 
 
 # What is saved

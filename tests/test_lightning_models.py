@@ -11,7 +11,7 @@ import pytest
 import torch
 import zoo as bed
 from comparison import lean_model
-from lightning_modules import PACKAGES, Sae, edited, embedded, fit, one_epoch, sae_class, seeded
+from lightning_modules import PACKAGES, Sae, edited, embedded, fit, sae_class, seeded
 from reference import NO_PROCESSING
 from torch import nn
 
@@ -19,17 +19,6 @@ from tl_fastload import CheckpointError, DifferentModelError, LeanLoadError
 from tl_fastload.lightning import RECORD_KEY, FrozenSubmodulesMixin
 
 PL = PACKAGES[0]
-
-
-@pytest.fixture(scope="module")
-def lens() -> Any:
-    """Treat it as read-only."""
-    return embedded()
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return one_epoch(tmp_path_factory)
 
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning_modules import PACKAGES, embedded, fit, one_epoch, sae_class, save, seeded
+from lightning_modules import PACKAGES, embedded, fit, sae_class, save, seeded
 from torch import nn
 
 from tl_fastload import ArgumentError, DifferentModelError
@@ -20,17 +20,6 @@ from tl_fastload.lightning import RECORD_KEY, FrozenSubmodulesMixin
 
 PL = PACKAGES[0]
 both = pytest.mark.parametrize("package", PACKAGES)
-
-
-@pytest.fixture(scope="module")
-def lens() -> Any:
-    """Treat it as read-only."""
-    return embedded()
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return one_epoch(tmp_path_factory)
 
 
 class Bare(FrozenSubmodulesMixin, nn.Module):

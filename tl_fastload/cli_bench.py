@@ -180,6 +180,8 @@ def _announce(name: str, number: int, total: int) -> None:
 
 
 def _show(subject: Subject, contenders: Sequence[Contender], found: Sequence[Measurement]) -> None:
+    from tl_fastload.doctor import machine, versions
+
     table = Table(
         title=f"Loading {subject.label}, each in a fresh process",
         title_justify="left",
@@ -194,8 +196,6 @@ def _show(subject: Subject, contenders: Sequence[Contender], found: Sequence[Mea
             table.add_row(one.name, *_cells(one, _stock_of(contender, contenders, found)))
         else:
             table.add_row(one.name, *["-"] * 5)
-    from tl_fastload.doctor import machine, versions
-
     console().print(table)
     for one in found:
         if one.error is not None:
