@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 aten = torch.ops.aten
-_PIECE_ELEMENTS = 2 << 20
+PIECE_ELEMENTS = 2 << 20
 
 
 class Source(ABC):
@@ -68,7 +68,7 @@ class MemorySource(Source):
         if len(casts) > 1 and value.dim() and type(value) is torch.Tensor:
             # In pieces: what lies between two casts is never held whole.
             slowest = max(range(value.dim()), key=value.stride)
-            least = _PIECE_ELEMENTS * value.shape[slowest] // max(value.numel(), 1)
+            least = PIECE_ELEMENTS * value.shape[slowest] // max(value.numel(), 1)
             cut = max(least, 1), slowest
             pieces = list(zip(torch.split(value, *cut), torch.split(out, *cut), strict=True))
         for piece, target in pieces:
