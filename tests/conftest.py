@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import environments
 import pytest
+import torch
 import zoo as zoo_module
 from fake_hub import forbid_network
 
@@ -49,6 +51,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if found != expected:
         reporter.write_line(f"{found} tests were skipped; tests/environments.py says {expected}.")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture(autouse=True)
+def seeded(request: pytest.FixtureRequest) -> None:
+    """The same random numbers each time, whichever tests a process ran before."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
 @pytest.fixture(scope="session")

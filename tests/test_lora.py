@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -141,17 +140,6 @@ def test_experts_that_were_modules_of_their_own(zoo: Any, tmp_path: Path) -> Non
     assert f"LoRA of {len(tensors) // 2} matrices" in lean.load_report.adapters[0]
 
 
-def test_another_base_is_noted(zoo: Any, tmp_path: Path) -> None:
-    folder = zoo("llama-gqa")
-    adapter = adapters.for_case("llama-gqa", folder, tmp_path / "adapter")
-    assert not any(
-        "base model" in note for note in adapters.lean(folder, adapter).load_report.notes
-    )
-    elsewhere = shutil.copytree(folder, tmp_path / "elsewhere")
-    notes = adapters.lean(elsewhere, adapter).load_report.notes
-    assert any(f"names {folder} as its base model" in note for note in notes)
-
-
 @pytest.mark.parametrize("case_id", ["gpt2", "llama-gqa"])
 @pytest.mark.parametrize("config", [{}, {"use_dora": True}], ids=["plain", "dora"])
 def test_bfloat16_rounds_where_peft_rounds(
@@ -278,4 +266,4 @@ def test_a_model_without_code_in_transformers(zoo: Any, tmp_path: Path) -> None:
     plain = lean_model(folder, **reference.NO_PROCESSING)
     wanted = weight + (b @ a).T * 5 / 3
     assert list(adapters.gaps(lean, plain)) == ["blocks.0.mlp.W_in"]
-    assert torch.allclose(lean.blocks[0].mlp.W_in, wanted)
+    assert (lean.blocks[0].mlp.W_in - wanted).norm() <= _BOUND * wanted.norm()

@@ -96,6 +96,14 @@ def _shared(
         bool,
         _option("--requantize", panel=_WHAT, help="Merge the adapter into quantized weights, too."),
     ] = False,
+    check_base: Annotated[
+        bool,
+        _option(
+            "--check-base/--no-check-base",
+            panel=_WHAT,
+            help="Refuse an adapter that names another base model, or go ahead.",
+        ),
+    ] = True,
     first_n_layers: Annotated[
         int | None, _option(metavar="N", panel=_WHAT, help="Load only that many layers.")
     ] = None,

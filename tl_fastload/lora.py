@@ -4,7 +4,6 @@ recipe, so that it is computed in place, one matrix at a time, while the weight 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -328,24 +327,3 @@ def _absent(adapter: Adapter, weights: Weights, done: set[str]) -> list[str]:
         if is_matrix and check_target_module_exists(config, module):
             missing.append(f"missing: lora_A and lora_B of {module}, which target_modules names")
     return missing
-
-
-def base_notes(adapters: Sequence[Adapter], names: Sequence[str | None]) -> list[str]:
-    """A note on each adapter that names another base model; only the last parts of names are
-    compared, as paths differ.
-
-    Args:
-        adapters: what is merged.
-        names: what the model is called: folder, repository, official name.
-    """
-    known = {_last(name) for name in names if name}
-    notes = []
-    for adapter in adapters:
-        base = getattr(adapter.config, "base_model_name_or_path", None)
-        if base and _last(base) not in known:
-            notes.append(f"{adapter.label} names {base} as its base model; its shapes fit this one")
-    return notes
-
-
-def _last(name: str) -> str:
-    return re.split(r"[/\\]", str(name).rstrip("/\\"))[-1].partition("@")[0].lower()

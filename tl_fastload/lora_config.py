@@ -352,14 +352,16 @@ def _add(part: LowRank, kind: str, leaf: str, tensor: Promise) -> None:
 def raise_for(adapter: Adapter, problems: Sequence[str]) -> None:
     """Raise one AdapterError with all problems of an adapter, if there are any."""
     if problems:
+        base = base_of(adapter)
         raise AdapterError(
             f"The adapter {adapter.label} cannot be merged:\n  "
             + "\n  ".join(problems)
             + "\nNothing was loaded. Check that the adapter is complete, and that it was trained "
-            "on this model" + _base_of(adapter) + "."
+            f"on this model{f' (it names {base} as its base)' if base else ''}."
         )
 
 
-def _base_of(adapter: Adapter) -> str:
+def base_of(adapter: Adapter) -> str | None:
+    """The name or folder of the model that an adapter was trained on, if it says so."""
     base = getattr(adapter.config, "base_model_name_or_path", None)
-    return f" (it names {base} as its base)" if base else ""
+    return str(base) if base else None

@@ -76,6 +76,7 @@ class LeanLoadingMixin:
         cache: bool | str | Path | None = None,
         verify: bool = False,
         check_memory: bool = True,
+        check_base: bool = True,
         **from_pretrained_kwargs: Any,
     ) -> Any:
         """Load a pretrained model with the numbers of `from_pretrained` and about one copy of its
@@ -129,6 +130,8 @@ class LeanLoadingMixin:
             verify: compare every byte of a processed copy with its checksums.
             check_memory: raise NotEnoughMemory, with choices that would fit, before weights are
                 read if they cannot be held. False goes ahead.
+            check_base: raise AdapterError if the base model that an adapter names is known to be
+                another than this one. False merges into any model that the adapter fits.
             **from_pretrained_kwargs: for Hugging Face: revision, cache_dir, token,
                 local_files_only, subfolder, trust_remote_code (False by default), torch_dtype, or
                 fields of the model's configuration.

@@ -15,7 +15,7 @@ from tl_fastload.progress import Progress, ProgressOption
 from tl_fastload.quantization import Quantization
 
 OWN_ARGUMENTS = (
-    *("strategy", "mmap", "progress", "check_memory"),
+    *("strategy", "mmap", "progress", "check_memory", "check_base"),
     *("quantize", "dequantize", "adapter", "requantize", "cache", "verify"),
 )
 """Arguments of `from_pretrained_lean` that TransformerLens' `from_pretrained` does not have."""
@@ -44,6 +44,7 @@ class Options:
         only_plan: find out what a load would do, from the configuration and the headers.
         adapter: LoRA adapters to merge, with weights.
         requantize: whether adapters may be merged into weights that came quantized.
+        check_base: whether an adapter whose base is another model is refused.
     """
 
     strategy: str = "auto"
@@ -58,6 +59,7 @@ class Options:
     only_plan: bool = False
     adapter: Requests = ()
     requantize: bool = False
+    check_base: bool = True
 
     def check(self) -> None:
         """Raise for values that mean nothing, or that this torch cannot do."""

@@ -22,6 +22,7 @@ from tl_fastload.key_prefixes import without_wrappers
 from tl_fastload.keys import Ledger
 from tl_fastload.keywords import Keywords, override, sort_keywords
 from tl_fastload.lora import Weights, merge, merge_into_files
+from tl_fastload.lora_base import compare_bases
 from tl_fastload.lora_config import Adapter, open_adapters
 from tl_fastload.lora_model import adapters_of, merge_into_model
 from tl_fastload.lora_quantized import requantized
@@ -125,6 +126,8 @@ class Origin:
     def tree(self, revision: str | None, dtype: Any) -> Any:
         self.is_recording = True
         self.root = self._tree(revision, dtype)
+        if self.adapters:
+            self.notes.extend(self._compare_bases())
         if self.stock_ledger is not None:
             self.stock_ledger.hold(self.root.parameters(), caller_holds=self.hf_model is not None)
         return self.root
@@ -150,6 +153,16 @@ class Origin:
             merge(self.adapters, weights, requantized)
         self.notes.extend(self.ledger.notes)
         return root
+
+    def _compare_bases(self) -> list[str]:
+        own_name = getattr(self.hf_config, "_name_or_path", None)
+        sure: list[Any] = [own_name]
+        if self.location is not None:
+            folder, repo = self.location.folder, self.location.repo
+            sure = [folder] if repo is None else [repo, self.official]
+        names = [str(name) for name in sure if name]
+        aliases = [self.label, self.official, own_name]
+        return compare_bases(self.adapters, names, aliases, check=self.options.check_base)
 
     def _grow(self, promises: dict[str, Promise], dtype: torch.dtype) -> tuple[Any, Ledger]:
         architecture = config.architecture_of(self.hf_config)

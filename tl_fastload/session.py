@@ -19,11 +19,10 @@ from tl_fastload.display import format_bytes
 from tl_fastload.errors import MissingWeightsError
 from tl_fastload.forecast import forecast
 from tl_fastload.key_prefixes import named_as
-from tl_fastload.lora import base_notes
 from tl_fastload.memory import PeakSampler, return_freed_memory
 from tl_fastload.norms import kept_norms, norms_put_back_on_error
 from tl_fastload.options import Options
-from tl_fastload.origin import Origin, find_origin
+from tl_fastload.origin import find_origin
 from tl_fastload.placement import Placer
 from tl_fastload.progress import Progress
 from tl_fastload.quantized import has_quantized, quantized_kinds
@@ -277,20 +276,12 @@ def _report(model: Any, session: Session, sampler: PeakSampler, seconds: float) 
         not_quantized=session.not_quantized,
         adapters=tuple(a.describe() for a in origin.adapters) if origin is not None else (),
         notes=(
-            *_adapter_notes(origin),
             *(origin.notes if origin is not None else ()),
             *session.notes,
         ),
         revision=origin.commit if origin is not None else None,
     )
     return report.measured(sampler, seconds)
-
-
-def _adapter_notes(origin: Origin | None) -> list[str]:
-    if origin is None:
-        return []
-    own_name = getattr(origin.hf_config, "_name_or_path", None)
-    return base_notes(origin.adapters, [origin.label, origin.official, own_name])
 
 
 def quantization(session: Session, model: nn.Module | None = None) -> str | None:
