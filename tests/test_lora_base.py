@@ -103,13 +103,13 @@ def test_a_base_without_a_name(base: Path, adapter: Path) -> None:
 @pytest.mark.parametrize(
     ("named", "fits"),
     [
-        ("org/some-llama", True),
-        ("mirror/Some-Llama", True),
-        ("some-llama@main", True),
-        ("unsloth/some-llama-unsloth-bnb-4bit", True),
-        ("/models/some-llama/", True),
-        ("/cache/models--org--some-llama/snapshots/0123abc", True),
-        ("org/some-llama-instruct", False),
+        ("org/llama-some", True),
+        ("mirror/Meta-Llama-Some", True),
+        ("llama-some@main", True),
+        ("unsloth/llama-some-unsloth-bnb-4bit", True),
+        ("/models/llama-some/", True),
+        ("/cache/models--org--llama-some/snapshots/0123abc", True),
+        ("org/llama-some-instruct", False),
         ("gpt2", False),
     ],
 )
@@ -117,14 +117,14 @@ def test_names_on_the_hub(
     base: Path, adapter: Path, tmp_path: Path, named: str, fits: bool
 ) -> None:
     cache = tmp_path / "cache"
-    fill_cache(cache, "org/some-llama", {path.name: path.read_bytes() for path in base.iterdir()})
+    fill_cache(cache, "org/llama-some", {path.name: path.read_bytes() for path in base.iterdir()})
     arguments = {"cache_dir": cache, "local_files_only": True}
     renamed(adapter, named)
     if fits:
-        assert not base_notes(adapters.lean("org/some-llama", adapter, **arguments))
+        assert not base_notes(adapters.lean("org/llama-some", adapter, **arguments))
         return
-    with pytest.raises(AdapterError, match=f"trained on {named}, and this is org/some-llama"):
-        adapters.lean("org/some-llama", adapter, **arguments)
+    with pytest.raises(AdapterError, match=f"trained on {named}, and this is org/llama-some"):
+        adapters.lean("org/llama-some", adapter, **arguments)
 
 
 def test_a_model_in_memory(base: Path, other: Path, adapter: Path) -> None:

@@ -15,8 +15,9 @@ from tl_fastload.weight_files import SAFETENSORS, TORCH_SUFFIXES
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@.+)?")
 _HUB_CACHE = re.compile(r"models--(?:.+--)?([^/\\]+)[/\\]snapshots[/\\]")
-# What quantizing uploaders append; the adapter fits the unquantized model, too.
-_QUANTIZED = re.compile(r"(-unsloth)?-bnb-[48]bit$")
+# What says nothing about the weights: what quantizing uploaders append (the adapter fits the
+# unquantized model, too), and what Meta's repositories began with before they were renamed.
+_BESIDES = re.compile(r"^meta-(?=llama)|(-unsloth)?-bnb-[48]bit$")
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 
@@ -62,7 +63,7 @@ def compare_bases(
 def _last(name: str) -> str:
     in_cache = _HUB_CACHE.search(name)
     last = in_cache[1] if in_cache else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
-    return _QUANTIZED.sub("", last.partition("@")[0].lower())
+    return _BESIDES.sub("", last.partition("@")[0].lower())
 
 
 def _are_different(base: str, name: str) -> bool:
