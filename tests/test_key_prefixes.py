@@ -228,6 +228,29 @@ def test_two_models_in_one_checkpoint(zoo: Any, tmp_path: Path) -> None:
         lean_model(folder)
 
 
+@pytest.mark.parametrize("case_id", ["llama-gqa1-tied", "gpt2"])
+@pytest.mark.parametrize("head", ["mtp.lm_head.weight", "model.layers.2.shared_head.lm_head.weight"])
+def test_an_auxiliary_head_of_a_tied_model(
+    case_id: str, head: str, zoo: Any, tmp_path: Path
+) -> None:
+    """transformers leaves such a key alone, and computes with the embedding."""
+    folder = with_prefix(zoo(case_id), tmp_path / "more", lambda name: name, False)
+    tensors = bed.read_weights(folder)
+    rows = next(v for k, v in tensors.items() if k.endswith(("embed_tokens.weight", "wte.weight")))
+    tensors[head] = torch.randn_like(rows)
+    expected = lean_model(zoo(case_id))
+    model = lean_model(zoo(case_id))
+    with pytest.raises(MissingWeightsError, match=head):
+        load_weights_(model, tensors)
+    save_file(tensors, folder / "model.safetensors")
+    try:
+        model = lean_model(folder)
+    except MissingWeightsError as error:
+        assert head in str(error)
+    else:
+        assert torch.equal(model.W_U, expected.W_U)
+
+
 def test_a_toy_model_with_prefixes(zoo: Any, tmp_path: Path) -> None:
     folder = zoo("gelu")
     copy = tmp_path / folder.name

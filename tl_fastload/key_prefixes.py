@@ -3,8 +3,9 @@
 `torch.compile` puts `_orig_mod.` into names, `DataParallel` and `DistributedDataParallel` put
 `module.`, and a model that is an attribute of another one (`self.lens = model`) gets that name in
 front. A key that fits as it is stays as it is. Another one loses what is in front of it, and the
-wrappers' parts anywhere in it, if the rest fits; never when two keys would then be the same, or
-when keys stand under two different attributes.
+wrappers' parts anywhere in it, if the rest fits; never when two keys would then be the same, when
+keys stand under two different attributes, or when the key is an attribute's and what it would fill
+is tied to a weight that is there: an auxiliary head is not the model's own.
 """
 
 from __future__ import annotations
@@ -41,21 +42,27 @@ class Renaming:
         return {self.names.get(key, key): value for key, value in values.items()}
 
 
-def without_prefixes(keys: Collection[str], fits: Fits) -> Renaming:
+def without_prefixes(
+    keys: Collection[str], fits: Fits, tied: Collection[Collection[Hashable]] = ()
+) -> Renaming:
     """Find prefixes whose removal makes keys match.
 
     Args:
         keys: of a state dict.
         fits: what a key stands for in the model, or None if it fits nowhere. Keys that stand for
             the same thing would collide.
+        tied: groups of what keys stand for that are one weight: one of each is enough.
     """
     as_they_are = {key: fits(key) for key in keys}
     taken = set(as_they_are.values())
+    filled = {home for group in tied if not taken.isdisjoint(group) for home in group}
     found: dict[str, str] = {}
     homes: dict[Hashable, list[str]] = defaultdict(list)
     for key in (key for key, home in as_they_are.items() if home is None):
         rest, home = _first_fit(key, fits)
-        if home is not None and home not in taken:
+        if home is None or home in taken:
+            continue
+        if home not in filled or not _attribute(key, rest):
             found[key] = rest
             homes[home].append(key)
     twice = next((several for several in homes.values() if len(several) > 1), None)

@@ -76,8 +76,9 @@ def rename_to_model(
         planned = plan.get(name)
         return promise.to(planned or wanted[name].dtype)
 
-    tied = {name for group in tied_groups(model) for name in group}
-    renaming = without_prefixes(promises, lambda name: name if name in wanted else None)
+    groups = tied_groups(model)
+    tied = {name for group in groups for name in group}
+    renaming = without_prefixes(promises, lambda name: name if name in wanted else None, groups)
     bare = renaming.apply(promises)
     if bare.keys() <= wanted.keys() and wanted.keys() - bare.keys() <= tied:
         # Every name is the model's own: transformers' table, slow to build, has nothing to say.
@@ -119,7 +120,7 @@ def _rename_by_table(
     found: dict[str, Promise] = {}
     collected: dict[str, Any] = {}
     ledger = Ledger()
-    renaming = without_prefixes(promises, fits)
+    renaming = without_prefixes(promises, fits, tied_groups(model))
     ledger.note(renaming)
     promises = renaming.apply(promises)
     for name in sorted(promises, key=dot_natural_key):
@@ -164,7 +165,7 @@ def _rename_by_prefix(
         candidates = (target, prefix + target, target.removeprefix(prefix))
         return next((c for c in candidates if c in wanted), None)
 
-    renaming = without_prefixes(promises, fits)
+    renaming = without_prefixes(promises, fits, tied_groups(model))
     ledger.note(renaming)
     for name, promise in renaming.apply(promises).items():
         match = fits(name)
