@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -229,7 +230,9 @@ def test_two_models_in_one_checkpoint(zoo: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case_id", ["llama-gqa1-tied", "gpt2"])
-@pytest.mark.parametrize("head", ["mtp.lm_head.weight", "model.layers.2.shared_head.lm_head.weight"])
+@pytest.mark.parametrize(
+    "head", ["mtp.lm_head.weight", "model.layers.2.shared_head.lm_head.weight"]
+)
 def test_an_auxiliary_head_of_a_tied_model(
     case_id: str, head: str, zoo: Any, tmp_path: Path
 ) -> None:
@@ -240,15 +243,10 @@ def test_an_auxiliary_head_of_a_tied_model(
     tensors[head] = torch.randn_like(rows)
     expected = lean_model(zoo(case_id))
     model = lean_model(zoo(case_id))
-    with pytest.raises(MissingWeightsError, match=head):
+    with pytest.raises(MissingWeightsError, match=re.escape(head)):
         load_weights_(model, tensors)
     save_file(tensors, folder / "model.safetensors")
-    try:
-        model = lean_model(folder)
-    except MissingWeightsError as error:
-        assert head in str(error)
-    else:
-        assert torch.equal(model.W_U, expected.W_U)
+    assert torch.equal(lean_model(folder).W_U, expected.W_U)
 
 
 def test_a_toy_model_with_prefixes(zoo: Any, tmp_path: Path) -> None:

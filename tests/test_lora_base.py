@@ -141,3 +141,11 @@ def test_a_model_in_memory(base: Path, other: Path, adapter: Path) -> None:
     with pytest.raises(AdapterError, match=f"this is {other}"):
         load(other)
     assert base_notes(load(other, check_base=False))
+
+
+def test_a_cached_sum_is_no_way_around(other: Path, adapter: Path, tmp_path: Path) -> None:
+    arguments = {"adapter": adapter, "cache": tmp_path / "cache", "device": "cpu"}
+    load = LeanHookedTransformer.from_pretrained_lean
+    load(other, **arguments, check_base=False, progress=False)
+    with pytest.raises(AdapterError, match="trained on"):
+        load(other, **arguments, progress=False)

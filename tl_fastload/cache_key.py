@@ -24,7 +24,7 @@ from tl_fastload.weight_files import read_index
 # How a load goes, not what comes out of it.
 _NOT_IN_THE_NUMBERS = (
     *("strategy", "mmap", "progress", "move_to_device", "cache", "verify"),
-    *("check_memory", "check_base", "only_plan"),
+    *("check_memory", "only_plan"),
 )
 _IN_THE_COPY = ("first_n_layers", "n_ctx", "default_prepend_bos", "default_padding_side", *STEPS)
 

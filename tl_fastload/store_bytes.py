@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tl_fastload.errors import CheckpointError
 from tl_fastload.reader import FileReader
@@ -28,6 +30,33 @@ def open_copy(folder: Path) -> tuple[Manifest, dict[str, TensorEntry]]:
         if again.copy_id == manifest.copy_id:
             raise
         return again, stored_tensors(folder, again)
+
+
+def tokenizer_digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file in a tokenizer's folder, by its path in there."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def check_tokenizer(folder: Path, saved: Mapping[str, Any]) -> None:
+    """Compare a copy's tokenizer with what was saved: one that is only a little damaged gives
+    other tokens.
+
+    Raises:
+        CheckpointError: a file is missing or altered.
+    """
+    home = folder / saved["folder"]
+    there = tokenizer_digests(home)
+    for name, wanted in saved.get("files", {}).items():  # earlier copies have no digests
+        if there.get(name) != wanted:
+            raise CheckpointError(
+                f"{home / name}: the tokenizer's file is "
+                f"{'not the one that was saved' if name in there else 'missing'}. Save the copy "
+                "again, or pass tokenizer=."
+            )
 
 
 def verify_copy(folder: str | os.PathLike[str]) -> None:
@@ -54,6 +83,8 @@ def verify_copy(folder: str | os.PathLike[str]) -> None:
                 )
     finally:
         reader.close()
+    if manifest.tokenizer is not None:
+        check_tokenizer(place, manifest.tokenizer)
 
 
 def _digest(reader: FileReader, entry: TensorEntry) -> str:

@@ -68,7 +68,8 @@ class Manifest:
         configuration: the fields of the HookedTransformerConfig.
         optional: names of fields that another TransformerLens may lack: those that had their
             default value, and those that its class does not declare.
-        tokenizer: "folder", "is_fast" and "padding_side" of the saved tokenizer; None without.
+        tokenizer: "folder", "files" (SHA-256 of each), "is_fast" and "padding_side" of the saved
+            tokenizer; None without.
         parameters: name -> how it is made.
         buffers: name -> how it is made.
         adapters: the adapters that were merged, one line each.

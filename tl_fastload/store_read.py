@@ -15,6 +15,7 @@ from torch import nn
 from tl_fastload import compat, quantized, steps, verify
 from tl_fastload.already import versions
 from tl_fastload.config import hf_config_of
+from tl_fastload.errors import CheckpointError
 from tl_fastload.keywords import Keywords, sort_keywords
 from tl_fastload.memory import PeakSampler, return_freed_memory
 from tl_fastload.options import Options, is_on_network
@@ -24,7 +25,7 @@ from tl_fastload.report import LoadReport
 from tl_fastload.room import check_room
 from tl_fastload.safetensors_header import TensorEntry
 from tl_fastload.skeleton import build_empty, device_map
-from tl_fastload.store_bytes import open_copy, verify_copy
+from tl_fastload.store_bytes import check_tokenizer, open_copy, verify_copy
 from tl_fastload.store_check import check_arguments, check_names, check_steps
 from tl_fastload.store_format import (
     Manifest,
@@ -32,7 +33,11 @@ from tl_fastload.store_format import (
     build_configuration,
     checked_geometry,
     is_copy,
+    read_manifest,
 )
+
+# Of a copy that other processes save again and again.
+_TRIES = 5
 
 
 def copy_folder(model_name: Any, keywords: dict[str, Any]) -> Path | None:
@@ -76,11 +81,30 @@ def load_copy(
     try:
         with torch.inference_mode(False), PeakSampler() as sampler:
             sampler.mark("placing")
-            model, report = _load(cls, options, arguments, keywords, folder, reader)
+            model, report = _load_whole(cls, options, arguments, keywords, folder, reader)
     finally:
         reader.close()
     model.load_report = report.measured(sampler, time.perf_counter() - started)
     return model
+
+
+def _load_whole(cls: type, *arguments: Any) -> tuple[Any, LoadReport]:
+    """What `_load` returns; from the beginning if another process saved the copy meanwhile."""
+    *_, folder, _ = arguments
+    for _ in range(_TRIES):
+        copy_id = read_manifest(folder).copy_id
+        try:
+            return _load(cls, *arguments)
+        except (CheckpointError, OSError) as error:
+            failed = error
+        if read_manifest(folder).copy_id == copy_id:
+            break
+    if isinstance(failed, CheckpointError):
+        raise failed
+    raise CheckpointError(
+        f"{folder}: the copy could not be read to its end ({failed}). If it was removed or saved "
+        "again meanwhile, load it again."
+    ) from failed
 
 
 def _load(
@@ -221,6 +245,7 @@ def _tokenizer(
 ) -> Any | None:
     from transformers import AutoTokenizer
 
+    check_tokenizer(folder, saved)
     try:
         return AutoTokenizer.from_pretrained(
             folder / saved["folder"],

@@ -22,6 +22,7 @@ from tl_fastload.progress import Progress, ProgressOption
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.safetensors_header import DTYPES, LENGTH_BYTES
 from tl_fastload.steps import STEPS, reason_to_skip
+from tl_fastload.store_bytes import tokenizer_digests
 from tl_fastload.store_files import move_into_place, new_owner, working_folder
 from tl_fastload.store_format import (
     MANIFEST,
@@ -275,6 +276,7 @@ def _flags(model: Any) -> dict[str, bool]:
     if record is not None:
         return {step: step in record[0] for step in STEPS}
     done = {step for step in STEPS if is_processed(model, {step: True})}
+    done.discard("refactor_factored_attn_matrices")  # nobody can tell afterwards
     unfolded = reason_to_skip("fold_ln", model.cfg) is None and "fold_ln" not in done
     if unfolded or done == {"fold_value_biases"}:  # biases may be zero without processing
         done = set()
@@ -297,6 +299,7 @@ def _save_tokenizer(model: Any, home: Path | None, copy_id: str) -> dict[str, An
         ) from error
     return {
         "folder": folder,
+        "files": tokenizer_digests(home / folder),
         "is_fast": bool(getattr(tokenizer, "is_fast", True)),
         "padding_side": tokenizer.padding_side,
     }
