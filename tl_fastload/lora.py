@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from tl_fastload.evaluator import evaluate
-from tl_fastload.lora_config import Adapter, LowRank, import_peft, raise_for
+from tl_fastload.lora_complete import discrepancies
+from tl_fastload.lora_config import Adapter, LowRank, raise_for
 from tl_fastload.lora_update import fits_experts, is_flipped, merged, merged_experts, misfits
 from tl_fastload.promise import Promise
 from tl_fastload.quantized_recipes import reads_quantized
@@ -175,7 +176,7 @@ def merge(adapters: Sequence[Adapter], weights: Weights, requantize: Requantize 
                 done.add(name)
                 found += _merge_matrix(adapter, part, name, weights, requantize)
         found += _replace_tokens(adapter, weights, done)
-        found += _absent(adapter, weights, done)
+        found += discrepancies(adapter, weights.by_name, done)
         raise_for(adapter, found)
 
 
@@ -310,20 +311,3 @@ def _token_indices(asked: Any, module: str) -> list[int]:
         found = (v for k, v in asked.items() if module == k or module.endswith("." + k))
         asked = next(found, None)
     return list(asked or ())
-
-
-def _absent(adapter: Adapter, weights: Weights, done: set[str]) -> list[str]:
-    """Modules that the configuration names and the adapter has nothing for."""
-    config = adapter.config
-    if not config.target_modules or config.target_modules == "all-linear":
-        return []
-    import_peft()
-    from peft.tuners.tuners_utils import check_target_module_exists
-
-    missing = []
-    for name, promise in weights.by_name.items():
-        module, _, leaf = name.rpartition(".")
-        is_matrix = leaf == "weight" and promise.dim() == 2 and name not in done
-        if is_matrix and check_target_module_exists(config, module):
-            missing.append(f"missing: lora_A and lora_B of {module}, which target_modules names")
-    return missing

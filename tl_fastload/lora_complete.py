@@ -1,0 +1,88 @@
+"""Whether a LoRA adapter holds what its configuration names, and nothing besides: peft would load
+what fits, and leave out the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from tl_fastload.lora_config import Adapter, import_peft
+
+
+def discrepancies(adapter: Adapter, by_name: Mapping[str, Any], done: Collection[str]) -> list[str]:
+    """What the configuration names and the adapter lacks, and the other way round.
+
+    Args:
+        adapter: read, and merged.
+        by_name: the model's weights, by the tree's names.
+        done: the names of those that its updates were added to.
+    """
+    return [
+        *_modules(adapter, by_name, done),
+        *_parameters(adapter, by_name, done),
+        *_saved(adapter, by_name),
+        *_biases(adapter, by_name, done),
+        *_tokens(adapter),
+    ]
+
+
+def _modules(adapter: Adapter, by_name: Mapping[str, Any], done: Collection[str]) -> Iterator[str]:
+    config = adapter.config
+    if not config.target_modules or config.target_modules == "all-linear":
+        return
+    import_peft()
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    for name, promise in by_name.items():
+        module, _, leaf = name.rpartition(".")
+        is_matrix = leaf == "weight" and promise.dim() == 2 and name not in done
+        if is_matrix and check_target_module_exists(config, module):
+            yield f"missing: lora_A and lora_B of {module}, which target_modules names"
+    if getattr(config, "target_parameters", None):
+        return  # names of stacks say nothing about modules
+    for module in adapter.low_rank:
+        if not check_target_module_exists(config, module):
+            yield f"an update of {module}, which the configuration does not target"
+
+
+def _parameters(
+    adapter: Adapter, by_name: Mapping[str, Any], done: Collection[str]
+) -> Iterator[str]:
+    for target in getattr(adapter.config, "target_parameters", None) or ():
+        for name in by_name:
+            if _ends(name, target) and name not in done:
+                yield f"missing: lora_A and lora_B of {name}, which target_parameters names"
+
+
+def _saved(adapter: Adapter, by_name: Mapping[str, Any]) -> Iterator[str]:
+    for module in adapter.config.modules_to_save or ():
+        is_there = any(_is_in(name, module) for name in by_name)
+        if is_there and not any(_is_in(name, module) for name in adapter.replaced):
+            yield f"missing: the weights of {module}, which modules_to_save names"
+
+
+def _biases(adapter: Adapter, by_name: Mapping[str, Any], done: Collection[str]) -> Iterator[str]:
+    kind = adapter.config.bias
+    if kind == "none" or any(name.endswith("bias") for name in adapter.replaced):
+        return
+    updated = {name.rpartition(".")[0] for name in done}
+    for name in by_name:
+        module, _, leaf = name.rpartition(".")
+        if leaf == "bias" and (kind == "all" or module in updated):
+            yield f"missing: trained biases, such as {name}; the configuration has bias={kind!r}"
+            return
+
+
+def _tokens(adapter: Adapter) -> Iterator[str]:
+    if getattr(adapter.config, "trainable_token_indices", None) and not adapter.tokens:
+        yield "missing: the rows of trainable_token_indices"
+
+
+def _ends(name: str, end: str) -> bool:
+    return name == end or name.endswith("." + end)
+
+
+def _is_in(name: str, module: str) -> bool:
+    """Whether a weight belongs to a module that is named by the end of its path."""
+    return f".{module}." in f".{name}"
