@@ -65,6 +65,23 @@ def test_nested_shared_and_compiled(saved: str, loaded: str) -> None:
     )
 
 
+@pytest.mark.parametrize("compiled", ["", "lens", "probe"])
+def test_inside_of_another_module(compiled: str) -> None:
+    """As averages of weights hold it: its own `load_state_dict` is not called there."""
+    averaged = torch.optim.swa_utils.AveragedModel(Bare(compiled))
+    state = averaged.state_dict()
+    with torch.no_grad():
+        averaged.module.probe.head.weight.zero_()
+    averaged.load_state_dict(state)
+    copy.deepcopy(averaged).load_state_dict(pickle.loads(pickle.dumps(state)))
+    head = next(key for key in state if key.endswith("head.weight"))
+    del state[head]
+    with pytest.raises(RuntimeError, match="Missing key") as caught:
+        averaged.load_state_dict(state)
+    assert head in str(caught.value)
+    assert "lens" not in str(caught.value)
+
+
 @pytest.mark.slow
 def test_a_compiled_lightning_module(lens: Any, tmp_path: Path) -> None:
     model = seeded(PL, lens)

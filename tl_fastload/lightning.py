@@ -142,6 +142,15 @@ class FrozenSubmodulesMixin(_Base):
             self._check_keys(missing, found.unexpected_keys, [])
         return _IncompatibleKeys(missing, found.unexpected_keys)
 
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Called for this module wherever it stands, `load_state_dict` for the outermost alone."""
+        if _forgive_frozen not in self._load_state_dict_post_hooks.values():
+            self.register_load_state_dict_post_hook(_forgive_frozen)  # type: ignore[no-untyped-call]
+        self.__dict__["_loading_prefix"] = prefix
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the record of the frozen submodules; drop them from the hyperparameters.
 
@@ -275,10 +284,14 @@ class FrozenSubmodulesMixin(_Base):
 
     def _translates_keys(self, is_frozen: Callable[[str], bool]) -> bool:
         """Whether a submodule may read other keys than it writes."""
+        plain = (
+            nn.Module._load_from_state_dict,
+            FrozenSubmodulesMixin._load_from_state_dict,
+        )
         return any(
             module._load_state_dict_pre_hooks
-            or module._load_state_dict_post_hooks
-            or type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
+            or set(module._load_state_dict_post_hooks.values()) - {_forgive_frozen}
+            or type(module)._load_from_state_dict not in plain
             for name, module in self.named_modules()
             if not is_frozen(name)
         )
@@ -331,4 +344,14 @@ def _misshapen(values: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
         if isinstance(values.get(key), torch.Tensor)
         and isinstance(tensor, torch.Tensor)
         and values[key].shape != tensor.shape
+    ]
+
+
+def _forgive_frozen(module: Any, incompatible: Any) -> None:
+    """What is frozen is in no state dict, also inside of another module, such as an average."""
+    prefix, is_frozen = module.__dict__["_loading_prefix"], module._frozen_test()
+    incompatible.missing_keys[:] = [
+        key
+        for key in incompatible.missing_keys
+        if not (key.startswith(prefix) and is_frozen(key[len(prefix) :]))
     ]
