@@ -43,8 +43,11 @@ def test_a_save_that_is_killed(found: Any, how: str) -> None:
     assert killed["absent"] + killed["old"] + killed["new"] == killed["kills"]
     assert killed["files"] == ["tl_fastload.json", "tokenizer", "weights"]
     assert killed["around"] == ["copy", "timed"]  # what was left was removed
+    seen = ["absent", "old", "left"]
+    if how == "step":
+        seen.append("new")  # between the rename and the end lies no time to speak of
     if how == "step" or not found["few"]:
-        assert min(killed[key] for key in ("absent", "old", "new", "left")) > 0
+        assert min(killed[key] for key in seen) > 0
 
 
 def test_processes_that_fill_one_entry_at_once(found: Any) -> None:
