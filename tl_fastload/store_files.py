@@ -51,7 +51,7 @@ def move_into_place(
 ) -> bool:
     """Make a finished folder appear at `target`.
 
-    Where nothing is, or an empty folder, this is one rename. A folder that is there already gets
+    Where nothing is, this is one rename. A folder that is there already gets
     the new files one by one, under names of their own, then `last` in one step, and then loses the
     old files: whenever the process ends, `last` names files that are there.
 
@@ -66,15 +66,24 @@ def move_into_place(
         Whether the folder was put there; False only with `keep`.
     """
     _sync_tree(folder)
+    if not _rename(folder, target):
+        if keep and (target / last).is_file():
+            return False
+        _merge(folder, target, last, old)
+    sync(target.parent)
+    return True
+
+
+def _rename(folder: Path, target: Path) -> bool:
+    """False where a folder is: an empty one may be the directory that somebody works in."""
+    if target.is_dir():
+        return False
     try:
         folder.rename(target)
     except OSError as error:
         if error.errno not in _TAKEN or not target.is_dir():
             raise
-        if keep and (target / last).is_file():
-            return False
-        _merge(folder, target, last, old)
-    sync(target.parent)
+        return False
     return True
 
 

@@ -18,6 +18,7 @@ from tl_fastload import layout
 from tl_fastload.already import is_processed
 from tl_fastload.display import format_bytes
 from tl_fastload.errors import LeanLoadError, SaveError
+from tl_fastload.fingerprint import plain_name
 from tl_fastload.progress import Progress, ProgressOption
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.safetensors_header import DTYPES, LENGTH_BYTES
@@ -67,7 +68,7 @@ class _Plan:
             view = seen.get(id(parameter))
             if view is None:
                 view = seen[id(parameter)] = self._view(name, parameter)
-            self.parameters[name] = view
+            self.parameters[plain_name(name)] = view
 
     def add_buffers(self) -> None:
         same: dict[tuple[Any, ...], View] = {}
@@ -82,7 +83,7 @@ class _Plan:
             key = (buffer.dtype, buffer.shape, digest)
             if key not in same:  # every layer has the same tables
                 same[key] = self._plain(name, buffer, tuple(buffer.contiguous().stride()))
-            self.buffers[name] = same[key]
+            self.buffers[plain_name(name)] = same[key]
 
     def _view(self, name: str, parameter: torch.Tensor) -> View:
         if not isinstance(parameter, QuantizedTensor):
@@ -213,6 +214,8 @@ def _check_model(model: Any) -> None:
 
 def check_target(target: Path) -> None:
     """Raise SaveError where a copy would hide something else."""
+    if "\0" in str(target) or target == Path(target.anchor):
+        raise SaveError(f"{str(target)!r} can be no copy's folder. Choose another name.")
     if target.exists() and not target.is_dir():
         raise SaveError(f"{target} is a file. Choose a folder.")
     if (target / "config.json").exists():
