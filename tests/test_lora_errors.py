@@ -208,6 +208,24 @@ def test_an_adapter_of_another_model(zoo: Any, base: Path, tmp_path: Path) -> No
     assert f"it names {other} as its base" in message
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lora_alpha": None},
+        {"lora_alpha": "x"},
+        {"r": 0},
+        {"alpha_pattern": {"(": 9}},
+        {"rank_pattern": {"*": 9}},
+        {"target_modules": "("},
+    ],
+    ids=repr,
+)
+def test_settings_that_mean_nothing(base: Path, adapter: Path, fields: dict[str, Any]) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+    refusal(base, adapter)
+
+
 def test_dora_without_its_lengths(base: Path, adapter: Path) -> None:
     message = refusal(base, set_field(adapter, use_dora=True))
     assert "missing: model.layers.0.self_attn.q_proj.lora_magnitude_vector" in message

@@ -189,6 +189,7 @@ def test_from_a_model_in_memory(zoo: Any) -> None:
     assert from_memory.load_report.quantization == "nf4, quantized while loading"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["8bit", "nf4"])
 def test_bytes_that_are_kept(kind: str, zoo: Any) -> None:
     """The peak is measured in a process of its own: `python -m benchmarks --only quantized`."""

@@ -83,8 +83,11 @@ def _source(location: Location) -> list[Any]:
 
 
 def _files_of(folder: Path) -> list[Any]:
-    """Path, size and times of every file at the top of a folder, and of the shards of an index."""
+    """Path, size and times of every file at the top of a folder, of the shards of an index, and of
+    the weights of TransformerLens' own toy models, which may lie deeper.
+    """
     files = {path for path in folder.iterdir() if path.is_file()}
+    files.update(folder.rglob("*.pth"))
     for index in [path for path in files if path.name.endswith(".index.json")]:
         files.update(folder / shard for shard in read_index(index).values())
     found: list[Any] = [f"folder {folder.resolve()}"]

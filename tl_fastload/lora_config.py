@@ -331,10 +331,25 @@ def sort_tensors(adapter: Adapter, tensors: Mapping[str, Promise]) -> None:
         for leaf, factor in zip(names, (part.a, part.b), strict=True):
             if factor is None:
                 problems.append(f"missing: {part.module}.{leaf}")
+    problems += _bad_settings(adapter)
     adapter.size = len(adapter.low_rank)
     if not tensors:
         problems.append("missing: it has no tensors at all")
     raise_for(adapter, problems)
+
+
+def _bad_settings(adapter: Adapter) -> list[str]:
+    """Numbers and patterns of the configuration that mean nothing."""
+    targets = adapter.config.target_modules
+    try:
+        re.compile(targets if isinstance(targets, str) else "")
+        for module in adapter.low_rank:
+            adapter.scaling(module)
+    except re.error as error:
+        return [f"no regular expression in its configuration: {error.pattern!r} ({error})"]
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        return [f"lora_alpha, r or their patterns are no numbers to scale by: {error}"]
+    return []
 
 
 def _add(part: LowRank, kind: str, leaf: str, tensor: Promise) -> None:
