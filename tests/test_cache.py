@@ -114,6 +114,16 @@ def entry_name(source: Path, adapter: Any = None, keywords: Any = None, **option
     )
 
 
+def test_a_toy_models_weights_deeper_down(zoo: Any, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(zoo("gelu"), tmp_path / zoo("gelu").name))
+    weights = next(source.glob("*final.pth"))
+    (source / "deeper").mkdir()
+    weights = weights.rename(source / "deeper" / weights.name)
+    before = entry_name(source)
+    weights.write_bytes(weights.read_bytes() + b"0")
+    assert entry_name(source) != before
+
+
 def test_versions_and_options_are_in_the_name(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from comparison import lean_model
 from store_helpers import assert_same, embedded
 
 from tl_fastload import CheckpointError, cache, save_lean, store_read, verify_copy
@@ -35,7 +36,7 @@ def test_a_copy_that_is_saved_again(tmp_path: Path, meanwhile: Any) -> None:
     model = embedded()
     save_lean(model, tmp_path / "copy")
     meanwhile(lambda: save_lean(model, tmp_path / "copy"))
-    loaded = type(model).from_pretrained_lean(tmp_path / "copy", device="cpu", progress=False)
+    loaded = lean_model(tmp_path / "copy")
     assert_same(model, loaded)
     assert loaded.tokenizer is not None
 
@@ -45,7 +46,7 @@ def test_a_copy_that_is_removed(tmp_path: Path, meanwhile: Any) -> None:
     save_lean(model, tmp_path / "copy")
     meanwhile(lambda: shutil.rmtree(tmp_path / "copy"))
     with pytest.raises(CheckpointError, match="copy"):
-        type(model).from_pretrained_lean(tmp_path / "copy", device="cpu", progress=False)
+        lean_model(tmp_path / "copy")
 
 
 def test_weights_that_are_removed(tmp_path: Path, meanwhile: Any) -> None:
@@ -54,7 +55,7 @@ def test_weights_that_are_removed(tmp_path: Path, meanwhile: Any) -> None:
     weights = next((tmp_path / "copy").glob("weights-*"))
     meanwhile(weights.unlink)
     with pytest.raises(CheckpointError, match="could not be read to its end"):
-        type(model).from_pretrained_lean(tmp_path / "copy", device="cpu", progress=False)
+        lean_model(tmp_path / "copy")
 
 
 def test_a_cache_that_is_cleared(tmp_path: Path, meanwhile: Any) -> None:
@@ -75,11 +76,9 @@ def test_a_damaged_tokenizer(damage: str, tmp_path: Path) -> None:
     file.unlink()
     if damage == "altered":
         file.write_text(text.replace('"version"', '"Version"', 1))
-    for refuse in (verify_copy, lambda folder: type(model).from_pretrained_lean(folder)):
+    for refuse in (verify_copy, lean_model):
         with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
             refuse(entry)
-    other = type(model).from_pretrained_lean(
-        entry, device="cpu", progress=False, tokenizer=model.tokenizer
-    )
+    other = lean_model(entry, tokenizer=model.tokenizer)
     assert_same(model, other)
     assert embedded(cache=tmp_path).load_report.cache.startswith("filled")

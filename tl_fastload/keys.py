@@ -85,12 +85,16 @@ def rename_to_model(
         ledger = Ledger(notes=list(renaming.notes))
         return {name: cast(name, promise) for name, promise in bare.items()}, ledger
     if compat.HAS_WEIGHT_CONVERSIONS:
-        return _rename_by_table(model, promises, wanted, cast)
-    return _rename_by_prefix(model, promises, wanted, cast)
+        return _rename_by_table(model, promises, wanted, cast, groups)
+    return _rename_by_prefix(model, promises, wanted, cast, groups)
 
 
 def _rename_by_table(
-    model: Any, promises: Mapping[str, Promise], wanted: dict[str, Any], cast: Any
+    model: Any,
+    promises: Mapping[str, Promise],
+    wanted: dict[str, Any],
+    cast: Any,
+    groups: list[list[str]],
 ) -> tuple[dict[str, Promise], Ledger]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
@@ -120,7 +124,7 @@ def _rename_by_table(
     found: dict[str, Promise] = {}
     collected: dict[str, Any] = {}
     ledger = Ledger()
-    renaming = without_prefixes(promises, fits, tied_groups(model))
+    renaming = without_prefixes(promises, fits, groups)
     ledger.note(renaming)
     promises = renaming.apply(promises)
     for name in sorted(promises, key=dot_natural_key):
@@ -145,7 +149,11 @@ def _rename_by_table(
 
 
 def _rename_by_prefix(
-    model: Any, promises: Mapping[str, Promise], wanted: dict[str, Any], cast: Any
+    model: Any,
+    promises: Mapping[str, Promise],
+    wanted: dict[str, Any],
+    cast: Any,
+    groups: list[list[str]],
 ) -> tuple[dict[str, Promise], Ledger]:
     found: dict[str, Promise] = {}
     ledger = Ledger()
@@ -165,7 +173,7 @@ def _rename_by_prefix(
         candidates = (target, prefix + target, target.removeprefix(prefix))
         return next((c for c in candidates if c in wanted), None)
 
-    renaming = without_prefixes(promises, fits, tied_groups(model))
+    renaming = without_prefixes(promises, fits, groups)
     ledger.note(renaming)
     for name, promise in renaming.apply(promises).items():
         match = fits(name)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _IncompatibleKeys
 
 from tl_fastload import frozen
 from tl_fastload.errors import ArgumentError, DifferentModelError, MissingWeightsError
@@ -137,10 +136,9 @@ class FrozenSubmodulesMixin(_Base):
             found = super().load_state_dict(rest, False, *args, **kwargs)
         except RuntimeError as error:
             raise MissingWeightsError(str(error)) from error
-        missing = [key for key in found.missing_keys if not is_frozen(key)]
         if strict:
-            self._check_keys(missing, found.unexpected_keys, [])
-        return _IncompatibleKeys(missing, found.unexpected_keys)
+            self._check_keys(found.missing_keys, found.unexpected_keys, [])
+        return found
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any

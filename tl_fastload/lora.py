@@ -12,7 +12,7 @@ import torch
 
 from tl_fastload.evaluator import evaluate
 from tl_fastload.lora_complete import discrepancies
-from tl_fastload.lora_config import Adapter, LowRank, raise_for
+from tl_fastload.lora_config import Adapter, LowRank, is_in, raise_for
 from tl_fastload.lora_update import fits_experts, is_flipped, merged, merged_experts, misfits
 from tl_fastload.promise import Promise
 from tl_fastload.quantized_recipes import reads_quantized
@@ -274,10 +274,7 @@ def _replace(adapter: Adapter, weights: Weights) -> list[str]:
 
 
 def _is_saved(name: str, adapter: Adapter) -> bool:
-    parents = name.split(".")[:-1]
-    paths = [".".join(parents[:n]) for n in range(1, len(parents) + 1)]
-    saved = adapter.config.modules_to_save or ()
-    return any(path == one or path.endswith("." + one) for path in paths for one in saved)
+    return any(is_in(name, module) for module in adapter.config.modules_to_save or ())
 
 
 def _replace_tokens(adapter: Adapter, weights: Weights, done: set[str]) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from tl_fastload.lora_config import Adapter, import_peft
+from tl_fastload.lora_config import Adapter, ends_with, import_peft, is_in
 
 
 def discrepancies(adapter: Adapter, by_name: Mapping[str, Any], done: Collection[str]) -> list[str]:
@@ -51,14 +51,14 @@ def _parameters(
 ) -> Iterator[str]:
     for target in getattr(adapter.config, "target_parameters", None) or ():
         for name in by_name:
-            if _ends(name, target) and name not in done:
+            if ends_with(name, target) and name not in done:
                 yield f"missing: lora_A and lora_B of {name}, which target_parameters names"
 
 
 def _saved(adapter: Adapter, by_name: Mapping[str, Any]) -> Iterator[str]:
     for module in adapter.config.modules_to_save or ():
-        is_there = any(_is_in(name, module) for name in by_name)
-        if is_there and not any(_is_in(name, module) for name in adapter.replaced):
+        is_there = any(is_in(name, module) for name in by_name)
+        if is_there and not any(is_in(name, module) for name in adapter.replaced):
             yield f"missing: the weights of {module}, which modules_to_save names"
 
 
@@ -77,12 +77,3 @@ def _biases(adapter: Adapter, by_name: Mapping[str, Any], done: Collection[str])
 def _tokens(adapter: Adapter) -> Iterator[str]:
     if getattr(adapter.config, "trainable_token_indices", None) and not adapter.tokens:
         yield "missing: the rows of trainable_token_indices"
-
-
-def _ends(name: str, end: str) -> bool:
-    return name == end or name.endswith("." + end)
-
-
-def _is_in(name: str, module: str) -> bool:
-    """Whether a weight belongs to a module that is named by the end of its path."""
-    return f".{module}." in f".{name}"

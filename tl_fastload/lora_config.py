@@ -110,7 +110,7 @@ class Adapter:
         """What patterns are matched with: the module, or the parameter that is targeted itself."""
         parameter = f"{module}.weight"
         targets = getattr(self.config, "target_parameters", None) or ()
-        return parameter if any(_ends_with(parameter, target) for target in targets) else module
+        return parameter if any(ends_with(parameter, target) for target in targets) else module
 
     def describe(self) -> str:
         """One line for the report."""
@@ -124,8 +124,14 @@ class Adapter:
         return f"{self.label}{weight} ({', '.join(parts)})"
 
 
-def _ends_with(path: str, end: str) -> bool:
+def ends_with(path: str, end: str) -> bool:
+    """Whether the last parts of a dotted path are these."""
     return path == end or path.endswith("." + end)
+
+
+def is_in(name: str, module: str) -> bool:
+    """Whether a weight belongs to a module that is named by the end of its path."""
+    return f".{module}." in f".{name}"
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:

@@ -25,7 +25,7 @@ from tl_fastload.report import LoadReport
 from tl_fastload.room import check_room
 from tl_fastload.safetensors_header import TensorEntry
 from tl_fastload.skeleton import build_empty, device_map
-from tl_fastload.store_bytes import check_tokenizer, open_copy, verify_copy
+from tl_fastload.store_bytes import check_tokenizer, verify_copy
 from tl_fastload.store_check import check_arguments, check_names, check_steps
 from tl_fastload.store_format import (
     Manifest,
@@ -34,6 +34,7 @@ from tl_fastload.store_format import (
     checked_geometry,
     is_copy,
     read_manifest,
+    stored_tensors,
 )
 
 # Of a copy that other processes save again and again.
@@ -91,13 +92,14 @@ def load_copy(
 def _load_whole(cls: type, *arguments: Any) -> tuple[Any, LoadReport]:
     """What `_load` returns; from the beginning if another process saved the copy meanwhile."""
     *_, folder, _ = arguments
+    manifest = read_manifest(folder)
     for _ in range(_TRIES):
-        copy_id = read_manifest(folder).copy_id
         try:
-            return _load(cls, *arguments)
+            return _load(cls, manifest, *arguments)
         except (CheckpointError, OSError) as error:
             failed = error
-        if read_manifest(folder).copy_id == copy_id:
+        before, manifest = manifest, read_manifest(folder)
+        if manifest.copy_id == before.copy_id:
             break
     if isinstance(failed, CheckpointError):
         raise failed
@@ -109,13 +111,14 @@ def _load_whole(cls: type, *arguments: Any) -> tuple[Any, LoadReport]:
 
 def _load(
     cls: type,
+    manifest: Manifest,
     options: Options,
     arguments: dict[str, Any],
     keywords: dict[str, Any],
     folder: Path,
     reader: FileReader,
 ) -> tuple[Any, LoadReport]:
-    manifest, entries = open_copy(folder)
+    entries = stored_tensors(folder, manifest)
     cfg, sorted_keywords = checked_configuration(manifest, options, arguments, keywords, folder)
     notes: list[str] = []
     model = _build(cls, cfg, manifest, arguments, sorted_keywords, folder, notes, options.assigns)
