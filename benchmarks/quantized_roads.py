@@ -52,9 +52,9 @@ def _lean(case: Case, folder: Path) -> Load:
 
 def _densify(case: Case, folder: Path) -> Load:
     """The same model without kernels: every use of a weight dequantizes it first."""
-    from tl_fastload import quantized_ops
+    from tl_fastload.quantized import ops
 
-    quantized_ops._multiply = lambda *_: NotImplemented  # this process measures nothing else
+    ops._multiply = lambda *_: NotImplemented  # this process measures nothing else
     return _lean(case, folder)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from tl_fastload import quantized
 from tl_fastload.quantized import QuantizedTensor
+from tl_fastload.quantized.formats.bitsandbytes_bytes import FourBitBytes, Int8Bytes
 
 HEADS, D_HEAD, COLUMNS = 3, 8, 128
 ROWS = HEADS * D_HEAD
@@ -43,8 +44,9 @@ class Kind:
 
     def tensor(self, layer: Any) -> QuantizedTensor:
         if self.kind == "int8":
-            return quantized.from_linear8bit(layer, dtype=self.dtype)
-        return quantized.from_params4bit(layer, dtype=self.dtype)
+            return quantized.from_bytes(Int8Bytes.of_layer(layer), dtype=self.dtype)
+        blocks, compute_dtype = FourBitBytes.of_layer(layer), layer.compute_dtype
+        return quantized.from_bytes(blocks, dtype=self.dtype, compute_dtype=compute_dtype)
 
     def make(self, rows: int = ROWS, columns: int = COLUMNS, seed: int = 0) -> QuantizedTensor:
         return self.tensor(self.layer(dense_matrix(rows, columns, seed)))

@@ -15,7 +15,7 @@ import quantized_zoo as qz
 import reference
 import torch
 
-from tl_fastload import bnb_kernels
+from tl_fastload.quantized.formats.bitsandbytes_bytes import Int8Bytes
 
 # float32 noise of a layer or two, against activations of about 4.
 _SAME = 2e-5
@@ -40,14 +40,14 @@ def kernel_inputs_of(
 ) -> list[torch.Tensor]:
     """What reaches the kernels of a `HookedTransformer`, in order; repeated ones once."""
     seen: list[torch.Tensor] = []
-    linear = bnb_kernels.linear
+    linear = Int8Bytes.linear
 
     def recorded(stored: Any, x: torch.Tensor, *args: Any) -> torch.Tensor:
         _add(seen, x)
         return linear(stored, x, *args)
 
     with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr(bnb_kernels, "linear", recorded)
+        patch.setattr(Int8Bytes, "linear", recorded)
         model(tokens)
     return seen
 
@@ -61,7 +61,7 @@ def log_probs_on_their_inputs(
     What is left of a gap then does not come from rounding.
     """
     mine: list[torch.Tensor] = []
-    linear = bnb_kernels.linear
+    linear = Int8Bytes.linear
 
     def snapped(stored: Any, x: torch.Tensor, *args: Any) -> torch.Tensor:
         _add(mine, x)
@@ -70,7 +70,7 @@ def log_probs_on_their_inputs(
         return linear(stored, their.reshape(x.shape), *args)
 
     with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr(bnb_kernels, "linear", snapped)
+        patch.setattr(Int8Bytes, "linear", snapped)
         found = reference.log_probs(model(tokens))
     assert len(mine) == len(theirs)
     return found

@@ -20,7 +20,7 @@ from tl_fastload.embedded_model import embedded_model_path
 from tl_fastload.errors import ArgumentError
 from tl_fastload.lora_argument import read_adapter_argument
 from tl_fastload.options import DEFAULT_DTYPE, Options
-from tl_fastload.quantization import read_quantization
+from tl_fastload.quantized.formats import read_quantization
 from tl_fastload.store_format import MANIFEST
 
 

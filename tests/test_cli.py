@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from tl_fastload import LeanHookedTransformer, cli, cli_console, doctor
 from tl_fastload.embedded_model import embedded_model_path
+from tl_fastload.quantized.formats.bitsandbytes_bytes import FourBitBytes, Int8Bytes
 
 MODEL = str(embedded_model_path())
 SHAPE = "llama:d_model=64,n_layers=2,n_heads=4,n_kv_heads=2,d_mlp=176,d_vocab=320,n_ctx=64"
@@ -224,15 +225,17 @@ def test_doctor_finds_a_broken_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no such symbol\nmore")
 
-    monkeypatch.setattr(doctor.bnb_kernels, "linear", broken)
+    monkeypatch.setattr(Int8Bytes, "linear", broken)
+    monkeypatch.setattr(FourBitBytes, "linear", broken)
     found = doctor.diagnose()
     assert {kernel.problem for kernel in found.kernels} == {"RuntimeError: no such symbol"}
     assert sum("bitsandbytes does not work" in fix for fix in found.fixes) == 1
 
 
 def test_doctor_finds_wrong_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = doctor.bnb_kernels.linear
-    monkeypatch.setattr(doctor.bnb_kernels, "linear", lambda *a: real(*a) * 1.5)
+    for stored in (Int8Bytes, FourBitBytes):
+        wrong = lambda *a, real=stored.linear: real(*a) * 1.5  # noqa: E731
+        monkeypatch.setattr(stored, "linear", wrong)
     assert all("off by" in (kernel.problem or "") for kernel in doctor.diagnose().kernels)
 
 

@@ -11,9 +11,10 @@ import transformers
 from counting import AllocatedBytes
 
 import tl_fastload
-from tl_fastload import LeanHookedTransformer, bnb_kernels
+from tl_fastload import LeanHookedTransformer
 from tl_fastload.forecast import Forecast, forecast
 from tl_fastload.placement import Placer
+from tl_fastload.quantized.formats import bitsandbytes_kernels
 
 CPU = torch.device("cpu")
 SIZES: dict[str, dict[str, Any]] = {
@@ -69,7 +70,7 @@ def test_a_forecast_is_what_is_counted(
     total = predicted.peak_bytes.get(CPU, 0) + predicted.scratch_bytes
     report = model.load_report
     # Quantizing takes a copy and the codes of so many values, whatever the size of the model.
-    pieces = 5 * bnb_kernels._PART_SIZE if "quantize" in WAYS[way] else 0
+    pieces = 5 * bitsandbytes_kernels._PART_SIZE if "quantize" in WAYS[way] else 0
     assert total == pytest.approx(counted, rel=0.05, abs=max(pieces, 1000))
     assert sum(predicted.mapped_bytes.values()) == report.mapped_bytes
 

@@ -11,17 +11,15 @@ import torch
 from comparison import lean_model
 from transformers import BitsAndBytesConfig
 
+from tl_fastload.cli_options import QUANTIZATIONS
 from tl_fastload.errors import (
     ArgumentError,
     UnsupportedArchitectureError,
 )
-from tl_fastload.quantization import (
-    Quantization,
-    method_of,
-    of_checkpoint,
-    quantization_argument,
-    read_quantization,
-)
+from tl_fastload.quantized import formats
+from tl_fastload.quantized.formats import method_of, of_checkpoint, read_quantization
+from tl_fastload.quantized.formats.bitsandbytes import BitsAndBytesSpec
+from tl_fastload.quantized.spec import Spec, quantization_argument
 
 
 @pytest.mark.parametrize(
@@ -29,16 +27,16 @@ from tl_fastload.quantization import (
     [
         (None, None),
         (False, None),
-        ("8bit", Quantization("int8")),
-        ("int8", Quantization("int8")),
-        ("4bit", Quantization("nf4")),
-        ("nf4", Quantization("nf4")),
-        ("fp4", Quantization("fp4")),
-        ({"load_in_8bit": True}, Quantization("int8")),
-        ({"load_in_4bit": True}, Quantization("fp4")),
+        ("8bit", BitsAndBytesSpec("int8")),
+        ("int8", BitsAndBytesSpec("int8")),
+        ("4bit", BitsAndBytesSpec("nf4")),
+        ("nf4", BitsAndBytesSpec("nf4")),
+        ("fp4", BitsAndBytesSpec("fp4")),
+        ({"load_in_8bit": True}, BitsAndBytesSpec("int8")),
+        ({"load_in_4bit": True}, BitsAndBytesSpec("fp4")),
         (
             BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=2.0),
-            Quantization("int8", threshold=2.0),
+            BitsAndBytesSpec("int8", threshold=2.0),
         ),
         (
             BitsAndBytesConfig(
@@ -48,20 +46,22 @@ from tl_fastload.quantization import (
                 bnb_4bit_compute_dtype="bfloat16",
                 llm_int8_skip_modules=["lm_head"],
             ),
-            Quantization("nf4", double_quant=True, compute_dtype=torch.bfloat16, skip=("lm_head",)),
+            BitsAndBytesSpec(
+                "nf4", double_quant=True, compute_dtype=torch.bfloat16, skip=("lm_head",)
+            ),
         ),
         (
             {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float16},
-            Quantization("fp4", compute_dtype=torch.float16),
+            BitsAndBytesSpec("fp4", compute_dtype=torch.float16),
         ),
     ],
 )
-def test_what_is_asked_for(asked: Any, expected: Quantization | None) -> None:
+def test_what_is_asked_for(asked: Any, expected: Spec | None) -> None:
     found = read_quantization(asked)
     if isinstance(asked, BitsAndBytesConfig) and found is not None and expected is not None:
         # A BitsAndBytesConfig always has a compute dtype: float32 unless told.
         assert found.compute_dtype in (expected.compute_dtype, torch.float32)
-        expected = Quantization(**{**vars(expected), "compute_dtype": found.compute_dtype})
+        expected = BitsAndBytesSpec(**{**vars(expected), "compute_dtype": found.compute_dtype})
     assert found == expected
 
 
@@ -75,13 +75,13 @@ def test_the_arguments_of_older_code() -> None:
     config = BitsAndBytesConfig(load_in_8bit=True)
     for keywords, expected in (
         ({}, None),
-        ({"load_in_8bit": True}, "8bit"),
-        ({"load_in_4bit": True}, "fp4"),
+        ({"load_in_8bit": True}, {"load_in_8bit": True}),
+        ({"load_in_4bit": True}, {"load_in_4bit": True}),
         ({"load_in_8bit": False, "load_in_4bit": False, "quantization_config": None}, None),
         ({"quantization_config": config}, config),
     ):
         rest = {**keywords, "revision": "main"}
-        assert quantization_argument(None, rest) is expected
+        assert quantization_argument(None, rest) == expected
         assert rest == {"revision": "main"}
     with pytest.raises(ArgumentError, match="quantize and load_in_8bit are several"):
         quantization_argument("nf4", {"load_in_8bit": True})
@@ -114,9 +114,16 @@ def test_what_a_configuration_declares() -> None:
         ),
     ):
         found = of_checkpoint(declared, "here")
-        assert found is not None
+        assert isinstance(found, BitsAndBytesSpec)
         assert (found.kind, found.threshold) == ("int8", 4.0)
         assert method_of(declared) == "bitsandbytes"
     for fields, method in (({"quant_method": "gptq"}, "gptq"), ({"bits": 4}, "an unnamed method")):
         with pytest.raises(UnsupportedArchitectureError, match=f"here is quantized with {method}"):
             of_checkpoint(_config(**fields), "here")
+
+
+def test_the_command_line_offers_what_the_formats_do() -> None:
+    """It names them itself, since the formats need torch; one name for each kind."""
+    kinds = [formats.offered()[name] for name in QUANTIZATIONS]
+    assert sorted(kinds) == sorted(set(formats.offered().values()))
+    assert {name for format in formats.FORMATS for name in format.advised} <= set(QUANTIZATIONS)

@@ -14,8 +14,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tl_fastload import bnb_kernels, quantized
+from tl_fastload import quantized
 from tl_fastload.quantized import QuantizedTensor
+from tl_fastload.quantized.formats.bitsandbytes_bytes import FourBitBytes, Int8Bytes
 
 HEADS, D_HEAD, D_MODEL, D_MLP = 4, 32, 128, 192
 
@@ -31,18 +32,19 @@ class Roads:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.kernel = self.dense = 0
-        linear, dequantize = bnb_kernels.linear, bnb_kernels.dequantize
+        for stored in (Int8Bytes, FourBitBytes):
+            for method, road in (("linear", "kernel"), ("dense", "dense")):
+                self._count(monkeypatch, stored, method, road)
 
-        def counted_linear(*args: Any, **kwargs: Any) -> torch.Tensor:
-            self.kernel += 1
-            return linear(*args, **kwargs)
+    def _count(self, monkeypatch: pytest.MonkeyPatch, cls: Any, method: str, road: str) -> None:
+        real = getattr(cls, method)
 
-        def counted_dequantize(*args: Any, **kwargs: Any) -> torch.Tensor:
-            self.dense += 1
-            return dequantize(*args, **kwargs)
+        def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+            setattr(self, road, getattr(self, road) + 1)
+            result: torch.Tensor = real(*args, **kwargs)
+            return result
 
-        monkeypatch.setattr(bnb_kernels, "linear", counted_linear)
-        monkeypatch.setattr(bnb_kernels, "dequantize", counted_dequantize)
+        monkeypatch.setattr(cls, method, counted)
 
 
 @pytest.fixture

@@ -18,8 +18,10 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from tl_fastload import quantized, quantized_checkpoint
+from tl_fastload import quantized
 from tl_fastload.errors import QuantizationError
+from tl_fastload.quantized import formats
+from tl_fastload.quantized.formats import bitsandbytes_files as files
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "int8": {"load_in_8bit": True, "llm_int8_threshold": 4.0},
@@ -70,10 +72,11 @@ def test_saved_pieces_are_the_layer(saved: Any) -> None:
     layer = model.get_submodule(name)
     pieces = _pieces(saved)
     threshold = CONFIGS["int8"]["llm_int8_threshold"]
-    stored = quantized_checkpoint.read(pieces, name=name, threshold=threshold)
+    stored = files.read(pieces, threshold)
     read = quantized.from_bytes(stored, dtype=torch.float32)
-    make = quantized.from_linear8bit if stored.kind == "int8" else quantized.from_params4bit
-    taken = make(layer, dtype=torch.float32)
+    in_memory = formats.of_layer(layer, name)
+    assert in_memory is not None
+    taken = quantized.from_bytes(in_memory.stored, dtype=torch.float32)
     assert read.content.stored.plain() == taken.content.stored.plain()
     for field, tensor in taken.content.tensors().items():
         assert torch.equal(read.content.tensors()[field], tensor), field
@@ -88,7 +91,7 @@ def test_conv1d_weights_are_stored_as_a_linear_layer(saved: Any) -> None:
     """`Conv1D` holds [in, out]; quantized, transformers makes it a linear layer's [out, in]."""
     dense, _, _, name = saved
     weight = dense.get_submodule(name).weight.detach()
-    stored = quantized_checkpoint.read(_pieces(saved))
+    stored = files.read(_pieces(saved))
     expected = weight.T if name == GPT2 else weight
     found = quantized.from_bytes(stored, dtype=torch.float32)
     assert found.shape == expected.shape
@@ -101,7 +104,7 @@ def test_conv1d_weights_are_stored_as_a_linear_layer(saved: Any) -> None:
 
 
 def test_every_piece_has_a_known_name(saved: Any) -> None:
-    known = quantized_checkpoint.INT8_PARTS | quantized_checkpoint.FOUR_BIT_PARTS
+    known = files.INT8_PARTS | files.FOUR_BIT_PARTS
     assert set(_pieces(saved)) - {"weight", "bias"} <= known
 
 
@@ -114,8 +117,10 @@ def test_missing_or_misshapen_pieces(saved: Any) -> None:
     for name, tensor in pieces.items():
         rest = {key: value for key, value in pieces.items() if key != name}
         for wrong in (rest, {**rest, name: tensor.flatten()[:-1]}):
-            with pytest.raises(QuantizationError, match=r"^layer 3: "):
-                quantized_checkpoint.read(wrong, name="layer 3")
+            with pytest.raises(
+                QuantizationError,
+            ):
+                files.read(wrong)
 
 
 def _state(text: str) -> dict[str, torch.Tensor]:
@@ -130,7 +135,7 @@ def _state(text: str) -> dict[str, torch.Tensor]:
 
 def test_the_state_as_bitsandbytes_writes_it() -> None:
     text = '{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [1, 64]}'
-    stored = quantized_checkpoint.read(_state(text))
+    stored = files.read(_state(text))
     assert (stored.kind, stored.shape) == ("nf4", (1, 64))
 
 
@@ -152,13 +157,13 @@ def test_the_state_as_bitsandbytes_writes_it() -> None:
 )
 def test_unreadable_states(text: str, message: str) -> None:
     with pytest.raises(QuantizationError, match=message):
-        quantized_checkpoint.read(_state(text))
+        files.read(_state(text))
 
 
 def test_weights_that_are_not_bitsandbytes() -> None:
     with pytest.raises(QuantizationError, match="float32"):
-        quantized_checkpoint.read({"weight": torch.zeros(4, 4)})
+        files.read({"weight": torch.zeros(4, 4)})
     codes = torch.zeros(4, 4, dtype=torch.int8)
     turing = {"weight": codes, "SCB": torch.ones(4), "weight_format": torch.tensor(2)}
     with pytest.raises(QuantizationError, match="one kind of GPU"):
-        quantized_checkpoint.read(turing)
+        files.read(turing)

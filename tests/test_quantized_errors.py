@@ -17,12 +17,7 @@ from comparison import lean_model
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig
 
-from tl_fastload import (
-    LeanHookedTransformer,
-    bnb_kernels,
-    quantized_checkpoint,
-    quantized_tree,
-)
+from tl_fastload import LeanHookedTransformer
 from tl_fastload.embedded_model import embedded_model_path
 from tl_fastload.errors import (
     ArgumentError,
@@ -31,6 +26,8 @@ from tl_fastload.errors import (
     QuantizationError,
     UnsupportedArchitectureError,
 )
+from tl_fastload.quantized import assemble, formats
+from tl_fastload.quantized.formats import bitsandbytes_kernels as kernels
 from tl_fastload.reader import FileSource
 
 LAYER = "model.layers.1.mlp.down_proj"
@@ -77,7 +74,7 @@ def nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     read_into = FileSource.read_into
 
     def only_descriptions(source: FileSource, *args: Any) -> None:
-        if not source.name.endswith(tuple(quantized_checkpoint.DESCRIPTIONS)):
+        if not source.name.endswith(formats.descriptions()):
             raise WasReadError(source.name)
         read_into(source, *args)
 
@@ -85,8 +82,9 @@ def nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         raise WasReadError
 
     monkeypatch.setattr(FileSource, "read_into", only_descriptions)
-    monkeypatch.setattr(quantized_tree.quantized, "from_bytes", refuse)
-    monkeypatch.setattr(bnb_kernels, "quantize", refuse)
+    monkeypatch.setattr(assemble, "from_bytes", refuse)
+    monkeypatch.setattr(kernels, "quantize_int8", refuse)
+    monkeypatch.setattr(kernels, "quantize_4bit", refuse)
 
 
 def _drop(piece: str) -> Callable[[Tensors], Any]:
@@ -242,10 +240,10 @@ def test_other_methods(method: str, variant: Variant) -> None:
 @pytest.fixture
 def fresh_import(monkeypatch: pytest.MonkeyPatch) -> Any:
     """bitsandbytes is looked for anew, and found again after the test."""
-    bnb_kernels.bitsandbytes.cache_clear()
+    kernels.bitsandbytes.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
-    bnb_kernels.bitsandbytes.cache_clear()
+    kernels.bitsandbytes.cache_clear()
 
 
 ROADS: list[Any] = [

@@ -17,7 +17,7 @@ from tl_fastload.errors import QuantizationError
 from tl_fastload.evaluator import evaluate
 from tl_fastload.promise import Promise
 from tl_fastload.quantized import QuantizedTensor
-from tl_fastload.quantized_recipes import QuantizedSource, follow, reads_quantized
+from tl_fastload.quantized.recipes import QuantizedSource, follow, reads_quantized
 from tl_fastload.recipe import MemorySource
 
 CPU = torch.device("cpu")

@@ -10,10 +10,10 @@ from quantized_kinds import dense_matrix
 
 from tl_fastload import quantized
 from tl_fastload.promise import Promise
-from tl_fastload.quantization import Quantization
 from tl_fastload.quantized import QuantizedTensor
-from tl_fastload.quantized_recipes import QuantizedSource
-from tl_fastload.quantizer import Quantizer
+from tl_fastload.quantized.formats.bitsandbytes import BitsAndBytesSpec
+from tl_fastload.quantized.quantizer import Quantizer
+from tl_fastload.quantized.recipes import QuantizedSource
 from tl_fastload.recipe import MemorySource
 
 CPU = torch.device("cpu")
@@ -48,7 +48,7 @@ def test_projections_are_quantized_as_matrices(name: str, kind: str) -> None:
     shape, matrix = SHAPES[name]
     blocksize = 32 if "W_O" in name else 64
     tensor, promise = _dense(*shape)
-    quantizer = Quantizer(Quantization(kind, blocksize=blocksize))
+    quantizer = Quantizer(BitsAndBytesSpec(kind, blocksize=blocksize))
     assert quantizer.keep(name, promise, torch.float32, CPU) is None
     made = quantizer.quantize(name, tensor)
     assert made is not None
@@ -77,7 +77,7 @@ def test_projections_are_quantized_as_matrices(name: str, kind: str) -> None:
 )
 def test_what_stays_dense_is_told(name: str, shape: tuple[int, ...], reason: str) -> None:
     tensor, promise = _dense(*shape)
-    quantizer = Quantizer(Quantization("nf4", skip=("W_out",)))
+    quantizer = Quantizer(BitsAndBytesSpec("nf4", skip=("W_out",)))
     assert quantizer.stays_dense(name, promise)
     assert quantizer.keep(name, promise, torch.float32, CPU) is None
     assert quantizer.quantize(name, tensor) is None
@@ -90,7 +90,7 @@ def test_what_stays_dense_is_told(name: str, shape: tuple[int, ...], reason: str
 )
 def test_what_is_no_matrix_is_not_told(name: str, shape: tuple[int, ...]) -> None:
     tensor, promise = _dense(*shape)
-    for spec in (None, Quantization("int8")):
+    for spec in (None, BitsAndBytesSpec("int8")):
         quantizer = Quantizer(spec)
         assert quantizer.stays_dense(name, promise)
         assert quantizer.quantize(name, tensor) is None
@@ -100,10 +100,10 @@ def test_what_is_no_matrix_is_not_told(name: str, shape: tuple[int, ...]) -> Non
 def test_skipped_by_the_name_in_the_checkpoint() -> None:
     tensor, promise = _dense(64, 64, name="model.layers.0.mlp.down_proj.weight")
     for skip in ("down_proj", "mlp.down_proj", "model.layers.0"):
-        quantizer = Quantizer(Quantization("int8", skip=(skip,)))
+        quantizer = Quantizer(BitsAndBytesSpec("int8", skip=(skip,)))
         assert quantizer.stays_dense("blocks.0.mlp.W_out", promise.t())  # type: ignore[arg-type]
         assert quantizer.quantize("blocks.0.mlp.W_out", tensor.t()) is None
-    quantizer = Quantizer(Quantization("int8", skip=("down", "proj")))
+    quantizer = Quantizer(BitsAndBytesSpec("int8", skip=("down", "proj")))
     assert not quantizer.stays_dense("blocks.0.mlp.W_out", promise.t())  # type: ignore[arg-type]
 
 

@@ -9,17 +9,15 @@ from typing import Any
 
 import torch
 
-from tl_fastload.bnb_kernels import require_device
 from tl_fastload.draft import Draft, Needs, Request
 from tl_fastload.errors import LeanLoadError, QuantizationError
 from tl_fastload.forecast import Forecast
 from tl_fastload.load_plan import Choice
-from tl_fastload.quantization import read_quantization
-from tl_fastload.quantizer import Quantizer
+from tl_fastload.quantized import formats
+from tl_fastload.quantized.quantizer import Quantizer
 from tl_fastload.steps import STEPS
 
 _WIDE = (torch.float32, torch.float64)
-_KINDS = ("8bit", "nf4")
 
 
 def choices(request: Request, draft: Draft) -> Iterator[Choice]:
@@ -92,14 +90,15 @@ def _quantized(draft: Draft, arguments: dict[str, Any]) -> Iterator[Choice]:
     if draft.origin.spec is not None or options.quantize is not None or not options.assigns:
         return
     devices = {draft.placer.device_of(name) for name in draft.recipes}
-    try:
-        for device in devices:
-            require_device(device)
-    except QuantizationError:
-        return
-    for kind in _KINDS:
-        found = draft.forecast(Quantizer(read_quantization(kind)))
-        yield from _fitting(draft, {**arguments, "quantize": kind}, found)
+    for format in formats.FORMATS:
+        try:
+            for device in devices:
+                format.require_device(device)
+        except QuantizationError:
+            continue
+        for kind in format.advised:
+            found = draft.forecast(Quantizer(formats.read_quantization(kind)))
+            yield from _fitting(draft, {**arguments, "quantize": kind}, found)
 
 
 def _fewer_layers(draft: Draft) -> Iterator[Choice]:

@@ -16,7 +16,7 @@ from tl_fastload.checkpoint import Location, resolve_config
 from tl_fastload.keywords import sort_keywords
 from tl_fastload.lora_config import locate_adapter
 from tl_fastload.options import Options
-from tl_fastload.quantization import as_dtype
+from tl_fastload.quantized.spec import as_dtype
 from tl_fastload.steps import STEPS
 from tl_fastload.store_format import FORMAT_VERSION, versions
 from tl_fastload.weight_files import read_index

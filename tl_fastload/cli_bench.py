@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tl_fastload.cli_console import console, say, write_json
-from tl_fastload.cli_options import Debug, json_option, picture_option
+from tl_fastload.cli_options import QUANTIZATIONS, Debug, json_option, picture_option
 from tl_fastload.display import format_bytes
 from tl_fastload.measure import Measurement
 from tl_fastload.synthetic import parse_shape
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _STRATEGIES = ("auto", "assign", "copy")
-_QUANTIZATIONS = ("8bit", "nf4", "fp4")
-
 
 _Model = Annotated[
     str | None,
@@ -111,7 +109,7 @@ def bench(
     wanted = _Wanted(
         _checked("--dtype", dtype or ["float32"], _DTYPES),
         _checked("--strategy", strategy or ["auto"], _STRATEGIES),
-        _checked("--quantize", quantize or [], _QUANTIZATIONS),
+        _checked("--quantize", quantize or [], QUANTIZATIONS),
     )
     from tl_fastload.bench import run
 

@@ -10,6 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
+QUANTIZATIONS = ("8bit", "nf4", "fp4")
+"""What `quantize=` may say. The formats tell (a test compares), but take torch to import."""
+
 _WHAT, _HOW, _WHERE = "What to load", "How to load it", "Where it is"
 
 
@@ -83,7 +86,11 @@ def _shared(
     ] = None,
     quantize: Annotated[
         str | None,
-        _option(metavar="KIND", panel=_WHAT, help="8bit, nf4 or fp4, after processing."),
+        _option(
+            metavar="KIND",
+            panel=_WHAT,
+            help=f"One of {', '.join(QUANTIZATIONS)}, after processing.",
+        ),
     ] = None,
     dequantize: Annotated[
         bool, _option("--dequantize", panel=_WHAT, help="Make a quantized checkpoint ordinary.")

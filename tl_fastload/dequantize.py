@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from tl_fastload import compat
 from tl_fastload.errors import ArgumentError, MissingWeightsError, UnsupportedArchitectureError
-from tl_fastload.quantization import method_of
-from tl_fastload.quantized_tree import is_conv1d
+from tl_fastload.keys import is_conv1d
+from tl_fastload.quantized.formats import method_of
 
 _ORDINARY = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -15,10 +15,12 @@ from typing import Any
 import psutil
 import torch
 
-from tl_fastload import bnb_kernels, compat
+from tl_fastload import compat
 from tl_fastload.available import available_bytes
 from tl_fastload.cache import default_folder
 from tl_fastload.options import Options, file_system_kind, is_on_network
+from tl_fastload.quantized import formats
+from tl_fastload.quantized.formats.base import Format
 
 _NEEDED = (
     "torch",
@@ -31,13 +33,12 @@ _NEEDED = (
     "typer",
 )
 _EXTRAS = {"peft": "lora", "lightning": "lightning", "matplotlib": "plots"}
-_KERNELS = ("int8", "nf4", "fp4")
 _LITTLE_DISK_BYTES = 10 << 30
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Whether a bitsandbytes kernel gives right products; `problem` is None where it does."""
+    """Whether a kind of quantized weights gives right products; `problem` is None where it does."""
 
     device: str
     kind: str
@@ -170,7 +171,8 @@ def _kernels() -> tuple[Kernel, ...]:
     names = ["cpu"]
     if torch.cuda.is_available():
         names += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    return tuple(Kernel(name, kind, _try_kernel(name, kind)) for name in names for kind in _KERNELS)
+    kinds = dict.fromkeys(formats.offered().values())
+    return tuple(Kernel(name, kind, _try_kernel(name, kind)) for name in names for kind in kinds)
 
 
 def _try_kernel(device: str, kind: str) -> str | None:
@@ -179,9 +181,9 @@ def _try_kernel(device: str, kind: str) -> str | None:
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(64, 128, generator=generator).to(device)
         x = torch.randn(4, 128, generator=generator).to(device)
-        stored = bnb_kernels.quantize(weight, kind)
-        product = bnb_kernels.linear(stored, x)
-        expected = x @ bnb_kernels.dequantize(stored, torch.float32).T
+        stored = formats.of_kind(kind).quantize(weight, formats.make_spec(kind))
+        product = stored.linear(x)
+        expected = x @ stored.dense(torch.float32).T
     except Exception as error:  # whatever a broken installation raises
         return f"{type(error).__name__}: {error}".splitlines()[0]
     # int8 rounds activations; 4-bit kernels differ by the order of sums, or by bfloat16 scales.
@@ -232,14 +234,15 @@ def _importable(name: str) -> bool:
 
 
 def _fixes_for_kernels(kernels: tuple[Kernel, ...]) -> list[str]:
-    broken: dict[str, list[str]] = {}
+    broken: dict[tuple[Format, str], list[str]] = {}
     for kernel in kernels:
         if kernel.problem is not None:
-            broken.setdefault(kernel.problem, []).append(f"{kernel.kind} on {kernel.device}")
+            key = (formats.of_kind(kernel.kind), kernel.problem)
+            broken.setdefault(key, []).append(f"{kernel.kind} on {kernel.device}")
     return [
-        f"bitsandbytes does not work for {', '.join(which)} ({problem}). Quantized models need it: "
-        'pip install --upgrade "bitsandbytes>=0.46", or load them with dequantize=True.'
-        for problem, which in broken.items()
+        f"{format.name} does not work for {', '.join(which)} ({problem}). Quantized models need "
+        f"it: {format.remedy}, or load them with dequantize=True."
+        for (format, problem), which in broken.items()
     ]
 
 

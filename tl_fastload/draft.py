@@ -17,7 +17,7 @@ from tl_fastload.options import Options
 from tl_fastload.origin import Origin
 from tl_fastload.placement import Placer
 from tl_fastload.promise import Promise
-from tl_fastload.quantizer import Quantizer
+from tl_fastload.quantized.quantizer import Quantizer
 from tl_fastload.recording import Session
 from tl_fastload.stock_memory import StockLedger
 

@@ -19,8 +19,8 @@ from tl_fastload.evaluator import Evaluation
 from tl_fastload.placement import Placer, groups
 from tl_fastload.promise import Promise
 from tl_fastload.quantized import QuantizedTensor
-from tl_fastload.quantized_content import Content
-from tl_fastload.quantized_recipes import QuantizedSource
+from tl_fastload.quantized.content import Content
+from tl_fastload.quantized.recipes import QuantizedSource
 from tl_fastload.reader import CHUNK_BYTES, HELD_SPAN_BYTES
 from tl_fastload.recipe import Call, MemorySource, Node, Pick, Source, SourceView
 
@@ -383,7 +383,7 @@ class _Counter(TorchDispatchMode):
 
 
 def _quantized_as(name: str) -> tuple[str, bool]:
-    """What of a name decides how its parameter is quantized (`tl_fastload.quantizer`)."""
+    """What of a name decides how its parameter is quantized (`tl_fastload.quantized.quantizer`)."""
     return (name.rsplit(".", 1)[-1], ".experts." in name)
 
 

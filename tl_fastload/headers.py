@@ -10,12 +10,10 @@ from tl_fastload import hub
 from tl_fastload.checkpoint import Checkpoint, choose_weights, open_weights, read_headers
 from tl_fastload.errors import CheckpointError
 from tl_fastload.location import Location, fetch, inside_repo, names_at_hand
-from tl_fastload.quantized_checkpoint import DESCRIPTIONS
+from tl_fastload.quantized import formats
 from tl_fastload.safetensors_header import DTYPES, TensorEntry
 from tl_fastload.torch_files import whole_bytes
 from tl_fastload.weight_files import read_index
-
-_DESCRIPTIONS = tuple(part for part in DESCRIPTIONS if "quant_state" in part)
 
 
 def open_headers(
@@ -79,9 +77,9 @@ def open_headers(
 
 
 def _check_descriptions(location: Location, names: Iterable[str]) -> None:
-    if any(name.endswith(_DESCRIPTIONS) for name in names):
+    if any(name.endswith(formats.descriptions()) for name in names):
         raise CheckpointError(
-            f"{location.label} holds 4-bit weights, and how these are packed is written in "
+            f"{location.label} holds quantized weights, and how these are packed is written in "
             "tensors, not in headers. Download it first, or plan the unquantized model with "
             "quantize=."
         )

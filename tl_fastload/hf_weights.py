@@ -25,7 +25,8 @@ from tl_fastload.keywords import Keywords
 from tl_fastload.options import Options
 from tl_fastload.origin import Origin
 from tl_fastload.promise import Promise
-from tl_fastload.quantization import of_checkpoint
+from tl_fastload.quantized.assemble import is_quantized
+from tl_fastload.quantized.formats import of_checkpoint
 from tl_fastload.reader import FileReader
 from tl_fastload.recipe import MemorySource
 from tl_fastload.recording import Session, record_processing
@@ -208,7 +209,6 @@ def _origin(model: Any, weights: WeightSource, hf_config: Any, reader: FileReade
         else Promise.of(source)
         for name, source in weights.table.items()
     }
-    is_quantized = any(p.dtype in (torch.int8, torch.uint8) for p in promises.values())
     return _Given(
         label=weights.label,
         stock_name="checkpoint/weights",
@@ -220,7 +220,7 @@ def _origin(model: Any, weights: WeightSource, hf_config: Any, reader: FileReade
         keywords=Keywords(),
         reader=reader,
         options=Options(strategy="copy"),
-        spec=of_checkpoint(hf_config, weights.label) if is_quantized else None,
+        spec=of_checkpoint(hf_config, weights.label) if is_quantized(promises) else None,
         promises=promises,
     )
 

@@ -211,6 +211,11 @@ def _dtype_plan(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
     return plan
 
 
+def is_conv1d(cls: Any) -> bool:
+    """Whether a class is transformers' `Conv1D`, whose weight is [in, out]."""
+    return getattr(cls, "__name__", "") == "Conv1D"
+
+
 def tied_groups(model: Any) -> list[list[str]]:
     """Groups of names that are one parameter in this model."""
     groups: dict[int, list[str]] = defaultdict(list)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformer_lens import HookedTransformer
 
-from tl_fastload import quantized_view, steps
+from tl_fastload import steps
 from tl_fastload.already import versions
 from tl_fastload.errors import (
     ArgumentError,
@@ -26,8 +26,8 @@ from tl_fastload.memory import PeakSampler, return_freed_memory
 from tl_fastload.placement import Placer
 from tl_fastload.progress import Progress, ProgressOption
 from tl_fastload.promise import Promise
-from tl_fastload.quantized import QuantizedTensor
-from tl_fastload.quantizer import Quantizer
+from tl_fastload.quantized import QuantizedTensor, views
+from tl_fastload.quantized.quantizer import Quantizer
 from tl_fastload.reader import FileReader
 from tl_fastload.recipe import MemorySource, Source
 from tl_fastload.report import LoadReport
@@ -281,7 +281,7 @@ def _check_kind(name: str, given: Any, target: QuantizedTensor) -> None:
     found = given.content.stored.kind if isinstance(given, QuantizedTensor) else "dense"
     if found != kind:
         problem = f"the weights for it are {found}"
-    elif not quantized_view.is_same(given.geometry, target.geometry):
+    elif not views.is_same(given.geometry, target.geometry):
         problem = "the weights for it are rows in another order"
     else:
         return

@@ -15,7 +15,7 @@ from tl_fastload.lora_complete import discrepancies
 from tl_fastload.lora_config import Adapter, LowRank, is_in, raise_for
 from tl_fastload.lora_update import fits_experts, is_flipped, merged, merged_experts, misfits
 from tl_fastload.promise import Promise
-from tl_fastload.quantized_recipes import reads_quantized
+from tl_fastload.quantized.recipes import reads_quantized
 
 Merge = Callable[[Any], Any]
 Requantize = Callable[[Promise, Merge], Promise]

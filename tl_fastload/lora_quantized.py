@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import torch
 
-from tl_fastload import quantized
 from tl_fastload.errors import QuantizationError
 from tl_fastload.evaluator import evaluate
 from tl_fastload.lora import Merge
 from tl_fastload.promise import Promise
 from tl_fastload.quantized import QuantizedTensor
-from tl_fastload.quantized_bytes import FourBitBytes, Int8Bytes
-from tl_fastload.quantized_recipes import QuantizedSource
+from tl_fastload.quantized.content import Content
+from tl_fastload.quantized.recipes import QuantizedSource
 from tl_fastload.recipe import MemorySource, SourceView
 
 
@@ -21,7 +20,8 @@ def requantized(weight: Promise, merge: Merge) -> Promise:
     """A promise of a quantized matrix with an update merged in: a `tl_fastload.lora.Requantize`.
 
     Raises:
-        QuantizationError: the weight is pieced together of several quantized matrices.
+        QuantizationError: the weight is pieced together of several quantized matrices, or is of a
+            format that cannot quantize.
     """
     node = weight.node
     source = node.source if isinstance(node, SourceView) else None
@@ -31,13 +31,15 @@ def requantized(weight: Promise, merge: Merge) -> Promise:
             "cannot be quantized again. Merge into the unquantized model with quantize=."
         )
     rows, columns = source.shape
+    # On the meta device it costs nothing, and says now what it would say after reading.
+    outline = source.outline.requantize(torch.empty(rows, columns, device="meta"))
     made = Promise.of(
         QuantizedSource(
             lambda: _updated(source, merge),
             (rows, columns),
             source.dtype,
             source.name,
-            source.outline,
+            outline,
             source.home,
         ),
         weight.device,
@@ -49,17 +51,8 @@ def _updated(source: QuantizedSource, merge: Merge) -> QuantizedTensor:
     old = source.matrix()
     source.release()  # the parts of a fused matrix hold the updated one
     stored = old.content.stored
-    blocks = stored if isinstance(stored, FourBitBytes) else None
-    # Values as bitsandbytes dequantizes them, then float32, in which peft adds.
-    stored_dtype = blocks.quant_dtype if blocks is not None else torch.float32
-    dense = QuantizedTensor(old.content, None, stored_dtype).dequantize().float()
+    # Values as the format dequantizes them, then float32, in which peft adds.
+    dense = QuantizedTensor(old.content, None, stored.default_dtype).dequantize().float()
     promise = Promise.of(MemorySource(dense, source.name), dense.device)
-    return quantized.quantize(
-        evaluate(merge(promise).node, dense.device).tensor,
-        stored.kind,
-        blocksize=blocks.blocksize if blocks is not None else 64,
-        double_quant=blocks is not None and blocks.nested_absmax is not None,
-        threshold=stored.threshold if isinstance(stored, Int8Bytes) else 6.0,
-        dtype=source.dtype,
-        compute_dtype=old.content.compute_dtype,
-    )
+    made = stored.requantize(evaluate(merge(promise).node, dense.device).tensor)
+    return QuantizedTensor(Content(made, old.content.compute_dtype), None, source.dtype)

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from tl_fastload.keys import is_conv1d
 from tl_fastload.lora_config import Adapter, LowRank
 from tl_fastload.promise import Promise
-from tl_fastload.quantized_tree import is_conv1d
 
 
 def merged(

@@ -125,9 +125,11 @@ def lean_load(model: str | Path, dtype: str, processed: bool, **more: Any) -> Lo
     )
     arguments: dict[str, Any] = {"dtype": torch_dtype(dtype), "device": "cpu", **more}
     if arguments.get("quantize"):
-        from tl_fastload.bnb_kernels import bitsandbytes
+        from tl_fastload.quantized import formats
 
-        bitsandbytes()  # an import, not a part of the load
+        spec = formats.read_quantization(arguments["quantize"])
+        if spec is not None:  # imports kernels, which is not a part of the load
+            formats.of_kind(spec.kind).require_device(torch.device("cpu"))
     blank_tokenizer()  # its imports
     return lambda: function(model, tokenizer=blank_tokenizer(), **arguments)
 

@@ -20,7 +20,8 @@ from tl_fastload.lora_argument import read_adapter_argument
 from tl_fastload.norms import replace_and_process
 from tl_fastload.options import DEFAULT_DTYPE, OWN_ARGUMENTS, Options
 from tl_fastload.progress import ProgressOption
-from tl_fastload.quantization import quantization_argument, read_quantization
+from tl_fastload.quantized.formats import read_quantization
+from tl_fastload.quantized.spec import quantization_argument
 from tl_fastload.recording import Session
 from tl_fastload.report import LoadReport
 from tl_fastload.state_dicts import fill_missing_keys

@@ -12,7 +12,7 @@ from tl_fastload import compat
 from tl_fastload.errors import ArgumentError, StrategyError
 from tl_fastload.lora_argument import Requests
 from tl_fastload.progress import Progress, ProgressOption
-from tl_fastload.quantization import Quantization
+from tl_fastload.quantized.spec import Spec
 
 OWN_ARGUMENTS = (
     *("strategy", "mmap", "progress", "check_memory", "check_base"),
@@ -50,7 +50,7 @@ class Options:
     strategy: str = "auto"
     mmap: str | bool = "auto"
     progress: ProgressOption = None
-    quantize: Quantization | None = None
+    quantize: Spec | None = None
     dequantize: bool = False
     check_memory: bool = True
     move_to_device: bool = True

@@ -29,8 +29,9 @@ from tl_fastload.lora_quantized import requantized
 from tl_fastload.names import official_name
 from tl_fastload.options import Options
 from tl_fastload.promise import Promise
-from tl_fastload.quantization import Quantization, as_dtype, of_checkpoint
-from tl_fastload.quantized_tree import spec_of_layers
+from tl_fastload.quantized.assemble import spec_of_layers
+from tl_fastload.quantized.formats import of_checkpoint
+from tl_fastload.quantized.spec import Spec, as_dtype
 from tl_fastload.reader import FileMaps, FileReader
 from tl_fastload.room import check_room
 from tl_fastload.stock import is_toy_name, stock_name_for
@@ -74,7 +75,7 @@ class Origin:
     keywords: Keywords
     reader: FileReader
     options: Options
-    spec: Quantization | None = None
+    spec: Spec | None = None
     notes: list[str] = field(default_factory=list)
     ledger: Ledger = field(default_factory=Ledger)
     root: Any = None

@@ -17,8 +17,8 @@ from tl_fastload.memory import return_freed_memory
 from tl_fastload.progress import Progress
 from tl_fastload.promise import Promise
 from tl_fastload.quantized import QuantizedTensor
-from tl_fastload.quantized_recipes import QuantizedSource
-from tl_fastload.quantizer import Quantizer
+from tl_fastload.quantized.quantizer import Quantizer
+from tl_fastload.quantized.recipes import QuantizedSource
 from tl_fastload.reader import FileMaps, FileSource, has_overlap, is_dense
 from tl_fastload.recipe import Call, MemorySource, Node, SourceView, aten, meta_of
 

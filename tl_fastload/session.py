@@ -26,7 +26,7 @@ from tl_fastload.origin import find_origin
 from tl_fastload.placement import Placer
 from tl_fastload.progress import Progress
 from tl_fastload.quantized import has_quantized, quantized_kinds
-from tl_fastload.quantizer import Quantizer
+from tl_fastload.quantized.quantizer import Quantizer
 from tl_fastload.reader import FileReader
 from tl_fastload.recording import Session, record_processing
 from tl_fastload.report import LoadReport

@@ -10,7 +10,7 @@ from torch import nn
 from tl_fastload.errors import MissingWeightsError
 from tl_fastload.promise import Promise
 from tl_fastload.quantized import QuantizedTensor
-from tl_fastload.quantized_recipes import promise_of_tensor
+from tl_fastload.quantized.recipes import promise_of_tensor
 from tl_fastload.recipe import MemorySource
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from tl_fastload import bnb_kernels, compat, steps, verify
+from tl_fastload import compat, steps, verify
 from tl_fastload.errors import ArgumentError, CheckpointError
 from tl_fastload.keywords import Keywords
 from tl_fastload.options import DEFAULT_DTYPE, Options
-from tl_fastload.quantization import Quantization, as_dtype
+from tl_fastload.quantized import formats
+from tl_fastload.quantized.spec import Spec, as_dtype
 from tl_fastload.store_format import Manifest
 
 _PICKED = ("checkpoint_index", "checkpoint_value", "checkpoint_label", "hf_model")
@@ -56,13 +57,15 @@ def check_arguments(
                 "Quantized weights are put into the model as they are, which a copying load cannot "
                 f'do: use strategy="auto" with torch {compat.ASSIGN_NEEDS_TORCH} or newer.'
             )
-        bnb_kernels.require_device(verify.device_asked_for(arguments))
+        formats.of_kind(manifest.quantization.kind).require_device(
+            verify.device_asked_for(arguments)
+        )
 
 
 def _shown(value: Any) -> str:
-    if not isinstance(value, Quantization):
+    if not isinstance(value, Spec):
         return repr(value) if len(repr(value)) < 80 else f"a {type(value).__name__}"
-    plain = Quantization(value.kind)
+    plain = type(value)(value.kind)
     others = [item.name for item in fields(value)]
     changed = [n for n in others if getattr(value, n) != getattr(plain, n)]
     return ", ".join([repr(value.kind), *(f"{n}={getattr(value, n)}" for n in changed)])

@@ -20,7 +20,8 @@ from transformer_lens import HookedTransformerConfig
 
 from tl_fastload import compat
 from tl_fastload.errors import CheckpointError, SaveError
-from tl_fastload.quantization import Quantization
+from tl_fastload.quantized import formats
+from tl_fastload.quantized.spec import Spec
 from tl_fastload.safetensors_header import LENGTH_BYTES, TensorEntry, read_header, unreadable
 from tl_fastload.version import __version__
 from tl_fastload.weight_files import stays_inside
@@ -83,7 +84,7 @@ class Manifest:
     source: str | None
     revision: str | None
     flags: dict[str, bool]
-    quantization: Quantization | None
+    quantization: Spec | None
     not_quantized: dict[str, str]
     model_class: str
     configuration: dict[str, Any]
@@ -168,7 +169,7 @@ def _manifest(body: dict[str, Any]) -> Manifest:
         values[part] = {name: _view(fields) for name, fields in values[part].items()}
     if values["quantization"] is not None:
         skip = tuple(values["quantization"].pop("skip"))
-        values["quantization"] = Quantization(**values["quantization"], skip=skip)
+        values["quantization"] = formats.make_spec(**values["quantization"], skip=skip)
     manifest = Manifest(**values)
     outside = [name for name in manifest.payload if not stays_inside(name)]
     if outside:
@@ -182,11 +183,6 @@ def _views(views: Mapping[str, View]) -> dict[str, Any]:
 
 def _view(fields: dict[str, Any]) -> View:
     fields |= {"shape": tuple(fields["shape"]), "strides": tuple(fields["strides"])}
-    quantized = fields["quantized"]
-    if quantized is not None:
-        tag, options = quantized["stored"]
-        options |= {"shape": tuple(options["shape"])} if "shape" in options else {}
-        fields["quantized"] = {**quantized, "stored": (tag, options)}
     return View(**fields)
 
 

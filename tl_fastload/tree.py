@@ -23,11 +23,11 @@ from tl_fastload import compat
 from tl_fastload.checkpoint import Checkpoint
 from tl_fastload.errors import CheckpointError, UnsupportedArchitectureError
 from tl_fastload.key_prefixes import without_wrappers
-from tl_fastload.keys import Ledger, rename_to_model, tied_groups
+from tl_fastload.keys import Ledger, is_conv1d, rename_to_model, tied_groups
 from tl_fastload.promise import Promise
-from tl_fastload.quantization import Quantization
-from tl_fastload.quantized_recipes import reads_quantized
-from tl_fastload.quantized_tree import combine, is_conv1d, promise_of_layer, refuse_undeclared
+from tl_fastload.quantized.assemble import combine, promise_of_layer, refuse_undeclared
+from tl_fastload.quantized.recipes import reads_quantized
+from tl_fastload.quantized.spec import Spec
 from tl_fastload.reader import FileReader, FileSource
 from tl_fastload.recipe import MemorySource, Source, SourceView, aten
 from tl_fastload.skeleton import SkipRandomInit
@@ -161,7 +161,7 @@ def tree_from_checkpoint(
     hf_config: Any,
     architecture: str,
     dtype: torch.dtype,
-    spec: Quantization | None = None,
+    spec: Spec | None = None,
 ) -> tuple[Any, Ledger]:
     """The module tree of a checkpoint.
 
@@ -263,8 +263,10 @@ def tree_from_model(hf_model: Any, dtype: torch.dtype, is_outline: bool = False)
 def _shadow(
     module: nn.Module, prefix: str, promises: dict[int, Promise], dtype: torch.dtype
 ) -> nn.Module:
-    quantized = promise_of_layer(module, f"{prefix}weight", dtype)
+    quantized: Any = promise_of_layer(module, f"{prefix}weight", dtype)
     if quantized is not None:
+        # transformers turns GPT-2's Conv1D into a linear layer when it quantizes.
+        quantized = quantized.t() if is_conv1d(getattr(module, "source_cls", None)) else quantized
         promises[id(module._parameters["weight"])] = _as_parameter(quantized)
     shadow: nn.Module = object.__new__(type(module))
     shadow.__dict__ = dict(module.__dict__)

@@ -12,7 +12,6 @@ import torch
 from transformer_lens.HookedTransformer import DTYPE_FROM_STRING
 
 from tl_fastload import compat
-from tl_fastload.bnb_kernels import require_device
 from tl_fastload.errors import (
     ArgumentError,
     CheckpointError,
@@ -24,8 +23,8 @@ from tl_fastload.evaluator import sources
 from tl_fastload.options import Options
 from tl_fastload.origin import Origin
 from tl_fastload.promise import Promise
-from tl_fastload.quantized import QuantizedTensor
-from tl_fastload.quantized_recipes import follow
+from tl_fastload.quantized import QuantizedTensor, formats
+from tl_fastload.quantized.recipes import follow
 from tl_fastload.state_dicts import listed
 from tl_fastload.steps import reason_to_skip
 from tl_fastload.tree import MissingSource
@@ -147,7 +146,8 @@ def _check_usable(device: torch.device) -> None:
 
 def check_quantization(origin: Origin, options: Options, arguments: dict[str, Any]) -> None:
     """Raise for quantization that contradicts the checkpoint, or that cannot run here."""
-    if origin.spec is None and options.quantize is None:
+    spec = origin.spec or options.quantize
+    if spec is None:
         return
     if origin.spec is not None and options.quantize is not None:
         raise ArgumentError(
@@ -170,7 +170,7 @@ def check_quantization(origin: Origin, options: Options, arguments: dict[str, An
             "Quantized weights are put into the model as they are, which a copying load cannot do: "
             'use strategy="auto".'
         )
-    require_device(device_asked_for(arguments))
+    formats.of_kind(spec.kind).require_device(device_asked_for(arguments))
 
 
 def check_adapters(origin: Origin, options: Options) -> None:

@@ -21,12 +21,11 @@ from typing import Any
 
 import torch
 
-from tl_fastload import bnb_kernels
 from tl_fastload.errors import QuantizationError
-from tl_fastload.quantized_bytes import Declared, FourBitBytes, Int8Bytes, QuantizedBytes
+from tl_fastload.quantized import formats
+from tl_fastload.quantized.formats.base import Declared, QuantizedBytes
 
 _BESIDE = ("in_scale", "in_shift", "out_shift")
-_STORED = {Int8Bytes.tag: Int8Bytes, FourBitBytes.tag: FourBitBytes}
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +34,7 @@ class Content(Declared):
 
     Attributes:
         stored: the bytes.
-        compute_dtype: what a 4-bit kernel multiplies in; None for the activations' dtype.
+        compute_dtype: what a kernel with a choice multiplies in; None for the activations' dtype.
         in_scale: [in] float32, multiplies the columns; None for ones.
         center_in: whether the mean over the input is removed, after scaling.
         center_out: whether the mean over the output is removed.
@@ -67,7 +66,9 @@ class Content(Declared):
         tag, options = own.pop("stored")
         beside: dict[str, Any] = {name: tensors.get(name) for name in _BESIDE}
         inner = {name: tensor for name, tensor in tensors.items() if name not in _BESIDE}
-        return cls(_STORED[tag](**options, **inner), **beside, **own)
+        # JSON has no tuples.
+        options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+        return cls(formats.bytes_class(tag)(**options, **inner), **beside, **own)
 
     def scaled_input(self, scale: torch.Tensor) -> Content:
         """Its columns multiplied by `scale` [in]."""
@@ -89,11 +90,11 @@ class Content(Declared):
         """The same linear map, with `shift` [in] added in front of the kernel and its image taken
         off behind: `x W = (x + shift) W - shift W`.
 
-        Folding a norm's bias or a value bias takes it out of the activation. An 8-bit kernel
-        rounds activations, so it has to see the one that the weights were quantized for.
+        Folding a norm's bias or a value bias takes it out of the activation. A kernel that rounds
+        activations has to see the one that the weights were quantized for.
         """
         shift = shift.detach().to(self.stored.device, torch.float32)
-        image = bnb_kernels.dequantize(self.stored, torch.float32) @ shift
+        image = self.stored.dense(torch.float32) @ shift
         if self.in_shift is not None and self.out_shift is not None:
             shift, image = self.in_shift + shift, self.out_shift + image
         return replace(self, in_shift=shift, out_shift=image)
@@ -110,12 +111,12 @@ class Content(Declared):
         return replace(self, stored=self.stored.rows(index), out_shift=out_shift)
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """`x @ W.T + bias` on bitsandbytes' kernel, for x [..., in]; in x's dtype."""
+        """`x @ W.T + bias` as the bytes multiply, for x [..., in]; in x's dtype."""
         if self.center_in or self.in_scale is not None or self.in_shift is not None:
             x = self._prepared(x)
         if not self.center_out and self.out_shift is None:
-            return bnb_kernels.linear(self.stored, x, bias, self.compute_dtype)
-        out = bnb_kernels.linear(self.stored, x, None, self.compute_dtype)
+            return self.stored.linear(x, bias, self.compute_dtype)
+        out = self.stored.linear(x, None, self.compute_dtype)
         wide = out.to(torch.promote_types(x.dtype, torch.float32))
         if self.out_shift is not None:
             wide = wide - self.out_shift
@@ -137,9 +138,9 @@ class Content(Declared):
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """The matrix [out, in] that `linear` multiplies by."""
         if not self.is_processed:
-            return bnb_kernels.dequantize(self.stored, dtype)
+            return self.stored.dense(dtype)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        values = bnb_kernels.dequantize(self.stored, wide)
+        values = self.stored.dense(wide)
         if self.in_scale is not None:
             values *= self.in_scale
         if self.center_in:

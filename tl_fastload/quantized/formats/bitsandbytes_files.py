@@ -1,4 +1,4 @@
-"""Quantized bytes from the tensors that transformers saves. Needs no bitsandbytes."""
+"""bitsandbytes' bytes from the tensors that transformers saves. Needs no bitsandbytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from tl_fastload.errors import QuantizationError
-from tl_fastload.quantized_bytes import FourBitBytes, Int8Bytes, QuantizedBytes
+from tl_fastload.quantized.formats.base import QuantizedBytes
+from tl_fastload.quantized.formats.bitsandbytes_bytes import FourBitBytes, Int8Bytes
 
 INT8_PARTS = frozenset({"SCB", "weight_format"})
 _PLAIN = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
@@ -22,9 +23,7 @@ DESCRIPTIONS = frozenset({"weight_format", f"weight.{_STATE}nf4", f"weight.{_STA
 _ROW_FORMATS = (0, "row")
 
 
-def read(
-    pieces: Mapping[str, torch.Tensor], *, name: str = "weight", threshold: float = 6.0
-) -> QuantizedBytes:
+def read(pieces: Mapping[str, torch.Tensor], threshold: float = 6.0) -> QuantizedBytes:
     """The bytes of one layer, sharing the memory of the tensors given.
 
     Args:
@@ -32,7 +31,6 @@ def read(
             `weight_format` (int8), or with `weight.absmax`, `weight.quant_map`,
             `weight.quant_state.bitsandbytes__nf4` and, doubly quantized, `weight.nested_absmax` and
             `weight.nested_quant_map` (4-bit).
-        name: the layer's name in the checkpoint, for errors.
         threshold: of outlier activations, from the checkpoint's configuration
             (`llm_int8_threshold`).
 
@@ -40,14 +38,11 @@ def read(
         QuantizationError: pieces missing, misshapen, unreadable or of a layout that bitsandbytes
             gave up.
     """
-    try:
-        if "weight" not in pieces:
-            raise QuantizationError("the quantized weight itself is missing.")
-        if any(piece in FOUR_BIT_PARTS for piece in pieces):
-            return _read_4bit(pieces)
-        return _read_int8(pieces, threshold)
-    except QuantizationError as error:
-        raise QuantizationError(f"{name}: {error}") from error
+    if "weight" not in pieces:
+        raise QuantizationError("the quantized weight itself is missing.")
+    if any(piece in FOUR_BIT_PARTS for piece in pieces):
+        return _read_4bit(pieces)
+    return _read_int8(pieces, threshold)
 
 
 def _read_int8(pieces: Mapping[str, torch.Tensor], threshold: float) -> Int8Bytes:

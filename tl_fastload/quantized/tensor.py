@@ -1,23 +1,28 @@
-"""A quantized matrix seen through a view: shape and dtype over bitsandbytes' rows or blocks.
+"""A tensor that stays bytes: a dense matrix's shape and dtype over the rows or blocks of a format.
 
-This is the data and what can be said and made of it; what torch's operations do to it stands in
-`tl_fastload.quantized_ops`, and `tl_fastload.quantized` puts the two together.
+Views are bookkeeping, linear maps run on the format's kernel, and everything else sees the
+dequantized values; `tl_fastload.quantized.ops` holds the table that decides. The bytes are never
+written: an in-place operation raises, and what would replace them (`load_state_dict`, a move) puts
+other bytes in their place. So `clone` shares them, and only `copy.deepcopy` copies.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._pytree import tree_map
 
-from tl_fastload import quantized_view
+from tl_fastload.compat import not_compiled
 from tl_fastload.errors import QuantizationError
-from tl_fastload.quantized_bytes import FourBitBytes
-from tl_fastload.quantized_content import Content
+from tl_fastload.quantized import formats, views
+from tl_fastload.quantized.content import Content
+from tl_fastload.quantized.formats.base import QuantizedBytes
+from tl_fastload.quantized.spec import Spec
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -25,8 +30,14 @@ if TYPE_CHECKING:
 COMPUTING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-class QuantizedMatrix(torch.Tensor):
-    """A view of a quantized matrix; `QuantizedTensor` says what operations do to it.
+FUNCTIONS: dict[Any, Callable[..., Any]] = {}
+"""Functions above autograd -> what they do to a quantized tensor."""
+OPERATORS: dict[Any, Callable[..., Any]] = {}
+"""Operators below autograd -> likewise."""
+
+
+class QuantizedTensor(torch.Tensor):
+    """A view of a quantized matrix; see the module's text.
 
     Attributes:
         content: the bytes and what belongs to them.
@@ -42,8 +53,8 @@ class QuantizedMatrix(torch.Tensor):
         cls, content: Content, geometry: torch.Tensor | None = None, dtype: Any = None
     ) -> Self:
         if geometry is None:
-            geometry = quantized_view.whole(content.stored.shape)
-        dtype = _default_dtype(content) if dtype is None else dtype
+            geometry = views.whole(content.stored.shape)
+        dtype = content.stored.default_dtype if dtype is None else dtype
         if dtype not in COMPUTING_DTYPES:
             raise QuantizationError(f"quantized weights cannot compute in {dtype}.")
         # In inference mode torch cannot make views of an ordinary tensor's wrapper otherwise.
@@ -130,7 +141,7 @@ class QuantizedMatrix(torch.Tensor):
 
     def rows_content(self, geometry: torch.Tensor) -> Content | None:
         """What multiplies by a view [rows, in] of whole rows; None if no kernel can."""
-        view = quantized_view.linear_rows(geometry, self.content.stored.shape[1])
+        view = views.linear_rows(geometry, self.content.stored.shape[1])
         if view is None:
             return None
         if geometry.shape[0] == self.content.stored.shape[0] and geometry.is_contiguous():
@@ -142,7 +153,7 @@ class QuantizedMatrix(torch.Tensor):
 
     def contiguous_rows(self) -> Self | None:
         """The same values contiguous, by taking whole rows; None if that is not enough."""
-        view = quantized_view.row_view(self.geometry, self.content.stored.shape[1])
+        view = views.row_view(self.geometry, self.content.stored.shape[1])
         order = None if view is None else view.in_logical_order()
         if view is None or order is None:
             return None
@@ -152,11 +163,11 @@ class QuantizedMatrix(torch.Tensor):
             return None
         return type(self)(content, view.packed(order), self.dtype)
 
-    def become(self, other: QuantizedMatrix) -> None:
+    def become(self, other: QuantizedTensor) -> None:
         """Hold the bytes of another tensor from now on."""
         self.content, self.geometry = other.content, other.geometry
 
-    def shares_bytes(self, other: QuantizedMatrix) -> bool:
+    def shares_bytes(self, other: QuantizedTensor) -> bool:
         """Whether the other tensor's bytes lie in the same memory, with the same scales."""
         mine, theirs = self.content.stored.tensors(), other.content.stored.tensors()
         return mine.keys() == theirs.keys() and all(
@@ -164,7 +175,7 @@ class QuantizedMatrix(torch.Tensor):
         )
 
     def _compact(self) -> tuple[Content, torch.Tensor]:
-        view = quantized_view.row_view(self.geometry, self.content.stored.shape[1])
+        view = views.row_view(self.geometry, self.content.stored.shape[1])
         if view is None:
             raise QuantizationError("the view does not show whole rows of the quantized matrix")
         return self.content.rows(view.index()), view.packed()
@@ -196,7 +207,13 @@ class QuantizedMatrix(torch.Tensor):
         cls, content: Content, shape: Any, stride: Any, offset: int, dtype: torch.dtype
     ) -> Self:
         """A view of the matrix that has this shape, these strides and this offset."""
-        return cls(content, quantized_view.part(content.stored.shape, shape, stride, offset), dtype)
+        return cls(content, views.part(content.stored.shape, shape, stride, offset), dtype)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        tensors, plain = self.content.parts()
+        view = (tuple(self.shape), tuple(self.stride()), self.storage_offset())
+        is_parameter = isinstance(self, torch.nn.Parameter)
+        return rebuild, (tensors, plain, *view, self.dtype, is_parameter)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         content = self.content.map(lambda tensor: copy.deepcopy(tensor, memo))
@@ -206,9 +223,123 @@ class QuantizedMatrix(torch.Tensor):
         memo[id(self)] = made
         return made
 
+    @classmethod
+    @not_compiled
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        handler = FUNCTIONS.get(func)
+        if handler is not None:
+            result = handler(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
-def _default_dtype(content: Content) -> torch.dtype:
-    # That of the matrix which was quantized, where it is known; what bitsandbytes dequantizes to,
-    # where not.
-    stored = content.stored
-    return stored.quant_dtype if isinstance(stored, FourBitBytes) else torch.float32
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch passes no kwargs at times
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        handler = OPERATORS.get(func)
+        if handler is not None:
+            result = handler(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        # In inference mode composite operations (reshape, contiguous, to) arrive whole.
+        parts = func.decompose(*args, **kwargs)
+        if parts is not NotImplemented:
+            return parts
+        _refuse_writes(func, args, kwargs)
+        return func(*tree_map(as_dense, args), **tree_map(as_dense, kwargs))
+
+
+def as_dense(value: Any) -> Any:
+    """The values of a quantized tensor; anything else as it is."""
+    return value.dequantize() if isinstance(value, QuantizedTensor) else value
+
+
+def _refuse_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = args[position] if position < len(args) else kwargs.get(argument.name)
+        if isinstance(value, QuantizedTensor):
+            raise QuantizationError(
+                f"{func} writes into a quantized weight, whose values cannot be changed one by "
+                "one. Work on `.dequantize()`, or replace the whole weight."
+            )
+
+
+def rebuild(
+    tensors: Mapping[str, torch.Tensor],
+    plain: Mapping[str, Any],
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    offset: int,
+    dtype: torch.dtype,
+    is_parameter: bool,
+) -> QuantizedTensor:
+    """Make a saved tensor again. `torch.load(weights_only=True)` must be allowed this name."""
+    made = QuantizedTensor.of_view(Content.build(tensors, plain), shape, stride, offset, dtype)
+    if is_parameter:
+        made = torch.nn.Parameter(made, requires_grad=False)  # type: ignore[assignment]
+    return made
+
+
+rebuild.__module__ = "tl_fastload.quantized"  # under which files name it
+
+
+def from_bytes(
+    stored: QuantizedBytes,
+    *,
+    dtype: torch.dtype | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> QuantizedTensor:
+    """The matrix [out, in] of some bytes, which are shared.
+
+    Args:
+        stored: the bytes.
+        dtype: what the tensor computes in; None for the dtype that was quantized, where it is
+            known, else float32.
+        compute_dtype: what a kernel with a choice multiplies in; None for the activations' dtype.
+
+    Raises:
+        QuantizationError: the format cannot multiply on the device of the bytes.
+    """
+    formats.of_kind(stored.kind).require_device(stored.device)
+    return QuantizedTensor(Content(stored, compute_dtype), None, dtype)
+
+
+def quantize(
+    dense: torch.Tensor, kind: str | Spec, *, dtype: torch.dtype | None = None, **settings: Any
+) -> QuantizedTensor:
+    """Quantize a matrix on its device; bitsandbytes' kinds byte for byte as bitsandbytes does.
+
+    Args:
+        dense: [out, in], floating point; transpose a `Conv1D` weight first, as transformers does.
+        kind: "int8", "nf4", "fp4" or the kind of another format; or a whole spec.
+        dtype: what the tensor computes in; None for that of `dense`.
+        **settings: fields of the kind's spec, if that is not given whole: `compute_dtype`, and for
+            bitsandbytes `blocksize`, `double_quant` and `threshold`.
+
+    Raises:
+        QuantizationError: not a matrix; no such kind; settings or values that cannot be; no kernel
+            for the device.
+    """
+    if dense.dim() != 2 or not dense.is_floating_point():
+        raise QuantizationError(
+            f"only a floating point matrix can be quantized, not {list(dense.shape)} {dense.dtype}."
+        )
+    spec = kind if isinstance(kind, Spec) else formats.make_spec(kind, **settings)
+    stored = formats.of_kind(spec.kind).quantize(dense, spec)
+    return QuantizedTensor(Content(stored, spec.compute_dtype), None, dtype or dense.dtype)
+
+
+def has_quantized(module: torch.nn.Module) -> bool:
+    """Whether any parameter of a module is quantized."""
+    return bool(quantized_kinds(module))
+
+
+def quantized_kinds(module: torch.nn.Module) -> set[str]:
+    """How the parameters of a module are quantized: the kinds of their bytes, such as "nf4"."""
+    held = (p for p in module.parameters() if isinstance(p, QuantizedTensor))
+    return {parameter.content.stored.kind for parameter in held}

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tl_fastload import quantized, quantized_view
 from tl_fastload.errors import QuantizationError
 from tl_fastload.evaluator import evaluate, sources
 from tl_fastload.promise import Promise
-from tl_fastload.quantization import Quantization
-from tl_fastload.quantized import QuantizedTensor
-from tl_fastload.quantized_recipes import follow, reads_quantized
+from tl_fastload.quantized import views
+from tl_fastload.quantized.recipes import follow, reads_quantized
+from tl_fastload.quantized.spec import Spec
+from tl_fastload.quantized.tensor import QuantizedTensor, quantize
 
 # The memory order of a parameter's dimensions as the matrix [out, in], and how many are outputs.
 _Form = tuple[tuple[int, ...], int]
@@ -46,7 +46,7 @@ class Quantizer:
         not_quantized: parameter name -> why it is dense.
     """
 
-    spec: Quantization | None
+    spec: Spec | None
     shifts: Mapping[str, Promise] = field(default_factory=dict)
     not_quantized: dict[str, str] = field(default_factory=dict)
 
@@ -65,8 +65,7 @@ class Quantizer:
             return None
         try:
             tensor = follow(promise.node, device)
-            if name in self.shifts and tensor.content.stored.kind == "int8":
-                # Rounding activations is what 8-bit kernels do; the others do not.
+            if name in self.shifts and tensor.content.stored.rounds_activations:
                 tensor = tensor.shift_input(evaluate(self.shifts[name].node, device).tensor)
             tensor = tensor.compact()
         except QuantizationError as error:
@@ -97,16 +96,9 @@ class Quantizer:
             return None
         order, outputs = form
         matrix = tensor.permute(order)
-        made = quantized.quantize(
-            matrix.reshape(matrix.shape[:outputs].numel(), -1).contiguous(),
-            self.spec.kind,
-            blocksize=self.spec.blocksize,
-            double_quant=self.spec.double_quant,
-            threshold=self.spec.threshold,
-            dtype=tensor.dtype,
-            compute_dtype=self.spec.compute_dtype,
-        )
-        whole = quantized_view.whole(made.content.stored.shape).view(matrix.shape)
+        rows = matrix.reshape(matrix.shape[:outputs].numel(), -1).contiguous()
+        made = quantize(rows, self.spec)
+        whole = views.whole(made.content.stored.shape).view(matrix.shape)
         back = [order.index(dim) for dim in range(len(order))]
         return QuantizedTensor(made.content, whole.permute(back), tensor.dtype)
 
@@ -121,7 +113,7 @@ def _form(name: str) -> _Form | None:
     return _EXPERT if ".experts." in name and leaf == "weight" else _AS_MATRIX.get(leaf)
 
 
-def _why_dense(name: str, promise: Promise, spec: Quantization) -> str | None:
+def _why_dense(name: str, promise: Promise, spec: Spec) -> str | None:
     """Why a parameter is not quantized; None if it is."""
     form = _form(name)
     if form is None:
@@ -133,9 +125,7 @@ def _why_dense(name: str, promise: Promise, spec: Quantization) -> str | None:
         return "skipped, as the configuration asks"
     order, outputs = form
     row = torch.Size(promise.shape[dim] for dim in order[outputs:]).numel()
-    if spec.kind != "int8" and row % spec.blocksize:
-        return f"a row of {row} is not a whole number of blocks of {spec.blocksize}"
-    return None
+    return spec.why_dense(row)
 
 
 def _is_matrix(name: str) -> bool:

@@ -2,7 +2,7 @@
 
 | operation | answer |
 |---|---|
-| linear, matmul, mm, addmm by a view of whole rows | bitsandbytes' kernel |
+| linear, matmul, mm, addmm by a view of whole rows | the format's kernel |
 | views: permute, reshape, transpose, slice, split ... | the same bytes, another geometry |
 | clone, contiguous, to: nothing would move, or whole rows move | bytes |
 | a move to a device; another floating point dtype | the bytes moved; the same bytes |
@@ -10,24 +10,30 @@
 | writing into it, requires_grad = True | error |
 | anything else | the dequantized values |
 
-Linear maps are caught above autograd, so that bitsandbytes' own backward pass runs; the rest below
-it, so that the graph holds bytes and every use dequantizes anew.
+Linear maps are caught above autograd, so that the kernel's own backward pass runs; the rest below
+it, so that the graph holds bytes and every use dequantizes anew. Each answer registers itself at
+the class (`implements`), so that the class need not import them.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils._pytree import tree_map
 
-from tl_fastload import quantized_view
 from tl_fastload.errors import QuantizationError
-from tl_fastload.quantized_matrix import COMPUTING_DTYPES, QuantizedMatrix
-from tl_fastload.tracing import is_transformed, untraced
+from tl_fastload.quantized import views
+from tl_fastload.quantized.tensor import (
+    COMPUTING_DTYPES,
+    FUNCTIONS,
+    OPERATORS,
+    QuantizedTensor,
+    as_dense,
+)
 
 aten = torch.ops.aten
 
@@ -46,58 +52,23 @@ def _overload(name: str) -> Any:
     )  # absent from some versions of torch
 
 
-_VIEWS = {_overload(name) for name in _VIEW_NAMES} - {None}
+def implements(
+    *functions: Any, table: dict[Any, Any] = FUNCTIONS
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: what these functions (or operators) do to a quantized tensor. `NotImplemented` as
+    the answer gives them the dequantized values.
+    """
+
+    def register(handler: Callable[..., Any]) -> Callable[..., Any]:
+        table.update(dict.fromkeys(functions, handler))
+        return handler
+
+    return register
 
 
-def call_function(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """`__torch_function__` of a quantized tensor."""
-    handler = _FUNCTIONS.get(func)
-    if handler is not None:
-        result = handler(*args, **kwargs)
-        if result is not NotImplemented:
-            return result
-    with torch._C.DisableTorchFunctionSubclass():
-        return func(*args, **kwargs)
-
-
-def call_operator(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """`__torch_dispatch__` of a quantized tensor."""
-    if func in _VIEWS:
-        return _view(func, args, kwargs)
-    handler = _OPERATORS.get(func)
-    if handler is not None:
-        result = handler(*args, **kwargs)
-        if result is not NotImplemented:
-            return result
-    # In inference mode composite operations (reshape, contiguous, to) arrive whole.
-    parts = func.decompose(*args, **kwargs)
-    if parts is not NotImplemented:
-        return parts
-    _refuse_writes(func, args, kwargs)
-    return func(*tree_map(_dense, args), **tree_map(_dense, kwargs))
-
-
-def _dense(value: Any) -> Any:
-    return value.dequantize() if isinstance(value, QuantizedMatrix) else value
-
-
-def _refuse_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        value = args[position] if position < len(args) else kwargs.get(argument.name)
-        if isinstance(value, QuantizedMatrix):
-            raise QuantizationError(
-                f"{func} writes into a quantized weight, whose values cannot be changed one by "
-                f"one. Work on "
-                "`.dequantize()`, or replace the whole weight."
-            )
-
-
-def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    source = args[0]
-    with untraced():
-        seen = func(source.geometry, *args[1:], **kwargs)
+def _view(func: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
+    with views.untraced():
+        seen = func(source.geometry, *args, **kwargs)
 
     def wrap(geometry: Any) -> Any:
         return type(source)(source.content, geometry, source.dtype)
@@ -105,6 +76,12 @@ def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return wrap(seen) if isinstance(seen, torch.Tensor) else [wrap(part) for part in seen]
 
 
+OPERATORS.update(
+    {view: functools.partial(_view, view) for view in map(_overload, _VIEW_NAMES) if view}
+)
+
+
+@implements(aten.clone.default, table=OPERATORS)
 def _clone(source: Any, *, memory_format: Any = None) -> Any:
     """The same bytes where the layout stays, or where whole rows move."""
     if memory_format == torch.contiguous_format and not source.is_contiguous():
@@ -115,6 +92,7 @@ def _clone(source: Any, *, memory_format: Any = None) -> Any:
     return type(source)(source.content, source.geometry, source.dtype)
 
 
+@implements(aten._to_copy.default, table=OPERATORS)
 def _to_copy(
     source: Any,
     *,
@@ -139,19 +117,20 @@ def _to_copy(
     return type(source)(content, same.geometry, dtype)
 
 
+@implements(aten.copy_.default, table=OPERATORS)
 def _copy_(target: Any, source: Any, non_blocking: bool = False) -> Any:
     """`load_state_dict`: the target gets bytes of its own, the source keeps its memory. Bytes that
     the target has already stay where they are.
     """
-    if not isinstance(target, QuantizedMatrix):
-        return target.copy_(_dense(source), non_blocking)
-    if not isinstance(source, QuantizedMatrix):
+    if not isinstance(target, QuantizedTensor):
+        return target.copy_(as_dense(source), non_blocking)
+    if not isinstance(source, QuantizedTensor):
         raise QuantizationError(
             f"a quantized weight {list(target.shape)} cannot take the values of a {source.dtype} "
             f"tensor: quantize them "
             "first, or load with `assign=True`."
         )
-    if not quantized_view.is_same(source.geometry, target.geometry):
+    if not views.is_same(source.geometry, target.geometry):
         raise QuantizationError(
             f"a quantized weight {list(target.shape)} with strides {target.stride()} cannot take "
             f"the bytes of a "
@@ -164,19 +143,21 @@ def _copy_(target: Any, source: Any, non_blocking: bool = False) -> Any:
     return target
 
 
+@implements(torch.Tensor.data.__set__)  # type: ignore[attr-defined]
 def _set_data(target: Any, value: Any) -> Any:
     """`tensor.data = value`, with which older versions of torch move the parameters of a module."""
-    if isinstance(target, QuantizedMatrix) and not isinstance(value, QuantizedMatrix):
+    if isinstance(target, QuantizedTensor) and not isinstance(value, QuantizedTensor):
         raise QuantizationError(
             "the data of a quantized weight can only be set to a quantized weight."
         )
     with torch._C.DisableTorchFunctionSubclass():
         torch.Tensor.data.__set__(target, value)  # type: ignore[attr-defined]
-    if isinstance(target, QuantizedMatrix):
+    if isinstance(target, QuantizedTensor):
         target.become(value)
     return None
 
 
+@implements(torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
 def _refuse_gradient(tensor: Any, requires_grad: bool = True) -> Any:
     if requires_grad:
         raise QuantizationError(
@@ -186,26 +167,30 @@ def _refuse_gradient(tensor: Any, requires_grad: bool = True) -> Any:
     return NotImplemented
 
 
+@implements(F.linear)
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     return _multiply(input, weight, weight.geometry, bias) if _is_weight(weight) else NotImplemented
 
 
+@implements(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 def _matmul(input: Any, other: Any, *, out: Any = None) -> Any:
     if out is not None or not _is_weight(other):
         return NotImplemented
-    return _multiply(input, other, quantized_view.transposed(other.geometry), None)
+    return _multiply(input, other, views.transposed(other.geometry), None)
 
 
+@implements(torch.mm, torch.Tensor.mm)
 def _mm(input: Any, mat2: Any, *, out: Any = None) -> Any:
     return _matmul(input, mat2, out=out) if input.dim() == 2 else NotImplemented
 
 
+@implements(torch.addmm, torch.Tensor.addmm)
 def _addmm(
     input: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1, out: Any = None
 ) -> Any:
     if out is not None or (beta, alpha) != (1, 1) or mat1.dim() != 2 or not _is_weight(mat2):
         return NotImplemented
-    columns = quantized_view.transposed(mat2.geometry)
+    columns = views.transposed(mat2.geometry)
     if input.shape == (mat2.shape[1],):
         return _multiply(mat1, mat2, columns, input)
     product = _multiply(mat1, mat2, columns, None)
@@ -213,68 +198,52 @@ def _addmm(
 
 
 def _is_weight(tensor: Any) -> bool:
-    return isinstance(tensor, QuantizedMatrix) and tensor.dim() == 2
+    return isinstance(tensor, QuantizedTensor) and tensor.dim() == 2
 
 
-def _multiply(x: Any, weight: QuantizedMatrix, geometry: torch.Tensor, bias: Any) -> Any:
+def _multiply(x: Any, weight: QuantizedTensor, geometry: torch.Tensor, bias: Any) -> Any:
     # A product of two weights is one of matrices, not of an activation: it takes the exact values.
-    if isinstance(x, (QuantizedMatrix, torch.nn.Parameter)) or isinstance(bias, QuantizedMatrix):
+    if isinstance(x, (QuantizedTensor, torch.nn.Parameter)) or isinstance(bias, QuantizedTensor):
         return NotImplemented
     if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] != geometry.shape[1]:
         return NotImplemented
-    if is_transformed():
+    if views.is_transformed():
         # Kernels have no rules for these: they raise, or lose tangents without a word.
         return F.linear(x, type(weight)(weight.content, geometry, weight.dtype).dequantize(), bias)
     content = weight.rows_content(geometry)
     return NotImplemented if content is None else content.linear(x, bias)
 
 
-def _on_values(func: Callable[..., Any]) -> Callable[..., Any]:
-    """Read out by torch below its dispatcher, where only real memory will do."""
-
-    def handler(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        return func(_dense(tensor), *args, **kwargs)
-
-    return handler
+@implements(torch.Tensor.__rmatmul__)
+def _swapped(self: Any, other: Any) -> Any:
+    return _matmul(other, self)
 
 
+def _on_values(func: Callable[..., Any], tensor: Any, *args: Any, **kwargs: Any) -> Any:
+    return func(as_dense(tensor), *args, **kwargs)
+
+
+# Read out by torch below its dispatcher, where only real memory will do.
+FUNCTIONS.update(
+    {
+        func: functools.partial(_on_values, func)
+        for func in (
+            torch.Tensor.numpy,
+            torch.Tensor.tolist,
+            torch.Tensor.__array__,
+            torch.Tensor.__dlpack__,
+        )
+    }
+)
+
+
+@implements(torch.Tensor.share_memory_)
 def _share_memory(tensor: Any) -> Any:
     """What there is to share is the bytes: the tensor itself has no memory."""
     tensor.content.map(torch.Tensor.share_memory_)
     return tensor
 
 
+@implements(torch.Tensor.is_shared)
 def _is_shared(tensor: Any) -> bool:
     return all(part.is_shared() for part in tensor.content.tensors().values())
-
-
-def _swapped(self: Any, other: Any) -> Any:
-    return _matmul(other, self)
-
-
-_FUNCTIONS: dict[Any, Callable[..., Any]] = {
-    F.linear: _linear,
-    torch.matmul: _matmul,
-    torch.Tensor.matmul: _matmul,
-    torch.Tensor.__matmul__: _matmul,
-    torch.Tensor.__rmatmul__: _swapped,
-    torch.mm: _mm,
-    torch.Tensor.mm: _mm,
-    torch.addmm: _addmm,
-    torch.Tensor.addmm: _addmm,
-    torch.Tensor.requires_grad_: _refuse_gradient,
-    torch.Tensor.requires_grad.__set__: _refuse_gradient,  # type: ignore[attr-defined]
-    torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
-    torch.Tensor.numpy: _on_values(torch.Tensor.numpy),
-    torch.Tensor.tolist: _on_values(torch.Tensor.tolist),
-    torch.Tensor.__array__: _on_values(torch.Tensor.__array__),
-    torch.Tensor.__dlpack__: _on_values(torch.Tensor.__dlpack__),
-    torch.Tensor.share_memory_: _share_memory,
-    torch.Tensor.is_shared: _is_shared,
-}
-
-_OPERATORS: dict[Any, Callable[..., Any]] = {
-    aten.clone.default: _clone,
-    aten._to_copy.default: _to_copy,
-    aten.copy_.default: _copy_,
-}

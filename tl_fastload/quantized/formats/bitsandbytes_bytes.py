@@ -1,91 +1,19 @@
-"""What a quantized matrix is made of, and how to take some of its rows. Knows no kernel.
-
-Every class declares its fields once, as a dataclass; moving, copying, counting and saving are
-derived from that declaration (`tensors`, `plain`, `map`).
-"""
+"""The bytes of a matrix that bitsandbytes quantized: int8 rows, or packed 4-bit blocks."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 
 from tl_fastload.errors import QuantizationError
-from tl_fastload.tracing import runs_untraced
-
-Part = TypeVar("Part", bound="Declared")
+from tl_fastload.quantized.formats import bitsandbytes_kernels as kernels
+from tl_fastload.quantized.formats.base import QuantizedBytes, describe, runs_of, take
 
 # The sizes of the groups of doubly quantized scales that bitsandbytes can expand, largest first.
 _NESTED_BLOCKSIZES = (256, 128, 64)
-
-
-class Declared:
-    """A dataclass whose fields are tensors, other such dataclasses, and plain values."""
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor in it, by the name of its field."""
-        found: dict[str, torch.Tensor] = {}
-        for name, value in self._values().items():
-            if isinstance(value, torch.Tensor):
-                found[name] = value
-            elif isinstance(value, Declared):
-                found.update(value.tensors())
-        return found
-
-    def plain(self) -> dict[str, Any]:
-        """Its own fields that hold plain values, by name."""
-        values = self._values()
-        return {k: v for k, v in values.items() if not isinstance(v, (torch.Tensor, Declared))}
-
-    def map(self: Part, change: Callable[[torch.Tensor], torch.Tensor]) -> Part:
-        """The same thing with every tensor replaced by `change(tensor)`."""
-        changed: dict[str, Any] = {}
-        for name, value in self._values().items():
-            if isinstance(value, torch.Tensor):
-                changed[name] = change(value)
-            elif isinstance(value, Declared):
-                changed[name] = value.map(change)
-        return replace(self, **changed)  # type: ignore[type-var]
-
-    def _values(self) -> dict[str, Any]:
-        named = fields(self)  # type: ignore[arg-type]  # the base is no dataclass itself
-        return {field.name: getattr(self, field.name) for field in named}
-
-
-class QuantizedBytes(Declared, ABC):
-    """The bytes of one `[out, in]` matrix, with everything that turns them back into numbers.
-
-    Attributes:
-        shape: (out, in) of the matrix.
-        kind: "int8", "nf4" or "fp4".
-    """
-
-    tag: ClassVar[str]
-    shape: tuple[int, int]
-    kind: str
-
-    @property
-    @abstractmethod
-    def device(self) -> torch.device:
-        """Where the bytes are."""
-
-    @abstractmethod
-    def rows(self, index: torch.Tensor) -> QuantizedBytes:
-        """The bytes of some rows; a run of successive rows is shared, not copied.
-
-        Args:
-            index: [n] row numbers on the CPU, in the order wanted.
-
-        Raises:
-            QuantizationError: the rows cannot be taken out without quantizing again.
-        """
-
-    def nbytes(self) -> int:
-        """Bytes that the elements of all tensors occupy."""
-        return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,16 +32,42 @@ class Int8Bytes(QuantizedBytes):
     threshold: float = 6.0
 
     tag: ClassVar[str] = "int8"
+    rounds_activations: ClassVar[bool] = True
+
+    @classmethod
+    def quantize(cls, dense: torch.Tensor, threshold: float = 6.0) -> Int8Bytes:
+        """Quantize a matrix byte for byte as bitsandbytes does.
+
+        Raises:
+            QuantizationError: values beyond float16; no bitsandbytes or no kernel.
+        """
+        if dense.is_meta:
+            return cls(_empty(*dense.shape, dtype=torch.int8), _empty(len(dense)), threshold)
+        return cls(*kernels.quantize_int8(dense), threshold)
+
+    @classmethod
+    def of_layer(cls, source: Any, threshold: float | None = None) -> Int8Bytes:
+        """The bytes of a `Linear8bitLt` or an `Int8Params`, shared.
+
+        Args:
+            source: the module or its weight.
+            threshold: of outliers; None for the module's own (a bare weight: 6, transformers'
+                default).
+
+        Raises:
+            QuantizationError: it is not quantized yet, or its scales are missing or misshapen.
+        """
+        return cls(*kernels.parts_of_linear8bit(source, threshold))
 
     def __post_init__(self) -> None:
         if self.codes.dtype != torch.int8 or self.codes.dim() != 2:
             raise QuantizationError(
-                f"8-bit weights must be a matrix of int8, not {_describe(self.codes)}."
+                f"8-bit weights must be a matrix of int8, not {describe(self.codes)}."
             )
         if self.scales.dtype != torch.float32 or self.scales.shape != self.codes.shape[:1]:
             raise QuantizationError(
-                f"8-bit weights {_describe(self.codes)} need one float32 scale (SCB) per row, "
-                f"{self.codes.shape[0]} in all, not {_describe(self.scales)}."
+                f"8-bit weights {describe(self.codes)} need one float32 scale (SCB) per row, "
+                f"{self.codes.shape[0]} in all, not {describe(self.scales)}."
             )
 
     @property
@@ -124,13 +78,26 @@ class Int8Bytes(QuantizedBytes):
     def kind(self) -> str:  # type: ignore[override]
         return "int8"
 
-    @property
-    def device(self) -> torch.device:
-        return self.codes.device
-
     def rows(self, index: torch.Tensor) -> Int8Bytes:
         runs = runs_of(index)
         return replace(self, codes=take(self.codes, runs), scales=take(self.scales, runs))
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        if self.codes.is_meta:
+            return _empty(*self.shape).to(dtype)
+        return kernels.dequantize_int8(self.codes, self.scales).to(dtype)
+
+    def linear(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        compute_dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """As the base says; the kernel rounds x to float16."""
+        return _by_rows(kernels.linear_int8, self, x, bias)
+
+    def requantize(self, dense: torch.Tensor) -> Int8Bytes:
+        return Int8Bytes.quantize(dense, self.threshold)
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,6 +136,55 @@ class FourBitBytes(QuantizedBytes):
 
     tag: ClassVar[str] = "4bit"
 
+    @classmethod
+    def quantize(
+        cls, dense: torch.Tensor, kind: str, blocksize: int = 64, double_quant: bool = False
+    ) -> FourBitBytes:
+        """Quantize a matrix byte for byte as bitsandbytes does.
+
+        Args:
+            dense: [out, in], floating point.
+            kind: "nf4" or "fp4".
+            blocksize: values per block.
+            double_quant: whether to quantize the scales too.
+
+        Raises:
+            QuantizationError: a block size that bitsandbytes has not; no bitsandbytes or no kernel.
+        """
+        if not dense.is_meta:
+            return cls(**kernels.quantize_4bit(dense, kind, blocksize, double_quant))
+        size = dense.numel()
+        blocks = -(-size // blocksize)
+        nested: dict[str, Any] = {}
+        if double_quant:
+            nested = {
+                "nested_absmax": _empty(-(-blocks // _NESTED_BLOCKSIZES[0])),
+                "nested_code": _empty(256),
+                "nested_offset": _empty(),
+            }
+        return cls(
+            packed=_empty(-(-size // 2), 1, dtype=torch.uint8),
+            absmax=_empty(blocks, dtype=torch.uint8 if double_quant else torch.float32),
+            code=_empty(16),
+            shape=(dense.shape[0], dense.shape[1]),
+            blocksize=blocksize,
+            quant_type=kind,
+            quant_dtype=torch.float32,
+            **nested,
+        )
+
+    @classmethod
+    def of_layer(cls, source: Any) -> FourBitBytes:
+        """The bytes of a `Linear4bit` or a `Params4bit`, shared.
+
+        A layer that has run on an AVX-512 CPU has re-ordered its bytes for that CPU; these are put
+        back in order, a copy.
+
+        Raises:
+            QuantizationError: it is not quantized yet, or its scales are missing or misshapen.
+        """
+        return cls(**kernels.parts_of_linear4bit(source))
+
     def __post_init__(self) -> None:
         if self.quant_type not in ("nf4", "fp4"):
             raise QuantizationError(f"4-bit weights are 'nf4' or 'fp4', not {self.quant_type!r}.")
@@ -189,7 +205,7 @@ class FourBitBytes(QuantizedBytes):
 
     def _check(self, name: str, tensor: torch.Tensor | None, dtype: torch.dtype, size: int) -> None:
         if tensor is None or tensor.dtype != dtype or tensor.numel() != size:
-            found = "nothing" if tensor is None else _describe(tensor)
+            found = "nothing" if tensor is None else describe(tensor)
             raise QuantizationError(
                 f"4-bit weights of a {list(self.shape)} matrix in blocks of {self.blocksize} need "
                 f"{size} x {dtype} "
@@ -206,8 +222,8 @@ class FourBitBytes(QuantizedBytes):
         return self.quant_type
 
     @property
-    def device(self) -> torch.device:
-        return self.packed.device
+    def default_dtype(self) -> torch.dtype:
+        return self.quant_dtype
 
     def block_scales(self) -> torch.Tensor:
         """The scale of each block, [blocks] float32: bitsandbytes' own numbers, bit for bit."""
@@ -239,6 +255,23 @@ class FourBitBytes(QuantizedBytes):
         halves = [(start // 2, -(-stop // 2)) for start, stop in values]
         return replace(self, packed=take(self.packed, halves), shape=(len(index), width), **taken)
 
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        if self.packed.is_meta:
+            return _empty(*self.shape, dtype=dtype)
+        return kernels.dequantize_4bit(self, dtype)
+
+    def linear(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        compute_dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        return _by_rows(kernels.linear_4bit, self, x, bias, compute_dtype)
+
+    def requantize(self, dense: torch.Tensor) -> FourBitBytes:
+        is_nested = self.nested_absmax is not None
+        return FourBitBytes.quantize(dense, self.quant_type, self.blocksize, is_nested)
+
     def _with_scales(self, blocks: list[tuple[int, int]]) -> dict[str, Any]:
         """The fields that hold the scales of some runs of blocks."""
         if self.nested_absmax is None:
@@ -262,56 +295,21 @@ class FourBitBytes(QuantizedBytes):
         return {"absmax": scales, "nested_absmax": None, "nested_code": None, "nested_offset": None}
 
 
-def outline(
-    rows: int, columns: int, kind: str, blocksize: int = 64, double_quant: bool = False
-) -> QuantizedBytes:
-    """The bytes of a matrix [rows, columns] on the meta device: their sizes and nothing else."""
-
-    def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype, device="meta")
-
-    if kind == "int8":
-        return Int8Bytes(empty(rows, columns, dtype=torch.int8), empty(rows))
-    size = rows * columns
-    blocks = -(-size // blocksize)
-    nested: dict[str, Any] = {}
-    if double_quant:
-        nested = {
-            "nested_absmax": empty(-(-blocks // _NESTED_BLOCKSIZES[0])),
-            "nested_code": empty(256),
-            "nested_offset": empty(),
-        }
-    return FourBitBytes(
-        packed=empty(-(-size // 2), 1, dtype=torch.uint8),
-        absmax=empty(blocks, dtype=torch.uint8 if double_quant else torch.float32),
-        code=empty(16),
-        shape=(rows, columns),
-        blocksize=blocksize,
-        quant_type=kind,
-        quant_dtype=torch.float32,
-        **nested,
-    )
+def _empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(size, dtype=dtype, device="meta")
 
 
-@runs_untraced
-def runs_of(index: torch.Tensor) -> list[tuple[int, int]]:
-    """Row numbers as runs of successive ones: (first, last + 1)."""
-    if index.numel() == 0:
-        return [(0, 0)]
-    breaks = (torch.nonzero(index[1:] != index[:-1] + 1).flatten() + 1).tolist()
-    edges = [0, *breaks, index.numel()]
-    firsts = index[torch.tensor(edges[:-1])].tolist()
-    return [
-        (first, first + stop - start)
-        for first, start, stop in zip(firsts, edges[:-1], edges[1:])  # noqa: B905  # one length
-    ]
-
-
-def take(tensor: torch.Tensor, runs: list[tuple[int, int]]) -> torch.Tensor:
-    """Runs of the first dimension, one after the other: a view of one run, a copy of several."""
-    parts = [tensor[start:stop] for start, stop in runs]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _describe(tensor: torch.Tensor) -> str:
-    return f"{list(tensor.shape)} {tensor.dtype}"
+def _by_rows(
+    product: Callable[..., torch.Tensor],
+    stored: QuantizedBytes,
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    *more: Any,
+) -> torch.Tensor:
+    """A kernel's product of activations [..., in], which it wants as a matrix with rows."""
+    if x.numel() == 0:
+        # Nothing to multiply (an expert without tokens), but still a node of the graph.
+        empty = x.sum(-1, keepdim=True).expand(*x.shape[:-1], stored.shape[0])
+        return empty if bias is None else empty + bias.to(x.dtype)
+    made = product(stored, x.reshape(-1, x.shape[-1]), bias, *more)
+    return made.reshape(*x.shape[:-1], stored.shape[0])

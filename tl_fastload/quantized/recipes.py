@@ -2,7 +2,7 @@
 
 TransformerLens' processing multiplies the columns of a matrix by `ln.w`, removes a mean over its
 input and a mean over its output. A recipe made of these steps, of views and of casts is a
-`QuantizedTensor` with a scale and two flags (`tl_fastload.quantized_content`). Any other step
+`QuantizedTensor` with a scale and two flags (`tl_fastload.quantized.content`). Any other step
 needs the dequantized values.
 """
 
@@ -16,8 +16,8 @@ import torch
 from tl_fastload.errors import QuantizationError
 from tl_fastload.evaluator import evaluate, sources
 from tl_fastload.promise import Promise
-from tl_fastload.quantized import QuantizedTensor
-from tl_fastload.quantized_bytes import QuantizedBytes
+from tl_fastload.quantized.formats.base import QuantizedBytes
+from tl_fastload.quantized.tensor import QuantizedTensor
 from tl_fastload.recipe import Call, Node, Source, SourceView, aten, meta_of
 
 _COPIES = (aten.clone.default, aten._to_copy.default, aten.detach.default)

@@ -1,5 +1,7 @@
 """bitsandbytes' kernels on quantized bytes: the only import of bitsandbytes, made at first use.
 
+What is called `stored` here is an `Int8Bytes` or a `FourBitBytes`, whose module imports this one.
+
 Each product is what the layers of bitsandbytes compute from the same bytes, bit for bit:
 `Linear8bitLt.forward` in evaluation mode, and `Linear4bit.forward` without its AVX-512 shortcut,
 which rounds weights and scales to bfloat16.
@@ -19,7 +21,6 @@ import torch
 import torch.nn.functional as F
 
 from tl_fastload.errors import QuantizationError
-from tl_fastload.quantized_bytes import FourBitBytes, Int8Bytes, QuantizedBytes, outline
 
 OLDEST_BITSANDBYTES = (0, 43)
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -71,39 +72,8 @@ def require_device(device: torch.device) -> None:
         )
 
 
-def linear(
-    stored: QuantizedBytes,
-    x: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    compute_dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """`x @ W.T + bias` by bitsandbytes' kernel; gradients reach `x` and `bias`.
-
-    Args:
-        stored: bytes of W [out, in].
-        x: [..., in] activations.
-        bias: [out], or None.
-        compute_dtype: what a 4-bit kernel multiplies in; None for x's own dtype. 8-bit kernels
-            round x to float16.
-
-    Returns:
-        [..., out], in x's dtype.
-    """
-    if x.numel() == 0:
-        # Nothing to multiply (an expert without tokens), but still a node of the graph.
-        empty = x.sum(-1, keepdim=True).expand(*x.shape[:-1], stored.shape[0])
-        return empty if bias is None else empty + bias.to(x.dtype)
-    rows = x.reshape(-1, x.shape[-1])
-    if isinstance(stored, Int8Bytes):
-        product = _linear_int8(stored, rows, bias)
-    elif isinstance(stored, FourBitBytes):
-        product = _linear_4bit(stored, rows, bias, compute_dtype)
-    else:
-        raise TypeError(f"no kernel for {type(stored).__name__}")
-    return product.reshape(*x.shape[:-1], stored.shape[0])
-
-
-def _linear_int8(stored: Int8Bytes, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def linear_int8(stored: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`x @ W.T + bias` for x [n, in], n > 0, rounded to float16 by the kernel; in x's dtype."""
     bnb = bitsandbytes()
     state = bnb.MatmulLtState()
     state.CB, state.SCB = stored.codes, stored.scales
@@ -139,19 +109,17 @@ def _cast_unsaid() -> Iterator[None]:
         log.removeFilter(is_worth_saying)
 
 
-def _linear_4bit(
-    stored: FourBitBytes,
-    x: torch.Tensor,
-    bias: torch.Tensor | None,
-    compute_dtype: torch.dtype | None,
+def linear_4bit(
+    stored: Any, x: torch.Tensor, bias: torch.Tensor | None, compute_dtype: torch.dtype | None
 ) -> torch.Tensor:
+    """`x @ W.T + bias` for x [n, in], n > 0, multiplied in `compute_dtype`; in x's dtype."""
     bnb = bitsandbytes()
     dtype = compute_dtype or x.dtype
     if dtype not in _KERNEL_DTYPES:
         dtype = torch.float32
     bias = None if bias is None else bias.to(dtype)
     if _is_misread(stored):
-        return F.linear(x.to(dtype), dequantize(stored, dtype), bias).to(x.dtype)
+        return F.linear(x.to(dtype), dequantize_4bit(stored, dtype), bias).to(x.dtype)
     # bitsandbytes multiplies by the weights in `dtype`, but differentiates through those of the
     # state's dtype.
     state = _quant_state(stored, dtype)
@@ -161,37 +129,32 @@ def _linear_4bit(
     return product.to(x.dtype)
 
 
-def dequantize(stored: QuantizedBytes, dtype: torch.dtype) -> torch.Tensor:
-    """The matrix [out, in] that the kernels multiply by: bitsandbytes' own numbers."""
-    if stored.device.type == "meta":
-        wide = torch.float32 if isinstance(stored, Int8Bytes) else dtype
-        return torch.empty(stored.shape, dtype=wide, device="meta").to(dtype)
-    bnb = bitsandbytes()
-    if isinstance(stored, Int8Bytes):
-        if hasattr(bnb.functional, "int8_vectorwise_dequant"):
-            values: torch.Tensor = bnb.functional.int8_vectorwise_dequant(
-                stored.codes, stored.scales
-            )
-        else:
-            values = stored.codes * stored.scales.view(-1, 1) * 7.874015718698502e-3  # 1 / 127
-        return values.to(dtype)
-    if isinstance(stored, FourBitBytes):
-        direct = dtype if dtype in _KERNEL_DTYPES else torch.float32
-        state = _quant_state(stored, direct)
-        if _is_misread(stored):
-            state.shape = torch.Size((1, stored.shape[0] * stored.shape[1]))
-        values = bnb.functional.dequantize_4bit(stored.packed, state)
-        return values.reshape(stored.shape).to(dtype)
-    raise TypeError(f"no kernel for {type(stored).__name__}")
+def dequantize_int8(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The matrix [out, in] that the kernel multiplies by: bitsandbytes' own numbers."""
+    functional = bitsandbytes().functional
+    if hasattr(functional, "int8_vectorwise_dequant"):
+        values: torch.Tensor = functional.int8_vectorwise_dequant(codes, scales)
+        return values
+    return codes * scales.view(-1, 1) * 7.874015718698502e-3  # 1 / 127
 
 
-def _is_misread(stored: FourBitBytes) -> bool:
+def dequantize_4bit(stored: Any, dtype: torch.dtype) -> torch.Tensor:
+    """The matrix [out, in] that the kernel multiplies by: bitsandbytes' own numbers."""
+    direct = dtype if dtype in _KERNEL_DTYPES else torch.float32
+    state = _quant_state(stored, direct)
+    if _is_misread(stored):
+        state.shape = torch.Size((1, stored.shape[0] * stored.shape[1]))
+    values: torch.Tensor = bitsandbytes().functional.dequantize_4bit(stored.packed, state)
+    return values.reshape(stored.shape).to(dtype)
+
+
+def _is_misread(stored: Any) -> bool:
     # On AVX-512 CPUs bitsandbytes (0.50) starts each row in a block of its own, which is wrong
     # unless rows are whole numbers of blocks. Of a single long row it makes the right values.
-    return stored.device.type == "cpu" and stored.shape[1] % stored.blocksize != 0
+    return bool(stored.device.type == "cpu" and stored.shape[1] % stored.blocksize != 0)
 
 
-def _quant_state(stored: FourBitBytes, dtype: torch.dtype) -> Any:
+def _quant_state(stored: Any, dtype: torch.dtype) -> Any:
     bnb = bitsandbytes()
     options = {
         "shape": torch.Size(stored.shape),
@@ -211,44 +174,6 @@ def _quant_state(stored: FourBitBytes, dtype: torch.dtype) -> Any:
     )
 
 
-def quantize(
-    dense: torch.Tensor,
-    kind: str,
-    *,
-    threshold: float = 6.0,
-    blocksize: int = 64,
-    double_quant: bool = False,
-) -> QuantizedBytes:
-    """Quantize a matrix, byte for byte as bitsandbytes does, on the matrix's device.
-
-    Args:
-        dense: [out, in], floating point.
-        kind: "int8", "nf4" or "fp4".
-        threshold: of outlier activations, for int8.
-        blocksize: values per block, for the 4-bit kinds.
-        double_quant: whether to quantize the scales too, for the 4-bit kinds.
-
-    Raises:
-        QuantizationError: not a matrix, a kind or a block size of bitsandbytes; or values that int8
-            cannot scale.
-    """
-    if dense.dim() != 2 or not dense.is_floating_point():
-        raise QuantizationError(
-            f"only a floating point matrix can be quantized, not {list(dense.shape)} {dense.dtype}."
-        )
-    if kind not in ("int8", "nf4", "fp4"):
-        raise QuantizationError(f"quantization is 'int8', 'nf4' or 'fp4', not {kind!r}.")
-    if dense.is_meta:
-        return outline(dense.shape[0], dense.shape[1], kind, blocksize, double_quant)
-    require_device(dense.device)
-    dense = dense.detach()
-    if kind == "int8":
-        return _quantize_int8(dense, threshold)
-    if blocksize not in BLOCKSIZES:
-        raise QuantizationError(f"block size {blocksize} is not one of {list(BLOCKSIZES)}.")
-    return _quantize_4bit(dense, kind, blocksize, double_quant)
-
-
 def _parts(dense: torch.Tensor, blocksize: int = 1) -> list[slice]:
     """Runs of rows that are whole numbers of blocks: bitsandbytes needs a few copies of what it
     quantizes, so it gets a part at a time.
@@ -260,7 +185,14 @@ def _parts(dense: torch.Tensor, blocksize: int = 1) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, max(rows, 1), step)]
 
 
-def _quantize_int8(dense: torch.Tensor, threshold: float) -> Int8Bytes:
+def quantize_int8(dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of a matrix [out, in], on its device.
+
+    Raises:
+        QuantizationError: values that int8 cannot scale.
+    """
+    require_device(dense.device)
+    dense = dense.detach()
     codes = torch.empty(dense.shape, dtype=torch.int8, device=dense.device)
     scales = torch.empty(dense.shape[0], dtype=torch.float32, device=dense.device)
     for part in _parts(dense):
@@ -273,12 +205,21 @@ def _quantize_int8(dense: torch.Tensor, threshold: float) -> Int8Bytes:
             "the matrix has values beyond float16, which int8 quantization goes through. Quantize "
             "to 'nf4' or 'fp4'."
         )
-    return Int8Bytes(codes, scales, threshold)
+    return codes, scales
 
 
-def _quantize_4bit(
+def quantize_4bit(
     dense: torch.Tensor, kind: str, blocksize: int, double_quant: bool
-) -> FourBitBytes:
+) -> dict[str, Any]:
+    """The fields of `FourBitBytes` for a matrix [out, in], on its device.
+
+    Raises:
+        QuantizationError: not a block size of bitsandbytes.
+    """
+    require_device(dense.device)
+    if blocksize not in BLOCKSIZES:
+        raise QuantizationError(f"block size {blocksize} is not one of {list(BLOCKSIZES)}.")
+    dense = dense.detach()
     functional = bitsandbytes().functional
     packed = torch.empty((dense.numel() + 1) // 2, 1, dtype=torch.uint8, device=dense.device)
     scales: list[torch.Tensor] = []
@@ -299,19 +240,13 @@ def _quantize_4bit(
         state.absmax, state.state2 = functional.quantize_blockwise(
             state.absmax - state.offset, blocksize=256
         )
-    return _from_quant_state(packed, state)
+    return fields_of(packed, state)
 
 
-def from_linear8bit(source: Any, threshold: float | None = None) -> Int8Bytes:
-    """The bytes of a `Linear8bitLt` or an `Int8Params`, shared.
-
-    Args:
-        source: the module or its weight.
-        threshold: of outliers; None for the module's own (a bare weight: 6, transformers' default).
-
-    Raises:
-        QuantizationError: it is not quantized yet, or its scales are missing or misshapen.
-    """
+def parts_of_linear8bit(
+    source: Any, threshold: float | None
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Codes, scales and threshold of a `Linear8bitLt` or an `Int8Params`, shared."""
     weight = getattr(source, "weight", source)
     state = getattr(source, "state", None)
     scales = getattr(weight, "SCB", None)
@@ -328,18 +263,11 @@ def from_linear8bit(source: Any, threshold: float | None = None) -> Int8Bytes:
     if threshold is None:
         threshold = 6.0 if state is None else float(state.threshold)
     require_device(weight.device)
-    return Int8Bytes(_plain(weight).contiguous(), _plain(scales).reshape(-1), threshold)
+    return _plain(weight).contiguous(), _plain(scales).reshape(-1), threshold
 
 
-def from_params4bit(source: Any) -> FourBitBytes:
-    """The bytes of a `Linear4bit` or a `Params4bit`, shared.
-
-    A layer that has run on an AVX-512 CPU has re-ordered its bytes for that CPU; these are put back
-    in order, a copy.
-
-    Raises:
-        QuantizationError: it is not quantized yet, or its scales are missing or misshapen.
-    """
+def parts_of_linear4bit(source: Any) -> dict[str, Any]:
+    """The fields of `FourBitBytes` for a `Linear4bit` or a `Params4bit`, shared."""
     weight = getattr(source, "weight", source)
     state = getattr(weight, "quant_state", None)
     state = getattr(source, "quant_state", None) if state is None else state
@@ -352,7 +280,7 @@ def from_params4bit(source: Any) -> FourBitBytes:
     packed = _plain(weight)
     if getattr(state, "packing_format_for_cpu", False):
         packed, state = _in_order(packed, state)
-    return _from_quant_state(packed, state)
+    return fields_of(packed, state)
 
 
 def compute_dtype_of(module: Any) -> torch.dtype | None:
@@ -372,26 +300,27 @@ def _in_order(packed: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
     return packed, state
 
 
-def _from_quant_state(packed: torch.Tensor, state: Any) -> FourBitBytes:
+def fields_of(packed: torch.Tensor, state: Any) -> dict[str, Any]:
+    """The fields of `FourBitBytes` for packed bytes and bitsandbytes' description of them."""
     if len(state.shape) != 2:
         raise QuantizationError(
             f"only matrices are multiplied in 4 bits, not a {list(state.shape)} tensor."
         )
     nested = state.state2 if state.nested else None
-    return FourBitBytes(
+    return {
         # The bytes may be stored as another dtype; a column, as the kernels want them.
-        packed=packed.reshape(-1).view(torch.uint8).reshape(-1, 1),
-        absmax=_plain(state.absmax).reshape(-1),
-        code=_plain(state.code),
-        shape=(state.shape[0], state.shape[1]),
-        blocksize=state.blocksize,
-        quant_type=state.quant_type,
-        quant_dtype=state.dtype,
-        nested_absmax=None if nested is None else _plain(nested.absmax).reshape(-1),
-        nested_code=None if nested is None else _plain(nested.code),
-        nested_offset=None if nested is None else _plain(state.offset).reshape(()),
-        nested_blocksize=256 if nested is None else nested.blocksize,
-    )
+        "packed": packed.reshape(-1).view(torch.uint8).reshape(-1, 1),
+        "absmax": _plain(state.absmax).reshape(-1),
+        "code": _plain(state.code),
+        "shape": (state.shape[0], state.shape[1]),
+        "blocksize": state.blocksize,
+        "quant_type": state.quant_type,
+        "quant_dtype": state.dtype,
+        "nested_absmax": None if nested is None else _plain(nested.absmax).reshape(-1),
+        "nested_code": None if nested is None else _plain(nested.code),
+        "nested_offset": None if nested is None else _plain(state.offset).reshape(()),
+        "nested_blocksize": 256 if nested is None else nested.blocksize,
+    }
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

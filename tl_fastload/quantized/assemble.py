@@ -1,0 +1,178 @@
+"""Promises for quantized weights: of a loaded transformers model, or of a saved checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from tl_fastload.errors import QuantizationError
+from tl_fastload.promise import Promise
+from tl_fastload.quantized import formats
+from tl_fastload.quantized.content import Content
+from tl_fastload.quantized.formats.base import Format
+from tl_fastload.quantized.recipes import QuantizedSource
+from tl_fastload.quantized.spec import Spec
+from tl_fastload.quantized.tensor import QuantizedTensor, from_bytes
+from tl_fastload.reader import FileSource
+from tl_fastload.recipe import SourceView
+
+_AS_SAVED = "the one that the checkpoint was saved with"
+_FOREIGN = ("qweight", "weight_scale", "weight_scale_inv")
+"""Pieces of formats that are not here."""
+
+
+def promise_of_layer(module: nn.Module, name: str, dtype: torch.dtype) -> Promise | None:
+    """A promise of the weight [out, in] of a quantized layer in memory, sharing its bytes; None for
+    others.
+
+    Args:
+        module: any module of a transformers model.
+        name: of the weight, for messages.
+        dtype: what the promise computes in.
+
+    Raises:
+        QuantizationError: a quantized layer that cannot be read, or has no kernel here.
+    """
+    layer = formats.of_layer(module, name)
+    if layer is None:
+        return None
+    tensor = QuantizedTensor(Content(layer.stored, layer.spec.compute_dtype), None, dtype)
+    return Promise.of(QuantizedSource.of(tensor, name), tensor.device)
+
+
+def spec_of_layers(model: Any) -> Spec | None:
+    """How the quantized layers of a model in memory are quantized, which its configuration need not
+    say if they were put there by hand; None without such layers.
+    """
+    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        layer = formats.of_layer(module, f"{name}.weight")
+        if layer is not None:
+            return layer.spec
+    return None
+
+
+def is_quantized(promises: Mapping[str, Promise]) -> bool:
+    """Whether a checkpoint's tensors are such as only quantized weights have."""
+    return any(_pieces(promises, format) for format in formats.FORMATS)
+
+
+def refuse_undeclared(promises: Mapping[str, Promise]) -> None:
+    """Check that no weight of a checkpoint is quantized, which declares none to be.
+
+    Raises:
+        QuantizationError: some are; says what the configuration lacks.
+    """
+    undeclared = dict.fromkeys(_FOREIGN, _AS_SAVED)
+    codes: set[torch.dtype] = set()
+    for format in formats.FORMATS:
+        undeclared |= format.undeclared
+        codes |= format.codes
+    for name, promise in promises.items():
+        lacking = next((undeclared[p] for p in undeclared if name.endswith("." + p)), None)
+        if lacking is None and name.endswith(".weight") and promise.dtype in codes:
+            lacking = _AS_SAVED
+        if lacking is not None:
+            raise QuantizationError(
+                f"{name} ({promise.dtype}) belongs to quantized weights, but config.json has no "
+                f"quantization_config. Add it again: {lacking}."
+            )
+
+
+def combine(promises: Mapping[str, Promise], spec: Spec, dtype: torch.dtype) -> dict[str, Promise]:
+    """Replace the pieces of each quantized weight of a checkpoint by one promise of the matrix.
+
+    Args:
+        promises: by checkpoint name; quantized weights come in several pieces.
+        spec: the quantization that the checkpoint declares.
+        dtype: what the weights compute in.
+
+    Raises:
+        QuantizationError: pieces are missing or misshapen, or not of the kind that is declared.
+            No weight has been read then, only shapes.
+    """
+    format = formats.of_kind(spec.kind)
+    pieces = _pieces(promises, format)
+    if not pieces:
+        raise QuantizationError(
+            f"the configuration declares {spec.kind} weights, but the checkpoint has none that are "
+            "quantized. Remove quantization_config from config.json, and use quantize= to quantize."
+        )
+    used = {name for parts in pieces.values() for name in parts.values()}
+    combined = {name: promise for name, promise in promises.items() if name not in used}
+    for weight, parts in pieces.items():
+        stored = {piece: promises[name] for piece, name in parts.items()}
+        combined[weight] = _promise_of_pieces(weight, stored, spec, dtype)
+    return combined
+
+
+def _pieces(promises: Mapping[str, Promise], format: Format) -> dict[str, dict[str, str]]:
+    """Name of each quantized weight -> its pieces -> their names in the checkpoint."""
+    found: dict[str, dict[str, str]] = {}
+    for name in promises:
+        for end, weight_end in format.pieces.items():
+            if name.endswith(end):
+                weight = name.removesuffix(end) + weight_end
+                found.setdefault(weight, {})[end[1:]] = name
+    for name, promise in promises.items():
+        leaf = name.rpartition(".")[2]
+        if name in found or (leaf == "weight" and promise.dtype in format.codes):
+            found.setdefault(name, {})[leaf] = name
+    return found
+
+
+def _promise_of_pieces(
+    name: str, parts: Mapping[str, Promise], spec: Spec, dtype: torch.dtype
+) -> Promise:
+    format, layer = formats.of_kind(spec.kind), name.removesuffix(".weight")
+
+    def load() -> QuantizedTensor:
+        tensors = {part: _values(promise) for part, promise in parts.items()}
+        stored = format.assemble(tensors, spec)
+        return from_bytes(stored, dtype=dtype, compute_dtype=spec.compute_dtype)
+
+    outlines = {
+        part: _values(promise) if part in format.descriptions else _outline(promise)
+        for part, promise in parts.items()
+    }
+    try:
+        outline = format.assemble(outlines, spec)
+    except QuantizationError as error:
+        raise QuantizationError(f"{layer}: {error}") from error
+    if outline.kind != spec.kind:
+        raise QuantizationError(
+            f"{layer} holds {outline.kind} weights, but the configuration declares {spec.kind}. "
+            "Correct quantization_config in config.json."
+        )
+    home = _home(max(parts.values(), key=lambda promise: promise.numel()))
+    source = QuantizedSource(load, outline.shape, dtype, name, outline, home)
+    made: Promise = format.as_parameter(Promise.of(source), outlines)
+    return made
+
+
+def _home(promise: Promise) -> torch.device | None:
+    """Where a stored tensor lies: on the CPU, too, if its file is mapped; None if it is read."""
+    node = promise.node
+    if not isinstance(node, SourceView):
+        return None
+    if isinstance(node.source, FileSource):
+        return torch.device("cpu") if node.source.is_mapped() else None
+    return promise.device
+
+
+def _outline(promise: Promise) -> torch.Tensor:
+    return torch.empty(promise.shape, dtype=promise.dtype, device="meta")
+
+
+def _values(promise: Promise) -> torch.Tensor:
+    """The stored bytes of a piece: mapped where that is possible, else read."""
+    node = promise.node
+    if isinstance(node, SourceView):
+        if isinstance(node.source, FileSource):
+            return node.source.whole()
+        lent = node.source.lend(node.geometry)
+        if lent is not None:
+            return lent
+    raise TypeError(f"not a stored tensor: {promise!r}")

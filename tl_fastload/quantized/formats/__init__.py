@@ -1,0 +1,145 @@
+"""The formats of quantized weights, and who of them is meant. A new one is a module and a name in
+`FORMATS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from tl_fastload.errors import ArgumentError, QuantizationError, UnsupportedArchitectureError
+from tl_fastload.quantized.formats.base import Format, Layer, QuantizedBytes
+from tl_fastload.quantized.formats.bitsandbytes import BitsAndBytes
+from tl_fastload.quantized.spec import Spec, declared_fields
+
+FORMATS: tuple[Format, ...] = (BitsAndBytes(),)
+
+
+def of_kind(kind: str) -> Format:
+    """The format whose specs and bytes have a kind.
+
+    Raises:
+        QuantizationError: there is none.
+    """
+    for format in FORMATS:
+        if kind in format.kinds:
+            return format
+    known = ", ".join(repr(kind) for format in FORMATS for kind in format.kinds)
+    raise QuantizationError(
+        f"quantization is one of {known}, not {kind!r}, which a newer tl_fastload may know."
+    )
+
+
+def bytes_class(tag: str) -> type[QuantizedBytes]:
+    """The class of bytes that files name by a tag.
+
+    Raises:
+        QuantizationError: there is none.
+    """
+    for format in FORMATS:
+        for stored in format.stores:
+            if stored.tag == tag:
+                return stored
+    raise QuantizationError(
+        f"quantized bytes of the unknown class {tag!r}: a newer tl_fastload wrote them. Update it."
+    )
+
+
+def make_spec(kind: str, **settings: Any) -> Spec:
+    """The spec of a kind with the settings that its format has.
+
+    Raises:
+        QuantizationError: no such kind.
+    """
+    return of_kind(kind).spec(kind=kind, **settings)
+
+
+def offered() -> dict[str, str]:
+    """What `quantize=` may say -> kind, of all formats."""
+    return {name: kind for format in FORMATS for name, kind in format.offered.items()}
+
+
+def read_quantization(asked: Any) -> Spec | None:
+    """Read `quantize=` or `quantization_config=`.
+
+    Args:
+        asked: None, one of `offered`, a `transformers.BitsAndBytesConfig`, or its dictionary.
+
+    Raises:
+        ArgumentError: for anything else.
+    """
+    if asked is None or asked is False:
+        return None
+    names = offered()
+    if isinstance(asked, str):
+        if asked not in names:
+            raise ArgumentError(f"quantize={asked!r} is none of {', '.join(names)}.")
+        return make_spec(names[asked])
+    fields = asked if isinstance(asked, Mapping) else getattr(asked, "to_dict", dict)()
+    for format in FORMATS:
+        spec = format.asked(fields)
+        if spec is not None:
+            return spec
+    raise ArgumentError(
+        f"{asked!r} says neither load_in_8bit nor load_in_4bit. Pass one of "
+        f"{', '.join(names)}, or a BitsAndBytesConfig."
+    )
+
+
+def of_checkpoint(hf_config: Any, label: str) -> Spec | None:
+    """The quantization that a checkpoint's configuration declares, or None.
+
+    Raises:
+        UnsupportedArchitectureError: no format here has that method.
+    """
+    fields = declared_fields(hf_config)
+    if fields is None:
+        return None
+    for format in FORMATS:
+        spec = format.declared(fields)
+        if spec is not None:
+            return spec
+    raise UnsupportedArchitectureError(
+        f"{label} is quantized with {method_of(hf_config)}, whose bytes HookedTransformer cannot "
+        "compute with. Pass dequantize=True to load it through transformers' own dequantization, "
+        "or take the unquantized checkpoint with quantize=."
+    )
+
+
+def method_of(hf_config: Any) -> str | None:
+    """The method that a configuration says its weights are quantized with, such as "gptq"."""
+    fields = declared_fields(hf_config)
+    if fields is None:
+        return None
+    method = fields.get("quant_method")
+    if method is None:
+        named = (format.name for format in FORMATS if format.declared(fields) is not None)
+        return next(named, "an unnamed method")
+    return str(getattr(method, "value", method))
+
+
+def of_layer(module: torch.nn.Module, name: str) -> Layer | None:
+    """The weight of a quantized layer in memory, sharing its bytes; None for others.
+
+    Args:
+        module: any module of a transformers model.
+        name: of the weight, for messages.
+
+    Raises:
+        QuantizationError: a quantized layer that cannot be read, or has no kernel here.
+    """
+    for format in FORMATS:
+        try:
+            layer = format.of_layer(module)
+        except QuantizationError as error:
+            raise QuantizationError(f"{name}: {error}") from error
+        if layer is not None:
+            return layer
+    return None
+
+
+def descriptions() -> tuple[str, ...]:
+    """Ends of the names of tensors whose values say what other tensors are."""
+    return tuple(piece for format in FORMATS for piece in format.descriptions)

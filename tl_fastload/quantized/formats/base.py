@@ -1,0 +1,266 @@
+"""What a format is: bytes that multiply, and a description of how they are stored and made.
+
+A format is one module: a class of bytes, and a `Format` that `formats.FORMATS` lists. Bytes declare
+their fields once, as a dataclass; moving, copying, counting and saving are derived from that
+declaration (`tensors`, `plain`, `map`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, TypeVar
+
+import torch
+import torch.nn.functional as F
+
+from tl_fastload.errors import QuantizationError
+from tl_fastload.quantized.spec import Spec
+from tl_fastload.quantized.views import runs_untraced
+
+Part = TypeVar("Part", bound="Declared")
+
+
+class Declared:
+    """A dataclass whose fields are tensors, other such dataclasses, and plain values."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor in it, by the name of its field."""
+        found: dict[str, torch.Tensor] = {}
+        for name, value in self._values().items():
+            if isinstance(value, torch.Tensor):
+                found[name] = value
+            elif isinstance(value, Declared):
+                found.update(value.tensors())
+        return found
+
+    def plain(self) -> dict[str, Any]:
+        """Its own fields that hold plain values, by name."""
+        values = self._values()
+        return {k: v for k, v in values.items() if not isinstance(v, (torch.Tensor, Declared))}
+
+    def map(self: Part, change: Callable[[torch.Tensor], torch.Tensor]) -> Part:
+        """The same thing with every tensor replaced by `change(tensor)`."""
+        changed: dict[str, Any] = {}
+        for name, value in self._values().items():
+            if isinstance(value, torch.Tensor):
+                changed[name] = change(value)
+            elif isinstance(value, Declared):
+                changed[name] = value.map(change)
+        return replace(self, **changed)  # type: ignore[type-var]
+
+    def _values(self) -> dict[str, Any]:
+        named = fields(self)  # type: ignore[arg-type]  # the base is no dataclass itself
+        return {field.name: getattr(self, field.name) for field in named}
+
+
+class QuantizedBytes(Declared, ABC):
+    """The bytes of one `[out, in]` matrix, with everything that turns them back into numbers.
+
+    A subclass is a frozen dataclass (`eq=False`). Its fields must not be called as those of
+    `content.Content` that hold tensors are (`in_scale`, `in_shift`, `out_shift`).
+
+    Attributes:
+        tag: names the class in files; belongs to one class of one format.
+        shape: (out, in) of the matrix, whatever the shapes of the tensors.
+        kind: of its `Spec`, such as "nf4".
+        rounds_activations: whether `linear` rounds what it multiplies by, and so depends on where
+            activations lie; it then gets them as the weights were quantized for.
+    """
+
+    tag: ClassVar[str]
+    rounds_activations: ClassVar[bool] = False
+    shape: tuple[int, int]
+    kind: str
+
+    @abstractmethod
+    def rows(self, index: torch.Tensor) -> QuantizedBytes:
+        """The bytes of some rows; a run of successive rows is shared, not copied.
+
+        Args:
+            index: [n] row numbers on the CPU, in the order wanted.
+
+        Raises:
+            QuantizationError: the rows cannot be taken out without quantizing again.
+        """
+
+    @abstractmethod
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """The matrix [out, in] that `linear` multiplies by, a new tensor; on the meta device of
+        bytes that are there.
+        """
+
+    def linear(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        compute_dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """`x @ W.T + bias`; gradients reach `x` and `bias`. Without a kernel, by dequantizing.
+
+        Args:
+            x: [..., in] activations.
+            bias: [out], or None.
+            compute_dtype: what a kernel that has a choice multiplies in; None for x's own dtype.
+
+        Returns:
+            [..., out], in x's dtype.
+        """
+        return F.linear(x, self.dense(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def requantize(self, dense: torch.Tensor) -> QuantizedBytes:
+        """Other values quantized as these are.
+
+        Args:
+            dense: [out, in], floating point; on the meta device for sizes alone.
+
+        Raises:
+            QuantizationError: the format's bytes are only read, not made.
+        """
+        raise QuantizationError(
+            f"{self.kind} weights cannot be quantized again. Merge into the unquantized "
+            "checkpoint, with quantize= if it is too large."
+        )
+
+    @property
+    def default_dtype(self) -> torch.dtype:
+        """What the matrix computes in unless told: the dtype that was quantized, if known."""
+        return torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Where the bytes are."""
+        return next(iter(self.tensors().values())).device
+
+    def nbytes(self) -> int:
+        """Bytes that the elements of all tensors occupy."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A quantized layer in memory: its bytes, shared, and what its module says about them."""
+
+    stored: QuantizedBytes
+    spec: Spec
+
+
+class Format(ABC):
+    """One way to store matrices as bytes. What a subclass leaves out, the format cannot do.
+
+    Attributes:
+        name: for messages.
+        kinds: the kinds of its specs and bytes.
+        stores: its classes of bytes.
+        spec: its class of specs.
+        pieces: end of a stored tensor's name -> end of its weight's name in transformers' model,
+            for tensors that only quantized weights have: `{".SCB": ".weight"}`, or
+            `{"_blocks": "", "_scales": ""}`. A tensor under the weight's own name is a piece, too.
+        codes: dtypes in which only quantized weights are stored under their own name; such a
+            `.weight` is quantized, with or without pieces.
+        descriptions: pieces of a few bytes, whose values have to be known to plan.
+        undeclared: piece -> what config.json lacks where one stands alone.
+        offered: what `quantize=` may say -> kind, for formats that quantize.
+        advised: of these, what to propose for a model that does not fit, largest first.
+        remedy: what to do where its kernels do not work.
+    """
+
+    name: ClassVar[str]
+    kinds: ClassVar[tuple[str, ...]]
+    stores: ClassVar[tuple[type[QuantizedBytes], ...]]
+    spec: ClassVar[type[Spec]] = Spec
+    pieces: ClassVar[Mapping[str, str]] = {}
+    codes: ClassVar[frozenset[torch.dtype]] = frozenset()
+    descriptions: ClassVar[frozenset[str]] = frozenset()
+    undeclared: ClassVar[Mapping[str, str]] = {}
+    offered: ClassVar[Mapping[str, str]] = {}
+    advised: ClassVar[tuple[str, ...]] = ()
+    remedy: ClassVar[str] = ""
+
+    @abstractmethod
+    def declared(self, fields: Mapping[str, Any]) -> Spec | None:
+        """What the `quantization_config` of a checkpoint says; None if it is another format's.
+
+        Raises:
+            ArgumentError: it contradicts itself.
+        """
+
+    def asked(self, fields: Mapping[str, Any]) -> Spec | None:
+        """What a configuration object, passed as `quantize=`, asks for; None if another format.
+
+        Raises:
+            ArgumentError: it contradicts itself.
+        """
+        return None
+
+    @abstractmethod
+    def assemble(self, pieces: Mapping[str, torch.Tensor], spec: Spec) -> QuantizedBytes:
+        """The bytes of one weight, sharing the memory of its pieces.
+
+        Args:
+            pieces: by name: the end of the stored name as in `pieces` without its first character
+                ("SCB", "blocks"), or the last part of the weight's own name ("weight"). The first
+                time all of them but the descriptions are on the meta device.
+            spec: what the checkpoint declares.
+
+        Raises:
+            QuantizationError: pieces missing, misshapen or unreadable; need not name the weight.
+        """
+
+    def as_parameter(self, matrix: Any, pieces: Mapping[str, torch.Tensor]) -> Any:
+        """The matrix [out, in] as the parameter that transformers' model has, by views alone: where
+        that one is transposed, or has the experts in a dimension of its own.
+        """
+        return matrix
+
+    def of_layer(self, module: torch.nn.Module) -> Layer | None:
+        """The weight of a quantized layer in memory; None for others.
+
+        Raises:
+            QuantizationError: not quantized yet, scales missing or misshapen, no kernel here.
+        """
+        return None
+
+    def quantize(self, dense: torch.Tensor, spec: Spec) -> QuantizedBytes:
+        """Quantize a matrix [out, in], floating point, on its device; of one on the meta device,
+        the sizes.
+
+        Raises:
+            QuantizationError: settings or values that cannot be, or no kernel here.
+        """
+        raise QuantizationError(
+            f"{spec.kind} weights can be loaded, but not made: take a checkpoint that has them."
+        )
+
+    def require_device(self, device: torch.device) -> None:  # noqa: B027  # without kernels: none
+        """Check that products can be computed on a device.
+
+        Raises:
+            QuantizationError: they cannot; says what to do.
+        """
+
+
+@runs_untraced
+def runs_of(index: torch.Tensor) -> list[tuple[int, int]]:
+    """Row numbers as runs of successive ones: (first, last + 1)."""
+    if index.numel() == 0:
+        return [(0, 0)]
+    breaks = (torch.nonzero(index[1:] != index[:-1] + 1).flatten() + 1).tolist()
+    edges = [0, *breaks, index.numel()]
+    firsts = index[torch.tensor(edges[:-1])].tolist()
+    return [
+        (first, first + stop - start)
+        for first, start, stop in zip(firsts, edges[:-1], edges[1:])  # noqa: B905  # one length
+    ]
+
+
+def take(tensor: torch.Tensor, runs: list[tuple[int, int]]) -> torch.Tensor:
+    """Runs of the first dimension, one after the other: a view of one run, a copy of several."""
+    parts = [tensor[start:stop] for start, stop in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def describe(tensor: torch.Tensor) -> str:
+    """Shape and dtype, for messages."""
+    return f"{list(tensor.shape)} {tensor.dtype}"

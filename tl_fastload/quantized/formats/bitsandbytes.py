@@ -1,0 +1,130 @@
+"""The format of bitsandbytes: int8 rows ("int8") and packed 4-bit blocks ("nf4", "fp4")."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from tl_fastload.errors import ArgumentError
+from tl_fastload.quantized.formats import bitsandbytes_files as files
+from tl_fastload.quantized.formats import bitsandbytes_kernels as kernels
+from tl_fastload.quantized.formats.base import Format, Layer, QuantizedBytes
+from tl_fastload.quantized.formats.bitsandbytes_bytes import FourBitBytes, Int8Bytes
+from tl_fastload.quantized.spec import Spec, as_dtype
+
+_METHODS = ("bitsandbytes", "bitsandbytes_8bit", "bitsandbytes_4bit")
+_DECLARED = '{"quant_method": "bitsandbytes", '
+
+
+@dataclass(frozen=True)
+class BitsAndBytesSpec(Spec):
+    """How bitsandbytes quantizes.
+
+    Attributes:
+        kind: "int8", "nf4" or "fp4".
+        blocksize: values per block of the 4-bit kinds.
+        double_quant: whether the scales of the 4-bit kinds are quantized too.
+        threshold: activations from here on are outliers to the 8-bit kernel.
+    """
+
+    blocksize: int = 64
+    double_quant: bool = False
+    threshold: float = 6.0
+
+    def why_dense(self, columns: int) -> str | None:
+        if self.kind == "int8" or columns % self.blocksize == 0:
+            return None
+        return f"a row of {columns} is not a whole number of blocks of {self.blocksize}"
+
+
+class BitsAndBytes(Format):
+    """What bitsandbytes quantizes, and transformers saves."""
+
+    name = "bitsandbytes"
+    kinds = ("int8", "nf4", "fp4")
+    stores = (Int8Bytes, FourBitBytes)
+    spec = BitsAndBytesSpec
+    pieces: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        (f".{piece}" for piece in (*files.INT8_PARTS, *files.FOUR_BIT_PARTS)), ".weight"
+    )
+    codes = frozenset({torch.int8, torch.uint8})
+    descriptions = files.DESCRIPTIONS
+    undeclared: ClassVar[Mapping[str, str]] = {
+        "SCB": _DECLARED + '"load_in_8bit": true}',
+        **{
+            f"weight.quant_state.bitsandbytes__{kind}": _DECLARED
+            + f'"load_in_4bit": true, "bnb_4bit_quant_type": "{kind}"}}'
+            for kind in ("nf4", "fp4")
+        },
+    }
+    offered: ClassVar[Mapping[str, str]] = {
+        "8bit": "int8",
+        "int8": "int8",
+        "nf4": "nf4",
+        "4bit": "nf4",
+        "fp4": "fp4",
+    }
+    advised = ("8bit", "nf4")
+    remedy = 'pip install --upgrade "bitsandbytes>=0.46"'
+
+    def declared(self, fields: Mapping[str, Any]) -> Spec | None:
+        method = fields.get("quant_method")
+        method = getattr(method, "value", method)
+        if method is None:
+            return self.asked(fields)
+        if method not in _METHODS:
+            return None
+        spec = self.asked(fields)
+        if spec is None:
+            raise ArgumentError(
+                f"the quantization_config {dict(fields)} says neither load_in_8bit nor "
+                "load_in_4bit. Correct config.json."
+            )
+        return spec
+
+    def asked(self, fields: Mapping[str, Any]) -> Spec | None:
+        skip = tuple(fields.get("llm_int8_skip_modules") or ())
+        if fields.get("load_in_8bit") and fields.get("load_in_4bit"):
+            raise ArgumentError("load_in_8bit and load_in_4bit contradict each other: pass one.")
+        if fields.get("load_in_8bit"):
+            threshold = float(fields.get("llm_int8_threshold", 6.0))
+            return BitsAndBytesSpec("int8", skip, threshold=threshold)
+        if not fields.get("load_in_4bit"):
+            return None
+        kind = fields.get("bnb_4bit_quant_type", "fp4")
+        if kind not in ("nf4", "fp4"):
+            raise ArgumentError(f"bnb_4bit_quant_type={kind!r} is neither 'nf4' nor 'fp4'.")
+        dtype = fields.get("bnb_4bit_compute_dtype")
+        return BitsAndBytesSpec(
+            kind,
+            skip,
+            compute_dtype=None if dtype is None else as_dtype(dtype),
+            double_quant=bool(fields.get("bnb_4bit_use_double_quant", False)),
+        )
+
+    def assemble(self, pieces: Mapping[str, torch.Tensor], spec: Any) -> QuantizedBytes:
+        return files.read(pieces, spec.threshold)
+
+    def of_layer(self, module: nn.Module) -> Layer | None:
+        # By name: a model without such layers must not import bitsandbytes.
+        kind = type(module._parameters.get("weight")).__name__
+        if kind == "Int8Params":
+            rows = Int8Bytes.of_layer(module)
+            return Layer(rows, BitsAndBytesSpec("int8", threshold=rows.threshold))
+        if kind != "Params4bit":
+            return None
+        blocks = FourBitBytes.of_layer(module)
+        compute_dtype = kernels.compute_dtype_of(module)
+        return Layer(blocks, BitsAndBytesSpec(blocks.kind, compute_dtype=compute_dtype))
+
+    def quantize(self, dense: torch.Tensor, spec: Any) -> QuantizedBytes:
+        if spec.kind == "int8":
+            return Int8Bytes.quantize(dense, spec.threshold)
+        return FourBitBytes.quantize(dense, spec.kind, spec.blocksize, spec.double_quant)
+
+    def require_device(self, device: torch.device) -> None:
+        kernels.require_device(device)

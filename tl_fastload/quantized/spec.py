@@ -1,0 +1,74 @@
+"""How matrices are quantized: what arguments and configurations say, in one form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tl_fastload.errors import ArgumentError
+
+_SHORT = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How matrices are quantized. A format with settings of its own adds fields to it.
+
+    Attributes:
+        kind: such as "int8"; belongs to one format.
+        skip: names of modules (parts of dotted names) that stay as they are.
+        compute_dtype: what a kernel multiplies in, where it has a choice; None for the
+            activations' dtype.
+    """
+
+    kind: str
+    skip: tuple[str, ...] = ()
+    compute_dtype: torch.dtype | None = None
+
+    def why_dense(self, columns: int) -> str | None:
+        """Why a matrix with rows of this length is not quantized; None if it is."""
+        return None
+
+
+def quantization_argument(quantize: Any, keywords: dict[str, Any]) -> Any:
+    """What is asked for by `quantize=`, or by transformers' older arguments among the keywords.
+
+    Args:
+        quantize: the argument of that name.
+        keywords: for Hugging Face; `load_in_8bit`, `load_in_4bit` and `quantization_config` are
+            taken out.
+
+    Raises:
+        ArgumentError: several of them at once.
+    """
+    found = {"quantize": quantize, "quantization_config": keywords.pop("quantization_config", None)}
+    for name in ("load_in_8bit", "load_in_4bit"):
+        found[name] = {name: True} if keywords.pop(name, False) else None
+    given = {name: value for name, value in found.items() if value is not None}
+    if len(given) > 1:
+        raise ArgumentError(f"{' and '.join(given)} are several ways to say one thing: pass one.")
+    return next(iter(given.values()), None)
+
+
+def declared_fields(hf_config: Any) -> Mapping[str, Any] | None:
+    """The `quantization_config` of a Hugging Face configuration as a table; None without."""
+    declared = getattr(hf_config, "quantization_config", None)
+    if declared is None or isinstance(declared, Mapping):
+        return declared
+    fields: Mapping[str, Any] = declared.to_dict()
+    return fields
+
+
+def as_dtype(value: str | torch.dtype) -> torch.dtype:
+    """A dtype, or the name of one, as a dtype.
+
+    Raises:
+        ArgumentError: torch has no such dtype.
+    """
+    dtype = _SHORT.get(str(value)) or getattr(torch, str(value).removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ArgumentError(f"{value!r} is not a dtype of torch.")
+    return dtype
