@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import quantized_zoo as qz
 from fake_hub import FakeHub, Repo, forbid_network, point_at
 
 from tl_fastload import plan
@@ -49,6 +50,13 @@ def test_only_headers_are_fetched(shards: bool, zoo: Any, hub: FakeHub, tmp_path
         assert size > hub.sent_bytes[name]
     cached = {path.name for path in tmp_path.rglob("*") if path.is_symlink()}
     assert not any(name.endswith(".safetensors") for name in cached)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_packing_that_only_tensors_tell(kind: str, zoo: Any, hub: FakeHub, tmp_path: Path) -> None:
+    hub.repos["org/name"] = Repo(files_of(qz.saved(qz.build(zoo, "llama-gqa"), kind)))
+    with pytest.raises(CheckpointError, match="in tensors, not in headers"):
+        plan("org/name", cache_dir=tmp_path, device="cpu")
 
 
 def test_what_is_cached_is_not_counted(zoo: Any, hub: FakeHub, tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_saved_pieces_are_the_layer(saved: Any) -> None:
     read = quantized.from_bytes(stored, dtype=torch.float32)
     in_memory = formats.of_layer(layer, name)
     assert in_memory is not None
-    taken = quantized.from_bytes(in_memory.stored, dtype=torch.float32)
+    taken = quantized.from_bytes(in_memory[0], dtype=torch.float32)
     assert read.content.stored.plain() == taken.content.stored.plain()
     for field, tensor in taken.content.tensors().items():
         assert torch.equal(read.content.tensors()[field], tensor), field

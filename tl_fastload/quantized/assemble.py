@@ -39,7 +39,7 @@ def promise_of_layer(module: nn.Module, name: str, dtype: torch.dtype) -> Promis
     layer = formats.of_layer(module, name)
     if layer is None:
         return None
-    tensor = QuantizedTensor(Content(layer.stored, layer.spec.compute_dtype), None, dtype)
+    tensor = QuantizedTensor(Content(*layer), None, dtype)
     return Promise.of(QuantizedSource.of(tensor, name), tensor.device)
 
 
@@ -50,7 +50,7 @@ def spec_of_layers(model: Any) -> Spec | None:
     for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
         layer = formats.of_layer(module, f"{name}.weight")
         if layer is not None:
-            return layer.spec
+            return formats.make_spec(layer[0].kind)
     return None
 
 
@@ -65,20 +65,26 @@ def refuse_undeclared(promises: Mapping[str, Promise]) -> None:
     Raises:
         QuantizationError: some are; says what the configuration lacks.
     """
-    undeclared = dict.fromkeys(_FOREIGN, _AS_SAVED)
-    codes: set[torch.dtype] = set()
+    marks, codes = dict.fromkeys(_FOREIGN, _AS_SAVED), set[torch.dtype]()
     for format in formats.FORMATS:
-        undeclared |= format.undeclared
+        marks |= format.undeclared
         codes |= format.codes
-    for name, promise in promises.items():
-        lacking = next((undeclared[p] for p in undeclared if name.endswith("." + p)), None)
-        if lacking is None and name.endswith(".weight") and promise.dtype in codes:
-            lacking = _AS_SAVED
-        if lacking is not None:
-            raise QuantizationError(
-                f"{name} ({promise.dtype}) belongs to quantized weights, but config.json has no "
-                f"quantization_config. Add it again: {lacking}."
-            )
+    pieces = {
+        name: lacking
+        for name in promises
+        for piece, lacking in marks.items()
+        if name.endswith("." + piece)
+    }
+    coded = {
+        name: _AS_SAVED
+        for name, promise in promises.items()
+        if name.endswith(".weight") and promise.dtype in codes
+    }
+    for name, lacking in {**pieces, **coded}.items():  # those that say most first
+        raise QuantizationError(
+            f"{name} ({promises[name].dtype}) belongs to quantized weights, but config.json has no "
+            f"quantization_config. Add it again: {lacking}."
+        )
 
 
 def combine(promises: Mapping[str, Promise], spec: Spec, dtype: torch.dtype) -> dict[str, Promise]:

@@ -125,7 +125,7 @@ def _why_dense(name: str, promise: Promise, spec: Spec) -> str | None:
         return "skipped, as the configuration asks"
     order, outputs = form
     row = torch.Size(promise.shape[dim] for dim in order[outputs:]).numel()
-    return spec.why_dense(row)
+    return spec.why_dense(promise.numel() // max(row, 1), row)
 
 
 def _is_matrix(name: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tl_fastload.errors import ArgumentError, QuantizationError, UnsupportedArchitectureError
-from tl_fastload.quantized.formats.base import Format, Layer, QuantizedBytes
+from tl_fastload.quantized.formats.base import Format, QuantizedBytes
 from tl_fastload.quantized.formats.bitsandbytes import BitsAndBytes
 from tl_fastload.quantized.spec import Spec, declared_fields
 
@@ -120,8 +120,11 @@ def method_of(hf_config: Any) -> str | None:
     return str(getattr(method, "value", method))
 
 
-def of_layer(module: torch.nn.Module, name: str) -> Layer | None:
-    """The weight of a quantized layer in memory, sharing its bytes; None for others.
+def of_layer(
+    module: torch.nn.Module, name: str
+) -> tuple[QuantizedBytes, torch.dtype | None] | None:
+    """The bytes of a quantized layer in memory, shared, and the dtype that it multiplies in if not
+    the activations'; None for others.
 
     Args:
         module: any module of a transformers model.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -138,14 +138,6 @@ class QuantizedBytes(Declared, ABC):
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A quantized layer in memory: its bytes, shared, and what its module says about them."""
-
-    stored: QuantizedBytes
-    spec: Spec
-
-
 class Format(ABC):
     """One way to store matrices as bytes. What a subclass leaves out, the format cannot do.
 
@@ -214,8 +206,9 @@ class Format(ABC):
         """
         return matrix
 
-    def of_layer(self, module: torch.nn.Module) -> Layer | None:
-        """The weight of a quantized layer in memory; None for others.
+    def of_layer(self, module: Any) -> tuple[QuantizedBytes, torch.dtype | None] | None:
+        """The bytes of a quantized layer in memory, shared, and the dtype that it multiplies in if
+        not the activations'; None for others.
 
         Raises:
             QuantizationError: not quantized yet, scales missing or misshapen, no kernel here.

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
 from tl_fastload.errors import ArgumentError
 from tl_fastload.quantized.formats import bitsandbytes_files as files
 from tl_fastload.quantized.formats import bitsandbytes_kernels as kernels
-from tl_fastload.quantized.formats.base import Format, Layer, QuantizedBytes
+from tl_fastload.quantized.formats.base import Format, QuantizedBytes
 from tl_fastload.quantized.formats.bitsandbytes_bytes import FourBitBytes, Int8Bytes
 from tl_fastload.quantized.spec import Spec, as_dtype
 
@@ -35,7 +34,7 @@ class BitsAndBytesSpec(Spec):
     double_quant: bool = False
     threshold: float = 6.0
 
-    def why_dense(self, columns: int) -> str | None:
+    def why_dense(self, rows: int, columns: int) -> str | None:
         if self.kind == "int8" or columns % self.blocksize == 0:
             return None
         return f"a row of {columns} is not a whole number of blocks of {self.blocksize}"
@@ -109,17 +108,14 @@ class BitsAndBytes(Format):
     def assemble(self, pieces: Mapping[str, torch.Tensor], spec: Any) -> QuantizedBytes:
         return files.read(pieces, spec.threshold)
 
-    def of_layer(self, module: nn.Module) -> Layer | None:
+    def of_layer(self, module: Any) -> tuple[QuantizedBytes, torch.dtype | None] | None:
         # By name: a model without such layers must not import bitsandbytes.
         kind = type(module._parameters.get("weight")).__name__
         if kind == "Int8Params":
-            rows = Int8Bytes.of_layer(module)
-            return Layer(rows, BitsAndBytesSpec("int8", threshold=rows.threshold))
-        if kind != "Params4bit":
-            return None
-        blocks = FourBitBytes.of_layer(module)
-        compute_dtype = kernels.compute_dtype_of(module)
-        return Layer(blocks, BitsAndBytesSpec(blocks.kind, compute_dtype=compute_dtype))
+            return Int8Bytes.of_layer(module), None
+        if kind == "Params4bit":
+            return FourBitBytes.of_layer(module), kernels.compute_dtype_of(module)
+        return None
 
     def quantize(self, dense: torch.Tensor, spec: Any) -> QuantizedBytes:
         if spec.kind == "int8":

@@ -31,7 +31,7 @@ class Int8Bytes(QuantizedBytes):
     scales: torch.Tensor
     threshold: float = 6.0
 
-    tag: ClassVar[str] = "int8"
+    tag = kind = "int8"
     rounds_activations: ClassVar[bool] = True
 
     @classmethod
@@ -46,18 +46,14 @@ class Int8Bytes(QuantizedBytes):
         return cls(*kernels.quantize_int8(dense), threshold)
 
     @classmethod
-    def of_layer(cls, source: Any, threshold: float | None = None) -> Int8Bytes:
-        """The bytes of a `Linear8bitLt` or an `Int8Params`, shared.
-
-        Args:
-            source: the module or its weight.
-            threshold: of outliers; None for the module's own (a bare weight: 6, transformers'
-                default).
+    def of_layer(cls, source: Any) -> Int8Bytes:
+        """The bytes of a `Linear8bitLt` or an `Int8Params`, shared, with the module's threshold (a
+        bare weight: 6, transformers' default).
 
         Raises:
             QuantizationError: it is not quantized yet, or its scales are missing or misshapen.
         """
-        return cls(*kernels.parts_of_linear8bit(source, threshold))
+        return cls(*kernels.parts_of_linear8bit(source))
 
     def __post_init__(self) -> None:
         if self.codes.dtype != torch.int8 or self.codes.dim() != 2:
@@ -74,10 +70,6 @@ class Int8Bytes(QuantizedBytes):
     def shape(self) -> tuple[int, int]:  # type: ignore[override]
         return (self.codes.shape[0], self.codes.shape[1])
 
-    @property
-    def kind(self) -> str:  # type: ignore[override]
-        return "int8"
-
     def rows(self, index: torch.Tensor) -> Int8Bytes:
         runs = runs_of(index)
         return replace(self, codes=take(self.codes, runs), scales=take(self.scales, runs))
@@ -87,12 +79,7 @@ class Int8Bytes(QuantizedBytes):
             return _empty(*self.shape).to(dtype)
         return kernels.dequantize_int8(self.codes, self.scales).to(dtype)
 
-    def linear(
-        self,
-        x: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        compute_dtype: torch.dtype | None = None,
-    ) -> torch.Tensor:
+    def linear(self, x: Any, bias: Any = None, compute_dtype: Any = None) -> torch.Tensor:
         """As the base says; the kernel rounds x to float16."""
         return _by_rows(kernels.linear_int8, self, x, bias)
 
@@ -260,12 +247,7 @@ class FourBitBytes(QuantizedBytes):
             return _empty(*self.shape, dtype=dtype)
         return kernels.dequantize_4bit(self, dtype)
 
-    def linear(
-        self,
-        x: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        compute_dtype: torch.dtype | None = None,
-    ) -> torch.Tensor:
+    def linear(self, x: Any, bias: Any = None, compute_dtype: Any = None) -> torch.Tensor:
         return _by_rows(kernels.linear_4bit, self, x, bias, compute_dtype)
 
     def requantize(self, dense: torch.Tensor) -> FourBitBytes:

@@ -243,9 +243,7 @@ def quantize_4bit(
     return fields_of(packed, state)
 
 
-def parts_of_linear8bit(
-    source: Any, threshold: float | None
-) -> tuple[torch.Tensor, torch.Tensor, float]:
+def parts_of_linear8bit(source: Any) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Codes, scales and threshold of a `Linear8bitLt` or an `Int8Params`, shared."""
     weight = getattr(source, "weight", source)
     state = getattr(source, "state", None)
@@ -260,8 +258,7 @@ def parts_of_linear8bit(
         )
     if scales is None:
         raise QuantizationError("8-bit weights without scales (SCB): load them again.")
-    if threshold is None:
-        threshold = 6.0 if state is None else float(state.threshold)
+    threshold = 6.0 if state is None else float(state.threshold)
     require_device(weight.device)
     return _plain(weight).contiguous(), _plain(scales).reshape(-1), threshold
 
