@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import tl_fastload
 from tl_fastload.errors import QuantizationError, UnsupportedArchitectureError
+from tl_fastload.lora_quantized import requantized
 from tl_fastload.promise import Promise
 from tl_fastload.quantized import formats
 from tl_fastload.quantized.assemble import combine
@@ -146,6 +147,16 @@ def test_a_broken_checkpoint_names_the_weight(registered: Any) -> None:
         combine({"h.0.up.weight": codes, "norm.weight": codes.float()}, Spec("toy"), torch.float32)
     with pytest.raises(QuantizationError, match="has none that are"):
         combine({"norm.weight": codes.float()}, Spec("toy"), torch.float32)
+
+
+def test_an_adapter_on_bytes_that_are_only_read(registered: Any) -> None:
+    del registered
+    made = Toy().quantize(dense_matrix(4, 8), Spec("toy"))
+    stored = {"up.weight": made.codes, "up.row_scale": made.scales}
+    promises = {name: Promise.of(MemorySource(part, name)) for name, part in stored.items()}
+    weight = combine(promises, Spec("toy"), torch.float32)["up.weight"]
+    with pytest.raises(QuantizationError, match="cannot be quantized again"):  # nothing read yet
+        requantized(weight, lambda dense: dense)
 
 
 class Stacked(Toy):

@@ -21,7 +21,7 @@ def _quoted() -> list[str]:
 def _messages() -> list[str]:
     """Every text of the package, with "..." for what is filled in, and every name."""
     found = []
-    for path in PACKAGE.glob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         descriptions = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
         for node in ast.walk(tree):

@@ -12,7 +12,7 @@ from tl_fastload.errors import QuantizationError
 from tl_fastload.promise import Promise
 from tl_fastload.quantized import formats
 from tl_fastload.quantized.content import Content
-from tl_fastload.quantized.formats.base import Format
+from tl_fastload.quantized.formats.base import Format, QuantizedBytes
 from tl_fastload.quantized.recipes import QuantizedSource
 from tl_fastload.quantized.spec import Spec
 from tl_fastload.quantized.tensor import QuantizedTensor, from_bytes
@@ -134,19 +134,21 @@ def _promise_of_pieces(
 ) -> Promise:
     format, layer = formats.of_kind(spec.kind), name.removesuffix(".weight")
 
+    def assembled(pieces: Mapping[str, torch.Tensor]) -> QuantizedBytes:
+        try:
+            return format.assemble(pieces, spec)
+        except QuantizationError as error:
+            raise QuantizationError(f"{layer}: {error}") from error
+
     def load() -> QuantizedTensor:
-        tensors = {part: _values(promise) for part, promise in parts.items()}
-        stored = format.assemble(tensors, spec)
+        stored = assembled({part: _values(promise) for part, promise in parts.items()})
         return from_bytes(stored, dtype=dtype, compute_dtype=spec.compute_dtype)
 
     outlines = {
         part: _values(promise) if part in format.descriptions else _outline(promise)
         for part, promise in parts.items()
     }
-    try:
-        outline = format.assemble(outlines, spec)
-    except QuantizationError as error:
-        raise QuantizationError(f"{layer}: {error}") from error
+    outline = assembled(outlines)
     if outline.kind != spec.kind:
         raise QuantizationError(
             f"{layer} holds {outline.kind} weights, but the configuration declares {spec.kind}. "
