@@ -64,7 +64,7 @@ def innermost(function: Any) -> FunctionType | None:
             function = function.func
         elif isinstance(function, (classmethod, staticmethod, MethodType)):
             function = function.__func__
-        elif callable(getattr(function, "__wrapped__", None)):
+        elif getattr(function, "__wrapped__", None) is not None:
             function = function.__wrapped__
         else:
             return None

@@ -48,15 +48,16 @@ _DECODERS = (
 
 
 
-def _converted() -> tuple[str, ...]:
+def converted() -> tuple[str, ...]:
+    """The decoders that TransformerLens' function compares an architecture's name with."""
     function = innermost(loading.get_pretrained_state_dict)
     compared = spelled_out(function.__code__) if function is not None else frozenset()
     # Something else stands there if it names none: the load says so, which a list cannot.
     return tuple(name for name in _DECODERS if name in compared) or _DECODERS
 
 
-SUPPORTED_ARCHITECTURES: tuple[str, ...] = _converted()
-"""Decoders whose weights the installed TransformerLens converts (the names it compares with)."""
+SUPPORTED_ARCHITECTURES: tuple[str, ...] = converted()
+"""Decoders whose weights the installed TransformerLens converts."""
 
 
 def declared_architectures(value: Any) -> list[str]:

@@ -47,7 +47,7 @@ class RecordingError(LeanLoadError):
     """An operation that cannot be recorded on a promise; names the operation."""
 
 
-class ReplacedFunctionError(LeanLoadError, TypeError):
+class ReplacedFunctionError(LeanLoadError):
     """Something else stands where a function of TransformerLens should; says what, and where."""
 
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from transformer_lens import HookedTransformer
 from transformer_lens import loading_from_pretrained as loading
 
-from tl_fastload.borrow import borrow
+from tl_fastload.borrow import borrow, innermost
 from tl_fastload.errors import ReplacedFunctionError
 
 _OWN_BRANCHES = ("NeelNanda", "ArthurConmy", "Baidicoot")
@@ -162,8 +162,9 @@ def run_from_pretrained(
         given["checkpoint_value"] = given.pop("checkpoint_label")
     own_loading = _Loading(answers)
     silent = {"print": lambda *args: None} if quiet else {}
+    found = HookedTransformer.__dict__["from_pretrained"]
     run = borrow(
-        HookedTransformer.__dict__["from_pretrained"],
+        innermost(found) or found,  # arguments bound on the way are given here anyhow
         label="HookedTransformer.from_pretrained",
         needs=("loading",),
         loading=own_loading,
