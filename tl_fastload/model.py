@@ -15,6 +15,7 @@ from tl_fastload.already import is_already_processed
 from tl_fastload.cache import load_through_cache
 from tl_fastload.draft import Request
 from tl_fastload.errors import NotEnoughMemory
+from tl_fastload.inheritance import check_bases
 from tl_fastload.load_plan import LoadPlan
 from tl_fastload.lora_argument import read_adapter_argument
 from tl_fastload.norms import replace_and_process
@@ -31,6 +32,10 @@ from tl_fastload.store_write import MAX_SHARD_BYTES, save_lean
 class LeanLoadingMixin:
     """Makes a `HookedTransformer` class load lean: `class Mine(LeanLoadingMixin, TheirClass)`.
 
+    A class with a loading method of its own, which has to run, comes first instead:
+    `class Mine(TheirClass, LeanHookedTransformer)`. The order in which one of them would be passed
+    over in silence is an ArgumentError when the class is made.
+
     Every way to load weights goes the lean way: `from_pretrained_lean`, and also `from_pretrained`,
     `from_pretrained_no_processing`, `load_and_process_state_dict` and `process_weights_`.
 
@@ -42,6 +47,10 @@ class LeanLoadingMixin:
     _session: Session | None = None
     _processed: tuple[set[str], Any]
     _hf_config: Any = None  # Hugging Face's configuration, for weights in its naming
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_bases(cls, LeanLoadingMixin)
 
     @classmethod
     def from_pretrained_lean(
@@ -183,9 +192,29 @@ class LeanLoadingMixin:
         return cls.from_pretrained_lean(*args, **kwargs)
 
     @classmethod
-    def from_pretrained_no_processing(cls, *args: Any, **kwargs: Any) -> Any:
-        """`from_pretrained_no_processing_lean` under the name that existing code calls."""
-        return cls.from_pretrained_no_processing_lean(*args, **kwargs)
+    def from_pretrained_no_processing(
+        cls,
+        model_name: str | Path,
+        fold_ln: bool = False,
+        center_writing_weights: bool = False,
+        center_unembed: bool = False,
+        refactor_factored_attn_matrices: bool = False,
+        fold_value_biases: bool = False,
+        **arguments: Any,
+    ) -> Any:
+        """`from_pretrained` with every processing step off by default, which is the class's own
+        where it has one, as in TransformerLens; the other arguments are the same. See
+        `from_pretrained_lean`.
+        """
+        return cls.from_pretrained(
+            model_name,
+            fold_ln=fold_ln,
+            center_writing_weights=center_writing_weights,
+            center_unembed=center_unembed,
+            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
+            fold_value_biases=fold_value_biases,
+            **arguments,
+        )
 
     def load_and_process_state_dict(
         self,
