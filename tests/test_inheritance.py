@@ -93,7 +93,10 @@ def test_the_mixin_first_is_refused_where_it_would_hide_them() -> None:
         def load(name: str) -> Any:
             return (lambda: HookedTransformer.from_pretrained(name))()
 
-    for base, words in ((Own, r"process_weights_ would never"), (ByName, r"ByName\.load would run")):
+    for base, words in (
+        (Own, r"process_weights_ would never"),
+        (ByName, r"ByName\.load would run"),
+    ):
         with pytest.raises(ArgumentError, match=words):
             type("Mine", (LeanLoadingMixin, base), {})
 

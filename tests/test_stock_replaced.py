@@ -1,4 +1,4 @@
-"""Loads while other code stands in place of TransformerLens' functions: lean, or refused by name."""
+"""Loads while other code stands in place of TransformerLens' functions: lean or refused."""
 
 from __future__ import annotations
 

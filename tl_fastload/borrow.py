@@ -102,7 +102,7 @@ def _message(label: str, function: Any, what: str) -> str:
     name = getattr(function, "__qualname__", None)
     shown = name if isinstance(name, str) else f"an object of type {type(function).__name__}"
     return (
-        f"In place of {label or 'a function'} stands {shown}{place}, which {what}. A lean load runs the original "
-        "with other answers, and would run something else here. Put the original back, or let what "
-        "stands there say what it wraps (functools.wraps)."
+        f"In place of {label or 'a function'} stands {shown}{place}, which {what}. A lean load "
+        "runs the original with other answers, and would run something else here. Put the original "
+        "back, or let what stands there say what it wraps (functools.wraps)."
     )

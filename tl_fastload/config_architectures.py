@@ -47,7 +47,6 @@ _DECODERS = (
 )
 
 
-
 def converted() -> tuple[str, ...]:
     """The decoders that TransformerLens' function compares an architecture's name with."""
     function = innermost(loading.get_pretrained_state_dict)

@@ -12,6 +12,7 @@ from transformer_lens import HookedTransformer
 from tl_fastload import compat, planning
 from tl_fastload import session as sessions
 from tl_fastload.already import is_already_processed
+from tl_fastload.argument_types import checked, checked_keywords
 from tl_fastload.cache import load_through_cache
 from tl_fastload.draft import Request
 from tl_fastload.errors import NotEnoughMemory
@@ -247,6 +248,8 @@ class LeanLoadingMixin:
             name: value for name, value in locals().items() if name not in ("self", "state_dict")
         }
         steps.pop("__class__", None)
+        steps = checked(state_dict=state_dict, **steps)
+        steps.pop("state_dict")
         stock = super().load_and_process_state_dict  # type: ignore[misc]
         sessions.load_state_dict_into(self, state_dict, steps, stock)
 
@@ -269,13 +272,13 @@ class LeanLoadingMixin:
             center_unembed: give the unembedding zero mean over the vocabulary.
             refactor_factored_attn_matrices: make the factors of the QK and OV circuits even.
         """
-        steps = {
-            "fold_ln": fold_ln,
-            "center_writing_weights": center_writing_weights,
-            "center_unembed": center_unembed,
-            "fold_value_biases": True,
-            "refactor_factored_attn_matrices": refactor_factored_attn_matrices,
-        }
+        steps = checked(
+            fold_ln=fold_ln,
+            center_writing_weights=center_writing_weights,
+            center_unembed=center_unembed,
+            fold_value_biases=True,
+            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
+        )
         if is_already_processed(self, steps):
             return
         before: set[str] = getattr(self, "_processed", (set(), None))[0]
@@ -320,14 +323,15 @@ class LeanLoadingMixin:
 
 def _request(cls: type, from_pretrained_kwargs: dict[str, Any], **arguments: Any) -> Request:
     """The arguments of `from_pretrained_lean`, sorted by who takes them."""
-    keywords = dict(from_pretrained_kwargs)
+    keywords = checked_keywords(from_pretrained_kwargs)
+    arguments = checked(**arguments)
     own = {name: arguments.pop(name) for name in OWN_ARGUMENTS}
     own["quantize"] = read_quantization(quantization_argument(own["quantize"], keywords))
     own["adapter"] = read_adapter_argument(own["adapter"])
     return Request(cls, Options(**own), arguments, keywords)
 
 
-class LeanHookedTransformer(LeanLoadingMixin, HookedTransformer):
+class LeanHookedTransformer(LeanLoadingMixin, HookedTransformer):  # type: ignore[misc]  # our order of arguments
     """`HookedTransformer` that loads lean; everything else about it is TransformerLens' own."""
 
 
