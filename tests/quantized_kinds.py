@@ -70,6 +70,8 @@ def _four_bit() -> list[Kind]:
         for kind, double, size, (dtype, error) in itertools.product(
             ("nf4", "fp4"), (False, True), (64, 128), errors.items()
         )
+        # Any two of these with each other, not all three.
+        if ((kind == "fp4") + double + (size == 128)) % 2 == 0
     ]
 
 
@@ -83,7 +85,7 @@ KINDS = [
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 # Tests of bookkeeping, which no dtype or block size changes.
 some_kinds = pytest.mark.parametrize(
-    "kind", [KINDS[0], *KINDS[4:][::6]], ids=lambda kind: kind.name
+    "kind", [KINDS[0], *KINDS[4:][::3]], ids=lambda kind: kind.name
 )
 
 

@@ -83,8 +83,15 @@ def mapped_files(folder: Path) -> list[str]:
     return [line for line in maps if str(folder) in line]
 
 
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("case_id", ["gpt2", "llama-gqa1-tied", "mixtral", "qwen", "othello"])
+OTHERS = ("llama-gqa1-tied", "mixtral", "qwen", "othello")
+CASES_AND_ROADS = [("gpt2", how) for how in HOW] + [
+    (case_id, list(HOW)[(number + step) % len(HOW)])
+    for number, case_id in enumerate(OTHERS)
+    for step in range(2)
+]
+
+
+@pytest.mark.parametrize(("case_id", "how"), CASES_AND_ROADS)
 def test_nothing_of_ours_survives(case_id: str, how: str, zoo: Any, no_collector: None) -> None:
     folder = zoo(case_id)
     before = alive()
