@@ -14,8 +14,10 @@ export TL_FASTLOAD_BENCH_CACHE ?= $(CURDIR)/.cache/checkpoints
 BASE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 
+PROPERTIES := $(shell grep -l "^@given" tests/test_*.py)
+
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo demo-quick test test-fast test-slow test-gpu lint format types bench notebooks notebooks-check embedded-model clean
+.PHONY: help install install-dev demo demo-quick test test-fast explore test-slow test-gpu lint format types bench notebooks notebooks-check embedded-model clean
 # Other versions of the libraries, each in a virtual environment of its own; see README.md.
 ENVIRONMENTS := tl2 tl216 old sae
 .PHONY: parity parity-current $(ENVIRONMENTS:%=parity-%) $(ENVIRONMENTS:%=bench-%)
@@ -38,6 +40,11 @@ test: lint types test-fast ## ruff, mypy, and every test that is neither slow no
 # One thread a worker: the models are tiny, and more threads than cores only wait.
 test-fast: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not gpu and not slow"
+
+# Ten runs, each with random examples; one that fails is printed, and kept for the next time.
+explore: $(DEV) ## the property tests with other examples than always
+	for run in 1 2 3 4 5 6 7 8 9 10; do TL_FASTLOAD_EXAMPLES=explore OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -n $(JOBS) $(PROPERTIES) || exit 1; done
 
 test-slow: $(DEV) ## the tests that are heavy in time or memory, one at a time
 	$(BIN)/python -m pytest -m "slow and not gpu"

@@ -17,10 +17,16 @@ import pytest
 import torch
 import zoo as zoo_module
 from fake_hub import forbid_network
+from hypothesis import settings
 
 from tl_fastload.reader import FileReader
 
 Zoo = Callable[..., Path]
+
+# The same examples each time, on any machine; `make explore` draws others, and many.
+settings.register_profile("same", derandomize=True, database=None, deadline=None)
+settings.register_profile("explore", deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("TL_FASTLOAD_EXAMPLES", "same"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -72,6 +72,8 @@ def _four_bit() -> list[Kind]:
         for kind, double, size, (dtype, error) in itertools.product(
             ("nf4", "fp4"), (False, True), (64, 128), errors.items()
         )
+        # Any two of these with each other, not all three.
+        if ((kind == "fp4") + double + (size == 128)) % 2 == 0
     ]
 
 
@@ -85,7 +87,7 @@ KINDS = [
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 # Tests of bookkeeping, which no dtype or block size changes.
 some_kinds = pytest.mark.parametrize(
-    "kind", [KINDS[0], *KINDS[4:][::6]], ids=lambda kind: kind.name
+    "kind", [KINDS[0], *KINDS[4:][::3]], ids=lambda kind: kind.name
 )
 
 
@@ -99,8 +101,8 @@ def is_bytes(tensor: Any) -> bool:
 
 
 def assert_near(found: torch.Tensor, expected: torch.Tensor, error: float) -> None:
-    gap = (found.double() - expected.double()).norm() / expected.double().norm()
-    assert gap <= error, float(gap)
+    gap, size = (found.double() - expected.double()).norm(), expected.double().norm()
+    assert gap <= error * size, (float(gap), float(size))  # both are zero where nothing is left
 
 
 def layer_8bit(dense: torch.Tensor, threshold: float = 6.0, bias: bool = False) -> Any:

@@ -103,14 +103,6 @@ STOCK_WRONG: tuple[StockWrong, ...] = (
 """Where stock is silently wrong, measured with transformers 5.23 in float32."""
 
 
-def stock_is_wrong_for(case_id: str) -> bool:
-    """Whether a case of the zoo, as it is and unprocessed, is wrong in stock."""
-    return any(
-        case_id == wrong.case_id and not wrong.overrides and not wrong.flags
-        for wrong in STOCK_WRONG
-    )
-
-
 # Neutral, so that no branch of stock that looks for a word in the name fires.
 _NAME = "checkpoint-of-the-zoo"
 

@@ -31,7 +31,7 @@ from tl_fastload.recipe import MemorySource, SourceView
 
 SHAPES = ((4, 6), (6,), (2, 3, 4), (4, 6))
 KIB = 1 << 10
-FEW = settings(max_examples=300, deadline=None, derandomize=True)
+FEW = settings(max_examples=300)
 some_dtypes = st.tuples(*[st.sampled_from(DTYPES)] * len(SHAPES))
 
 

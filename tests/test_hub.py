@@ -37,10 +37,15 @@ def server(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
 
 @pytest.fixture
-def unreachable(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def unreachable(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nobody answers, and nobody waits for it: what is slept adds up to no more than a moment."""
     with FakeHub({}) as fake:
         url = fake.url
     point_at(monkeypatch, url)  # nobody listens there any more
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    yield
+    assert sum(slept) < 5
 
 
 def refusal(name: str, kind: type[LeanLoadError] = UnknownModelError, **arguments: Any) -> str:
@@ -196,17 +201,13 @@ def test_a_cache_that_cannot_be_written(cache: Path, server: FakeHub) -> None:
 @pytest.mark.usefixtures("unreachable")
 def test_an_unreachable_hub_leaves_the_cache(cache: Path) -> None:
     fill_cache(cache, "org/name", SHARDED)
-    begin = time.monotonic()
     assert resolve("org/name", cache_dir=cache).entries.keys() == {"a", "b"}
     assert hub.repo_files("org/name", HubOptions(cache_dir=cache)) == sorted(SHARDED)
-    assert time.monotonic() - begin < 5
 
 
 @pytest.mark.usefixtures("unreachable")
 def test_an_unreachable_hub_without_a_cache_is_said_at_once(cache: Path) -> None:
-    begin = time.monotonic()
     message = refusal("org/name", cache_dir=cache)
-    assert time.monotonic() - begin < 5
     assert re.search(r"The hub cannot be reached \(Connect\w*Error", message)
     assert "Check the connection" in message
     assert f"not in the cache {cache}" in message
@@ -218,8 +219,6 @@ def test_an_unreachable_hub_without_a_cache_is_said_at_once(cache: Path) -> None
 def test_an_unreachable_hub_with_part_of_the_model_cached(cache: Path) -> None:
     files = {name: content for name, content in SHARDED.items() if name != "s-1.safetensors"}
     fill_cache(cache, "org/name", files)
-    begin = time.monotonic()
     message = refusal("org/name", CheckpointError, cache_dir=cache)
-    assert time.monotonic() - begin < 5
     assert "names: s-1.safetensors." in message
     assert "cannot be reached" in message

@@ -84,7 +84,7 @@ def test_dtypes_and_single_numbers() -> None:
     assert number == 1
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.permutations(range(6)), st.sets(st.integers(0, 5)), st.integers(0, 4))
 def test_any_order_with_overlaps(order: list[int], left_out: set[int], offset: int) -> None:
     """Targets side by side in one buffer, sources anywhere in it."""

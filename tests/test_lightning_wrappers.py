@@ -165,7 +165,7 @@ def test_two_processes(package: str, quantize: str, tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script), package, quantize, str(tmp_path)]
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=300, env=environment
+        command, capture_output=True, text=True, check=False, timeout=900, env=environment
     )
     assert done.returncode == 0, done.stderr[-3000:]
     results = [torch.load(tmp_path / f"result-{rank}.pt", weights_only=True) for rank in range(2)]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from comparison import lean_model
+import transformers
+from comparison import changed, lean_model, values
 from packaging.version import Version
 
-from tl_fastload import compat, options
+from tl_fastload import cache, compat, load_weights_, options, plan, save_lean, verify_copy
 from tl_fastload.errors import ArgumentError, StrategyError
 from tl_fastload.options import Options, is_on_network
 
@@ -126,54 +129,113 @@ def test_a_link_to_a_share_is_on_the_share(tmp_path: Path, monkeypatch: pytest.M
     assert not is_on_network(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"dtype": "floaty"},
-        {"dtype": "int8"},
-        {"dtype": torch.int32},
-        {"dtype": torch.complex64},
-        {"dtype": None},
-        {"torch_dtype": "floaty"},
-        {"strategy": "fast"},
-        {"strategy": None},
-        {"mmap": "yes"},
-        {"mmap": None},
-        {"mmap": 2},
-        {"progress": "loud"},
-        {"first_n_layers": -1},
-        {"first_n_layers": 1.5},
-        {"first_n_layers": "2"},
-        {"first_n_layers": 3},
-        {"first_n_layers": 99},
-        {"n_ctx": 0},
-        {"n_ctx": -5},
-        {"n_ctx": 2.5},
-        {"n_ctx": "many"},
-        {"n_devices": 0},
-        {"n_devices": 2},
-        {"n_devices": None},
-        {"device": "tpu"},
-        {"device": "meta"},
-        {"device": []},
-        {"default_padding_side": "up"},
-        {"default_prepend_bos": "maybe"},
-        {"tokenizer": "gpt2"},
-        {"fold_lnn": True},
-        {"device_map": "auto"},
-        {"checkpoint_index": 1},
-        {"checkpoint_value": 1000},
-        {"checkpoint_value": 1, "checkpoint_label": 1},
-        {"checkpoint_index": 1, "checkpoint_value": 1000},
-        {"checkpoint_index": 1, "revision": "main"},
-        {"torch_dtype": torch.float16, "dtype": torch.bfloat16},
-    ],
-    ids=str,
+WRONG: tuple[dict[str, Any], ...] = (
+    *({"dtype": value} for value in ("floaty", "int8", torch.int32, torch.complex64, None, 32)),
+    *({"dtype": value} for value in (["float32"], torch.ones(2))),
+    *({"torch_dtype": value} for value in ("floaty", "auto", ["float16"], torch.int8)),
+    *({"strategy": value} for value in ("fast", None, ["copy"], np.ones(2))),
+    *({"mmap": value} for value in ("yes", None, 2, np.ones(2))),
+    {"progress": "loud"},
+    *({"first_n_layers": value} for value in (-1, 1.5, "2", True, 3, 99, torch.ones(2))),
+    *({"n_ctx": value} for value in (0, -5, 2.5, "many", [4])),
+    *({"n_devices": value} for value in (0, 2, None, "1", 1.0)),
+    *({"device": value} for value in ("tpu", "meta", [], 1.5)),
+    *({"default_padding_side": value} for value in ("up", 1, np.ones(2))),
+    *({"default_prepend_bos": value} for value in ("maybe", torch.ones(3), 2)),
+    *({"tokenizer": value} for value in ("gpt2", 5, Path("gpt2"), [])),
+    *({"fold_ln": value} for value in ("gemma", "False", None, torch.ones(3), 2, [])),
+    *({"move_to_device": value} for value in ("cpu", None)),
+    *({name: "no"} for name in ("center_unembed", "refactor_factored_attn_matrices")),
+    *({name: "no"} for name in ("verify", "dequantize", "requantize", "check_memory")),
+    *({name: 5} for name in ("revision", "subfolder", "variant", "token", "cache_dir", "cache")),
+    *({name: "no"} for name in ("local_files_only", "trust_remote_code", "use_safetensors")),
+    *({"quantize": value} for value in (4, True, ["nf4"], transformers.BitsAndBytesConfig)),
+    {"adapter": 5},
+    {"hf_model": "gpt2"},
+    {"fold_lnn": True},
+    {"device_map": "auto"},
+    *({"checkpoint_index": value} for value in (1, "last", 1.0)),
+    {"checkpoint_value": 1000},
+    {"checkpoint_label": "main"},
+    {"checkpoint_value": 1, "checkpoint_label": 1},
+    {"checkpoint_index": 1, "checkpoint_value": 1000},
+    {"checkpoint_index": 1, "revision": "main"},
+    {"torch_dtype": torch.float16, "dtype": torch.bfloat16},
 )
-def test_arguments(arguments: Any, zoo: Any, no_reading: None) -> None:
-    with pytest.raises(ArgumentError) as caught:
-        lean_model(zoo("gpt2"), **arguments)
-    assert any(name in str(caught.value) for name in arguments)
+
+
+def test_arguments(zoo: Any, no_reading: None) -> None:
+    """Each is an error that names it, before weights are read; of a plan, too."""
+    folder, short = zoo("gpt2"), []
+    for arguments in WRONG:
+        for load in (lean_model, plan):
+            try:
+                load(folder, **arguments)
+                short.append(f"{arguments} is accepted by {load.__name__}")
+            except ArgumentError as error:
+                if not any(name in str(error) for name in arguments):
+                    short.append(f"{arguments}: {error}")
+    assert short == []
+    for name in (5, None, b"gpt2", ["gpt2"], ""):
+        for load in (lean_model, plan):
+            with pytest.raises(ArgumentError, match=r"model.name"):
+                load(name)
+
+
+def test_arguments_that_say_the_same(zoo: Any) -> None:
+    """None is the default, numbers of numpy are numbers, names of dtypes are dtypes."""
+    folder = zoo("gpt2")
+    expected = values(lean_model(folder, dtype="float16", fold_ln=False, first_n_layers=1))
+    none = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "torch_dtype")
+    for same in (
+        dict.fromkeys((*none, "trust_remote_code", "force_download", "variant"), None),
+        {"torch_dtype": "float16", "dtype": "float32"},
+        {"torch_dtype": torch.float16, "fold_ln": np.bool_(False), "first_n_layers": np.int64(1)},
+        {"fold_ln": 0, "first_n_layers": 1, "torch_dtype": "fp16"},
+    ):
+        given = {"dtype": "float16", "fold_ln": False, "first_n_layers": 1, **same}
+        if "torch_dtype" in same and same["torch_dtype"] is not None:
+            given["dtype"] = same.get("dtype", "float32")
+        model = lean_model(folder, **given)
+        assert changed(expected, model) == []
+        assert model.cfg.dtype == torch.float16
+        assert type(model.cfg.n_layers) is int
+
+
+def test_arguments_of_the_other_functions(zoo: Any, tmp_path: Path) -> None:
+    model = lean_model(zoo("gpt2"))
+    before = values(model)
+    for name, call in {
+        "fold_ln": lambda: model.process_weights_(fold_ln="no"),
+        "center_unembed": lambda: model.load_and_process_state_dict({}, center_unembed="no"),
+        "state_dict": lambda: model.load_and_process_state_dict("weights"),
+        "strict": lambda: load_weights_(model, before, strict="no"),
+        "processing": lambda: load_weights_(model, before, processing=["fold_ln"]),
+        "center_writing": lambda: load_weights_(
+            model, before, processing={"center_writing_weights": "no"}
+        ),
+        "folder": lambda: save_lean(model, 5),
+        "max_shard_bytes": lambda: save_lean(model, tmp_path / "copy", max_shard_bytes="5GB"),
+        "progress": lambda: save_lean(model, tmp_path / "copy", progress="loud"),
+        "folder=": lambda: verify_copy(None),
+        "folder=5": lambda: cache.entries(5),
+        "max_bytes": lambda: cache.prune(tmp_path, max_bytes="all"),
+        "unused_days": lambda: cache.prune(tmp_path, unused_days=float("nan")),
+    }.items():
+        with pytest.raises(ArgumentError, match=name):
+            call()
+    assert changed(before, model) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_that_cannot_be_read_again(zoo: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(zoo("gpt2", tokenizer=True), folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"bos_token": "w1"})
+    shutil.rmtree(folder)
+    with pytest.raises(ArgumentError, match="tokenizer= cannot be read again"):
+        lean_model(zoo("gpt2"), tokenizer=tokenizer)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")

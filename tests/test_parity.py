@@ -54,14 +54,33 @@ INTENDED: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 def _flags_off() -> list[tuple[str, dict[str, bool]]]:
-    """Cases with flags: every combination for some, each flag alone off for all architectures."""
+    """Cases with flags, beside none and all of them off, which are in the tests above.
+
+    Of what differs in its norms and parts: each flag alone off, and half of the other combinations,
+    so that two of these share each. Of all architectures: each flag once on and once off, beside
+    another one each time.
+    """
+    every = list(itertools.product((True, False), repeat=len(STEPS)))
+    several = [on for on in every if on.count(False) in (2, 3)]
     found = []
-    for case_id in dict.fromkeys((*EVERY_COMBINATION, *ONE_OF_EACH)):
-        for on in itertools.product((True, False), repeat=len(STEPS)):
-            off = on.count(False)
-            wanted = off == 1 or (case_id in EVERY_COMBINATION and off in (2, 3))
-            if wanted:  # none and all of them off are in test_same_model
-                found.append((case_id, dict(zip(STEPS, on, strict=True))))
+    for number, case_id in enumerate(dict.fromkeys((*EVERY_COMBINATION, *ONE_OF_EACH))):
+        if case_id in EVERY_COMBINATION:
+            wanted = [on for on in every if on.count(False) == 1] + several[number % 2 :: 2]
+        else:
+            pairs = [on for on in every if on.count(False) == 2 and on[0]]
+            one = pairs[number % len(pairs)]
+            wanted = [one, tuple(not flag for flag in one)]
+        found += [(case_id, dict(zip(STEPS, on, strict=True))) for on in wanted]
+    return found
+
+
+def _dtypes_and_processing() -> list[Any]:
+    """Each case in each dtype and in each processing; each pair of these in half of the cases."""
+    found = []
+    for number, case_id in enumerate(CASES):
+        for other, dtype in enumerate(name for name in DTYPES if name != "float32"):
+            processing = list(PROCESSING)[(number + other) % 2]
+            found.append((case_id, dtype, processing))
     return found
 
 
@@ -71,9 +90,7 @@ def _flags_id(value: object) -> str:
     return str(value)
 
 
-@pytest.mark.parametrize("processing", PROCESSING)
-@pytest.mark.parametrize("dtype", [name for name in DTYPES if name != "float32"])
-@pytest.mark.parametrize("case_id", CASES)
+@pytest.mark.parametrize(("case_id", "dtype", "processing"), _dtypes_and_processing())
 def test_same_model(case_id: str, dtype: str, processing: str, zoo: Any) -> None:
     folder, flags = zoo(case_id), {"dtype": DTYPES[dtype], **PROCESSING[processing]}
     apart = differences(stock_model(case_id, folder, **flags), lean_model(folder, **flags))

@@ -51,7 +51,7 @@ class Counting(Source):
         MemorySource(self.tensor).read_into(out, geometry, casts)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(program=STEPS)
 def test_a_promise_looks_like_the_real_tensor(program: Any) -> None:
     tensors = random_sources(0, DTYPES, SHAPES)

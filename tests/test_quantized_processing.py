@@ -83,7 +83,7 @@ def test_processing_is_that_of_the_dense_matrix(
         assert (out - bias).mean(-1).abs().max() < 1e-5
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     variant=st.sampled_from(VARIANTS),
     rows=st.integers(1, 40),

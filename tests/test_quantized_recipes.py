@@ -130,7 +130,7 @@ def test_other_steps_need_values(name: str) -> None:
     assert_near(evaluate(recipe.node, CPU).tensor, expected, 1e-6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     kind=st.sampled_from(["int8", "nf4", "fp4"]),
     fold=st.booleans(),

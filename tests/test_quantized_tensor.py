@@ -85,7 +85,7 @@ def _step(tensor: Any, name: str, a: int, b: int) -> Any:
 
 
 @some_kinds
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(program=_view_programs())
 def test_views_show_what_they_would_of_the_dense_matrix(
     kind: Kind, program: list[tuple[str, int, int]]

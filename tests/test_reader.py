@@ -101,7 +101,7 @@ def test_every_view_and_cast(
         assert_same(read(FileSource(entries["x"], reader), VIEWS[view], *casts), expected)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(
     steps=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), max_size=5),
     held=st.sampled_from([8, 16, 64, 1 << 20]),

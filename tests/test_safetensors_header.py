@@ -203,7 +203,7 @@ def state_dicts(draw: st.DrawFn) -> dict[str, torch.Tensor]:
 
 
 @given(tensors=state_dicts())
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_files_of_the_library_read_equal(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(save(tensors))
@@ -237,9 +237,7 @@ def mutated_files(draw: st.DrawFn) -> bytes:
 
 
 @given(content=mutated_files() | st.binary(max_size=200))
-@settings(
-    deadline=None, max_examples=500, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=500, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_mutated_files_are_read_like_the_library_or_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "mutated.safetensors"
     path.write_bytes(content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -18,6 +19,7 @@ def _quoted() -> list[str]:
     return re.findall(r"^### `(.+)`$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
 
 
+@functools.cache
 def _messages() -> list[str]:
     """Every text of the package, with "..." for what is filled in, and every name."""
     found = []

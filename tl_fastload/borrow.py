@@ -2,30 +2,107 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import FunctionType
+import dis
+from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
+from tl_fastload.errors import ReplacedFunctionError
 
-def borrow(function: Callable[..., Any], **replacements: Any) -> Callable[..., Any]:
+
+def borrow(
+    function: Any, *, label: str = "", needs: Iterable[str] = (), **replacements: Any
+) -> Callable[..., Any]:
     """Return a private copy of `function` that sees `replacements` instead of its module's globals.
 
-    function: a plain Python function (not a method, a builtin or a wrapped callable).
+    function: a plain Python function; or what wraps one and says so (`functools.wraps`, a class or
+        static method, a bound method, a `functools.partial`), which is unwrapped down to it. The
+        copy of a method takes its first argument like any other; a partial's arguments stay bound.
+    label: what messages call the place where the function was found.
+    needs: those of `replacements` that are of no use unless the function really asks for them.
     replacements: names of the function's module, and what the copy finds under them.
 
     Only the copy is affected: functions that it calls still see their own module, so a nested call
     that needs a replacement has to be borrowed and handed in as a replacement itself.
 
-    Raises TypeError for anything that is not a plain Python function.
+    Raises ReplacedFunctionError for anything that is, or wraps, no plain Python function (a mock,
+    a builtin), and for a function that does not ask for a name in `needs`: the copy of it would
+    run something else than was meant.
     """
-    if not isinstance(function, FunctionType):
-        raise TypeError(f"borrow() needs a plain Python function, not {type(function).__name__}")
+    if isinstance(function, partial):
+        inner = borrow(function.func, label=label, needs=needs, **replacements)
+        return partial(inner, *function.args, **function.keywords)
+    plain = innermost(function)
+    if plain is None:
+        raise ReplacedFunctionError(_message(label, function, "is no plain Python function"))
+    unseen = sorted(set(needs) - asked_for(plain.__code__))
+    if unseen:
+        raise ReplacedFunctionError(
+            _message(label, plain, f"does not use {', '.join(unseen)}, as the original does")
+        )
     copy = FunctionType(
-        function.__code__,
-        {**function.__globals__, **replacements},
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
+        plain.__code__,
+        {**plain.__globals__, **replacements},
+        plain.__name__,
+        plain.__defaults__,
+        plain.__closure__,
     )
-    copy.__kwdefaults__ = function.__kwdefaults__
+    copy.__kwdefaults__ = plain.__kwdefaults__
     return copy
+
+
+def innermost(function: Any) -> FunctionType | None:
+    """The plain function that others wrap; None if there is none."""
+    seen: list[Any] = []
+    # A proxy's `__class__` may claim anything: its type does not.
+    while type(function) is not FunctionType or "__wrapped__" in vars(function):
+        if any(function is one for one in seen):
+            return None  # it wraps itself
+        seen.append(function)
+        if isinstance(function, partial):
+            function = function.func
+        elif isinstance(function, (classmethod, staticmethod, MethodType)):
+            function = function.__func__
+        elif getattr(function, "__wrapped__", None) is not None:
+            function = function.__wrapped__
+        else:
+            return None
+    found: FunctionType = function
+    return found
+
+
+@lru_cache(maxsize=64)
+def asked_for(code: CodeType) -> frozenset[str]:
+    """The names that a function looks up in its module, functions defined inside it included."""
+    names = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+    inner = (one for one in code.co_consts if isinstance(one, CodeType))
+    return frozenset(names).union(*map(asked_for, inner))
+
+
+@lru_cache(maxsize=64)
+def spelled_out(code: CodeType) -> frozenset[str]:
+    """The strings that a function holds, also in tuples and in functions defined inside it."""
+    found: set[str] = set()
+    pending = list(code.co_consts)
+    while pending:
+        value = pending.pop()
+        if isinstance(value, str):
+            found.add(value)
+        elif isinstance(value, (tuple, frozenset)):
+            pending.extend(value)
+        elif isinstance(value, CodeType):
+            pending.extend(value.co_consts)
+    return frozenset(found)
+
+
+def _message(label: str, function: Any, what: str) -> str:
+    code = getattr(function, "__code__", None)
+    place = f" ({code.co_filename}:{code.co_firstlineno})" if isinstance(code, CodeType) else ""
+    name = getattr(function, "__qualname__", None)
+    shown = name if isinstance(name, str) else f"an object of type {type(function).__name__}"
+    return (
+        f"In place of {label or 'a function'} stands {shown}{place}, which {what}. A lean load "
+        "runs the original with other answers, and would run something else here. Put the original "
+        "back, or let what stands there say what it wraps (functools.wraps)."
+    )

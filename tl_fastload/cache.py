@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_fastload import session, verify
+from tl_fastload.argument_types import checked
 from tl_fastload.cache_key import entry_name
 from tl_fastload.errors import ArgumentError, CheckpointError, LeanLoadError, SaveError
 from tl_fastload.options import DEFAULT_DTYPE, Options
@@ -125,6 +126,7 @@ def prune(
     Returns:
         The folders that were removed.
     """
+    checked(max_bytes=max_bytes, unused_days=unused_days)
     home = _home(folder)
     remove_abandoned(home)
     kept, kept_bytes = set(), 0
@@ -248,7 +250,10 @@ def _told(model: Any, text: str) -> Any:
 
 
 def _home(folder: str | Path | None) -> Path:
-    return default_folder() if folder is None else Path(folder).expanduser()
+    if folder is None:
+        return default_folder()
+    checked(folder=folder)
+    return Path(folder).expanduser()
 
 
 def _ours(home: Path) -> Iterator[Path]:

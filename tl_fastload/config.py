@@ -272,6 +272,8 @@ def _stock_fields(hf_config: Any, name: str, trust_remote_code: bool) -> dict[st
 
     convert = borrow(
         loading.convert_hf_model_config,
+        label=f"{loading.__name__}.convert_hf_model_config",
+        needs=("AutoConfig", "get_official_model_name"),
         AutoConfig=Loaded,
         get_official_model_name=lambda given: given,
     )

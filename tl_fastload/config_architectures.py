@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
+from tl_fastload.borrow import innermost, spelled_out
 from tl_fastload.compat import TRANSFORMER_LENS
 from tl_fastload.errors import UnsupportedArchitectureError
 
@@ -45,10 +46,17 @@ _DECODERS = (
     "Qwen3ForCausalLM",
 )
 
-SUPPORTED_ARCHITECTURES: tuple[str, ...] = tuple(
-    name for name in _DECODERS if name in loading.get_pretrained_state_dict.__code__.co_consts
-)
-"""Decoders whose weights the installed TransformerLens converts (the names it compares with)."""
+
+def converted() -> tuple[str, ...]:
+    """The decoders that TransformerLens' function compares an architecture's name with."""
+    function = innermost(loading.get_pretrained_state_dict)
+    compared = spelled_out(function.__code__) if function is not None else frozenset()
+    # Something else stands there if it names none: the load says so, which a list cannot.
+    return tuple(name for name in _DECODERS if name in compared) or _DECODERS
+
+
+SUPPORTED_ARCHITECTURES: tuple[str, ...] = converted()
+"""Decoders whose weights the installed TransformerLens converts."""
 
 
 def declared_architectures(value: Any) -> list[str]:

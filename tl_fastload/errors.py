@@ -47,6 +47,10 @@ class RecordingError(LeanLoadError):
     """An operation that cannot be recorded on a promise; names the operation."""
 
 
+class ReplacedFunctionError(LeanLoadError):
+    """Something else stands where a function of TransformerLens should; says what, and where."""
+
+
 class QuantizationError(LeanLoadError):
     """Quantized weights that cannot be read, made or multiplied by; says which and why."""
 

@@ -13,6 +13,7 @@ from transformer_lens import HookedTransformer
 
 from tl_fastload import steps
 from tl_fastload.already import versions
+from tl_fastload.argument_types import checked
 from tl_fastload.errors import (
     ArgumentError,
     CheckpointError,
@@ -111,6 +112,8 @@ def load_weights_(
         ArgumentError: no HookedTransformer, no source, or no configuration to be found.
     """
     started = time.perf_counter()
+    checked(strict=strict, processing=processing)
+    checked(**dict(processing or {}))
     model = unwrapped(model)
     _check_model(model)
     before = versions(model)

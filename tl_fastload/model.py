@@ -12,9 +12,11 @@ from transformer_lens import HookedTransformer
 from tl_fastload import compat, planning
 from tl_fastload import session as sessions
 from tl_fastload.already import is_already_processed
+from tl_fastload.argument_types import checked, checked_keywords
 from tl_fastload.cache import load_through_cache
 from tl_fastload.draft import Request
 from tl_fastload.errors import NotEnoughMemory
+from tl_fastload.inheritance import check_bases
 from tl_fastload.load_plan import LoadPlan
 from tl_fastload.lora_argument import read_adapter_argument
 from tl_fastload.norms import replace_and_process
@@ -32,6 +34,10 @@ from tl_fastload.store_write import MAX_SHARD_BYTES, save_lean
 class LeanLoadingMixin:
     """Makes a `HookedTransformer` class load lean: `class Mine(LeanLoadingMixin, TheirClass)`.
 
+    A class with a loading method of its own, which has to run, comes first instead:
+    `class Mine(TheirClass, LeanHookedTransformer)`. The order in which one of them would be passed
+    over in silence is an ArgumentError when the class is made.
+
     Every way to load weights goes the lean way: `from_pretrained_lean`, and also `from_pretrained`,
     `from_pretrained_no_processing`, `load_and_process_state_dict` and `process_weights_`.
 
@@ -43,6 +49,10 @@ class LeanLoadingMixin:
     _session: Session | None = None
     _processed: tuple[set[str], Any]
     _hf_config: Any = None  # Hugging Face's configuration, for weights in its naming
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_bases(cls, LeanLoadingMixin)
 
     @classmethod
     def from_pretrained_lean(
@@ -184,9 +194,29 @@ class LeanLoadingMixin:
         return cls.from_pretrained_lean(*args, **kwargs)
 
     @classmethod
-    def from_pretrained_no_processing(cls, *args: Any, **kwargs: Any) -> Any:
-        """`from_pretrained_no_processing_lean` under the name that existing code calls."""
-        return cls.from_pretrained_no_processing_lean(*args, **kwargs)
+    def from_pretrained_no_processing(
+        cls,
+        model_name: str | Path,
+        fold_ln: bool = False,
+        center_writing_weights: bool = False,
+        center_unembed: bool = False,
+        refactor_factored_attn_matrices: bool = False,
+        fold_value_biases: bool = False,
+        **arguments: Any,
+    ) -> Any:
+        """`from_pretrained` with every processing step off by default, which is the class's own
+        where it has one, as in TransformerLens; the other arguments are the same. See
+        `from_pretrained_lean`.
+        """
+        return cls.from_pretrained(
+            model_name,
+            fold_ln=fold_ln,
+            center_writing_weights=center_writing_weights,
+            center_unembed=center_unembed,
+            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
+            fold_value_biases=fold_value_biases,
+            **arguments,
+        )
 
     def load_and_process_state_dict(
         self,
@@ -219,6 +249,8 @@ class LeanLoadingMixin:
             name: value for name, value in locals().items() if name not in ("self", "state_dict")
         }
         steps.pop("__class__", None)
+        steps = checked(state_dict=state_dict, **steps)
+        steps.pop("state_dict")
         stock = super().load_and_process_state_dict  # type: ignore[misc]
         sessions.load_state_dict_into(self, state_dict, steps, stock)
 
@@ -241,13 +273,13 @@ class LeanLoadingMixin:
             center_unembed: give the unembedding zero mean over the vocabulary.
             refactor_factored_attn_matrices: make the factors of the QK and OV circuits even.
         """
-        steps = {
-            "fold_ln": fold_ln,
-            "center_writing_weights": center_writing_weights,
-            "center_unembed": center_unembed,
-            "fold_value_biases": True,
-            "refactor_factored_attn_matrices": refactor_factored_attn_matrices,
-        }
+        steps = checked(
+            fold_ln=fold_ln,
+            center_writing_weights=center_writing_weights,
+            center_unembed=center_unembed,
+            fold_value_biases=True,
+            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
+        )
         if is_already_processed(self, steps):
             return
         before: set[str] = getattr(self, "_processed", (set(), None))[0]
@@ -292,14 +324,15 @@ class LeanLoadingMixin:
 
 def _request(cls: type, from_pretrained_kwargs: dict[str, Any], **arguments: Any) -> Request:
     """The arguments of `from_pretrained_lean`, sorted by who takes them."""
-    keywords = dict(from_pretrained_kwargs)
+    keywords = checked_keywords(from_pretrained_kwargs)
+    arguments = checked(**arguments)
     own = {name: arguments.pop(name) for name in OWN_ARGUMENTS}
     own["quantize"] = read_quantization(quantization_argument(own["quantize"], keywords))
     own["adapter"] = read_adapter_argument(own["adapter"])
     return Request(cls, Options(**own), arguments, keywords)
 
 
-class LeanHookedTransformer(LeanLoadingMixin, HookedTransformer):
+class LeanHookedTransformer(LeanLoadingMixin, HookedTransformer):  # type: ignore[misc]  # our order of arguments
     """`HookedTransformer` that loads lean; everything else about it is TransformerLens' own."""
 
 

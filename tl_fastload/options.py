@@ -64,9 +64,10 @@ class Options:
     def check(self) -> None:
         """Raise for values that mean nothing, or that this torch cannot do."""
         Progress(self.progress)
-        if self.strategy not in _STRATEGIES:
+        if not (isinstance(self.strategy, str) and self.strategy in _STRATEGIES):
             raise ArgumentError(f"strategy={self.strategy!r} is none of {', '.join(_STRATEGIES)}.")
-        if not (self.mmap == "auto" or isinstance(self.mmap, bool)):
+        is_auto = isinstance(self.mmap, str) and self.mmap == "auto"
+        if not (is_auto or isinstance(self.mmap, bool)):
             raise ArgumentError(f'mmap={self.mmap!r} is none of "auto", True, False.')
         if not (self.cache is None or isinstance(self.cache, (bool, str, Path))):
             raise ArgumentError(f"cache={self.cache!r} is none of None, True, False, a folder.")

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformer_lens.HookedTransformer import utils  # type: ignore[attr-defined]
 
 from tl_fastload import compat
-from tl_fastload.errors import UnknownModelError
+from tl_fastload.errors import ArgumentError, UnknownModelError
 from tl_fastload.memory import return_freed_memory
 from tl_fastload.recipe import aten
 
@@ -114,8 +115,15 @@ def _construct(
     name = cfg.tokenizer_name
     try:
         return cls(cfg, tokenizer, *args, **kwargs)
-    except (OSError, ValueError, UnknownModelError) as error:
-        if tokenizer is not None or name is None:
+    except (LookupError, OSError, ValueError, UnknownModelError) as error:
+        if tokenizer is not None and not _can_be_read_again(tokenizer):
+            raise ArgumentError(
+                "tokenizer= cannot be read again, which TransformerLens does to have a tokenizer "
+                f"with a BOS token: {getattr(tokenizer, 'name_or_path', '')!r} is not where it "
+                "lies. Write it with save_pretrained and pass what AutoTokenizer.from_pretrained "
+                "reads there."
+            ) from error
+        if tokenizer is not None or name is None or isinstance(error, LookupError):
             raise
         # The weights do not need the tokenizer: token ids still work.
         notes.append(
@@ -124,6 +132,14 @@ def _construct(
         )
         cfg.tokenizer_name = None
         return cls(cfg, tokenizer, *args, **kwargs)
+
+
+def _can_be_read_again(tokenizer: Any) -> bool:
+    try:
+        utils.get_tokenizer_with_bos(tokenizer)  # type: ignore[attr-defined]
+    except Exception:  # what reads a tokenizer raises anything
+        return False
+    return True
 
 
 def device_map(model: Any, move_to_device: bool) -> Callable[[str], torch.device]:

@@ -17,7 +17,8 @@ from typing import Any, Protocol
 from transformer_lens import HookedTransformer
 from transformer_lens import loading_from_pretrained as loading
 
-from tl_fastload.borrow import borrow
+from tl_fastload.borrow import borrow, innermost
+from tl_fastload.errors import ReplacedFunctionError
 
 _OWN_BRANCHES = ("NeelNanda", "ArthurConmy", "Baidicoot")
 
@@ -60,10 +61,15 @@ class Answers(Protocol):
 
 
 class _Loading:
-    """TransformerLens' loading module, with an `Answers` behind three of its functions."""
+    """TransformerLens' loading module, with an `Answers` behind three of its functions.
+
+    Attributes:
+        was_asked: whether the weights were asked for here, and so not anywhere else.
+    """
 
     def __init__(self, answers: Answers) -> None:
         self._answers = answers
+        self.was_asked = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(loading, name)
@@ -75,13 +81,14 @@ class _Loading:
         answers = self._answers
         own = {"HfApi": lambda: answers, "utils": _utilities(answers)}
         names = {"get_official_model_name": _same}
-        run = borrow(
-            loading.get_pretrained_model_config,
+        run = _borrow(
+            "get_pretrained_model_config",
+            needs=(*names, "Path", "convert_hf_model_config", "convert_neel_model_config"),
             Path=_NoPath,
             NEED_REMOTE_CODE_MODELS=(),
             convert_hf_model_config=lambda name, **kw: answers.config_dict(**kw),
-            convert_neel_model_config=borrow(loading.convert_neel_model_config, **names, **own),
-            get_checkpoint_labels=borrow(loading.get_checkpoint_labels, **names, **own),
+            convert_neel_model_config=_late("convert_neel_model_config", **names, **own),
+            get_checkpoint_labels=_late("get_checkpoint_labels", **names, **own),
             **names,
         )
         n_ctx = None
@@ -97,6 +104,7 @@ class _Loading:
         self, model_name: str, cfg: Any, hf_model: Any = None, **kwargs: Any
     ) -> Any:
         answers = self._answers
+        self.was_asked = True
         outline = answers.outline(cfg)
         if outline is not None:
             return outline
@@ -108,8 +116,9 @@ class _Loading:
                 kw["revision"], kw.get("dtype", kw.get("torch_dtype"))
             )
         )
-        run = borrow(
-            loading.get_pretrained_state_dict,
+        run = _borrow(
+            "get_pretrained_state_dict",
+            needs=("Path", "get_official_model_name", "AutoModelForCausalLM", "HfApi", "utils"),
             Path=_NoPath,
             NEED_REMOTE_CODE_MODELS=(),
             get_official_model_name=_same,
@@ -142,14 +151,32 @@ def run_from_pretrained(
 
     Returns:
         What `build` returned, after its `load_and_process_state_dict` has run.
+
+    Raises:
+        ReplacedFunctionError: something that cannot be borrowed stands in place of one of
+            TransformerLens' functions.
     """
     # Versions differ in their defaults and in the arguments that they have.
     given = {name: value for name, value in arguments.items() if value is not None}
     if "checkpoint_label" in given:
         given["checkpoint_value"] = given.pop("checkpoint_label")
-    function = HookedTransformer.from_pretrained.__func__  # type: ignore[attr-defined]
+    own_loading = _Loading(answers)
     silent = {"print": lambda *args: None} if quiet else {}
-    return borrow(function, loading=_Loading(answers), **silent)(build, model_name, **given)
+    found = HookedTransformer.__dict__["from_pretrained"]
+    run = borrow(
+        innermost(found) or found,  # arguments bound on the way are given here anyhow
+        label="HookedTransformer.from_pretrained",
+        needs=("loading",),
+        loading=own_loading,
+        **silent,
+    )
+    model = run(build, model_name, **given)
+    if not own_loading.was_asked:
+        raise ReplacedFunctionError(
+            "HookedTransformer.from_pretrained made a model without asking for its weights where a "
+            "lean load gives them: it is not TransformerLens' own function. Put that back."
+        )
+    return model
 
 
 def convert(answers: Answers, cfg: Any) -> dict[str, Any]:
@@ -183,6 +210,17 @@ def stock_name_for(official_name: str | None, label: str) -> str:
 def is_toy_name(official_name: str | None) -> bool:
     """Whether an official name is one of the `.pth` toy models."""
     return official_name is not None and official_name.startswith(_OWN_BRANCHES)
+
+
+def _borrow(name: str, **arguments: Any) -> Callable[..., Any]:
+    """A function of TransformerLens' loading module, borrowed."""
+    return borrow(getattr(loading, name), label=f"{loading.__name__}.{name}", **arguments)
+
+
+def _late(name: str, **replacements: Any) -> Callable[..., Any]:
+    """The same, borrowed when it is called: most models need neither."""
+    needs = ("get_official_model_name", "utils")
+    return lambda *args, **kwargs: _borrow(name, needs=needs, **replacements)(*args, **kwargs)
 
 
 def _utilities(answers: Answers) -> SimpleNamespace:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tl_fastload.argument_types import checked
 from tl_fastload.errors import CheckpointError
 from tl_fastload.reader import FileReader
 from tl_fastload.safetensors_header import TensorEntry
@@ -69,7 +70,9 @@ def verify_copy(folder: str | os.PathLike[str]) -> None:
 
     Raises:
         CheckpointError: a file is missing, cut off or altered; names the tensor at fault.
+        ArgumentError: `folder` is no path.
     """
+    checked(folder=folder)
     place = Path(folder).expanduser()
     manifest = read_manifest(place)
     entries = stored_tensors(place, manifest)

@@ -16,6 +16,7 @@ from torch import nn
 
 from tl_fastload import layout
 from tl_fastload.already import is_processed
+from tl_fastload.argument_types import checked
 from tl_fastload.display import format_bytes
 from tl_fastload.errors import LeanLoadError, SaveError
 from tl_fastload.fingerprint import plain_name
@@ -158,8 +159,9 @@ def save_lean(
     Raises:
         SaveError: something of the model cannot be saved, the folder holds something else, or the
             disk is full or cannot be written to.
-        ArgumentError: for `progress`.
+        ArgumentError: another argument that is of the wrong kind.
     """
+    checked(folder=folder, max_shard_bytes=max_shard_bytes)
     write_copy(model, Path(folder), max_shard_bytes=max_shard_bytes, progress=progress)
     return Path(folder)
 

@@ -32,59 +32,29 @@ from tl_fastload.tree import MissingSource
 _CHECKPOINT_ARGUMENTS = ("checkpoint_index", "checkpoint_value", "checkpoint_label")
 # What TransformerLens raises for fields that make no sense.
 _OF_A_CONFIGURATION = (ArithmeticError, LookupError, ValueError, AssertionError)
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LAYER = re.compile(r"\.(?:h|layers|blocks)\.(\d+)\.")
 # Parts of multimodal checkpoints that the text model does not have.
 _NOT_TEXT = re.compile(r"(vision_tower|vision_model|multi_modal_projector|audio_tower)")
 
 
 def check_arguments(arguments: dict[str, Any], keywords: dict[str, Any]) -> None:
-    """Raise ArgumentError for arguments that mean nothing or contradict each other."""
+    """Raise ArgumentError for arguments that contradict each other or this machine.
+
+    What each may be by itself, `tl_fastload.argument_types` has asked.
+    """
     _check_checkpoint(arguments, keywords)
     _check_device(arguments)
     _check_dtype(arguments, keywords)
-    _check_tokens(arguments)
-    for name, least in (("first_n_layers", 0), ("n_ctx", 1)):
-        value = arguments[name]
-        is_number = isinstance(value, int) and not isinstance(value, bool)
-        if value is not None and (not is_number or value < least):
-            raise ArgumentError(f"{name}={value!r} is not a number from {least} on.")
 
 
 def _check_dtype(arguments: dict[str, Any], keywords: dict[str, Any]) -> None:
-    asked = {"dtype": arguments["dtype"]}
-    if "torch_dtype" in keywords:
-        asked = {"torch_dtype": keywords["torch_dtype"], **asked}
-    for name, dtype in asked.items():
-        if isinstance(dtype, torch.dtype) and dtype in _DTYPES:
-            continue
-        if dtype not in DTYPE_FROM_STRING:
-            known = ", ".join(DTYPE_FROM_STRING)
-            raise ArgumentError(
-                f"{name}={dtype!r} is neither a floating torch.dtype of 16 bits or more nor one of "
-                f"{known}."
-            )
-    one, other = (DTYPE_FROM_STRING.get(str(d), d) for d in (list(asked.values()) * 2)[:2])
+    if "torch_dtype" not in keywords:
+        return
+    one, other = (
+        DTYPE_FROM_STRING.get(d, d) for d in (keywords["torch_dtype"], arguments["dtype"])
+    )
     if one != other and other != torch.float32:
         raise ArgumentError(f"torch_dtype={one} and dtype={other} contradict each other.")
-
-
-def _check_tokens(arguments: dict[str, Any]) -> None:
-    if arguments["default_prepend_bos"] not in (None, True, False):
-        raise ArgumentError(
-            f"default_prepend_bos={arguments['default_prepend_bos']!r} is none of True, False and "
-            "None."
-        )
-    if arguments["default_padding_side"] not in (None, "left", "right"):
-        raise ArgumentError(
-            f'default_padding_side={arguments["default_padding_side"]!r} is neither "left" nor '
-            '"right".'
-        )
-    if isinstance(arguments["tokenizer"], str):
-        raise ArgumentError(
-            f"tokenizer={arguments['tokenizer']!r} is a name: pass "
-            "AutoTokenizer.from_pretrained(...) of it."
-        )
 
 
 def _check_checkpoint(arguments: dict[str, Any], keywords: dict[str, Any]) -> None:
@@ -106,8 +76,6 @@ def _check_checkpoint(arguments: dict[str, Any], keywords: dict[str, Any]) -> No
 
 def _check_device(arguments: dict[str, Any]) -> None:
     n_devices = arguments["n_devices"]
-    if not isinstance(n_devices, int) or n_devices < 1:
-        raise ArgumentError(f"n_devices={n_devices!r} is not a number from 1 on.")
     device = device_asked_for(arguments)
     if device.type != "cuda":
         if n_devices > 1:
