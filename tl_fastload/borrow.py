@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Callable
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 
@@ -29,3 +31,34 @@ def borrow(function: Callable[..., Any], **replacements: Any) -> Callable[..., A
     )
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
+
+
+class _Silent:
+    """A module whose functions that tell somebody something do nothing."""
+
+    _TELLING = frozenset(
+        ("warn", "warn_explicit", "debug", "info", "warning", "error", "exception", "log")
+    )
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return _nothing if name in self._TELLING else getattr(self._module, name)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+SILENT = {"print": _nothing, "warnings": _Silent(warnings), "logging": _Silent(logging)}
+"""Replacements with which a borrowed function neither prints, warns nor logs: filters and levels
+would be those of all threads.
+"""
+
+
+def silenced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A private copy of a function or a bound method that says nothing; itself where it is none."""
+    if isinstance(function, MethodType) and isinstance(function.__func__, FunctionType):
+        return MethodType(borrow(function.__func__, **SILENT), function.__self__)
+    return borrow(function, **SILENT) if isinstance(function, FunctionType) else function

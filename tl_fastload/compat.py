@@ -77,6 +77,14 @@ def item_bytes(dtype: torch.dtype) -> int:
     return torch.empty(0, dtype=dtype).element_size()
 
 
+def cuda_memory_fraction(device: torch.device) -> float:
+    """The part of a CUDA device that this process may take; torch before 2.7 does not tell."""
+    import torch
+
+    ask: Any = getattr(torch.cuda, "get_per_process_memory_fraction", None)
+    return 1.0 if ask is None else float(ask(device))
+
+
 def halves_are_finite(tensor: torch.Tensor) -> bool:
     """Whether a float16 tensor, which is not empty, has neither NaN nor infinite values."""
     import torch

@@ -82,7 +82,12 @@ class Placer:
         quantized = {name: self._quantized_sources(name, todo[name]) for name in todo}
         readers = Counter(source for read in quantized.values() for source in read)
         for group in groups(todo):
-            self._place_group({name: todo.pop(name) for name in group}, targets)
+            try:
+                self._place_group({name: todo.pop(name) for name in group}, targets)
+            except BaseException:
+                targets.clear()  # the traceback holds them as long as the exception lives
+                self._waiting.forget()
+                raise
             read = [source for name in group for source in quantized.pop(name)]
             readers.subtract(read)
             for source in read:
@@ -292,6 +297,10 @@ class _Waiting:
             readers.discard(name)
         ready = [done for done in self._done if not self._readers[done]]
         return [(done, self._done.pop(done)) for done in ready]
+
+    def forget(self) -> None:
+        """Let go of what was made and not placed."""
+        self._done.clear()
 
 
 def groups(recipes: dict[str, Promise]) -> list[list[str]]:

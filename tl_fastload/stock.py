@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from transformer_lens import HookedTransformer
 from transformer_lens import loading_from_pretrained as loading
 
-from tl_fastload.borrow import borrow
+from tl_fastload.borrow import SILENT, borrow
 
 _OWN_BRANCHES = ("NeelNanda", "ArthurConmy", "Baidicoot")
 
@@ -62,8 +62,9 @@ class Answers(Protocol):
 class _Loading:
     """TransformerLens' loading module, with an `Answers` behind three of its functions."""
 
-    def __init__(self, answers: Answers) -> None:
+    def __init__(self, answers: Answers, quiet: bool = False) -> None:
         self._answers = answers
+        self._silent: dict[str, Any] = SILENT if quiet else {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(loading, name)
@@ -73,7 +74,8 @@ class _Loading:
 
     def get_pretrained_model_config(self, model_name: str, **kwargs: Any) -> Any:
         answers = self._answers
-        own = {"HfApi": lambda: answers, "utils": _utilities(answers)}
+        silent = self._silent
+        own = {"HfApi": lambda: answers, "utils": _utilities(answers), **silent}
         names = {"get_official_model_name": _same}
         run = borrow(
             loading.get_pretrained_model_config,
@@ -83,6 +85,7 @@ class _Loading:
             convert_neel_model_config=borrow(loading.convert_neel_model_config, **names, **own),
             get_checkpoint_labels=borrow(loading.get_checkpoint_labels, **names, **own),
             **names,
+            **silent,
         )
         n_ctx = None
         if "n_ctx" not in signature(loading.get_pretrained_model_config).parameters:
@@ -119,6 +122,7 @@ class _Loading:
             # Quantization is judged on the checkpoint's own configuration, before this.
             _refuse_unsupported_quantization=lambda cfg, hf_model: None,
             convert_olmo2_weights=_convert_olmo2_weights,
+            **self._silent,
         )
         return run(model_name, cfg, tree, **kwargs)
 
@@ -137,7 +141,7 @@ def run_from_pretrained(
         build: stands where the class is called: takes a configuration and a tokenizer, returns the
             empty model.
         model_name: only for messages.
-        quiet: whether not to print that the model was loaded.
+        quiet: whether not to say what TransformerLens says of a load.
         **arguments: of `from_pretrained`, without `hf_model`.
 
     Returns:
@@ -148,8 +152,8 @@ def run_from_pretrained(
     if "checkpoint_label" in given:
         given["checkpoint_value"] = given.pop("checkpoint_label")
     function = HookedTransformer.from_pretrained.__func__  # type: ignore[attr-defined]
-    silent = {"print": lambda *args: None} if quiet else {}
-    return borrow(function, loading=_Loading(answers), **silent)(build, model_name, **given)
+    silent = SILENT if quiet else {}
+    return borrow(function, loading=_Loading(answers, quiet), **silent)(build, model_name, **given)
 
 
 def convert(answers: Answers, cfg: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from tl_fastload.already import is_processed
 from tl_fastload.display import format_bytes
 from tl_fastload.errors import LeanLoadError, SaveError
 from tl_fastload.fingerprint import plain_name
+from tl_fastload.own_defaults import own_defaults
 from tl_fastload.progress import Progress, ProgressOption
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.safetensors_header import DTYPES, LENGTH_BYTES
@@ -164,6 +165,7 @@ def save_lean(
     return Path(folder)
 
 
+@own_defaults()
 def write_copy(
     model: Any,
     folder: Path,
