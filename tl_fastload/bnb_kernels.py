@@ -19,7 +19,14 @@ import torch
 import torch.nn.functional as F
 
 from tl_fastload.errors import QuantizationError
-from tl_fastload.quantized_bytes import FourBitBytes, Int8Bytes, QuantizedBytes, outline
+from tl_fastload.own_defaults import own_defaults
+from tl_fastload.quantized_bytes import (
+    FourBitBytes,
+    Int8Bytes,
+    QuantizedBytes,
+    full_code,
+    outline,
+)
 
 OLDEST_BITSANDBYTES = (0, 43)
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -242,11 +249,12 @@ def quantize(
         return outline(dense.shape[0], dense.shape[1], kind, blocksize, double_quant)
     require_device(dense.device)
     dense = dense.detach()
-    if kind == "int8":
-        return _quantize_int8(dense, threshold)
-    if blocksize not in BLOCKSIZES:
+    if kind != "int8" and blocksize not in BLOCKSIZES:
         raise QuantizationError(f"block size {blocksize} is not one of {list(BLOCKSIZES)}.")
-    return _quantize_4bit(dense, kind, blocksize, double_quant)
+    with own_defaults():
+        if kind == "int8":
+            return _quantize_int8(dense, threshold)
+        return _quantize_4bit(dense, kind, blocksize, double_quant)
 
 
 def _parts(dense: torch.Tensor, blocksize: int = 1) -> list[slice]:
@@ -382,7 +390,7 @@ def _from_quant_state(packed: torch.Tensor, state: Any) -> FourBitBytes:
         # The bytes may be stored as another dtype; a column, as the kernels want them.
         packed=packed.reshape(-1).view(torch.uint8).reshape(-1, 1),
         absmax=_plain(state.absmax).reshape(-1),
-        code=_plain(state.code),
+        code=full_code(_plain(state.code), state.quant_type),
         shape=(state.shape[0], state.shape[1]),
         blocksize=state.blocksize,
         quant_type=state.quant_type,

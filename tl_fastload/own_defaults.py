@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import overrides
+from torch import nn, overrides
 
 
 def _named(*names: str) -> frozenset[Any]:
@@ -69,6 +69,8 @@ class Defaults(overrides.TorchFunctionMode):
         if func in _OF_DATA and args and len(args) == 1:
             kind = _kind_of(args[0])
             return func(*args, **({**kwargs} if kind is None else self._filled(kwargs, kind)))
+        if func is torch.Tensor.to and _is_emptied(*args):
+            return args[0]
         made = func(*args, **kwargs)
         if self._is_promoted(func, args, kwargs, made):
             return func(*(self._cast(x) for x in args), **kwargs)
@@ -95,6 +97,15 @@ class Defaults(overrides.TorchFunctionMode):
 
     def _cast(self, x: Any) -> Any:
         return x.to(self._dtype) if isinstance(x, torch.Tensor) else x
+
+
+def _is_emptied(tensor: Any, target: Any = None, *others: Any) -> bool:
+    """Whether a parameter's values are thrown away by accelerate's `init_empty_weights`, which the
+    caller is in: it replaces `register_parameter` for all threads.
+    """
+    if not isinstance(tensor, nn.Parameter) or tensor.is_meta or others:
+        return False
+    return isinstance(target, (str, torch.device)) and torch.device(target).type == "meta"
 
 
 def _has_floats(tensor: torch.Tensor) -> bool:

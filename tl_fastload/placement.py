@@ -243,7 +243,7 @@ class Placer:
             if leaf in parent._buffers:
                 buffer = parent._buffers[leaf]
                 if buffer is not None:
-                    buffer.copy_(tensor)
+                    _write(buffer, tensor)
             elif self.assign:
                 old = parent._parameters[leaf]
                 needs_grad = old is None or old.requires_grad
@@ -258,7 +258,7 @@ class Placer:
                         target.data = torch.empty_strided(
                             target.shape, strides, dtype=target.dtype, device=tensor.device
                         )
-                    target.copy_(tensor)
+                    _write(target, tensor)
                     tensor = target
                     if self._copies and not _is_finite(target):
                         self.not_finite.append(name)
@@ -269,6 +269,12 @@ class Placer:
         if self._passed_bytes > self._trim_bytes:
             self._passed_bytes = 0
             return_freed_memory()
+
+
+def _write(target: torch.Tensor, values: torch.Tensor) -> None:
+    # Tensors that were made in inference mode can be written to in that mode only.
+    with torch.inference_mode(target.is_inference()), torch.no_grad():
+        target.copy_(values)
 
 
 class _Waiting:

@@ -21,6 +21,22 @@ Part = TypeVar("Part", bound="Declared")
 # The sizes of the groups of doubly quantized scales that bitsandbytes can expand, largest first.
 _NESTED_BLOCKSIZES = (256, 128, 64)
 
+# The values of bitsandbytes' 4-bit types, float32. Its kernels have them built in.
+_CODES = {
+    "nf4": (
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ),
+    "fp4": (
+        *(0.0, 0.0052083334885537624, 0.6666666865348816, 1.0),
+        *(0.3333333432674408, 0.5, 0.1666666716337204, 0.25),
+        *(0.0, -0.0052083334885537624, -0.6666666865348816, -1.0),
+        *(-0.3333333432674408, -0.5, -0.1666666716337204, -0.25),
+    ),
+}
+
 
 class Declared:
     """A dataclass whose fields are tensors, other such dataclasses, and plain values."""
@@ -293,6 +309,25 @@ def outline(
     )
 
 
+def full_code(code: torch.Tensor, kind: str) -> torch.Tensor:
+    """The table of a 4-bit type as float32: bitsandbytes makes it in the default dtype of the
+    process, in which it is kept and saved beside the bytes; the bytes are the same.
+
+    Args:
+        code: [16], as it came.
+        kind: "nf4" or "fp4".
+
+    Returns:
+        The table itself if it is float32, or not that of the type.
+    """
+    if code.dtype == torch.float32 or not code.is_floating_point() or kind not in _CODES:
+        return code
+    if code.is_meta:
+        return torch.empty(code.shape, dtype=torch.float32, device="meta")
+    full = torch.tensor(_CODES[kind], dtype=torch.float32, device="cpu").to(code.device)
+    return full if torch.equal(full.to(code.dtype), code.reshape(-1)) else code
+
+
 @runs_untraced
 def runs_of(index: torch.Tensor) -> list[tuple[int, int]]:
     """Row numbers as runs of successive ones: (first, last + 1)."""
@@ -300,7 +335,7 @@ def runs_of(index: torch.Tensor) -> list[tuple[int, int]]:
         return [(0, 0)]
     breaks = (torch.nonzero(index[1:] != index[:-1] + 1).flatten() + 1).tolist()
     edges = [0, *breaks, index.numel()]
-    firsts = index[torch.tensor(edges[:-1])].tolist()
+    firsts = index[torch.tensor(edges[:-1], device="cpu")].tolist()
     return [
         (first, first + stop - start)
         for first, start, stop in zip(firsts, edges[:-1], edges[1:])  # noqa: B905  # one length

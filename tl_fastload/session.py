@@ -58,9 +58,7 @@ def load(cls: type, options: Options, arguments: dict[str, Any], keywords: dict[
         # Parameters made in inference mode could never be trained or saved.
         with torch.inference_mode(False), own_defaults(), PeakSampler() as sampler:
             sampler.mark("configuration")
-            model, session = _load(
-                cls, options, dict(arguments), dict(keywords), reader, sampler
-            )
+            model, session = _load(cls, options, dict(arguments), dict(keywords), reader, sampler)
     finally:
         reader.close()
     model.load_report = _report(model, session, sampler, time.perf_counter() - started)
@@ -177,7 +175,12 @@ def load_state_dict_into(
     session = Session(Options(strategy="copy", progress=False), dict(flags), notes=[*notes])
     model._session = session
     try:
-        with own_defaults(), PeakSampler() as sampler, norms_put_back_on_error(model):
+        with (
+            torch.inference_mode(False),
+            own_defaults(),
+            PeakSampler() as sampler,
+            norms_put_back_on_error(model),
+        ):
             session.mark, session.watch = sampler.mark, sampler.watch
             sampler.mark("recording")
             _process_and_place(model, session, state_dict, flags, stock)

@@ -366,7 +366,11 @@ def _header(shard: list[_Stored], copy_id: str) -> bytes:
 def _write(file: BinaryIO, stored: _Stored) -> str:
     """Write one tensor in pieces; its SHA-256."""
     digest = hashlib.sha256()
-    flat = stored.make().view(torch.uint8) if stored.nbytes else torch.empty(0, dtype=torch.uint8)
+    flat = (
+        stored.make().view(torch.uint8)
+        if stored.nbytes
+        else torch.empty(0, dtype=torch.uint8, device="cpu")
+    )
     for start in range(0, stored.nbytes, _PIECE_BYTES):
         data = memoryview(flat[start : start + _PIECE_BYTES].cpu().numpy())  # type: ignore[arg-type]
         digest.update(data)
