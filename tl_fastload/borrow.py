@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import logging
 import warnings
 from collections.abc import Callable
@@ -51,7 +52,17 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     pass
 
 
-SILENT = {"print": _nothing, "warnings": _Silent(warnings), "logging": _Silent(logging)}
+def _import(name: str, *args: Any, **kwargs: Any) -> Any:
+    module = builtins.__import__(name, *args, **kwargs)
+    return _Silent(module) if name in ("warnings", "logging") else module
+
+
+SILENT = {
+    "print": _nothing,
+    "warnings": _Silent(warnings),
+    "logging": _Silent(logging),
+    "__builtins__": {**vars(builtins), "__import__": _import},  # for imports in the function
+}
 """Replacements with which a borrowed function neither prints, warns nor logs: filters and levels
 would be those of all threads.
 """
