@@ -101,7 +101,7 @@ class PeakSampler:
                 self._devices = {**self._devices, index: self._devices.get(index) or _Device(index)}
 
     def _watch_every_device(self) -> None:
-        if self._every_device and not self._devices and _cuda_is_in_use():
+        if self._every_device and not self._devices and cuda_is_in_use():
             self.watch(torch.device("cuda", i) for i in range(torch.cuda.device_count()))
 
     def sample(self) -> None:
@@ -172,10 +172,10 @@ class _Device:
         self._seen = 0
 
     def _allocated(self) -> int:
-        return torch.cuda.memory_allocated(self._index) if _cuda_is_in_use() else 0
+        return torch.cuda.memory_allocated(self._index) if cuda_is_in_use() else 0
 
     def _highest(self) -> int:
-        return torch.cuda.max_memory_allocated(self._index) if _cuda_is_in_use() else 0
+        return torch.cuda.max_memory_allocated(self._index) if cuda_is_in_use() else 0
 
     def look(self) -> int:
         """What it is now."""
@@ -189,13 +189,13 @@ class _Device:
         return highest - self._start if highest > self._highest_before else self._seen
 
 
-def _cuda_is_in_use() -> bool:
-    """False in a forked child as well, whose CUDA cannot be used."""
+def cuda_is_in_use() -> bool:
+    """Whether this process uses CUDA already; not in a forked child, where it cannot."""
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 def _current_device() -> int:
-    return torch.cuda.current_device() if _cuda_is_in_use() else 0
+    return torch.cuda.current_device() if cuda_is_in_use() else 0
 
 
 def return_freed_memory() -> None:
