@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import importlib
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from tl_fastload.borrow import SILENT, Silent, borrow
 from tl_fastload.errors import QuantizationError
 from tl_fastload.own_defaults import own_defaults
 from tl_fastload.quantized_bytes import (
@@ -123,27 +121,21 @@ def _linear_int8(stored: Int8Bytes, x: torch.Tensor, bias: torch.Tensor | None) 
         # bitsandbytes blanks outliers in what it is given and puts them back (on the CPU), which
         # autograd would take for a change of the caller's tensor.
         x = x.clone()
-    with _cast_unsaid():
-        product: torch.Tensor = bnb.matmul(x, stored.codes, bias=bias, state=state)
+    product: torch.Tensor = _matmul_int8()(x, stored.codes, bias=bias, state=state)
     return product
 
 
-@contextmanager
-def _cast_unsaid() -> Iterator[None]:
-    """Leave out the line that bitsandbytes logs at each 8-bit product of what is not float16: in
-    this thread and for our products only, not for the caller's own layers.
+@functools.cache
+def _matmul_int8() -> Any:
+    """bitsandbytes' 8-bit product without the line that it logs each time of what is not float16;
+    the caller's own layers say it still.
     """
-    thread = threading.get_ident()
-
-    def is_worth_saying(record: logging.LogRecord) -> bool:
-        return threading.get_ident() != thread or "inputs will be cast" not in str(record.msg)
-
-    log = logging.getLogger("bitsandbytes.autograd._functions")
-    log.addFilter(is_worth_saying)
-    try:
-        yield
-    finally:
-        log.removeFilter(is_worth_saying)
+    functions: Any = importlib.import_module("bitsandbytes.autograd._functions")
+    product = functions.MatMul8bitLt
+    silent = {**SILENT, "logger": Silent(getattr(functions, "logger", None))}
+    forward = staticmethod(borrow(product.forward, **silent))
+    quiet = type(product.__name__, (product,), {"forward": forward, "__module__": __name__})
+    return borrow(bitsandbytes().matmul, MatMul8bitLt=quiet)
 
 
 def _linear_4bit(

@@ -34,8 +34,8 @@ def borrow(function: Callable[..., Any], **replacements: Any) -> Callable[..., A
     return copy
 
 
-class _Silent:
-    """A module whose functions that tell somebody something do nothing."""
+class Silent:
+    """A module or a logger whose functions that tell somebody something do nothing."""
 
     _TELLING = frozenset(
         ("warn", "warn_explicit", "debug", "info", "warning", "error", "exception", "log")
@@ -54,13 +54,13 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 def _import(name: str, *args: Any, **kwargs: Any) -> Any:
     module = builtins.__import__(name, *args, **kwargs)
-    return _Silent(module) if name in ("warnings", "logging") else module
+    return Silent(module) if name in ("warnings", "logging") else module
 
 
 SILENT = {
     "print": _nothing,
-    "warnings": _Silent(warnings),
-    "logging": _Silent(logging),
+    "warnings": Silent(warnings),
+    "logging": Silent(logging),
     "__builtins__": {**vars(builtins), "__import__": _import},  # for imports in the function
 }
 """Replacements with which a borrowed function neither prints, warns nor logs: filters and levels
