@@ -157,6 +157,11 @@ def test_what_torch_holds_free_on_a_device_is_available(monkeypatch: pytest.Monk
         ("mem_get_info", (5 * GIB, 80 * GIB)),
         ("memory_reserved", 3 * GIB),
         ("memory_allocated", 2 * GIB),
+        ("get_per_process_memory_fraction", 1.0),
     ):
         monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
     assert available_bytes(torch.device("cuda:1")) == 6 * GIB
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.1)
+    assert available_bytes(torch.device("cuda:1")) == 6 * GIB  # a tenth is 8, of which 2 are used
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 * GIB)
+    assert available_bytes(torch.device("cuda:1")) == 5 * GIB

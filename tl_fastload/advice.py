@@ -13,6 +13,7 @@ from tl_fastload.draft import Draft, Needs, Request
 from tl_fastload.errors import LeanLoadError, QuantizationError
 from tl_fastload.forecast import Forecast
 from tl_fastload.load_plan import Choice
+from tl_fastload.memory import cuda_is_in_use
 from tl_fastload.quantized import formats
 from tl_fastload.quantized.quantizer import Quantizer
 from tl_fastload.steps import STEPS
@@ -59,12 +60,12 @@ def as_text(found: list[Choice]) -> str:
 
 
 def _devices(request: Request, draft: Draft) -> Iterator[dict[str, Any]]:
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if draft.model.cfg.device is not None and "cuda" in str(draft.model.cfg.device):
+        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if there > request.arguments["n_devices"]:
             yield {"n_devices": there}
         yield {"device": "cpu", "n_devices": 1}
-    elif there:
+    elif cuda_is_in_use():  # a load onto the CPU does not begin to use it
         yield {"device": "cuda"}
 
 

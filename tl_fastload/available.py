@@ -15,6 +15,8 @@ from pathlib import Path, PurePosixPath
 import psutil
 import torch
 
+from tl_fastload import compat
+
 
 @dataclass(frozen=True)
 class _Version:
@@ -42,8 +44,11 @@ def available_bytes(device: torch.device) -> int | None:
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
     # What torch's allocator holds free is at hand as well.
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + held
+    allocated = torch.cuda.memory_allocated(device)
+    free, total = torch.cuda.mem_get_info(device)
+    left = free + torch.cuda.memory_reserved(device) - allocated
+    # torch.cuda.set_per_process_memory_fraction.
+    return int(min(left, total * compat.cuda_memory_fraction(device) - allocated))
 
 
 def available_host_bytes(root: Path = Path("/")) -> int:

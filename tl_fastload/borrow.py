@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
 import dis
+import logging
+import warnings
 from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 from types import CodeType, FunctionType, MethodType
@@ -106,3 +109,44 @@ def _message(label: str, function: Any, what: str) -> str:
         "runs the original with other answers, and would run something else here. Put the original "
         "back, or let what stands there say what it wraps (functools.wraps)."
     )
+
+
+class Silent:
+    """A module or a logger whose functions that tell somebody something do nothing."""
+
+    _TELLING = frozenset(
+        ("warn", "warn_explicit", "debug", "info", "warning", "error", "exception", "log")
+    )
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return _nothing if name in self._TELLING else getattr(self._module, name)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+def _import(name: str, *args: Any, **kwargs: Any) -> Any:
+    module = builtins.__import__(name, *args, **kwargs)
+    return Silent(module) if name in ("warnings", "logging") else module
+
+
+SILENT: dict[str, Any] = {
+    "print": _nothing,
+    "warnings": Silent(warnings),
+    "logging": Silent(logging),
+    "__builtins__": {**vars(builtins), "__import__": _import},  # for imports in the function
+}
+"""Replacements with which a borrowed function neither prints, warns nor logs: filters and levels
+would be those of all threads.
+"""
+
+
+def silenced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A private copy of a function or a bound method that says nothing; itself where it is none."""
+    if isinstance(function, MethodType) and isinstance(function.__func__, FunctionType):
+        return MethodType(borrow(function.__func__, **SILENT), function.__self__)
+    return borrow(function, **SILENT) if isinstance(function, FunctionType) else function

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module, metadata
+from types import FunctionType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from packaging.version import Version
+
+from tl_fastload.borrow import borrow
 
 if TYPE_CHECKING:
     import torch  # takes a second, and a version is known without
@@ -58,15 +60,39 @@ def not_compiled(function: Function) -> Function:
     return made
 
 
-def unpickling(function: Callable[..., Any]) -> AbstractContextManager[Any]:
-    """While `torch.load(..., weights_only=True)` runs, let files name one more function.
+def load_torch_file(path: Any, allowed: Callable[..., Any], **arguments: Any) -> Any:
+    """`torch.load(path, map_location="cpu", weights_only=True)` of a file that may name one more
+    function; torch's own list of such functions is that of all threads, and stays as it is.
 
-    Torch before 2.5 cannot be told so, and refuses such files.
+    Torch before 2.5 has no such list, and refuses such files.
+
+    Args:
+        path: the file.
+        allowed: the function.
+        **arguments: for `torch.load`.
     """
-    import torch
+    from torch import serialization
 
-    allow: Any = getattr(torch.serialization, "safe_globals", None)
-    return nullcontext() if allow is None else allow([function])
+    load: Any = serialization.load
+    unpickler: Any = getattr(serialization, "_weights_only_unpickler", None)
+    if hasattr(unpickler, "_get_user_allowed_globals") and isinstance(load, FunctionType):
+        own = _unpickler_allowing(unpickler, allowed)
+        legacy = borrow(serialization._legacy_load, _weights_only_unpickler=own)
+        load = borrow(load, _weights_only_unpickler=own, _legacy_load=legacy)
+    return load(path, map_location="cpu", weights_only=True, **arguments)
+
+
+def _unpickler_allowing(unpickler: Any, allowed: Callable[..., Any]) -> Any:
+    """Torch's unpickler module with one more function on its list."""
+    name = f"{allowed.__module__}.{allowed.__qualname__}"
+
+    def user_allowed() -> dict[str, Any]:
+        return {**unpickler._get_user_allowed_globals(), name: allowed}
+
+    run = borrow(unpickler.Unpickler.load, _get_user_allowed_globals=user_allowed)
+    own = type("Unpickler", (unpickler.Unpickler,), {"load": run})
+    load = borrow(unpickler.load, Unpickler=own)
+    return SimpleNamespace(**{**vars(unpickler), "Unpickler": own, "load": load})
 
 
 @cache
@@ -74,7 +100,25 @@ def item_bytes(dtype: torch.dtype) -> int:
     """Bytes of one element; `dtype.itemsize` came with torch 2.1."""
     import torch
 
-    return torch.empty(0, dtype=dtype).element_size()
+    return torch.empty(0, dtype=dtype, device="meta").element_size()
+
+
+def cuda_memory_fraction(device: torch.device) -> float:
+    """The part of a CUDA device that this process may take; torch before 2.7 does not tell."""
+    import torch
+
+    ask: Any = getattr(torch.cuda, "get_per_process_memory_fraction", None)
+    return 1.0 if ask is None else float(ask(device))
+
+
+def multiplies_in_fewer_bits() -> bool:
+    """Whether the process lets the CPU multiply float32 matrices in TF32 or bfloat16."""
+    import torch
+
+    mkldnn: Any = getattr(torch.backends.mkldnn, "matmul", None)  # came with torch 2.9
+    if mkldnn is not None:
+        return mkldnn.fp32_precision not in ("none", "ieee")
+    return torch.get_float32_matmul_precision() != "highest"
 
 
 def halves_are_finite(tensor: torch.Tensor) -> bool:

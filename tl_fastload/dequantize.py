@@ -14,7 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from tl_fastload import compat
 from tl_fastload.errors import ArgumentError, MissingWeightsError, UnsupportedArchitectureError
 from tl_fastload.keys import is_conv1d
+from tl_fastload.own_defaults import Defaults
 from tl_fastload.quantized.formats import method_of
+from tl_fastload.tree import no_dtypes
 
 _ORDINARY = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -47,7 +49,8 @@ def load_dequantized(
         if config is not None:
             options["quantization_config"] = config
         load: Any = transformers.AutoModelForCausalLM.from_pretrained
-        model, fitted = load(folder, output_loading_info=True, **options)
+        with Defaults(dtype):  # which transformers sets itself, for all threads
+            model, fitted = load(folder, output_loading_info=True, **options)
         if config is None:
             turned = [name for name, module in model.named_modules() if _was_conv1d(module)]
             model = model.dequantize(dtype)
@@ -76,9 +79,10 @@ def outline_dequantized(folder: str | Path, hf_config: Any, dtype: torch.dtype) 
         raise ArgumentError(f"{folder} is not quantized: leave dequantize= out.")
     config = copy.deepcopy(hf_config)
     del config.quantization_config
-    with torch.device("meta"):
+    no_dtypes(config)
+    with Defaults(dtype), torch.device("meta"):
         make: Any = transformers.AutoModelForCausalLM.from_config
-        return make(config, **{compat.CONFIG_DTYPE_NAME: dtype}).eval()
+        return make(config).eval()
 
 
 def _was_conv1d(module: Any) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from tl_fastload import compat
 from tl_fastload.recipe import Call, Node, Pick, SourceView, aten, dense_strides
 
 _IN_PLACE: dict[Any, Any] = {
@@ -33,6 +34,18 @@ _REDUCTIONS = (
     aten.std.correction,
 )
 _COPIES = (aten.clone.default, aten._to_copy.default)
+# What the process's settings (TF32, reduced precision) make less exact on some devices, and what
+# their libraries factor otherwise than LAPACK.
+_PRODUCTS = (
+    aten.mm.default,
+    aten.bmm.default,
+    aten.mv.default,
+    aten.dot.default,
+    aten.addmm.default,
+    aten.baddbmm.default,
+    aten.addmv.default,
+)
+_FACTORS = (aten._linalg_svd.default, aten.linalg_qr.default)
 
 
 @dataclass
@@ -169,6 +182,8 @@ class Evaluation:
             result = inputs[0].tensor
             if node.func not in _COPIES:
                 _IN_PLACE[node.func](*arguments, **kwargs)
+        elif node.func in _PRODUCTS or node.func in _FACTORS:
+            result = _exactly(node.func, arguments, kwargs)
         else:
             result = node.func(*arguments, **kwargs)
         buffer = self._buffer_of(result, inputs)
@@ -198,6 +213,27 @@ class Evaluation:
                 return value.buffer
         # Several results may lie in one another's memory: never written, nobody's own.
         return Buffer(owned=not several)
+
+
+def _exactly(func: Any, arguments: list[Any], kwargs: dict[str, Any]) -> Any:
+    """A product or a factorization whose numbers follow no setting of the process: on the CPU,
+    and where that may multiply float32 in fewer bits, in float64.
+    """
+    tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+    home, dtype = tensors[0].device, tensors[0].dtype
+    wide = dtype
+    if func in _PRODUCTS and dtype == torch.float32 and compat.multiplies_in_fewer_bits():
+        wide = torch.float64
+    if home.type == "meta" or (home.type == "cpu" and wide == dtype):
+        return func(*arguments, **kwargs)
+    moved = [
+        x.to("cpu", wide if x.dtype == dtype else x.dtype) if isinstance(x, torch.Tensor) else x
+        for x in arguments
+    ]
+    made = func(*moved, **kwargs)
+    if isinstance(made, torch.Tensor):
+        return made.to(home, dtype)
+    return tuple(x.to(home) for x in made)
 
 
 def operands(node: Node) -> list[Node]:

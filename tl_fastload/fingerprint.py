@@ -36,7 +36,7 @@ def fingerprint(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         shapes[name] = list(tensor.shape)
         dtypes[name] = str(tensor.dtype).removeprefix("torch.")
         values.append(_sample(tensor))
-    joined = torch.cat(values) if values else torch.empty(0)
+    joined = torch.cat(values) if values else torch.empty(0, dtype=torch.float32, device="cpu")
     return {"shapes": shapes, "dtypes": dtypes, "values": joined}
 
 

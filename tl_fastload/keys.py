@@ -218,7 +218,9 @@ def is_conv1d(cls: Any) -> bool:
 
 def tied_groups(model: Any) -> list[list[str]]:
     """Groups of names that are one parameter in this model."""
-    groups: dict[int, list[str]] = defaultdict(list)
+    groups: dict[Any, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        groups[id(parameter)].append(name)
+        # By memory: under accelerate's `init_empty_weights` each name has an object of its own.
+        memory = parameter.untyped_storage()._cdata, parameter.storage_offset(), parameter.shape
+        groups[memory].append(name)
     return [names for names in groups.values() if len(names) > 1]

@@ -24,6 +24,7 @@ from tl_fastload.hf_weights import Converted, converted, find_config, steps_of
 from tl_fastload.in_place import InPlaceWriter, Write
 from tl_fastload.key_prefixes import named_as, own_names
 from tl_fastload.memory import PeakSampler, return_freed_memory
+from tl_fastload.own_defaults import own_defaults
 from tl_fastload.placement import Placer
 from tl_fastload.progress import Progress, ProgressOption
 from tl_fastload.promise import Promise
@@ -119,7 +120,13 @@ def load_weights_(
     before = versions(model)
     reader = FileReader()
     try:
-        with torch.inference_mode(False), PeakSampler() as sampler, Progress(progress) as bar:
+        with (
+            torch.inference_mode(False),
+            own_defaults(),
+            PeakSampler() as sampler,
+            Progress(progress) as bar,
+        ):
+            sampler.watch({parameter.device for parameter in model.parameters()})
             weights = open_source(source, reader)
             named, renaming = named_as(model, weights.table)
             if renaming.ambiguous is not None:

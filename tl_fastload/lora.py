@@ -298,7 +298,9 @@ def _replace_tokens(adapter: Adapter, weights: Weights, done: set[str]) -> list[
             problems.append(f"trained tokens and something else that changes {module}, or a weight")
         else:
             weights.trained[name] = adapter.label
-            changed = torch.index_copy(old, 0, torch.tensor(indices), rows.to(old.dtype))
+            changed = torch.index_copy(
+                old, 0, torch.tensor(indices, device="cpu"), rows.to(old.dtype)
+            )
             weights.change(name, changed)
     return problems
 

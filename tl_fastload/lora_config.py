@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -245,9 +244,9 @@ def read_config(folder: Path, label: str) -> Any:
             "Load it with peft, and pass hf_model=peft_model.merge_and_unload() if it can merge."
         )
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # fields of newer versions are judged below
-            config = peft.PeftConfig.from_pretrained(str(folder))
+        # Fields of newer versions are judged below; peft would warn of them.
+        known = {one.name for one in fields(peft.LoraConfig) if one.init} - {"runtime_config"}
+        config = peft.LoraConfig(**{name: stored[name] for name in stored if name in known})
     except (TypeError, ValueError, KeyError, ImportError) as error:
         raise AdapterError(
             f"peft {peft.__version__} cannot read {path}: {error} The adapter was saved by peft "

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -52,13 +52,20 @@ class PeakSampler:
     Attributes:
         peak_host_bytes: resident memory, file pages included.
         peak_anonymous_bytes: resident memory that no file backs.
-        peak_device_bytes: CUDA memory allocated by torch on all devices, or None without CUDA.
+        peak_device_bytes: CUDA memory allocated by torch on the fullest of the watched devices, or
+            None without one. Exact where it is the process's highest so far; otherwise the highest
+            of the samples, since the statistics of the process are not reset.
+
+    Args:
+        every_device: watch every CUDA device from the first sample on which CUDA is in use.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, every_device: bool = False) -> None:
         self.peak_host_bytes = 0
         self.peak_anonymous_bytes = 0
         self.peak_device_bytes: int | None = None
+        self._every_device = every_device
+        self._devices: dict[int, _Device] = {}
         self._recorder = Recorder()
         self._phases: list[Phase] = []
         self._stop = threading.Event()
@@ -67,8 +74,8 @@ class PeakSampler:
     def __enter__(self) -> PeakSampler:
         self._start = host_memory()
         self._start_seconds = time.perf_counter()
-        self._device_start = _device_start()
-        self._recorder.add(0.0, 0, 0, *(() if self._device_start is None else (0,)))
+        self._watch_every_device()
+        self._recorder.add(0.0, 0, 0, 0)
         self._thread.start()
         return self
 
@@ -81,11 +88,21 @@ class PeakSampler:
         self._stop.set()
         self._thread.join()
         self.sample()
-        if self._device_start is not None:
-            self.peak_device_bytes = max(
-                torch.cuda.max_memory_allocated(i) - before
-                for i, before in enumerate(self._device_start)
-            )
+        if self._devices:
+            self.peak_device_bytes = max(one.peak() for one in self._devices.values())
+
+    def watch(self, devices: Iterable[torch.device]) -> None:
+        """Watch these devices from now on, as far as they are CUDA devices; others, and CUDA in a
+        process that does not use it, are left alone.
+        """
+        for device in devices:
+            if device.type == "cuda":
+                index = _current_device() if device.index is None else device.index
+                self._devices = {**self._devices, index: self._devices.get(index) or _Device(index)}
+
+    def _watch_every_device(self) -> None:
+        if self._every_device and not self._devices and cuda_is_in_use():
+            self.watch(torch.device("cuda", i) for i in range(torch.cuda.device_count()))
 
     def sample(self) -> None:
         """Look once, now."""
@@ -94,9 +111,10 @@ class PeakSampler:
         anonymous_bytes = now.anonymous_bytes - self._start.anonymous_bytes
         self.peak_host_bytes = max(self.peak_host_bytes, resident_bytes)
         self.peak_anonymous_bytes = max(self.peak_anonymous_bytes, anonymous_bytes)
-        on_devices = () if self._device_start is None else (_device_growth(self._device_start),)
+        self._watch_every_device()
+        device_bytes = sum(one.look() for one in self._devices.values())
         seconds = time.perf_counter() - self._start_seconds
-        self._recorder.add(seconds, resident_bytes, anonymous_bytes, *on_devices)
+        self._recorder.add(seconds, resident_bytes, anonymous_bytes, device_bytes)
 
     def mark(self, phase: str) -> None:
         """A phase of the load begins."""
@@ -104,7 +122,8 @@ class PeakSampler:
 
     def timeline(self) -> Timeline:
         """Memory over the time watched, above its start."""
-        return self._recorder.timeline(self._phases)
+        found = self._recorder.timeline(self._phases)
+        return found if self._devices else replace(found, device_bytes=())
 
     def _run(self) -> None:
         while not self._stop.wait(SAMPLE_SECONDS):
@@ -124,7 +143,7 @@ def watch_memory() -> PeakSampler:
         A context manager with `peak_host_bytes`, `peak_anonymous_bytes`, `peak_device_bytes` and
         `timeline()`.
     """
-    return _StockSampler()
+    return _StockSampler(every_device=True)
 
 
 class _StockSampler(PeakSampler):
@@ -140,18 +159,43 @@ class _StockSampler(PeakSampler):
         self._phases = self._stock.phases
 
 
-def _device_growth(start: list[int]) -> int:
-    return sum(torch.cuda.memory_allocated(i) - before for i, before in enumerate(start))
+class _Device:
+    """Memory that torch has allocated on one CUDA device, above what it had at first.
+
+    Only read: the statistics belong to the process, and are all zero until CUDA is in use.
+    """
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+        self._start = self._allocated()
+        self._highest_before = self._highest()
+        self._seen = 0
+
+    def _allocated(self) -> int:
+        return torch.cuda.memory_allocated(self._index) if cuda_is_in_use() else 0
+
+    def _highest(self) -> int:
+        return torch.cuda.max_memory_allocated(self._index) if cuda_is_in_use() else 0
+
+    def look(self) -> int:
+        """What it is now."""
+        growth = self._allocated() - self._start
+        self._seen = max(self._seen, growth)
+        return growth
+
+    def peak(self) -> int:
+        """The most that it was."""
+        highest = self._highest()
+        return highest - self._start if highest > self._highest_before else self._seen
 
 
-def _device_start() -> list[int] | None:
-    if not torch.cuda.is_available():
-        return None
-    before = []
-    for index in range(torch.cuda.device_count()):
-        torch.cuda.reset_peak_memory_stats(index)
-        before.append(torch.cuda.memory_allocated(index))
-    return before
+def cuda_is_in_use() -> bool:
+    """Whether this process uses CUDA already; not in a forked child, where it cannot."""
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
+def _current_device() -> int:
+    return torch.cuda.current_device() if cuda_is_in_use() else 0
 
 
 def return_freed_memory() -> None:

@@ -83,8 +83,9 @@ def unit_norms(model: Any, promises: dict[str, Promise]) -> dict[str, Promise]:
     widths["ln_final"] = cfg.d_model
     missing: dict[str, Promise] = {}
     for norm, width in widths.items():
-        for leaf, value in (("w", torch.ones(width)), ("b", torch.zeros(width))):
+        for leaf, value in (("w", 1.0), ("b", 0.0)):
             name = f"{norm}.{leaf}"
             if name not in promises and name not in own:
-                missing[name] = as_promise(value.to(cfg.dtype), name)
+                filled = torch.full((width,), value, dtype=cfg.dtype, device="cpu")
+                missing[name] = as_promise(filled, name)
     return missing

@@ -82,7 +82,12 @@ class Placer:
         quantized = {name: self._quantized_sources(name, todo[name]) for name in todo}
         readers = Counter(source for read in quantized.values() for source in read)
         for group in groups(todo):
-            self._place_group({name: todo.pop(name) for name in group}, targets)
+            try:
+                self._place_group({name: todo.pop(name) for name in group}, targets)
+            except BaseException:
+                targets.clear()  # the traceback holds them as long as the exception lives
+                self._waiting.forget()
+                raise
             read = [source for name in group for source in quantized.pop(name)]
             readers.subtract(read)
             for source in read:
@@ -238,7 +243,7 @@ class Placer:
             if leaf in parent._buffers:
                 buffer = parent._buffers[leaf]
                 if buffer is not None:
-                    buffer.copy_(tensor)
+                    _write(buffer, tensor)
             elif self.assign:
                 old = parent._parameters[leaf]
                 needs_grad = old is None or old.requires_grad
@@ -253,7 +258,7 @@ class Placer:
                         target.data = torch.empty_strided(
                             target.shape, strides, dtype=target.dtype, device=tensor.device
                         )
-                    target.copy_(tensor)
+                    _write(target, tensor)
                     tensor = target
                     if self._copies and not _is_finite(target):
                         self.not_finite.append(name)
@@ -264,6 +269,12 @@ class Placer:
         if self._passed_bytes > self._trim_bytes:
             self._passed_bytes = 0
             return_freed_memory()
+
+
+def _write(target: torch.Tensor, values: torch.Tensor) -> None:
+    # Tensors that were made in inference mode can be written to in that mode only.
+    with torch.inference_mode(target.is_inference()), torch.no_grad():
+        target.copy_(values)
 
 
 class _Waiting:
@@ -292,6 +303,10 @@ class _Waiting:
             readers.discard(name)
         ready = [done for done in self._done if not self._readers[done]]
         return [(done, self._done.pop(done)) for done in ready]
+
+    def forget(self) -> None:
+        """Let go of what was made and not placed."""
+        self._done.clear()
 
 
 def groups(recipes: dict[str, Promise]) -> list[list[str]]:

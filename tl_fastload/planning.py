@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
-import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +17,7 @@ from tl_fastload.draft import CODE_BYTES, CPU, OBJECTS_BYTES, Draft, Needs, Requ
 from tl_fastload.errors import NotEnoughMemory
 from tl_fastload.forecast import Forecast
 from tl_fastload.load_plan import KINDS, Choice, LoadPlan, kind_of
+from tl_fastload.own_defaults import own_defaults
 from tl_fastload.stock_memory import StockLedger
 from tl_fastload.store_format import is_copy
 from tl_fastload.store_read import copy_folder
@@ -34,7 +31,7 @@ def plan_load(request: Request) -> LoadPlan:
     """
     started = time.perf_counter()
     request.options.check()
-    with _quiet():
+    with own_defaults():
         mapped = _copy_of(request)
         plan = _of_checkpoint(request) if mapped is None else store_plan.plan_copy(*mapped)
     return replace(plan, seconds=time.perf_counter() - started)
@@ -63,7 +60,7 @@ def _of_checkpoint(request: Request) -> LoadPlan:
 
 def _advise(request: Request, draft: Draft) -> Callable[[], tuple[Choice, ...]]:
     def advise() -> tuple[Choice, ...]:
-        with _quiet():
+        with own_defaults():
             return tuple(advice.choices(request, draft))
 
     return advise
@@ -101,7 +98,7 @@ def _with_entry(plan: LoadPlan, entry: Path, size: int) -> LoadPlan:
 
 def with_advice(request: Request, error: NotEnoughMemory) -> NotEnoughMemory:
     """The error with the choices that would fit."""
-    with _quiet():
+    with own_defaults():
         mapped = _copy_of(request)
         if mapped is None:
             found = list(advice.choices(request, Draft.of(request)))
@@ -114,7 +111,7 @@ def require_room(request: Request) -> None:
     """Raise NotEnoughMemory if a load does not fit; for loads that read weights early."""
     if _copy_of(request) is not None:
         return
-    with _quiet():
+    with own_defaults():
         draft = Draft.of(request)
         rooms = Needs.of(draft, draft.forecast()).rooms()
     lacking = "; ".join(str(room) for room in rooms if not room.fits)
@@ -199,21 +196,3 @@ class _Stock:
             device,
             note,
         )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Leave TransformerLens' advice on a load to the load itself; other threads still speak."""
-    thread = threading.get_ident()
-    root = logging.getLogger()
-
-    def is_anothers(record: logging.LogRecord) -> bool:
-        return record.thread != thread
-
-    root.addFilter(is_anothers)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        root.removeFilter(is_anothers)

@@ -35,7 +35,7 @@ class FileReader:
     def __init__(self) -> None:
         self.maps: FileMaps | None = None
         self._descriptors: dict[Path, int] = {}
-        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._scratch = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._held: tuple[Path, int, int] | None = None
 
     def close(self) -> None:
@@ -43,7 +43,7 @@ class FileReader:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
-        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._scratch = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._held = None
 
     def read(self, path: Path, offset: int, out: torch.Tensor) -> None:
@@ -71,7 +71,7 @@ class FileReader:
         """
         size = stop - start
         if self._scratch.numel() < size:
-            self._scratch = torch.empty(size, dtype=torch.uint8)
+            self._scratch = torch.empty(size, dtype=torch.uint8, device="cpu")
             self._held = None
         view = self._scratch[:size]
         if self._held != (path, start, stop):
@@ -123,7 +123,7 @@ class FileMaps:
         layers[number].append((start, stop))
         # A storage of just these bytes: saving such a tensor must not save the whole file.
         part: Any = self._storage(entry.path, number)[start:stop]
-        flat = torch.empty(0, dtype=entry.dtype).set_(part)
+        flat = torch.empty(0, dtype=entry.dtype, device="cpu").set_(part)
         return flat.as_strided(geometry.shape, geometry.stride(), 0)
 
     def _storage(self, path: Path, number: int) -> torch.UntypedStorage:
@@ -151,7 +151,7 @@ class FileSource(Source):
         self, entry: TensorEntry, reader: FileReader, geometry: torch.Tensor | None = None
     ) -> None:
         if geometry is None:
-            geometry = torch.empty(entry.shape, device="meta")
+            geometry = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
         self.entry = entry
         self.reader = reader
         self.name = entry.name
@@ -164,7 +164,7 @@ class FileSource(Source):
 
     def is_mapped(self) -> bool:
         """Whether the stored tensor itself is mapped, not read."""
-        aligned = self.entry.offset % torch.empty(0, dtype=self.dtype).element_size() == 0
+        aligned = self.entry.offset % item_bytes(self.dtype) == 0
         return self.reader.maps is not None and aligned
 
     def whole(self) -> torch.Tensor:
@@ -172,7 +172,7 @@ class FileSource(Source):
         geometry = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
         if self.is_mapped() and self.reader.maps is not None:
             return self.reader.maps.view(self.entry, geometry)
-        out = torch.empty(self.shape, dtype=self.dtype)
+        out = torch.empty(self.shape, dtype=self.dtype, device="cpu")
         self.read_into(out, geometry, ())
         return out
 

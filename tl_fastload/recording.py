@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch.nn.modules.module import _IncompatibleKeys
 
 from tl_fastload import compat, steps
+from tl_fastload.borrow import silenced
 from tl_fastload.evaluator import evaluate
 from tl_fastload.norms import unit_norms
 from tl_fastload.options import Options
@@ -36,6 +37,7 @@ class Session:
         shifts: what processing takes out of the inputs of quantized matrices.
         not_quantized: matrices of a quantized model that are dense, and why.
         mark: told the name of each phase as it begins.
+        watch: told the devices that the load uses, before it does.
         ledger: counts what stock would need; None unless that is wanted.
         placer: what would place the recipes, when nothing but a plan is wanted.
     """
@@ -49,6 +51,7 @@ class Session:
     shifts: dict[str, Promise] = field(default_factory=dict)
     not_quantized: dict[str, str] = field(default_factory=dict)
     mark: Callable[[str], None] = lambda phase: None
+    watch: Callable[[Iterable[torch.device]], None] = lambda devices: None
     ledger: StockLedger | None = None
     placer: Placer | None = None
 
@@ -111,4 +114,6 @@ def record_processing(
                 "process_weights_, or a model whose cfg.normalization_type ends in Pre."
             )
         promises |= unit_norms(model, promises)
+    if session.options.only_plan:
+        stock = silenced(stock)
     stock(promises, **allowed)

@@ -34,7 +34,8 @@ class LoadReport:
             pages included.
         peak_anonymous_bytes: the part of it that no file backs.
         mapped_bytes: parameter bytes that are mapped from files instead of held in memory.
-        peak_device_bytes: highest CUDA memory above the start of the call; None without CUDA.
+        peak_device_bytes: highest CUDA memory above the start of the call, on the fullest device
+            that it uses (sampled, unless the process never had more before); None without CUDA.
         processing: each processing step -> "done", or "skipped: ..." with the reason.
         quantization: kind of the quantized weights; None for a model without.
         not_quantized: matrices of a quantized model that are dense -> why.

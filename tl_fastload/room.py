@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from tl_fastload.available import available_bytes
 from tl_fastload.display import format_bytes
-from tl_fastload.errors import NotEnoughMemory
+from tl_fastload.errors import LeanLoadError, NotEnoughMemory
 
 # Sixteen float32 copies of everything at once: far more than any recipe holds.
 _MOST_BYTES_PER_ELEMENT = 64
@@ -39,3 +41,48 @@ def check_room(needed_bytes: Mapping[torch.device, int], label: str) -> None:
                 f"Loading {label} takes {format_bytes(needed)} on {device}, where "
                 f"{format_bytes(free)} are available. No weights were read."
             )
+
+
+@contextmanager
+def let_go_on_error(model: nn.Module, label: str) -> Iterator[None]:
+    """While a new model is filled: if that fails, what was placed goes at once, and not only when
+    the exception does, whose traceback holds the model.
+
+    Args:
+        model: nobody else's yet.
+        label: the model, for the message.
+
+    Raises:
+        NotEnoughMemory: instead of what torch raises when it has no memory.
+    """
+    try:
+        yield
+    except BaseException as error:
+        _empty(model)
+        if not _is_out_of_memory(error):
+            raise
+        said = str(error).strip().partition("\n")[0]
+        error.__traceback__ = None  # its frames hold the tensors that were in work
+        raise NotEnoughMemory(
+            f"Loading {label} ran out of memory ({said}). Nothing was loaded; what had been placed "
+            "is free again."
+        ) from None
+
+
+def _empty(model: nn.Module) -> None:
+    """Put parameters without memory in the place of a model's."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+                module._parameters[name] = nn.Parameter(empty, requires_grad=False)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, LeanLoadError):
+        return False
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+        return True
+    # The host's allocator, and mapping files, have no exception of their own.
+    told = ("DefaultCPUAllocator", "Cannot allocate memory")
+    return isinstance(error, (RuntimeError, OSError)) and any(one in str(error) for one in told)

@@ -22,15 +22,17 @@ from tl_fastload.key_prefixes import named_as
 from tl_fastload.memory import PeakSampler, return_freed_memory
 from tl_fastload.norms import kept_norms, norms_put_back_on_error
 from tl_fastload.options import Options
-from tl_fastload.origin import find_origin
+from tl_fastload.origin import Origin, find_origin
+from tl_fastload.own_defaults import own_defaults
 from tl_fastload.placement import Placer
 from tl_fastload.progress import Progress
+from tl_fastload.promise import Promise
 from tl_fastload.quantized import has_quantized, quantized_kinds
 from tl_fastload.quantized.quantizer import Quantizer
 from tl_fastload.reader import FileReader
 from tl_fastload.recording import Session, record_processing
 from tl_fastload.report import LoadReport
-from tl_fastload.room import check_room, is_ample
+from tl_fastload.room import check_room, is_ample, let_go_on_error
 from tl_fastload.skeleton import build_empty, build_outline, device_map
 from tl_fastload.state_dicts import listed
 from tl_fastload.stock import run_from_pretrained
@@ -54,11 +56,9 @@ def load(cls: type, options: Options, arguments: dict[str, Any], keywords: dict[
     return_freed_memory()  # such as a model that was dropped before: glibc still holds its pages
     try:
         # Parameters made in inference mode could never be trained or saved.
-        with torch.inference_mode(False), PeakSampler() as sampler:
+        with torch.inference_mode(False), own_defaults(), PeakSampler() as sampler:
             sampler.mark("configuration")
-            model, session = _load(
-                cls, options, dict(arguments), dict(keywords), reader, sampler.mark
-            )
+            model, session = _load(cls, options, dict(arguments), dict(keywords), reader, sampler)
     finally:
         reader.close()
     model.load_report = _report(model, session, sampler, time.perf_counter() - started)
@@ -89,7 +89,7 @@ def record(
     verify.check_arguments(arguments, keywords)
     reader = FileReader()
     try:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), own_defaults():
             return _load(cls, options, dict(arguments), dict(keywords), reader, ledger=ledger)
     finally:
         reader.close()
@@ -101,7 +101,7 @@ def _load(
     arguments: dict[str, Any],
     keywords: dict[str, Any],
     reader: FileReader,
-    mark: Callable[[str], None] = lambda phase: None,
+    sampler: PeakSampler | None = None,
     ledger: StockLedger | None = None,
 ) -> tuple[Any, Session]:
     model_name, hf_model = arguments.pop("model_name"), unwrapped(arguments.pop("hf_model"))
@@ -117,10 +117,11 @@ def _load(
         replace(options, move_to_device=move_to_device),
         requested,
         origin,
-        mark=mark,
         ledger=ledger,
     )
-    mark("recording")
+    if sampler is not None:
+        session.mark, session.watch = sampler.mark, sampler.watch
+    session.mark("recording")
     origin.stock_ledger = ledger
     build_model = build_outline if options.only_plan else build_empty
 
@@ -174,8 +175,13 @@ def load_state_dict_into(
     session = Session(Options(strategy="copy", progress=False), dict(flags), notes=[*notes])
     model._session = session
     try:
-        with PeakSampler() as sampler, norms_put_back_on_error(model):
-            session.mark = sampler.mark
+        with (
+            torch.inference_mode(False),
+            own_defaults(),
+            PeakSampler() as sampler,
+            norms_put_back_on_error(model),
+        ):
+            session.mark, session.watch = sampler.mark, sampler.watch
             sampler.mark("recording")
             _process_and_place(model, session, state_dict, flags, stock)
     finally:
@@ -235,15 +241,14 @@ def _place(model: nn.Module, session: Session) -> None:
             quantizer=quantizer,
             fresh=origin is not None,
         )
-        if origin is not None:
-            if options.only_plan:
-                session.placer = placer
-                return
-            devices = {device_of(name) for name in session.recipes}
-            elements = sum(recipe.numel() for recipe in session.recipes.values())
-            if options.check_memory and not is_ample(elements, devices):
-                check_room(forecast(placer, session.recipes).peak_bytes, origin.label)
-        placer.place(session.recipes)
+        if origin is None:
+            session.watch(set(homes.values()))
+            placer.place(session.recipes)
+        elif options.only_plan:
+            session.placer = placer
+            return
+        else:
+            _check_and_fill(model, session, origin, placer)
     session.mapped_bytes = placer.mapped_bytes
     session.not_quantized = quantizer.not_quantized if quantizer is not None else {}
     session.recipes, session.shifts = {}, {}
@@ -254,9 +259,31 @@ def _place(model: nn.Module, session: Session) -> None:
         )
     if placer.not_finite:
         session.notes.append(f"NaN or infinite values in {listed(placer.not_finite)}.")
-    for name, buffer in list(model.named_buffers()):
-        parent, _, leaf = name.rpartition(".")
-        model.get_submodule(parent)._buffers[leaf] = buffer.to(device_of(name))
+
+
+def _check_and_fill(model: nn.Module, session: Session, origin: Origin, placer: Placer) -> None:
+    """Fill a new model, if there is room for it."""
+    devices = {placer.device_of(name) for name in session.recipes}
+    session.watch(devices)
+    elements = sum(recipe.numel() for recipe in session.recipes.values())
+    if session.options.check_memory and not is_ample(elements, devices):
+        check_room(_needed_bytes(placer, session.recipes), origin.label)
+    with let_go_on_error(model, origin.label):
+        placer.place(session.recipes)
+        for name, buffer in list(model.named_buffers()):
+            parent, _, leaf = name.rpartition(".")
+            model.get_submodule(parent)._buffers[leaf] = buffer.to(placer.device_of(name))
+
+
+def _needed_bytes(placer: Placer, recipes: dict[str, Promise]) -> dict[torch.device, int]:
+    """The most that placing allocates on each device, with the buffers that move there."""
+    found = forecast(placer, recipes)
+    needed = dict(found.peak_bytes)
+    for name, buffer in placer.model.named_buffers():
+        device = placer.device_of(name)
+        if device != buffer.device and name not in found.held_bytes:
+            needed[device] = needed.get(device, 0) + buffer.numel() * buffer.element_size()
+    return needed
 
 
 def _report(model: Any, session: Session, sampler: PeakSampler, seconds: float) -> LoadReport:

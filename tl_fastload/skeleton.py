@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformer_lens.HookedTransformer import utils  # type: ignore[attr-defined]
 
 from tl_fastload import compat
+from tl_fastload.borrow import silenced
 from tl_fastload.errors import ArgumentError, UnknownModelError
 from tl_fastload.memory import return_freed_memory
 from tl_fastload.recipe import aten
@@ -92,8 +93,10 @@ def build_outline(
     The arguments are those of `build_empty`.
     """
     cfg.tokenizer_name = None
+    model: Any = object.__new__(cls)
     with torch.device("meta"):
-        model = cls(cfg, None, move_to_device=move_to_device)
+        # Of a class with an `__init__` of its own, what it calls says what it says.
+        silenced(model.__init__)(cfg, None, move_to_device=move_to_device)
     _give_experts_the_dtype(model)
     return model
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from transformer_lens import HookedTransformer
 from transformer_lens import loading_from_pretrained as loading
 
-from tl_fastload.borrow import borrow, innermost
+from tl_fastload.borrow import SILENT, borrow, innermost
 from tl_fastload.errors import ReplacedFunctionError
 
 _OWN_BRANCHES = ("NeelNanda", "ArthurConmy", "Baidicoot")
@@ -67,9 +67,10 @@ class _Loading:
         was_asked: whether the weights were asked for here, and so not anywhere else.
     """
 
-    def __init__(self, answers: Answers) -> None:
+    def __init__(self, answers: Answers, quiet: bool = False) -> None:
         self._answers = answers
         self.was_asked = False
+        self._silent: dict[str, Any] = SILENT if quiet else {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(loading, name)
@@ -79,7 +80,8 @@ class _Loading:
 
     def get_pretrained_model_config(self, model_name: str, **kwargs: Any) -> Any:
         answers = self._answers
-        own = {"HfApi": lambda: answers, "utils": _utilities(answers)}
+        silent = self._silent
+        own = {"HfApi": lambda: answers, "utils": _utilities(answers), **silent}
         names = {"get_official_model_name": _same}
         run = _borrow(
             "get_pretrained_model_config",
@@ -90,6 +92,7 @@ class _Loading:
             convert_neel_model_config=_late("convert_neel_model_config", **names, **own),
             get_checkpoint_labels=_late("get_checkpoint_labels", **names, **own),
             **names,
+            **silent,
         )
         n_ctx = None
         if "n_ctx" not in signature(loading.get_pretrained_model_config).parameters:
@@ -128,6 +131,7 @@ class _Loading:
             # Quantization is judged on the checkpoint's own configuration, before this.
             _refuse_unsupported_quantization=lambda cfg, hf_model: None,
             convert_olmo2_weights=_convert_olmo2_weights,
+            **self._silent,
         )
         return run(model_name, cfg, tree, **kwargs)
 
@@ -146,7 +150,7 @@ def run_from_pretrained(
         build: stands where the class is called: takes a configuration and a tokenizer, returns the
             empty model.
         model_name: only for messages.
-        quiet: whether not to print that the model was loaded.
+        quiet: whether not to say what TransformerLens says of a load.
         **arguments: of `from_pretrained`, without `hf_model`.
 
     Returns:
@@ -160,8 +164,8 @@ def run_from_pretrained(
     given = {name: value for name, value in arguments.items() if value is not None}
     if "checkpoint_label" in given:
         given["checkpoint_value"] = given.pop("checkpoint_label")
-    own_loading = _Loading(answers)
-    silent = {"print": lambda *args: None} if quiet else {}
+    own_loading = _Loading(answers, quiet)
+    silent = SILENT if quiet else {}
     found = HookedTransformer.__dict__["from_pretrained"]
     run = borrow(
         innermost(found) or found,  # arguments bound on the way are given here anyhow

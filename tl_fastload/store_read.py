@@ -19,10 +19,11 @@ from tl_fastload.errors import CheckpointError
 from tl_fastload.keywords import Keywords, sort_keywords
 from tl_fastload.memory import PeakSampler, return_freed_memory
 from tl_fastload.options import Options, is_on_network
+from tl_fastload.own_defaults import own_defaults
 from tl_fastload.progress import Progress
 from tl_fastload.reader import FileMaps, FileReader, FileSource
 from tl_fastload.report import LoadReport
-from tl_fastload.room import check_room
+from tl_fastload.room import check_room, let_go_on_error
 from tl_fastload.safetensors_header import TensorEntry
 from tl_fastload.skeleton import build_empty, device_map
 from tl_fastload.store_bytes import check_tokenizer, verify_copy
@@ -80,9 +81,9 @@ def load_copy(
     return_freed_memory()
     reader = FileReader()
     try:
-        with torch.inference_mode(False), PeakSampler() as sampler:
+        with torch.inference_mode(False), own_defaults(), PeakSampler() as sampler:
             sampler.mark("placing")
-            model, report = _load_whole(cls, options, arguments, keywords, folder, reader)
+            model, report = _load_whole(cls, options, arguments, keywords, folder, reader, sampler)
     finally:
         reader.close()
     model.load_report = report.measured(sampler, time.perf_counter() - started)
@@ -91,7 +92,7 @@ def load_copy(
 
 def _load_whole(cls: type, *arguments: Any) -> tuple[Any, LoadReport]:
     """What `_load` returns; from the beginning if another process saved the copy meanwhile."""
-    *_, folder, _ = arguments
+    *_, folder, _, _ = arguments
     manifest = read_manifest(folder)
     for _ in range(_TRIES):
         try:
@@ -117,6 +118,7 @@ def _load(
     keywords: dict[str, Any],
     folder: Path,
     reader: FileReader,
+    sampler: PeakSampler,
 ) -> tuple[Any, LoadReport]:
     entries = stored_tensors(folder, manifest)
     cfg, sorted_keywords = checked_configuration(manifest, options, arguments, keywords, folder)
@@ -126,7 +128,11 @@ def _load(
     check_names(model, manifest, folder)
     if may_map(options, folder):
         reader.maps = FileMaps()
-    mapped_bytes = _place(model, manifest, entries, reader, options, device_of)
+    sampler.watch({device_of(name) for name in manifest.parameters})
+    if options.check_memory:
+        _check_room(manifest, entries, reader, device_of)
+    with let_go_on_error(model, manifest.source or manifest.model_class):
+        mapped_bytes = _place(model, manifest, entries, reader, options, device_of)
     model._processed = ({step for step, on in manifest.flags.items() if on}, versions(model))
     model._quantization = manifest.quantization
     model._hf_config = _hf_config(manifest)
@@ -272,8 +278,6 @@ def _place(
     device_of: Any,
 ) -> int:
     """Put every parameter and buffer into the model; the bytes of parameters that are mapped."""
-    if options.check_memory:
-        _check_room(manifest, entries, reader, device_of)
     done: dict[tuple[str, ...], nn.Parameter] = {}
     mapped_bytes = 0
     used = {key for view in manifest.parameters.values() for key in _keys(view)}
@@ -282,8 +286,12 @@ def _place(
         for name, view in manifest.parameters.items():
             keys = tuple(_keys(view))  # the same ones: the same parameter, under another name
             if keys not in done:
-                tensor = read_tensor(view, entries, reader, device_of(name))
-                done[keys] = _parameter(model, name, tensor, view, options)
+                try:
+                    tensor = read_tensor(view, entries, reader, device_of(name))
+                    done[keys] = _parameter(model, name, tensor, view, options)
+                except BaseException:
+                    done.clear()  # the traceback holds them as long as the exception lives
+                    raise
                 size_bytes = sum(entries[key].nbytes for key in keys)
                 is_mapped = reader.maps is not None and device_of(name).type == "cpu"
                 mapped_bytes += size_bytes if is_mapped else 0
@@ -309,7 +317,7 @@ def _check_room(
     manifest: Manifest, entries: dict[str, TensorEntry], reader: FileReader, device_of: Any
 ) -> None:
     needed: dict[torch.device, int] = {}
-    for name, view in manifest.parameters.items():
+    for name, view in (*manifest.parameters.items(), *manifest.buffers.items()):
         device = device_of(name)
         if reader.maps is None or device.type != "cpu":
             size = sum(entries[key].nbytes for key in _keys(view))

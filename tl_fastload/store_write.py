@@ -20,6 +20,7 @@ from tl_fastload.argument_types import checked
 from tl_fastload.display import format_bytes
 from tl_fastload.errors import LeanLoadError, SaveError
 from tl_fastload.fingerprint import plain_name
+from tl_fastload.own_defaults import own_defaults
 from tl_fastload.progress import Progress, ProgressOption
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.safetensors_header import DTYPES, LENGTH_BYTES
@@ -166,6 +167,7 @@ def save_lean(
     return Path(folder)
 
 
+@own_defaults()
 def write_copy(
     model: Any,
     folder: Path,
@@ -366,7 +368,11 @@ def _header(shard: list[_Stored], copy_id: str) -> bytes:
 def _write(file: BinaryIO, stored: _Stored) -> str:
     """Write one tensor in pieces; its SHA-256."""
     digest = hashlib.sha256()
-    flat = stored.make().view(torch.uint8) if stored.nbytes else torch.empty(0, dtype=torch.uint8)
+    flat = (
+        stored.make().view(torch.uint8)
+        if stored.nbytes
+        else torch.empty(0, dtype=torch.uint8, device="cpu")
+    )
     for start in range(0, stored.nbytes, _PIECE_BYTES):
         data = memoryview(flat[start : start + _PIECE_BYTES].cpu().numpy())  # type: ignore[arg-type]
         digest.update(data)

@@ -122,8 +122,8 @@ def _mappable(path: Path) -> tuple[bool, str]:
 
 def _load(path: Path, arguments: dict[str, Any]) -> Any:
     try:
-        with compat.unpickling(rebuild):  # quantized tensors that we have saved
-            return torch.load(path, map_location="cpu", weights_only=True, **arguments)
+        # Quantized tensors that we have saved are among what is loaded.
+        return compat.load_torch_file(path, rebuild, **arguments)
     except OSError as error:
         raise unreadable(path, error) from error
     except Exception as error:  # a corrupt pickle can raise anything at all

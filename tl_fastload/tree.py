@@ -10,7 +10,6 @@ is run.
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,6 +23,7 @@ from tl_fastload.checkpoint import Checkpoint
 from tl_fastload.errors import CheckpointError, UnsupportedArchitectureError
 from tl_fastload.key_prefixes import without_wrappers
 from tl_fastload.keys import Ledger, is_conv1d, rename_to_model, tied_groups
+from tl_fastload.own_defaults import Defaults
 from tl_fastload.promise import Promise
 from tl_fastload.quantized.assemble import combine, promise_of_layer, refuse_undeclared
 from tl_fastload.quantized.recipes import reads_quantized
@@ -196,20 +196,35 @@ def _empty_model(model_class: Any, hf_config: Any, dtype: torch.dtype) -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config._attn_implementation = "eager"
+    no_dtypes(config)
     setattr(config, compat.CONFIG_DTYPE_NAME, dtype)  # some modules make their parameters in it
-    dtype_before = torch.get_default_dtype()
-    log = logging.getLogger("transformers")
-    level = log.level
-    log.setLevel(logging.ERROR)  # generation settings of a model that is never run are no news
-    try:
-        torch.set_default_dtype(dtype)
-        with torch.device("meta"), _NoValues():  # type: ignore[no-untyped-call]
-            model = model_class(config)
-    finally:
-        torch.set_default_dtype(dtype_before)
-        log.setLevel(level)
+    with Defaults(dtype), torch.device("meta"), _NoValues():  # type: ignore[no-untyped-call]
+        model = _not_generating(model_class)(config)
+    model.__class__ = model_class
     model.tie_weights()
     return model
+
+
+def no_dtypes(config: Any) -> None:
+    """Take the dtype out of a configuration and those in it: transformers makes each part of a
+    model whose configuration names one under another default dtype, for all threads.
+
+    Args:
+        config: changed.
+    """
+    setattr(config, compat.CONFIG_DTYPE_NAME, None)
+    for part in vars(config).values():
+        if isinstance(part, transformers.PretrainedConfig):
+            no_dtypes(part)
+
+
+def _not_generating(model_class: Any) -> Any:
+    """The class without settings for generation: of a model that is never run they are no news,
+    and transformers would log what it thinks of them.
+    """
+    never = classmethod(lambda cls: False)
+    place = {"__module__": model_class.__module__, "__qualname__": model_class.__qualname__}
+    return type(model_class.__name__, (model_class,), {**place, "can_generate": never})
 
 
 def fill_tree(model: Any, promises: Mapping[str, Promise], dtype: torch.dtype) -> Ledger:

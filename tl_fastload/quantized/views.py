@@ -52,7 +52,7 @@ def is_transformed() -> bool:
 def whole(shape: tuple[int, int]) -> torch.Tensor:
     """The geometry that shows the matrix itself."""
     # Without a storage, so that nobody who counts memory takes it for a matrix.
-    return torch.empty(0, device="meta").as_strided(shape, (shape[1], 1))
+    return torch.empty(0, dtype=torch.float32, device="meta").as_strided(shape, (shape[1], 1))
 
 
 @runs_untraced
@@ -98,10 +98,10 @@ class RowView:
     @runs_untraced
     def index(self, row_dims: tuple[int, ...] | None = None) -> torch.Tensor:
         """The number of each row that the view shows, [n] int64, the last of `row_dims` fastest."""
-        index = torch.tensor([self.geometry.storage_offset() // self.columns])
+        index = torch.tensor([self.geometry.storage_offset() // self.columns], device="cpu")
         for dim in self.row_dims if row_dims is None else row_dims:
             step = self.geometry.stride(dim) // self.columns
-            steps = torch.arange(self.geometry.shape[dim]) * step
+            steps = torch.arange(self.geometry.shape[dim], device="cpu") * step
             index = (index[:, None] + steps).flatten()
         return index
 
@@ -122,7 +122,7 @@ class RowView:
         for dim in reversed(inputs_last):
             strides[dim] = step
             step *= shape[dim]
-        return torch.empty(0, device="meta").as_strided(shape, strides)
+        return torch.empty(0, dtype=torch.float32, device="meta").as_strided(shape, strides)
 
 
 def row_view(geometry: torch.Tensor, columns: int) -> RowView | None:

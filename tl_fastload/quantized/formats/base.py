@@ -241,7 +241,7 @@ def runs_of(index: torch.Tensor) -> list[tuple[int, int]]:
         return [(0, 0)]
     breaks = (torch.nonzero(index[1:] != index[:-1] + 1).flatten() + 1).tolist()
     edges = [0, *breaks, index.numel()]
-    firsts = index[torch.tensor(edges[:-1])].tolist()
+    firsts = index[torch.tensor(edges[:-1], device="cpu")].tolist()
     return [
         (first, first + stop - start)
         for first, start, stop in zip(firsts, edges[:-1], edges[1:])  # noqa: B905  # one length

@@ -11,6 +11,7 @@ import torch
 from tl_fastload.errors import QuantizationError
 from tl_fastload.quantized.formats.base import QuantizedBytes
 from tl_fastload.quantized.formats.bitsandbytes_bytes import FourBitBytes, Int8Bytes
+from tl_fastload.quantized.formats.bitsandbytes_kernels import full_code
 
 INT8_PARTS = frozenset({"SCB", "weight_format"})
 _PLAIN = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
@@ -89,7 +90,7 @@ def _read_4bit(pieces: Mapping[str, torch.Tensor]) -> FourBitBytes:
                 "nested_absmax": absmax.reshape(-1),
                 "nested_code": pieces["weight.nested_quant_map"],
                 "nested_offset": torch.tensor(
-                    float(options["nested_offset"]), device=absmax.device
+                    float(options["nested_offset"]), dtype=torch.float32, device=absmax.device
                 ),
                 "nested_blocksize": int(options["nested_blocksize"]),
             }
@@ -97,7 +98,7 @@ def _read_4bit(pieces: Mapping[str, torch.Tensor]) -> FourBitBytes:
         return FourBitBytes(
             packed=pieces["weight"].contiguous().reshape(-1).view(torch.uint8).reshape(-1, 1),
             absmax=pieces["weight.absmax"].reshape(-1),
-            code=pieces["weight.quant_map"],
+            code=full_code(pieces["weight.quant_map"], str(options["quant_type"])),
             shape=(out, columns),
             blocksize=int(options["blocksize"]),
             quant_type=str(options["quant_type"]),

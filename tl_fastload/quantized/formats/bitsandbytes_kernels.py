@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import importlib
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from tl_fastload.borrow import SILENT, Silent, borrow
 from tl_fastload.errors import QuantizationError
+from tl_fastload.own_defaults import own_defaults
 
 OLDEST_BITSANDBYTES = (0, 43)
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -30,6 +29,22 @@ _PART_SIZE = 1 << 18
 
 # What the 4-bit kernels multiply in; bitsandbytes returns uninitialised memory for others.
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+# The values of bitsandbytes' 4-bit types, float32. Its kernels have them built in.
+_CODES = {
+    "nf4": (
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ),
+    "fp4": (
+        *(0.0, 0.0052083334885537624, 0.6666666865348816, 1.0),
+        *(0.3333333432674408, 0.5, 0.1666666716337204, 0.25),
+        *(0.0, -0.0052083334885537624, -0.6666666865348816, -1.0),
+        *(-0.3333333432674408, -0.5, -0.1666666716337204, -0.25),
+    ),
+}
 
 
 @functools.cache
@@ -86,27 +101,21 @@ def linear_int8(stored: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torc
         # bitsandbytes blanks outliers in what it is given and puts them back (on the CPU), which
         # autograd would take for a change of the caller's tensor.
         x = x.clone()
-    with _cast_unsaid():
-        product: torch.Tensor = bnb.matmul(x, stored.codes, bias=bias, state=state)
+    product: torch.Tensor = _matmul_int8()(x, stored.codes, bias=bias, state=state)
     return product
 
 
-@contextmanager
-def _cast_unsaid() -> Iterator[None]:
-    """Leave out the line that bitsandbytes logs at each 8-bit product of what is not float16: in
-    this thread and for our products only, not for the caller's own layers.
+@functools.cache
+def _matmul_int8() -> Any:
+    """bitsandbytes' 8-bit product without the line that it logs each time of what is not float16;
+    the caller's own layers say it still.
     """
-    thread = threading.get_ident()
-
-    def is_worth_saying(record: logging.LogRecord) -> bool:
-        return threading.get_ident() != thread or "inputs will be cast" not in str(record.msg)
-
-    log = logging.getLogger("bitsandbytes.autograd._functions")
-    log.addFilter(is_worth_saying)
-    try:
-        yield
-    finally:
-        log.removeFilter(is_worth_saying)
+    functions: Any = importlib.import_module("bitsandbytes.autograd._functions")
+    product = functions.MatMul8bitLt
+    silent = {**SILENT, "logger": Silent(getattr(functions, "logger", None))}
+    forward = staticmethod(borrow(product.forward, **silent))
+    quiet = type(product.__name__, (product,), {"forward": forward, "__module__": __name__})
+    return borrow(bitsandbytes().matmul, MatMul8bitLt=quiet)
 
 
 def linear_4bit(
@@ -185,6 +194,7 @@ def _parts(dense: torch.Tensor, blocksize: int = 1) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, max(rows, 1), step)]
 
 
+@own_defaults()
 def quantize_int8(dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales of a matrix [out, in], on its device.
 
@@ -208,6 +218,7 @@ def quantize_int8(dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes, scales
 
 
+@own_defaults()
 def quantize_4bit(
     dense: torch.Tensor, kind: str, blocksize: int, double_quant: bool
 ) -> dict[str, Any]:
@@ -308,7 +319,7 @@ def fields_of(packed: torch.Tensor, state: Any) -> dict[str, Any]:
         # The bytes may be stored as another dtype; a column, as the kernels want them.
         "packed": packed.reshape(-1).view(torch.uint8).reshape(-1, 1),
         "absmax": _plain(state.absmax).reshape(-1),
-        "code": _plain(state.code),
+        "code": full_code(_plain(state.code), state.quant_type),
         "shape": (state.shape[0], state.shape[1]),
         "blocksize": state.blocksize,
         "quant_type": state.quant_type,
@@ -318,6 +329,25 @@ def fields_of(packed: torch.Tensor, state: Any) -> dict[str, Any]:
         "nested_offset": None if nested is None else _plain(state.offset).reshape(()),
         "nested_blocksize": 256 if nested is None else nested.blocksize,
     }
+
+
+def full_code(code: torch.Tensor, kind: str) -> torch.Tensor:
+    """The table of a 4-bit type as float32: bitsandbytes makes it in the default dtype of the
+    process, in which it is kept and saved beside the bytes; the bytes are the same.
+
+    Args:
+        code: [16], as it came.
+        kind: "nf4" or "fp4".
+
+    Returns:
+        The table itself if it is float32, or not that of the type.
+    """
+    if code.dtype == torch.float32 or not code.is_floating_point() or kind not in _CODES:
+        return code
+    if code.is_meta:
+        return torch.empty(code.shape, dtype=torch.float32, device="meta")
+    full = torch.tensor(_CODES[kind], dtype=torch.float32, device="cpu").to(code.device)
+    return full if torch.equal(full.to(code.dtype), code.reshape(-1)) else code
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

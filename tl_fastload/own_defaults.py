@@ -1,0 +1,144 @@
+"""What torch makes of what it is not told: our own dtype and device, whatever the caller has set.
+
+Libraries that run during a load make tensors without saying of which dtype, and take what
+`torch.set_default_dtype`, `torch.set_default_device` or a `with torch.device(...)` say at that
+moment. These belong to the caller (the first to all of the process's threads), so they are neither
+followed nor changed: in the thread that loads, a mode fills in what was left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn, overrides
+
+
+def _named(*names: str) -> frozenset[Any]:
+    found = (getattr(torch, name, None) for name in names)
+    return frozenset(function for function in found if function is not None)
+
+
+# Functions whose result has the default dtype if none is given.
+_FLOATS = _named(
+    *("empty", "zeros", "ones", "rand", "randn", "eye", "linspace", "logspace", "scalar_tensor"),
+    *("empty_strided", "empty_permuted"),
+    *("bartlett_window", "blackman_window", "hamming_window", "hann_window", "kaiser_window"),
+)
+# Functions whose result has it if some number among the arguments is a float.
+_BY_NUMBERS = _named("arange", "range", "full")
+# Functions of data, which may know a dtype and a device of its own.
+_OF_DATA = _named("tensor", "as_tensor", "asarray")
+_INTEGERS = _named("randint", "randperm", "tril_indices", "triu_indices")
+# Elementwise sums that turn integers into the default dtype.
+_PROMOTING = frozenset(
+    name.format(function)
+    for function in (
+        *("add", "sub", "mul", "pow", "div", "truediv", "rdiv", "rtruediv", "radd", "rsub", "rmul"),
+        *("rpow", "true_divide", "subtract", "multiply", "sqrt", "rsqrt", "reciprocal", "exp"),
+        *("log", "log2", "sin", "cos", "tanh", "sigmoid"),
+    )
+    for name in ("{}", "__{}__")
+)
+
+
+class Defaults(overrides.TorchFunctionMode):
+    """Gives what torch makes in this thread a dtype and a device, where the code names none.
+
+    Args:
+        dtype: of floating point tensors.
+        device: of all tensors; a `with torch.device(...)` inside of this one still decides.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+        super().__init__()
+        self._dtype = dtype
+        self._device = torch.device(device)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _FLOATS:
+            return func(*args, **self._filled(kwargs, is_float=True))
+        if func in _BY_NUMBERS:
+            is_float = any(isinstance(x, float) for x in (*args, *kwargs.values()))
+            return func(*args, **self._filled(kwargs, is_float))
+        if func in _INTEGERS:
+            return func(*args, **self._filled(kwargs, is_float=False))
+        if func in _OF_DATA and args and len(args) == 1:
+            kind = _kind_of(args[0])
+            return func(*args, **({**kwargs} if kind is None else self._filled(kwargs, kind)))
+        if func is torch.Tensor.to and _is_emptied(*args):
+            return args[0]
+        made = func(*args, **kwargs)
+        if self._is_promoted(func, args, kwargs, made):
+            return func(*(self._cast(x) for x in args), **kwargs)
+        return made
+
+    def _filled(self, kwargs: dict[str, Any], is_float: bool) -> dict[str, Any]:
+        if kwargs.get("out") is not None:
+            return kwargs
+        filled = dict(kwargs)
+        if is_float and filled.get("dtype") is None:
+            filled["dtype"] = self._dtype
+        if filled.get("device") is None:
+            filled["device"] = self._device
+        return filled
+
+    def _is_promoted(self, func: Any, args: Any, kwargs: Any, made: Any) -> bool:
+        """Whether integers have become floating point numbers of another default dtype."""
+        if not isinstance(made, torch.Tensor) or made.dtype is self._dtype or kwargs:
+            return False
+        if not made.dtype.is_floating_point or getattr(func, "__name__", "") not in _PROMOTING:
+            return False
+        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        return bool(tensors) and not any(_has_floats(tensor) for tensor in tensors)
+
+    def _cast(self, x: Any) -> Any:
+        return x.to(self._dtype) if isinstance(x, torch.Tensor) else x
+
+
+def _is_emptied(tensor: Any, target: Any = None, *others: Any) -> bool:
+    """Whether a parameter's values are thrown away by accelerate's `init_empty_weights`, which the
+    caller is in: it replaces `register_parameter` for all threads.
+    """
+    if not isinstance(tensor, nn.Parameter) or tensor.is_meta or others:
+        return False
+    return isinstance(target, (str, torch.device)) and torch.device(target).type == "meta"
+
+
+def _has_floats(tensor: torch.Tensor) -> bool:
+    return tensor.dtype.is_floating_point or tensor.dtype.is_complex
+
+
+def _kind_of(data: Any) -> bool | None:
+    """Whether data without a dtype of its own holds floats; None if it has one."""
+    if isinstance(data, float):  # NumPy's float64 scalar, too, as torch takes it
+        return True
+    if isinstance(data, (bool, int)):
+        return False
+    if not isinstance(data, (list, tuple)):
+        return None
+    kinds = [_kind_of(item) for item in data]
+    return None if None in kinds else any(kinds)
+
+
+@contextmanager
+def own_defaults(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Iterator[None]:
+    """While a load runs in this thread: none of the caller's function modes (default devices,
+    `with torch.device(...)`) and no autocasting, and `Defaults` in their place. The caller's modes
+    are there again afterwards, and other threads see nothing of it.
+
+    Args:
+        dtype: as for `Defaults`.
+        device: as for `Defaults`.
+    """
+    count = torch._C._len_torch_function_stack()
+    held: list[Any] = [overrides._pop_mode() for _ in range(count)]  # type: ignore[no-untyped-call]
+    try:
+        with torch._C._DisableAutocast(), Defaults(dtype, device):
+            yield
+    finally:
+        for mode in reversed(held):
+            overrides._push_mode(mode)  # type: ignore[no-untyped-call]
