@@ -12,6 +12,7 @@ import transformers
 from transformers.pytorch_utils import Conv1D
 
 from tl_fastload import compat
+from tl_fastload.config_architectures import declared_quantization, parts_of
 from tl_fastload.errors import ArgumentError, MissingWeightsError, UnsupportedArchitectureError
 from tl_fastload.quantization import method_of
 from tl_fastload.quantized_tree import is_conv1d
@@ -43,7 +44,7 @@ def load_dequantized(
         raise ArgumentError(f"{folder} is not quantized: leave dequantize= out.")
     options: dict[str, Any] = {compat.CONFIG_DTYPE_NAME: dtype, **hub_keywords}
     try:
-        config = _told_to_dequantize(hf_config.quantization_config)
+        config = _told_to_dequantize(declared_quantization(hf_config))
         if config is not None:
             options["quantization_config"] = config
         load: Any = transformers.AutoModelForCausalLM.from_pretrained
@@ -61,8 +62,7 @@ def load_dequantized(
             "checkpoint, with quantize= if it is too large."
         ) from error
     _check(fitted, model, folder, method)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    _forget_quantization(model.config)
     return model.eval()
 
 
@@ -75,10 +75,16 @@ def outline_dequantized(folder: str | Path, hf_config: Any, dtype: torch.dtype) 
     if method_of(hf_config) is None:
         raise ArgumentError(f"{folder} is not quantized: leave dequantize= out.")
     config = copy.deepcopy(hf_config)
-    del config.quantization_config
+    _forget_quantization(config)
     with torch.device("meta"):
         make: Any = transformers.AutoModelForCausalLM.from_config
         return make(config, **{compat.CONFIG_DTYPE_NAME: dtype}).eval()
+
+
+def _forget_quantization(config: Any) -> None:
+    for part in parts_of(config):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
 
 
 def _was_conv1d(module: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tl_fastload.config_architectures import declared_quantization
 from tl_fastload.errors import ArgumentError, UnsupportedArchitectureError
 
 _SHORT = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -126,7 +127,7 @@ def method_of(hf_config: Any) -> str | None:
 
 
 def _declared(hf_config: Any) -> Mapping[str, Any] | None:
-    declared = getattr(hf_config, "quantization_config", None)
+    declared = declared_quantization(hf_config)
     if declared is None or isinstance(declared, Mapping):
         return declared
     fields: Mapping[str, Any] = declared.to_dict()

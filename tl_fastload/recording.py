@@ -18,6 +18,7 @@ from tl_fastload.placement import Placer
 from tl_fastload.promise import Promise
 from tl_fastload.quantized import has_quantized
 from tl_fastload.quantized_shifts import kernel_shifts
+from tl_fastload.square import run_on_sides
 from tl_fastload.state_dicts import as_promise, own_values_apart
 from tl_fastload.stock_memory import StockLedger
 
@@ -111,4 +112,4 @@ def record_processing(
                 "process_weights_, or a model whose cfg.normalization_type ends in Pre."
             )
         promises |= unit_norms(model, promises)
-    stock(promises, **allowed)
+    session.notes += run_on_sides(model, promises, allowed, stock, session.recipes)

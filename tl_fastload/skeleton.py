@@ -10,9 +10,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tl_fastload import compat
+from tl_fastload.config_repairs import differences
 from tl_fastload.errors import UnknownModelError
 from tl_fastload.memory import return_freed_memory
 from tl_fastload.recipe import aten
+from tl_fastload.rope_tables import put_rope_tables
 
 
 class SkipRandomInit(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -69,6 +71,7 @@ def build_empty(
             cfg.tokenizer_name = name
     finally:
         cfg.trust_remote_code = wanted
+    _as_transformers(model, origin, notes)
     if _give_experts_the_dtype(model):
         notes.append(
             f"Expert layers are {cfg.dtype}, as asked for. TransformerLens makes them float32 "
@@ -93,8 +96,17 @@ def build_outline(
     cfg.tokenizer_name = None
     with torch.device("meta"):
         model = cls(cfg, None, move_to_device=move_to_device)
+    _as_transformers(model, origin, origin.notes)
     _give_experts_the_dtype(model)
     return model
+
+
+def _as_transformers(model: Any, origin: Any, notes: list[str]) -> None:
+    """Tables that are transformers', and words on what cannot be."""
+    hf_config = getattr(origin, "hf_config", None)
+    if hf_config is not None and model.cfg.original_architecture is not None:
+        notes += differences(vars(model.cfg), hf_config)
+        notes += put_rope_tables(model, hf_config)
 
 
 def _give_experts_the_dtype(model: Any) -> bool:
