@@ -288,22 +288,15 @@ def differences(fields: Mapping[str, Any], hf_config: Any) -> list[str]:
 
 
 def settle_context(fields: dict[str, Any], config: Any) -> list[str]:
-    """Keep `n_ctx` where one rotary table holds for every input; say so where it, or
-    TransformerLens, caps the context below what the config allows.
+    """Keep `n_ctx` to where one rotary table is transformers' for every input; say so where
+    TransformerLens caps the context below what the config allows.
     """
     allowed = getattr(config, "max_position_embeddings", None)
-    if not allowed:
-        return []
     found = rope_of(fields, config)
     if found is not None and found[0].full.kind == "longrope":
-        original = found[1].original(found[0].full)
-        if original < fields["n_ctx"]:
-            fields["n_ctx"] = original
-            return [
-                f"n_ctx is {original}, up to which the model has its short rotary factors; it was "
-                f"made for {allowed} positions (a larger n_ctx= takes the long factors)."
-            ]
-    if fields["n_ctx"] >= allowed:
+        fields["n_ctx"] = min(fields["n_ctx"], found[1].original(found[0].full))
+        return []  # `rope_tables` says so
+    if not allowed or fields["n_ctx"] >= allowed:
         return []
     return [
         f"n_ctx is {fields['n_ctx']} as in TransformerLens; the model was made for {allowed} "

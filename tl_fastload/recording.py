@@ -10,6 +10,7 @@ import torch
 from torch.nn.modules.module import _IncompatibleKeys
 
 from tl_fastload import compat, steps
+from tl_fastload.errors import warn_numbers
 from tl_fastload.evaluator import evaluate
 from tl_fastload.norms import unit_norms
 from tl_fastload.options import Options
@@ -107,9 +108,11 @@ def record_processing(
     if compat.REPLACES_NORMS and not is_given and allowed["fold_ln"]:
         if session.origin is None and "ln_final.w" in dict(model.named_parameters()):
             session.notes.append(
-                f"TransformerLens {compat.TRANSFORMER_LENS} folds the norms of the state dict and "
-                "leaves those of the model as they are, so that both are applied. Use "
-                "process_weights_, or a model whose cfg.normalization_type ends in Pre."
+                warn_numbers(
+                    f"TransformerLens {compat.TRANSFORMER_LENS} folds the norms of the state dict "
+                    "and leaves those of the model as they are, so that both are applied. Use "
+                    "process_weights_, or a model whose cfg.normalization_type ends in Pre."
+                )
             )
         promises |= unit_norms(model, promises)
     session.notes += run_on_sides(model, promises, allowed, stock, session.recipes)

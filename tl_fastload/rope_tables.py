@@ -65,8 +65,9 @@ def _limits(rope: Rope, context: RopeContext, n_ctx: int) -> str:
         original = context.original(rope)
         if n_ctx <= original:
             return (
-                f"longrope: the short factors, which transformers takes for inputs of up to "
-                f"{original} tokens."
+                f"longrope: n_ctx={n_ctx} takes the short factors, as transformers does for inputs "
+                f"of up to {original} tokens. The model was made for {context.max_positions}: a "
+                "larger n_ctx= takes the long factors."
             )
         return warn_numbers(
             f"longrope: n_ctx={n_ctx} takes the long factors, as transformers does for inputs of "
