@@ -18,7 +18,7 @@ from transformer_lens import HookedTransformerConfig
 from transformers import AutoModelForCausalLM
 
 from tl_fastload import LeanHookedTransformer, load_weights_
-from tl_fastload.compat import GUESSES_SIDES
+from tl_fastload.compat import GUESSES_SIDES, REPLACES_NORMS
 
 TOLERANCE = 1e-4
 _ALL_EQUAL = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 64}
@@ -89,11 +89,12 @@ def test_log_probs_are_those_of_transformers(name: str, folder_of: Any) -> None:
     for key, parameter in raw.named_parameters():
         assert torch.allclose(parameter, lean.get_parameter(key), atol=1e-6), key
 
-    other = lean_model(folder, **reference.NO_PROCESSING)
-    other.load_and_process_state_dict(weights)
-    assert (_log_probs(other) - wanted).abs().max() < TOLERANCE
-    load_weights_(other, folder)
-    assert (_log_probs(other) - wanted).abs().max() < TOLERANCE
+    load_weights_(raw, folder)
+    assert (_log_probs(raw) - wanted).abs().max() < TOLERANCE
+    if not REPLACES_NORMS:  # else TransformerLens leaves the model's own norms beside the folded
+        other = lean_model(folder, **reference.NO_PROCESSING)
+        other.load_and_process_state_dict(weights)
+        assert (_log_probs(other) - wanted).abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["biases", "both"])
@@ -128,6 +129,7 @@ def test_every_parameter_is_that_of_a_model_with_other_lengths(folder_of: Any) -
         assert torch.equal(wider.get_parameter(f"blocks.0.mlp.{leaf}")[:, :64], ours)
 
 
+@pytest.mark.skipif(not GUESSES_SIDES, reason="version 2 processes in the model's own dtype")
 def test_half_precision_is_rounded_once(folder_of: Any) -> None:
     folder, _ = folder_of("both")
     raw = lean_model(folder, dtype="bfloat16", **reference.NO_PROCESSING)
