@@ -68,6 +68,15 @@ _LINEAR_ROPE = {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}
 _YARN_ROPE = {
     "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
 }
+_LONG_ROPE = {
+    "rope_scaling": {
+        "rope_type": "longrope",
+        "short_factor": [1.0, 1.5, 2.0],
+        "long_factor": [2.0, 3.0, 5.0],
+    },
+    "original_max_position_embeddings": 16,
+}
+_WRONG_SIDE = "folds norms into the wrong side of a square matrix"
 _ALL_SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}
 
 STOCK_WRONG: tuple[StockWrong, ...] = (
@@ -98,6 +107,9 @@ STOCK_WRONG: tuple[StockWrong, ...] = (
     StockWrong("gemma", 2.5, "drops the attention biases", {"attention_bias": True}),
     StockWrong("gemma3", 17.0, "ignores the logit soft-cap", {"final_logit_softcapping": 4.0}),
     StockWrong("apertus", 2.0, "drops the attention biases", {"attention_bias": True}),
+    StockWrong("phi3", 0.84, "ignores longrope's factors", _LONG_ROPE),
+    StockWrong("llama", 3.0, _WRONG_SIDE, {"intermediate_size": 30}, {"fold_ln": True}),
+    StockWrong("neox", 1.4, _WRONG_SIDE, {"intermediate_size": 48}, {"fold_ln": True}),
     StockWrong("gpt-oss", 3.3, "clamps the experts at 7 always", {"swiglu_limit": 0.5}),
 )
 """Where stock is silently wrong, measured with transformers 5.23 in float32."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from tiny_configs import AVAILABLE, largest_difference, make_config, translate
 from transformer_lens import loading_from_pretrained as loading
 from transformers import CONFIG_MAPPING
 
-from tl_fastload.errors import UnsupportedArchitectureError
+from tl_fastload.config_repairs import differences
+from tl_fastload.errors import NumbersWarning, UnsupportedArchitectureError
 
 _SLIDING = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}
 _MIXED = {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}
@@ -129,16 +131,35 @@ def test_refused(case: str) -> None:
         ("Qwen3ForCausalLM", {"attention_bias": True}, "sets attention_bias"),
         ("GemmaForCausalLM", {"attention_bias": True}, "sets attention_bias"),
         ("BloomForCausalLM", {"n_head": 5, "hidden_size": 40}, "5 heads"),
+    ],
+)
+def test_other_numbers_than_those_of_hugging_face_are_warned_of(
+    architecture: str, keywords: dict[str, Any], words: str
+) -> None:
+    config = _make(architecture, keywords)
+    with pytest.warns(NumbersWarning, match=words) as warned:
+        (note,) = differences(translate(config)[0], config)
+    assert note == str(warned[0].message)
+    assert warned[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    ("architecture", "keywords", "words"),
+    [
         ("MistralForCausalLM", {"max_position_embeddings": 4096}, "2048 .*made for 4096"),
         ("Gemma3ForCausalLM", {"max_position_embeddings": 9000}, "8192 .*made for 9000"),
     ],
 )
 def test_noted(architecture: str, keywords: dict[str, Any], words: str) -> None:
-
     (note,) = translate(_make(architecture, keywords))[1]
     assert re.search(words, note)
 
 
 @pytest.mark.parametrize("architecture", AVAILABLE)
 def test_nothing_is_noted_where_all_is_as_hugging_face_has_it(architecture: str) -> None:
-    assert translate(make_config(architecture))[1] == []
+    config = make_config(architecture)
+    fields, notes = translate(config)
+    assert notes == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NumbersWarning)
+        assert differences(fields, config) == []

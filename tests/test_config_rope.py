@@ -1,19 +1,32 @@
-"""Rotary embeddings: the numbers of Hugging Face, or a note that says from where they differ."""
+"""Rotary embeddings: the numbers of Hugging Face, or a warning that says where they differ."""
 
 from __future__ import annotations
 
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from packaging.version import Version
 from tiny_configs import AVAILABLE, complete, largest_difference, make_config, translate
-from transformer_lens import HookedTransformerConfig
+from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.components import Attention
+from transformers import AutoModelForCausalLM
 
+from tl_fastload import rope_tables
 from tl_fastload.compat import TRANSFORMERS
-from tl_fastload.config_repairs import FIELD_DEFAULTS
-from tl_fastload.config_rope import Rope, RopeContext, RopePair, read_rope, rope_fields
+from tl_fastload.config_repairs import FIELD_DEFAULTS, rope_of
+from tl_fastload.config_rope import (
+    Rope,
+    RopeContext,
+    RopePair,
+    read_rope,
+    refuse_unknown,
+    rope_fields,
+)
+from tl_fastload.errors import NumbersWarning, UnsupportedArchitectureError
+from tl_fastload.rope_tables import put_rope_tables
 
 _LINEAR = {"rope_type": "linear", "factor": 2.5}
 _LLAMA_3 = {
@@ -26,6 +39,19 @@ _LLAMA_3 = {
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 _HALF = {"rotary_pct": 0.5, "rope_theta": 700.0}
 _LONG = {"type": "longrope", "long_factor": [2.0, 3.0, 4.0, 5.0]}
+_SCALINGS: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default"},
+    "linear": _LINEAR,
+    "llama3": _LLAMA_3,
+    "yarn": _YARN,
+    "longrope": {
+        "rope_type": "longrope",
+        "factor": 3.0,
+        "original_max_position_embeddings": 40,
+        "short_factor": [1.0, 1.1, 1.3, 1.5],
+        "long_factor": [2.0, 3.0, 4.0, 5.0],
+    },
+}
 _NEEDS_YARN = "use_yarn_rope"
 _SLIDING = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
 
@@ -78,7 +104,7 @@ EXACT: dict[str, tuple[str, dict[str, Any], str]] = {
             "rope_scaling": {**_LONG, "short_factor": [1.0] * 4},
             "original_max_position_embeddings": 40,
         },
-        _NEEDS_YARN,
+        "",
     ),
     "dynamic, short inputs": (
         "LlamaForCausalLM",
@@ -107,53 +133,32 @@ def test_the_notation_of_transformers_5() -> None:
     assert largest_difference(make_config("Gemma3ForCausalLM", rope_parameters=nested)) < 1e-4
 
 
-@pytest.mark.skipif(Version("5.0") > TRANSFORMERS, reason="transformers 4 refuses the key")
-def test_longrope_whose_short_factors_are_a_plain_scaling() -> None:
+def test_longrope_takes_the_factors_that_transformers_takes_for_n_ctx() -> None:
+    factors = {"short_factor": [1.0, 1.1, 1.3, 1.5], "long_factor": [2.0, 3.0, 4.0, 5.0]}
     config = make_config(
         "Phi3ForCausalLM",
-        rope_scaling={**_LONG, "short_factor": [3.0] * 4, "attention_factor": 1.0},
-        original_max_position_embeddings=40,
+        rope_scaling={"type": "longrope", **factors},
+        original_max_position_embeddings=16,
     )
-    assert largest_difference(config, tokens=40) < 1e-4
+    fields, _ = translate(config)
+    assert fields["n_ctx"] == 16
+    assert largest_difference(config, tokens=16) < 1e-4
+    notes = put_rope_tables(HookedTransformer(complete(fields)), config)
+    assert "short factors" in notes[1]
+    assert "made for 64: a larger" in notes[1]
+    with pytest.warns(NumbersWarning, match="n_ctx=48 takes the long factors.* more than 16 tok"):
+        assert largest_difference(config, tokens=40, n_ctx=48) < 1e-4
+    with pytest.warns(NumbersWarning, match="load with n_ctx=16"):  # and it is true
+        assert largest_difference(config, tokens=12, n_ctx=48) > 1e-3
 
 
-@pytest.mark.skipif(_NEEDS_YARN not in FIELD_DEFAULTS, reason="then they differ from position 1")
-@pytest.mark.parametrize(
-    ("architecture", "keywords", "words"),
-    [
-        (
-            "LlamaForCausalLM",
-            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
-            ["'dynamic'", "inputs of more than 64 tokens"],
-        ),
-        (
-            "Phi3ForCausalLM",
-            {
-                "rope_scaling": {**_LONG, "short_factor": [1.0] * 4},
-                "original_max_position_embeddings": 16,
-            },
-            ["'longrope'", "inputs of more than 16 tokens"],
-        ),
-        (
-            "Phi3ForCausalLM",
-            {
-                "rope_scaling": {**_LONG, "short_factor": [1.0, 1.1, 1.2, 1.3]},
-                "original_max_position_embeddings": 16,
-            },
-            ["'longrope'", "one factor per frequency", "from position 1 on"],
-        ),
-    ],
-)
-def test_a_note_says_from_where_results_differ(
-    architecture: str, keywords: dict[str, Any], words: list[str]
-) -> None:
-    config = make_config(architecture, **keywords)
-    (note,) = translate(config)[1]
-    assert all(word in note for word in words)
-    position = 1 if "position 1" in note else int(note.rsplit("than ")[-1].split(" ")[0])
-    if position < 60:
-        # The note must be true: the numbers do differ behind that position.
-        assert largest_difference(config, tokens=60) > 1e-3
+def test_dynamic_scaling_is_warned_of_where_it_begins() -> None:
+    config = make_config("LlamaForCausalLM", rope_scaling={"rope_type": "dynamic", "factor": 2.0})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NumbersWarning)
+        assert largest_difference(config, tokens=60) < 1e-4
+    with pytest.warns(NumbersWarning, match="'dynamic'.* more than 64 tokens"):
+        assert largest_difference(config, tokens=80, n_ctx=80) > 1e-3
 
 
 def _rope(kind: str, base: float = 10000.0, **params: Any) -> Rope:
@@ -171,20 +176,11 @@ def _context(**changes: Any) -> RopeContext:
     return RopeContext(**{**values, **changes})
 
 
-def test_an_older_transformer_lens_without_yarn_says_so() -> None:
-    fields = frozenset(name for name in FIELD_DEFAULTS if "yarn" not in name)
-    yarn = _rope("yarn", factor=4.0, original_max_position_embeddings=16)
-    values, (note,) = rope_fields(RopePair(yarn, yarn), _context(fields=fields))
-    assert values == {"rotary_base": 10000.0}
-    assert "has no use_yarn_rope" in note
-    assert "from position 1 on" in note
-
-
 def test_linear_scaling_without_its_own_field() -> None:
     older = frozenset(FIELD_DEFAULTS) - {"rotary_scaling_factor"}
     linear = _rope("linear", factor=3.0)
-    values, notes = rope_fields(RopePair(linear, linear), _context(fields=older))
-    assert not notes
+    values, needs_tables = rope_fields(RopePair(linear, linear), _context(fields=older))
+    assert not needs_tables
     config = make_config("LlamaForCausalLM", rope_scaling={"rope_type": "linear", "factor": 3.0})
     by_factor = _table(complete({**translate(config)[0]}))
     by_parts = _table(complete({**translate(config)[0], **values, **_off("rotary_scaling_factor")}))
@@ -199,32 +195,54 @@ def _table(cfg: HookedTransformerConfig) -> Any:
     return Attention(cfg).rotary_sin
 
 
-@pytest.mark.parametrize("kind", ["llama3", "linear", "longrope"])
-def test_scaling_of_full_layers_only_that_cannot_be_represented(kind: str) -> None:
-    full = _rope(kind, factor=2.0, original_max_position_embeddings=16, attention_factor=1.2)
-    fields = frozenset(FIELD_DEFAULTS) - {"rotary_scaling_factor"}
-    context = _context(has_sliding=True, fields=fields)
-    values, (note,) = rope_fields(RopePair(full, _rope("default")), context)
-    assert values == {"rotary_base": 10000.0}
-    assert repr(kind) in note
+@pytest.mark.parametrize("kind", ["yarn", "linear", "llama3", "longrope"])
+def test_tables_are_those_that_fields_give_and_more(kind: str) -> None:
+    """Every scaling that a layer may have, with nothing but tables of transformers."""
+    config = make_config("LlamaForCausalLM", rope_scaling=_SCALINGS[kind])
+    pair, context = rope_of(translate(config)[0], config)
+    cfg = complete({**translate(config)[0], "n_ctx": 40})
+    sine, cosine = rope_tables._tables(pair.full, context, cfg, torch.device("cpu"))
+    own = AutoModelForCausalLM.from_config(config).model.rotary_emb(
+        torch.zeros(1), torch.arange(40)[None]
+    )
+    assert (cosine - own[0][0]).abs().max() < 1e-6
+    assert (sine - own[1][0]).abs().max() < 1e-6
 
 
-def test_scaling_of_sliding_layers_is_noted() -> None:
+def test_scaling_that_no_field_says_needs_tables() -> None:
+    older = frozenset(name for name in FIELD_DEFAULTS if "yarn" not in name)
+    yarn = _rope("yarn", factor=4.0, original_max_position_embeddings=16)
+    none = {"rotary_base": 10000.0}
+    assert rope_fields(RopePair(yarn, yarn), _context(fields=older)) == (none, True)
+    for kind in ("llama3", "linear", "longrope"):
+        full = _rope(kind, factor=2.0, original_max_position_embeddings=16, attention_factor=1.2)
+        fields = frozenset(FIELD_DEFAULTS) - {"rotary_scaling_factor"}
+        context = _context(has_sliding=True, fields=fields)
+        assert rope_fields(RopePair(full, _rope("default")), context) == (none, True)
     pair = RopePair(_rope("default"), _rope("linear", base=300.0, factor=2.0))
-    values, (note,) = rope_fields(pair, _context(has_sliding=True))
-    assert values == {"rotary_base": 10000.0, "rotary_base_local": 300.0}
-    assert "on sliding-window layers" in note
+    assert rope_fields(pair, _context(has_sliding=True))[1]
+
+
+@pytest.mark.skipif(Version("5.0") > TRANSFORMERS, reason="the notation of transformers 5")
+def test_each_kind_of_layer_has_its_tables() -> None:
+    for full, sliding in (("llama3", "default"), ("default", "linear"), ("yarn", "linear")):
+        nested = {
+            "full_attention": {"rope_theta": 9000.0, **_SCALINGS[full]},
+            "sliding_attention": {"rope_theta": 700.0, **_SCALINGS[sliding]},
+        }
+        assert largest_difference(make_config("Gemma3ForCausalLM", rope_parameters=nested)) < 1e-4
 
 
 def test_only_the_rope_of_layers_that_exist_counts() -> None:
     pair = RopePair(_rope("dynamic"), _rope("default", base=300.0))
     context = _context(has_sliding=True, has_full=False)
-    assert rope_fields(pair, context) == ({"rotary_base": 300.0}, [])
+    assert rope_fields(pair, context) == ({"rotary_base": 300.0}, False)
 
 
-def test_an_unknown_kind_is_noted() -> None:
-    rope = _rope("spiral")
-    assert "'spiral'" in rope_fields(RopePair(rope, rope), _context())[1][0]
+def test_an_unknown_kind_is_refused() -> None:
+    for kind in ("spiral", "proportional"):
+        with pytest.raises(UnsupportedArchitectureError, match=f"'{kind}'"):
+            refuse_unknown([_rope("default"), _rope(kind)])
 
 
 def test_legacy_attributes_are_read() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,12 @@ from comparison import lean_model, log_probs
 from reference import STOCK_WRONG, StockWrong
 from zoo import CASES, tokens
 
-from tl_fastload.errors import LeanLoadError, MissingWeightsError, UnsupportedArchitectureError
+from tl_fastload.errors import (
+    LeanLoadError,
+    MissingWeightsError,
+    NumbersWarning,
+    UnsupportedArchitectureError,
+)
 
 TOLERANCE = 1e-4
 PROCESSING: dict[str, dict[str, bool]] = {"processed": {}, "unprocessed": reference.NO_PROCESSING}
@@ -28,18 +34,20 @@ class Refused:
 
 
 RIGHT = "right"
-NOTED = "noted"
+WARNED = "warned of"
 _BIASES = Refused(MissingWeightsError, "self_attn.q_proj.bias")
 
 OUTCOMES: dict[str, str | Refused] = {
     "attention sinks make pattern rows sum to less than one, so b_V does not fold": RIGHT,
-    "ALiBi slopes for a head count that is no power of two": NOTED,
+    "ALiBi slopes for a head count that is no power of two": WARNED,
     "drops the attention biases": _BIASES,
     "drops the MLP biases": Refused(MissingWeightsError, "mlp.gate_proj.bias"),
     "ignores linear rope scaling": RIGHT,
     "ignores yarn rope scaling": RIGHT,
     "ignores the sliding window": RIGHT,
     "drops the query and key norms": Refused(UnsupportedArchitectureError, "qk_layernorm"),
+    "ignores longrope's factors": RIGHT,
+    "folds norms into the wrong side of a square matrix": RIGHT,
     "rotates whole heads": RIGHT,
     "takes 1e-5 for the epsilon": RIGHT,
     "takes the residual before the norm": Refused(
@@ -48,7 +56,7 @@ OUTCOMES: dict[str, str | Refused] = {
     "ignores the logit soft-cap": RIGHT,
     "clamps the experts at 7 always": Refused(UnsupportedArchitectureError, "swiglu_limit"),
 }
-"""What we do where stock is silently wrong: compute it right, refuse it, or note it."""
+"""What we do where stock is silently wrong: compute it right, refuse it, or warn of it."""
 
 
 @pytest.mark.parametrize("case_id", [name for name in HF_CASES if name not in NO_POWER_OF_TWO])
@@ -71,13 +79,18 @@ def test_what_stock_gets_wrong(wrong: StockWrong, processing: str, zoo: Any) -> 
             lean_model(folder, **flags)
         return
     wanted = reference.hf_log_probs(wrong.case_id, folder, tokens(wrong.case_id))
-    lean = lean_model(folder, **flags)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", NumbersWarning)
+        lean = lean_model(folder, **flags)
+    told = [text for text in told if text.category is NumbersWarning]
     apart = (log_probs(lean, wrong.case_id) - wanted).abs().max()
     if outcome == RIGHT:
         assert apart < TOLERANCE
+        assert not told
     else:
-        assert apart > TOLERANCE  # else the note is out of date
-        assert any("ALiBi slopes" in note for note in lean.load_report.notes)
+        assert apart > TOLERANCE  # else the warning is out of date
+        assert [str(text.message) in lean.load_report.notes for text in told] == [True]
+        assert "ALiBi slopes" in str(told[0].message)
 
 
 def test_every_outcome_is_met() -> None:

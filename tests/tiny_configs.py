@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Pretr
 
 from tl_fastload.borrow import borrow
 from tl_fastload.config import SUPPORTED_ARCHITECTURES, config_dict
+from tl_fastload.rope_tables import put_rope_tables
 
 _SIZES = {
     "vocab_size": 61,
@@ -117,7 +118,9 @@ def complete(fields: dict[str, Any], **changes: Any) -> HookedTransformerConfig:
     return HookedTransformerConfig.from_dict({**fields, **fixed, **changes})
 
 
-def largest_difference(config: PretrainedConfig, tokens: int = 40, **converters: Any) -> float:
+def largest_difference(
+    config: PretrainedConfig, tokens: int = 40, n_ctx: int | None = None, **converters: Any
+) -> float:
     """How far HookedTransformer's log-probabilities are from Hugging Face's, for random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -130,11 +133,12 @@ def largest_difference(config: PretrainedConfig, tokens: int = 40, **converters:
                 else:
                     parameter.add_(torch.randn_like(parameter) * 0.2)
         ids = torch.randint(1, 60, (2, tokens))
-    cfg = complete(translate(config)[0])
+    cfg = complete(translate(config)[0], **({} if n_ctx is None else {"n_ctx": n_ctx}))
     convert = borrow(
         loading.get_pretrained_state_dict, get_official_model_name=lambda name: name, **converters
     )
     model = HookedTransformer(cfg)
+    put_rope_tables(model, config)
     model.load_and_process_state_dict(
         convert("checkpoint", cfg, hf_model=hf_model),
         fold_ln=False,

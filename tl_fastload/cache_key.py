@@ -21,6 +21,9 @@ from tl_fastload.steps import STEPS
 from tl_fastload.store_format import FORMAT_VERSION, versions
 from tl_fastload.weight_files import read_index
 
+# Raised when loads of one model give other numbers than those of an earlier tl_fastload.
+_NUMBERS = 2
+
 # How a load goes, not what comes out of it.
 _NOT_IN_THE_NUMBERS = (
     *("strategy", "mmap", "progress", "move_to_device", "cache", "verify"),
@@ -52,6 +55,7 @@ def entry_name(
     known = {
         "format_version": FORMAT_VERSION,
         "versions": versions(),
+        "numbers": _NUMBERS,
         "class": f"{cls.__module__}.{cls.__qualname__}",
         "source": _source(location),
         "files": sorted_keywords.files,

@@ -140,6 +140,9 @@ HAS_WEIGHT_CONVERSIONS = TRANSFORMERS.major >= 5
 # are methods of the model that expect every norm's weights; version 3 keeps unit weights.
 REPLACES_NORMS = TRANSFORMER_LENS.major < 3
 
+# Version 3 tells the sides of a matrix apart by their lengths when it folds norms into it.
+GUESSES_SIDES = TRANSFORMER_LENS.major >= 3
+
 # Version 2 loads a tokenizer again, by its name, if it does not add BOS tokens already.
 RELOADS_TOKENIZERS = TRANSFORMER_LENS.major < 3
 

@@ -24,15 +24,17 @@ from tl_fastload.config_architectures import (
     SUPPORTED_ARCHITECTURES,
     architecture_of,
     declared_architectures,
+    declared_quantization,
     supported_list,
+    text_config,
     unsupported_json,
 )
 from tl_fastload.config_families import FAMILIES
 from tl_fastload.config_repairs import (
     FIELD_DEFAULTS,
-    context_notes,
     refuse_unsupported,
     repair,
+    settle_context,
 )
 from tl_fastload.config_rope import read_rope
 from tl_fastload.errors import CheckpointError, UnsupportedArchitectureError
@@ -189,22 +191,22 @@ def config_dict(
     Raises UnsupportedArchitectureError, and CheckpointError when a value is missing or wrong.
     """
     architecture = architecture_of(hf_config)
-    text = getattr(hf_config, "text_config", None) or hf_config
+    text = text_config(hf_config)
     refuse_unsupported(text, architecture)
     try:
         fields = _read_fields(hf_config, text, architecture, trust_remote_code)
-        notes = repair(fields, text, architecture)
+        repair(fields, text, architecture)
     except (AttributeError, TypeError, ZeroDivisionError) as error:
         raise CheckpointError(
             f"The config of this {architecture} lacks a value that the model needs, or has an "
             f"impossible one: {error}. Correct config.json."
         ) from error
+    notes: list[str] = []
     if official_name is not None:
         official = _stock_fields(hf_config, official_name, trust_remote_code)
         if official is not None:
-            fields, more = _merge_official(official, fields, official_name)
-            notes += more
-    notes += context_notes(fields, text)
+            fields, notes = _merge_official(official, fields, official_name)
+    notes += settle_context(fields, text)
     fields["tokenizer_name"] = tokenizer_name
     known = {name: value for name, value in fields.items() if name in FIELD_DEFAULTS}
     return copy.deepcopy(known), notes
@@ -223,7 +225,7 @@ def _read_fields(
         return fields
     fields = FAMILIES[architecture](text)
     fields["original_architecture"] = architecture
-    quantization = getattr(hf_config, "quantization_config", None) or {}
+    quantization = declared_quantization(hf_config) or {}
     method = (
         quantization.get("quant_method")
         if isinstance(quantization, Mapping)

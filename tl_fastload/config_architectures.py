@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformer_lens import loading_from_pretrained as loading
+from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_MAPPING_NAMES,
 )
 
+from tl_fastload import compat
 from tl_fastload.borrow import innermost, spelled_out
 from tl_fastload.compat import TRANSFORMER_LENS
 from tl_fastload.errors import UnsupportedArchitectureError
@@ -131,3 +135,56 @@ def _reason(name: str, model_type: str, is_seq2seq: bool) -> str:
     close = difflib.get_close_matches(name, SUPPORTED_ARCHITECTURES, n=3, cutoff=0.85)
     nearest = f" The nearest that it can: {', '.join(close)}." if close else ""
     return f"is not an architecture that HookedTransformer can represent.{nearest}"
+
+
+def text_config(hf_config: Any) -> Any:
+    """The part of a configuration that describes the language model: of a multimodal one, its
+    `text_config`.
+    """
+    return getattr(hf_config, "text_config", None) or hf_config
+
+
+def parts_of(hf_config: Any) -> list[Any]:
+    """A configuration and those inside it: of a multimodal model, one for each of its parts.
+
+    transformers sets some things on all of them (dtype, attention) and reads others off whichever
+    has them.
+    """
+    inner = [value for value in vars(hf_config).values() if isinstance(value, PretrainedConfig)]
+    return [hf_config, *(part for config in inner for part in parts_of(config))]
+
+
+def declared_dtype(hf_config: Any) -> torch.dtype | None:
+    """The dtype that a configuration names for its language model, if it does."""
+    for config in (text_config(hf_config), hf_config):
+        dtype = getattr(config, compat.CONFIG_DTYPE_NAME, None)
+        if isinstance(dtype, torch.dtype):
+            return dtype
+    return None
+
+
+def declared_quantization(hf_config: Any) -> Any:
+    """The `quantization_config` of a model: its own, else that of its language model."""
+    for config in (hf_config, text_config(hf_config)):
+        found = getattr(config, "quantization_config", None)
+        if found is not None:
+            return found
+    return None
+
+
+def for_an_empty_model(hf_config: Any, dtype: torch.dtype | None) -> Any:
+    """A copy of a configuration from which transformers builds a plain model.
+
+    Args:
+        hf_config: not changed.
+        dtype: what the configuration says of it, which some modules make their parameters in. Those
+            inside it say nothing: transformers makes each part that names a dtype under another
+            default dtype, for all threads.
+    """
+    copied = copy.deepcopy(hf_config)
+    for config in parts_of(copied):
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        setattr(config, compat.CONFIG_DTYPE_NAME, dtype if config is copied else None)
+        config._attn_implementation = "eager"
+    return copied

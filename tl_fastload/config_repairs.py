@@ -13,9 +13,16 @@ from transformer_lens import HookedTransformerConfig
 from transformer_lens.utilities.activation_functions import SUPPORTED_ACTIVATIONS
 
 from tl_fastload.compat import TRANSFORMER_LENS
+from tl_fastload.config_architectures import text_config
 from tl_fastload.config_families import head_dim
-from tl_fastload.config_rope import RopeContext, read_rope, rope_fields
-from tl_fastload.errors import UnsupportedArchitectureError
+from tl_fastload.config_rope import (
+    RopeContext,
+    RopePair,
+    read_rope,
+    refuse_unknown,
+    rope_fields,
+)
+from tl_fastload.errors import UnsupportedArchitectureError, warn_numbers
 
 FIELD_DEFAULTS = {
     field.name: field.default for field in dataclasses.fields(HookedTransformerConfig)
@@ -128,20 +135,19 @@ def refuse_unsupported(config: Any, architecture: str) -> None:
             )
 
 
-def repair(fields: dict[str, Any], config: Any, architecture: str) -> list[str]:
+def repair(fields: dict[str, Any], config: Any, architecture: str) -> None:
     """Correct `fields` in place so that HookedTransformer computes what transformers does.
 
     fields: a config dictionary of TransformerLens.
     config: the Hugging Face (text) config.
 
-    Returns notes on what stays different. Raises UnsupportedArchitectureError for an activation
-    function or an attention layout that HookedTransformer lacks.
+    Raises UnsupportedArchitectureError for an activation function, an attention layout or a rotary
+    scaling that HookedTransformer lacks. What stays different: `differences`.
     """
     _repair_activation(fields, architecture)
     _repair_blocks(fields, config, architecture)
     _repair_sliding_windows(fields, config, architecture)
-    notes = _repair_rope(fields, config, architecture)
-    return notes + _differences(fields, config, architecture)
+    _repair_rope(fields, config, architecture)
 
 
 def _repair_activation(fields: dict[str, Any], architecture: str) -> None:
@@ -212,18 +218,16 @@ def _attention_types(config: Any, architecture: str, n_layers: int) -> list[str]
     return ["global"] * n_layers
 
 
-def _repair_rope(fields: dict[str, Any], config: Any, architecture: str) -> list[str]:
-    if fields.get("positional_embedding_type") != "rotary" or architecture in _FIXED_ROPE:
-        return []
-    pair = read_rope(config)
-    width = int(pair.full.partial * fields["d_head"])
-    if width % 2:
-        raise UnsupportedArchitectureError(
-            f"This {architecture} rotates {width} of the {fields['d_head']} dimensions of a head; "
-            "HookedTransformer rotates pairs and needs an even number."
-        )
-    if fields.get("rotary_dim", fields["d_head"]) != width:
-        fields["rotary_dim"] = width
+def rope_of(fields: Mapping[str, Any], hf_config: Any) -> tuple[RopePair, RopeContext] | None:
+    """The rotary embeddings of a model; None for one without, or whose are fixed.
+
+    fields: of its HookedTransformerConfig.
+    hf_config: the Hugging Face config.
+    """
+    config = text_config(hf_config)
+    is_rotary = fields.get("positional_embedding_type") == "rotary"
+    if not is_rotary or fields.get("original_architecture") in _FIXED_ROPE:
+        return None
     types = fields.get("attn_types") if fields.get("use_local_attn") else None
     context = RopeContext(
         max_positions=getattr(config, "max_position_embeddings", None) or fields["n_ctx"],
@@ -232,37 +236,66 @@ def _repair_rope(fields: dict[str, Any], config: Any, architecture: str) -> list
         original_positions=getattr(config, "original_max_position_embeddings", None),
         fields=frozenset(FIELD_DEFAULTS),
     )
-    rope, notes = rope_fields(pair, context)
+    return read_rope(config), context
+
+
+def _repair_rope(fields: dict[str, Any], config: Any, architecture: str) -> None:
+    found = rope_of(fields, config)
+    if found is None:
+        return
+    pair, context = found
+    width = int(pair.full.partial * fields["d_head"])
+    if width % 2:
+        raise UnsupportedArchitectureError(
+            f"This {architecture} rotates {width} of the {fields['d_head']} dimensions of a head; "
+            "HookedTransformer rotates pairs and needs an even number."
+        )
+    if fields.get("rotary_dim", fields["d_head"]) != width:
+        fields["rotary_dim"] = width
+    rope, needs_tables = rope_fields(pair, context)
+    if needs_tables:
+        refuse_unknown([pair.full] * context.has_full + [pair.sliding] * context.has_sliding)
     if rope["rotary_base"] == fields.get("rotary_base", 10000):
         rope.pop("rotary_base")  # keeps TransformerLens' own int or float
     fields.update(rope)
-    return notes
 
 
-def _differences(fields: Mapping[str, Any], config: Any, architecture: str) -> list[str]:
-    notes = [
+def differences(fields: Mapping[str, Any], hf_config: Any) -> list[str]:
+    """What HookedTransformer computes otherwise than transformers; warns of each.
+
+    fields: of its HookedTransformerConfig.
+    hf_config: the Hugging Face config.
+    """
+    config, architecture = text_config(hf_config), fields["original_architecture"]
+    found = [
         f"config.json sets {name}: TransformerLens' converter for {architecture} does not read "
-        "these biases."
+        "these biases, so that results differ from transformers' unless they are zero."
         for name in _DROPPED_BIASES
         if getattr(config, name, False) and architecture not in _READS_ATTENTION_BIAS
     ]
     if architecture == "GptOssForCausalLM" and "use_attention_sinks" not in FIELD_DEFAULTS:
-        notes.append(
+        found.append(
             f"TransformerLens {TRANSFORMER_LENS} has no attention sinks: results are its own, and "
             "wrong. Version 3 computes what Hugging Face does."
         )
     heads = fields["n_heads"]
     if fields.get("positional_embedding_type") == "alibi" and heads & (heads - 1):
-        notes.append(
+        found.append(
             f"HookedTransformer's ALiBi slopes for {heads} heads (not a power of two) are not "
             "Hugging Face's: results differ from position 1 on."
         )
-    return notes
+    return [warn_numbers(text) for text in found]
 
 
-def context_notes(fields: Mapping[str, Any], config: Any) -> list[str]:
-    """Say so where TransformerLens caps the context below what the config allows."""
+def settle_context(fields: dict[str, Any], config: Any) -> list[str]:
+    """Keep `n_ctx` to where one rotary table is transformers' for every input; say so where
+    TransformerLens caps the context below what the config allows.
+    """
     allowed = getattr(config, "max_position_embeddings", None)
+    found = rope_of(fields, config)
+    if found is not None and found[0].full.kind == "longrope":
+        fields["n_ctx"] = min(fields["n_ctx"], found[1].original(found[0].full))
+        return []  # `rope_tables` says so
     if not allowed or fields["n_ctx"] >= allowed:
         return []
     return [

@@ -7,9 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tl_fastload.errors import UnsupportedArchitectureError
+
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 # Families whose scaling has always been meant for the full-attention layers alone.
 _SCALES_FULL_LAYERS_ONLY = ("gemma3_text", "olmo3")
+# Frequencies that no scaling changes, for `dynamic` as long as inputs are not longer than the
+# context of pre-training.
+_PLAIN = ("default", "dynamic")
+# Scalings that change frequencies and nothing else.
+_KINDS = ("linear", "llama3", "yarn", "longrope")
 
 
 @dataclass(frozen=True)
@@ -91,70 +98,48 @@ class RopeContext:
         return int(value or self.max_positions)
 
 
-def rope_fields(pair: RopePair, context: RopeContext) -> tuple[dict[str, Any], list[str]]:
-    """Fields of HookedTransformerConfig for `pair`, and notes on what they cannot compute."""
+def rope_fields(pair: RopePair, context: RopeContext) -> tuple[dict[str, Any], bool]:
+    """Fields of HookedTransformerConfig for `pair`, and whether the model's own rotary tables
+    are to be transformers' (`rope_tables`), as no fields say what transformers computes.
+    """
     full = pair.full if context.has_full else pair.sliding
     fields: dict[str, Any] = {"rotary_base": full.base}
     global_only = False
-    notes: list[str] = []
     if context.has_full and context.has_sliding:
         if pair.sliding.base != full.base:
             fields["rotary_base_local"] = pair.sliding.base
-        same = (pair.sliding.kind, pair.sliding.scaling) == (full.kind, full.scaling)
-        global_only = not same
-        if not same and pair.sliding.kind != "default":
-            notes.append(_differs(pair.sliding, "on sliding-window layers", 1))
-    scaled, problem = _scaling(full, context, global_only)
-    first = _first_difference(full, context)
-    unknown = sorted(set(scaled) - context.fields)
-    if unknown:
-        scaled, first, problem = {}, 1, f"this TransformerLens has no {', '.join(unknown)}"
-    if problem:
-        notes.append(_differs(full, problem, first))
-    return {**fields, **scaled}, notes
+        global_only = (pair.sliding.kind, pair.sliding.scaling) != (full.kind, full.scaling)
+        if global_only and pair.sliding.kind not in _PLAIN:
+            return fields, True
+    scaled = _scaling(full, context, global_only)
+    if scaled is None or set(scaled) - context.fields:
+        return fields, True
+    if fields.keys() - context.fields:  # no other base for sliding windows
+        return {"rotary_base": full.base}, True
+    return {**fields, **scaled}, False
 
 
-def _first_difference(rope: Rope, context: RopeContext) -> int:
-    if rope.kind == "dynamic":
-        return context.max_positions
-    if rope.kind == "longrope" and _uniform_short_factor(rope) is not None:
-        return context.original(rope)
-    return 1
-
-
-def _differs(rope: Rope, why: str, position: int) -> str:
-    where = f"for inputs of more than {position} tokens" if position > 1 else "from position 1 on"
-    return (
-        f"HookedTransformer cannot compute this model's {rope.kind!r} rotary scaling ({why}): "
-        f"results differ from Hugging Face's {where}."
-    )
-
-
-def _scaling(rope: Rope, context: RopeContext, global_only: bool) -> tuple[dict[str, Any], str]:
-    """Fields for one scaling, and what they leave out (an empty text: nothing)."""
-    if rope.kind == "default":
-        return {}, ""
+def _scaling(rope: Rope, context: RopeContext, global_only: bool) -> dict[str, Any] | None:
+    """Fields for one scaling; None where there are none that say it."""
+    if rope.kind in _PLAIN:
+        return {}
     if rope.kind == "linear":
         return _linear(float(rope.params["factor"]), context, global_only)
     if rope.kind == "llama3":
-        return ({}, "not on some layers only") if global_only else (_llama3(rope, context), "")
+        return None if global_only else _llama3(rope, context)
     if rope.kind == "yarn":
         extra = {"yarn_global_attn_only": True} if global_only else {}
-        return {**_yarn(rope, context), **extra}, ""
-    if rope.kind == "longrope":
-        return _longrope(rope, context, global_only)
-    if rope.kind == "dynamic":
-        return {}, "its frequencies depend on the length of the input"
-    return {}, "unknown kind"
+        return {**_yarn(rope, context), **extra}
+    return None
 
 
-def _linear(factor: float, context: RopeContext, global_only: bool) -> tuple[dict[str, Any], str]:
+def _linear(factor: float, context: RopeContext, global_only: bool) -> dict[str, Any] | None:
     if factor == 1.0:
-        return {}, ""
+        return {}
     if "rotary_scaling_factor" in context.fields and (global_only or not context.has_sliding):
-        return {"rotary_scaling_factor": factor}, ""
+        return {"rotary_scaling_factor": factor}
     if global_only:
-        return {}, "not on some layers only"
+        return None
     # NTK-by-parts divides by `factor` every frequency whose wavelength exceeds the original
     # context. With an original context of 1 these are all of them, which is linear scaling.
     return {
@@ -163,7 +148,7 @@ def _linear(factor: float, context: RopeContext, global_only: bool) -> tuple[dic
         "NTK_by_parts_low_freq_factor": 1.0,
         "NTK_by_parts_high_freq_factor": 4.0,
         "NTK_by_parts_factor": factor,
-    }, ""
+    }
 
 
 def _llama3(rope: Rope, context: RopeContext) -> dict[str, Any]:
@@ -202,30 +187,20 @@ def _mscale(factor: float, weight: float) -> float:
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def _uniform_short_factor(rope: Rope) -> float | None:
-    """The one factor of all frequencies in short inputs, or None where they differ."""
-    factors = {float(value) for value in rope.params.get("short_factor") or (1.0,)}
-    return factors.pop() if len(factors) == 1 else None
+def refuse_unknown(ropes: list[Rope]) -> None:
+    """Raise UnsupportedArchitectureError for a scaling whose frequencies nobody here computes."""
+    for rope in ropes:
+        if rope.kind not in _PLAIN and (rope.kind not in _KINDS or rope.kind not in functions()):
+            raise UnsupportedArchitectureError(
+                f"This model has the rotary scaling {rope.kind!r}, which neither HookedTransformer "
+                "nor the installed transformers computes for it. Load it with transformers instead."
+            )
 
 
-def _longrope(rope: Rope, context: RopeContext, global_only: bool) -> tuple[dict[str, Any], str]:
-    original = context.original(rope)
-    factor = rope.params.get("factor") or context.max_positions / original
-    attention_factor = rope.params.get("attention_factor")
-    if attention_factor is None:
-        attention_factor = (
-            math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1.0 else 1.0
-        )
-    short = _uniform_short_factor(rope)
-    if short is None or (short != 1.0 and attention_factor != 1.0) or global_only:
-        return {}, "one factor per frequency"
-    problem = "other factors for longer inputs" if context.max_positions > original else ""
-    if attention_factor == 1.0:
-        return _linear(short, context, global_only)[0], problem
-    # YaRN with a factor of 1 leaves the frequencies alone and only scales sine and cosine.
-    return {
-        "use_yarn_rope": True,
-        "yarn_factor": 1.0,
-        "yarn_attention_factor": float(attention_factor),
-        "yarn_original_max_position_embeddings": original,
-    }, problem
+def functions() -> Mapping[str, Any]:
+    """transformers' functions: kind of rotary scaling -> frequencies."""
+    try:
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    except ImportError:  # came with transformers 4.43
+        return {}
+    return ROPE_INIT_FUNCTIONS

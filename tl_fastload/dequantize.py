@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,11 @@ import transformers
 from transformers.pytorch_utils import Conv1D
 
 from tl_fastload import compat
+from tl_fastload.config_architectures import declared_quantization, for_an_empty_model, parts_of
 from tl_fastload.errors import ArgumentError, MissingWeightsError, UnsupportedArchitectureError
 from tl_fastload.keys import is_conv1d
 from tl_fastload.own_defaults import Defaults
 from tl_fastload.quantized.formats import method_of
-from tl_fastload.tree import no_dtypes
 
 _ORDINARY = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -45,7 +44,7 @@ def load_dequantized(
         raise ArgumentError(f"{folder} is not quantized: leave dequantize= out.")
     options: dict[str, Any] = {compat.CONFIG_DTYPE_NAME: dtype, **hub_keywords}
     try:
-        config = _told_to_dequantize(hf_config.quantization_config)
+        config = _told_to_dequantize(declared_quantization(hf_config))
         if config is not None:
             options["quantization_config"] = config
         load: Any = transformers.AutoModelForCausalLM.from_pretrained
@@ -64,8 +63,7 @@ def load_dequantized(
             "checkpoint, with quantize= if it is too large."
         ) from error
     _check(fitted, model, folder, method)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    _forget_quantization(model.config)
     return model.eval()
 
 
@@ -77,12 +75,16 @@ def outline_dequantized(folder: str | Path, hf_config: Any, dtype: torch.dtype) 
     """
     if method_of(hf_config) is None:
         raise ArgumentError(f"{folder} is not quantized: leave dequantize= out.")
-    config = copy.deepcopy(hf_config)
-    del config.quantization_config
-    no_dtypes(config)
+    config = for_an_empty_model(hf_config, None)
     with Defaults(dtype), torch.device("meta"):
         make: Any = transformers.AutoModelForCausalLM.from_config
         return make(config).eval()
+
+
+def _forget_quantization(config: Any) -> None:
+    for part in parts_of(config):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
 
 
 def _was_conv1d(module: Any) -> bool:

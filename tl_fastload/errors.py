@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+from pathlib import Path
+
+_PACKAGE = str(Path(__file__).parent)
+
 
 class LeanLoadError(Exception):
     """Base of every error that tl_fastload raises on purpose."""
@@ -61,3 +67,24 @@ class MissingPackageError(LeanLoadError, ImportError):
 
 class SaveError(LeanLoadError):
     """A model that cannot be saved, or not there; nothing half-written is left."""
+
+
+class NumbersWarning(UserWarning):
+    """The model computes other numbers than its reference, transformers; says where and why."""
+
+
+def warn_numbers(message: str) -> str:
+    """Warn that numbers differ from transformers', at the line that called this package.
+
+    Returns the message, for the notes of a report.
+    """
+    level, frame = 1, sys._getframe()
+    # TransformerLens' own functions run between ours.
+    while frame.f_back is not None and _is_ours(frame.f_code.co_filename):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, NumbersWarning, stacklevel=level)
+    return message
+
+
+def _is_ours(filename: str) -> bool:
+    return filename.startswith(_PACKAGE) or "transformer_lens" in Path(filename).parts

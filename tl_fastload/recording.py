@@ -11,6 +11,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from tl_fastload import compat, steps
 from tl_fastload.borrow import silenced
+from tl_fastload.errors import warn_numbers
 from tl_fastload.evaluator import evaluate
 from tl_fastload.norms import unit_norms
 from tl_fastload.options import Options
@@ -19,6 +20,7 @@ from tl_fastload.placement import Placer
 from tl_fastload.promise import Promise
 from tl_fastload.quantized import has_quantized
 from tl_fastload.quantized_shifts import kernel_shifts
+from tl_fastload.square import run_on_sides
 from tl_fastload.state_dicts import as_promise, own_values_apart
 from tl_fastload.stock_memory import StockLedger
 
@@ -109,11 +111,13 @@ def record_processing(
     if compat.REPLACES_NORMS and not is_given and allowed["fold_ln"]:
         if session.origin is None and "ln_final.w" in dict(model.named_parameters()):
             session.notes.append(
-                f"TransformerLens {compat.TRANSFORMER_LENS} folds the norms of the state dict and "
-                "leaves those of the model as they are, so that both are applied. Use "
-                "process_weights_, or a model whose cfg.normalization_type ends in Pre."
+                warn_numbers(
+                    f"TransformerLens {compat.TRANSFORMER_LENS} folds the norms of the state dict "
+                    "and leaves those of the model as they are, so that both are applied. Use "
+                    "process_weights_, or a model whose cfg.normalization_type ends in Pre."
+                )
             )
         promises |= unit_norms(model, promises)
     if session.options.only_plan:
         stock = silenced(stock)
-    stock(promises, **allowed)
+    session.notes += run_on_sides(model, promises, allowed, stock, session.recipes)

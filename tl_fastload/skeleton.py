@@ -12,9 +12,11 @@ from transformer_lens.HookedTransformer import utils  # type: ignore[attr-define
 
 from tl_fastload import compat
 from tl_fastload.borrow import silenced
+from tl_fastload.config_repairs import differences
 from tl_fastload.errors import ArgumentError, UnknownModelError
 from tl_fastload.memory import return_freed_memory
 from tl_fastload.recipe import aten
+from tl_fastload.rope_tables import put_rope_tables
 
 
 class SkipRandomInit(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -71,6 +73,7 @@ def build_empty(
             cfg.tokenizer_name = name
     finally:
         cfg.trust_remote_code = wanted
+    _as_transformers(model, origin, notes)
     if _give_experts_the_dtype(model):
         notes.append(
             f"Expert layers are {cfg.dtype}, as asked for. TransformerLens makes them float32 "
@@ -97,8 +100,17 @@ def build_outline(
     with torch.device("meta"):
         # Of a class with an `__init__` of its own, what it calls says what it says.
         silenced(model.__init__)(cfg, None, move_to_device=move_to_device)
+    _as_transformers(model, origin, origin.notes)
     _give_experts_the_dtype(model)
     return model
+
+
+def _as_transformers(model: Any, origin: Any, notes: list[str]) -> None:
+    """Tables that are transformers', and words on what cannot be."""
+    hf_config = getattr(origin, "hf_config", None)
+    if hf_config is not None and model.cfg.original_architecture is not None:
+        notes += differences(vars(model.cfg), hf_config)
+        notes += put_rope_tables(model, hf_config)
 
 
 def _give_experts_the_dtype(model: Any) -> bool:

@@ -34,6 +34,9 @@ def reason_to_skip(step: str, cfg: Any) -> str | None:
         return "the model has no normalisation weights"
     if step == "fold_ln" and drops_norms(cfg):
         return f"TransformerLens {compat.TRANSFORMER_LENS} folds no norms in front of experts"
+    if step in STEPS[:2] and norm in ("LN", "LNPre") and _experts(cfg):
+        # Neither the norm's bias nor the side of the experts' matrices that writes is seen to.
+        return "TransformerLens folds and centres experts behind an RMSNorm only"
     if step == "center_writing_weights" and norm in ("RMS", "RMSPre"):
         return "RMSNorm does not remove the mean"
     if step == "center_writing_weights" and getattr(cfg, "final_rms", False):
@@ -63,7 +66,11 @@ def drops_norms(cfg: Any) -> bool:
     Args:
         cfg: the model's HookedTransformerConfig.
     """
-    return compat.REPLACES_NORMS and (getattr(cfg, "num_experts", None) or 0) > 1
+    return compat.REPLACES_NORMS and _experts(cfg) > 1
+
+
+def _experts(cfg: Any) -> int:
+    return getattr(cfg, "num_experts", None) or 0
 
 
 def describe(requested: dict[str, bool], cfg: Any) -> dict[str, str]:

@@ -216,7 +216,9 @@ def _build(
     # Nothing is to be fetched by name, and no seed to be set.
     as_saved = cfg.tokenizer_name, cfg.init_weights
     cfg.tokenizer_name, cfg.init_weights = None, False
-    context = SimpleNamespace(keywords=keywords, tokenizer_folder=lambda: None)
+    context = SimpleNamespace(
+        keywords=keywords, tokenizer_folder=lambda: None, hf_config=_hf_config(manifest)
+    )
     made: dict[str, Any] = {}
     if tokenizer is not None and side is not None:
         made["default_padding_side"] = side

@@ -18,8 +18,8 @@ import transformers
 from torch import nn
 from transformer_lens import HookedTransformer
 
-from tl_fastload import compat
 from tl_fastload.checkpoint import Checkpoint
+from tl_fastload.config_architectures import declared_dtype, for_an_empty_model
 from tl_fastload.errors import CheckpointError, UnsupportedArchitectureError
 from tl_fastload.key_prefixes import without_wrappers
 from tl_fastload.keys import Ledger, is_conv1d, rename_to_model, tied_groups
@@ -136,8 +136,8 @@ def outline_promises(
         )
     model = _empty_model(model_class, hf_config, torch.float32)
     weights = {id(tensor): (name, tensor) for name, tensor in model.named_parameters()}
-    dtype = getattr(hf_config, compat.CONFIG_DTYPE_NAME, None)
-    if not isinstance(dtype, torch.dtype):
+    dtype = declared_dtype(hf_config)
+    if dtype is None:
         size = checkpoint.weight_bytes / max(sum(t.numel() for _, t in weights.values()), 1)
         dtype = torch.float32 if size > 3 else torch.float16
     return {
@@ -192,30 +192,12 @@ def tree_from_checkpoint(
 
 
 def _empty_model(model_class: Any, hf_config: Any, dtype: torch.dtype) -> Any:
-    config = copy.deepcopy(hf_config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config._attn_implementation = "eager"
-    no_dtypes(config)
-    setattr(config, compat.CONFIG_DTYPE_NAME, dtype)  # some modules make their parameters in it
+    config = for_an_empty_model(hf_config, dtype)
     with Defaults(dtype), torch.device("meta"), _NoValues():  # type: ignore[no-untyped-call]
         model = _not_generating(model_class)(config)
     model.__class__ = model_class
     model.tie_weights()
     return model
-
-
-def no_dtypes(config: Any) -> None:
-    """Take the dtype out of a configuration and those in it: transformers makes each part of a
-    model whose configuration names one under another default dtype, for all threads.
-
-    Args:
-        config: changed.
-    """
-    setattr(config, compat.CONFIG_DTYPE_NAME, None)
-    for part in vars(config).values():
-        if isinstance(part, transformers.PretrainedConfig):
-            no_dtypes(part)
 
 
 def _not_generating(model_class: Any) -> Any:

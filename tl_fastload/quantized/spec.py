@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tl_fastload.config_architectures import declared_quantization
 from tl_fastload.errors import ArgumentError
 
 _SHORT = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -55,7 +56,7 @@ def quantization_argument(quantize: Any, keywords: dict[str, Any]) -> Any:
 
 def declared_fields(hf_config: Any) -> Mapping[str, Any] | None:
     """The `quantization_config` of a Hugging Face configuration as a table; None without."""
-    declared = getattr(hf_config, "quantization_config", None)
+    declared = declared_quantization(hf_config)
     if declared is None or isinstance(declared, Mapping):
         return declared
     fields: Mapping[str, Any] = declared.to_dict()
