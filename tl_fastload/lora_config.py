@@ -19,11 +19,13 @@ from tl_fastload import hub
 from tl_fastload.checkpoint import Location, open_weights
 from tl_fastload.errors import AdapterError, ArgumentError, CheckpointError, UnknownModelError
 from tl_fastload.hub import HubOptions
+from tl_fastload.links import check_link
 from tl_fastload.location import file_names
 from tl_fastload.lora_argument import Requests
 from tl_fastload.promise import Promise
 from tl_fastload.reader import FileReader, FileSource
 from tl_fastload.recipe import MemorySource
+from tl_fastload.weight_files import stays_inside
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -198,6 +200,7 @@ def locate_adapter(name: str, keywords: dict[str, Any]) -> Location:
                 f"{folder} has no {CONFIG}: it holds no adapter. Pass the folder that peft's "
                 "save_pretrained wrote."
             )
+        check_link(folder, CONFIG)
         return Location(folder, str(folder))
     repo, _, revision = name.partition("@")
     parts = repo.split("/")
@@ -210,12 +213,15 @@ def locate_adapter(name: str, keywords: dict[str, Any]) -> Location:
     keywords = {k: v for k, v in keywords.items() if k not in ("revision", "subfolder")}
     options = HubOptions(revision=revision or None, **keywords)
     repo, subfolder = "/".join(parts[:2]), "/".join(parts[2:])
+    if not stays_inside(subfolder):
+        raise ArgumentError(f"The adapter {name!r} leaves its repository. Pass a folder inside it.")
     file = f"{subfolder}/{CONFIG}" if subfolder else CONFIG
     try:
         path = hub.hub_file(repo, file, options)
     except (UnknownModelError, CheckpointError) as error:
         message = f"Cannot find the adapter {name!r}. There is no folder {folder.absolute()}. "
         raise type(error)(message + str(error)) from error
+    check_link(path.parent, CONFIG)
     commit = path.parents[len(Path(subfolder).parts)].name
     pinned = HubOptions(revision=commit, **keywords)
     label = f"{repo}{f'/{subfolder}' if subfolder else ''}@{options.revision_name}"

@@ -21,6 +21,7 @@ from tl_fastload.hub import repo_files
 from tl_fastload.key_prefixes import without_wrappers
 from tl_fastload.keys import Ledger
 from tl_fastload.keywords import Keywords, override, sort_keywords
+from tl_fastload.links import check_all_links
 from tl_fastload.lora import Weights, merge, merge_into_files
 from tl_fastload.lora_base import compare_bases
 from tl_fastload.lora_config import Adapter, open_adapters
@@ -292,6 +293,7 @@ def find_origin(
         hf_config = config.load_hf_config(location.folder, trust_remote_code=trust)
         hf_config = override(hf_config, sorted_keywords.overrides)
         if options.dequantize:
+            check_all_links(location.folder)  # transformers reads what it likes
             load = outline_dequantized if options.only_plan else load_dequantized
             hf_model = load(location.folder, hf_config, as_dtype(dtype))
             hf_config = hf_model.config

@@ -254,6 +254,8 @@ def _place(model: nn.Module, session: Session) -> None:
         )
     if placer.not_finite:
         session.notes.append(f"NaN or infinite values in {listed(placer.not_finite)}.")
+    if origin is None:
+        return  # its buffers are where they were, those that no state dict has included
     for name, buffer in list(model.named_buffers()):
         parent, _, leaf = name.rpartition(".")
         model.get_submodule(parent)._buffers[leaf] = buffer.to(device_of(name))

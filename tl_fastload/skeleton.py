@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tl_fastload import compat
-from tl_fastload.errors import UnknownModelError
+from tl_fastload.display import printable
 from tl_fastload.memory import return_freed_memory
 from tl_fastload.recipe import aten
+from tl_fastload.tokenizer import own_tokenizer, warn_of_ids, with_bos
 
 
 class SkipRandomInit(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -57,18 +59,18 @@ def build_empty(
         **kwargs: for the class.
     """
     # Code of a checkpoint runs only if the caller allowed it, whatever TransformerLens' tables say.
-    wanted, name = cfg.trust_remote_code, cfg.tokenizer_name
+    wanted = cfg.trust_remote_code
     cfg.trust_remote_code = origin.keywords.trust_remote_code
-    if name is not None and origin.tokenizer_folder() is not None:
-        # The files of this revision and cache; the name alone would mean the usual ones.
-        cfg.tokenizer_name = str(origin.tokenizer_folder())
+    is_own = tokenizer is None and cfg.tokenizer_name is not None
     try:
+        if is_own:
+            tokenizer = _own_tokenizer(cfg, origin, notes)
+        prepared = None if tokenizer is None else with_bos(tokenizer, cfg)
         with SkipRandomInit():  # type: ignore[no-untyped-call]
-            model = _construct(cls, cfg, notes, tokenizer, *args, **kwargs)
-        if cfg.tokenizer_name is not None:
-            cfg.tokenizer_name = name
+            model = _construct(cls, cfg, notes, prepared, is_own, *args, **kwargs)
     finally:
         cfg.trust_remote_code = wanted
+    warn_of_ids(model)
     if _give_experts_the_dtype(model):
         notes.append(
             f"Expert layers are {cfg.dtype}, as asked for. TransformerLens makes them float32 "
@@ -108,22 +110,43 @@ def _give_experts_the_dtype(model: Any) -> bool:
     return changed
 
 
+def _own_tokenizer(cfg: Any, origin: Any, notes: list[str]) -> Any:
+    """The tokenizer that lies with the model. The weights do not need it: token ids still work."""
+    hub = dict(origin.keywords.hub) if hasattr(origin.keywords, "hub") else {}
+    location = getattr(origin, "location", None)
+    if location is not None and location.commit is not None:
+        hub["revision"] = location.commit
+    try:
+        # The files of this revision and cache; the name alone would mean the usual ones.
+        return own_tokenizer(
+            cfg, origin.tokenizer_folder(), hub, trust=origin.keywords.trust_remote_code
+        )
+    except Exception as error:  # tokenizers raise anything at all
+        _without_tokenizer(cfg, error, notes)
+        return None
+
+
+def _without_tokenizer(cfg: Any, error: Exception, notes: list[str]) -> None:
+    text = " ".join(str(error).split())[:200]
+    message = (
+        f"No tokenizer could be loaded from {cfg.tokenizer_name} ({type(error).__name__}: {text}): "
+        "pass token ids, or tokenizer=."
+    )
+    notes.append(message)
+    warnings.warn(printable(message), stacklevel=2)
+    cfg.tokenizer_name = None
+
+
 def _construct(
-    cls: type, cfg: Any, notes: list[str], tokenizer: Any, *args: Any, **kwargs: Any
+    cls: type, cfg: Any, notes: list[str], tokenizer: Any, is_own: bool, *args: Any, **kwargs: Any
 ) -> Any:
-    name = cfg.tokenizer_name
     try:
         return cls(cfg, tokenizer, *args, **kwargs)
-    except (OSError, ValueError, UnknownModelError) as error:
-        if tokenizer is not None or name is None:
+    except Exception as error:
+        if tokenizer is None or not is_own:
             raise
-        # The weights do not need the tokenizer: token ids still work.
-        notes.append(
-            f"No tokenizer could be loaded from {name} ({type(error).__name__}): pass token ids, "
-            "or tokenizer=."
-        )
-        cfg.tokenizer_name = None
-        return cls(cfg, tokenizer, *args, **kwargs)
+        _without_tokenizer(cfg, error, notes)
+        return cls(cfg, None, *args, **kwargs)  # if it fails again, it was not the tokenizer
 
 
 def device_map(model: Any, move_to_device: bool) -> Callable[[str], torch.device]:
