@@ -12,6 +12,7 @@ import pytest
 import torch
 import zoo as bed
 from comparison import lean_model
+from fake_hub import COMMIT, FakeHub, Repo, point_at
 from reference import stock_model
 from transformer_lens.utilities.tokenize_utils import get_tokenizer_with_bos
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -44,6 +45,25 @@ def test_the_hubs_name_wherever_the_files_lie(folder: Path, tmp_path: Path) -> N
     assert copy.tokenizer.name_or_path == copy.cfg.tokenizer_name == "somebody/model"
     assert copy.to_str_tokens("w5 w7") == words
     assert lean_model(folder).tokenizer.name_or_path == str(folder)  # as stock has it
+
+
+def test_it_is_fetched_of_the_models_own_commit(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    bare = {name: files[name] for name in ("config.json", "model.safetensors")}
+    repos = {"org/model": Repo({**files, "README.md": b""}), "org/bare": Repo(bare)}
+    with FakeHub(repos) as server:
+        point_at(monkeypatch, server.url)
+        model = lean_model("org/model", cache_dir=tmp_path)
+        assert model.tokenizer.name_or_path == "org/model"
+        assert model.to_tokens("w5").tolist() == [[0, 5]]
+        assert sorted(server.downloads()) == sorted(files)
+        home = tmp_path / "models--org--model" / "snapshots" / COMMIT
+        assert (home / "tokenizer.json").is_file()
+        # transformers would make an empty one of nothing.
+        with pytest.warns(UserWarning, match="no files of a tokenizer"):
+            assert lean_model("org/bare", cache_dir=tmp_path).tokenizer is None
 
 
 def test_the_callers_tokenizer_is_kept(folder: Path, tmp_path: Path) -> None:

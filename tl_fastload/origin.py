@@ -36,6 +36,7 @@ from tl_fastload.reader import FileMaps, FileReader
 from tl_fastload.room import check_room
 from tl_fastload.stock import is_toy_name, stock_name_for
 from tl_fastload.stock_memory import StockLedger
+from tl_fastload.tokenizer import fetch_tokenizer
 
 
 @dataclass
@@ -119,10 +120,17 @@ class Origin:
         return self.official or self.location.repo
 
     def tokenizer_folder(self) -> Path | None:
-        """Where the tokenizer's files lie beside the weights, if they do."""
-        if self.location is None or not has_tokenizer(self.location):
+        """Where the tokenizer's files lie beside the weights, if they do.
+
+        Raises:
+            LeanLoadError: they cannot be had from the hub.
+        """
+        location = self.location
+        if location is None or has_tokenizer(location):
+            return None if location is None else location.folder
+        if location.repo is None or self.is_toy:  # whose configuration names another repository
             return None
-        return self.location.folder
+        return fetch_tokenizer(location, code=self.keywords.trust_remote_code)
 
     def tree(self, revision: str | None, dtype: Any) -> Any:
         self.is_recording = True

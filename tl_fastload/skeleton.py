@@ -113,9 +113,6 @@ def _give_experts_the_dtype(model: Any) -> bool:
 def _own_tokenizer(cfg: Any, origin: Any, notes: list[str]) -> Any:
     """The tokenizer that lies with the model. The weights do not need it: token ids still work."""
     hub = dict(origin.keywords.hub) if hasattr(origin.keywords, "hub") else {}
-    location = getattr(origin, "location", None)
-    if location is not None and location.commit is not None:
-        hub["revision"] = location.commit
     try:
         # The files of this revision and cache; the name alone would mean the usual ones.
         return own_tokenizer(

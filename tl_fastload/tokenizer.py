@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -22,8 +23,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tl_fastload.borrow import borrow
 from tl_fastload.display import printable
+from tl_fastload.errors import MissingFileError
 from tl_fastload.links import check_all_links
+from tl_fastload.location import Location, fetch, file_names
 
+_FILES = re.compile(
+    r"(tokenizer|vocab|merges|special_tokens_map|added_tokens|chat_template|normalizer|spiece|bpe)"
+    r".*\.(json|txt|model|jinja|bpe)$|.+\.(tiktoken|model)$"
+)
 # Files beside a tokenizer that its class does not read.
 _NOT_READ = (".safetensors", ".bin", ".pth", ".pt", ".py", ".md")
 
@@ -58,11 +65,35 @@ def own_tokenizer(cfg: Any, folder: Path | None, hub: dict[str, Any], *, trust: 
     keywords["trust_remote_code"] = trust
     if folder is None:
         keywords["token"] = hub.get("token", keywords.get("token"))
-        known = ("revision", "cache_dir", "local_files_only", "subfolder")
+        known = ("cache_dir", "local_files_only")  # a revision is the model's
         keywords.update({name: hub[name] for name in known if hub.get(name)})
         return _load(cfg.tokenizer_name, keywords)
     keywords.pop("token", None)
     return named(read_tokenizer(folder, **keywords), str(cfg.tokenizer_name))
+
+
+def fetch_tokenizer(location: Location, *, code: bool) -> Path:
+    """Have the files of a repository's tokenizer, of its very commit; the folder that they are in.
+
+    transformers would make an empty tokenizer of a repository without any.
+
+    Args:
+        location: of the model, on the hub.
+        code: whether code that comes with the tokenizer may run, and is fetched.
+
+    Raises:
+        LeanLoadError: they cannot be had.
+    """
+    wanted = [
+        name
+        for name in file_names(location).files
+        if "/" not in name and (_FILES.match(name) or (code and name.endswith(".py")))
+    ]
+    if not any(_FILES.match(name) for name in wanted):
+        raise MissingFileError(f"{location.label} has no files of a tokenizer")
+    for name in wanted:
+        fetch(location, name)
+    return location.folder
 
 
 def read_tokenizer(folder: Path, **keywords: Any) -> Any:
