@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +19,16 @@ from typing import Any
 from tl_fastload import session, verify
 from tl_fastload.argument_types import checked
 from tl_fastload.cache_key import entry_name
+from tl_fastload.display import printable
 from tl_fastload.errors import ArgumentError, CheckpointError, LeanLoadError, SaveError
 from tl_fastload.options import DEFAULT_DTYPE, Options
-from tl_fastload.store_files import is_working, remove_abandoned, remove_whole
+from tl_fastload.store_files import (
+    OTHERS_WRITE,
+    is_trusted,
+    is_working,
+    remove_abandoned,
+    remove_whole,
+)
 from tl_fastload.store_format import (
     MANIFEST,
     Manifest,
@@ -175,11 +183,48 @@ def load_through_cache(
         model = session.load(cls, options, arguments, keywords)
         reason = _why_not(arguments) if folder_for(options.cache) is not None else None
         return model if reason is None else _told(model, f"not filled: {reason}")
-    model = _hit(cls, options, arguments, keywords, folder)
+    suspect = _why_not_trusted(folder)
+    if suspect is not None:
+        text = f"The cache's entry {folder} is not used: {suspect}."
+        warnings.warn(printable(f"{text} The model is loaded anew."), stacklevel=3)
+        if _is_mine(folder):
+            remove_whole(folder)
+    model = None if suspect else _hit(cls, options, arguments, keywords, folder)
     if model is None:
         model = session.load(cls, options, arguments, keywords)
-        _told(model, _fill(model, folder, arguments))
+        there = suspect is not None and os.path.lexists(folder)
+        _told(model, f"not filled: {suspect}" if there else _fill(model, folder, arguments))
     return model
+
+
+def is_usable(folder: Path) -> bool:
+    """Whether there is an entry in a folder that `entry_for` names, and a load would take it."""
+    return is_copy(folder) and _why_not_trusted(folder) is None
+
+
+def _why_not_trusted(folder: Path) -> str | None:
+    """Why an entry may be somebody else's doing; None for an entry that is not, or none at all.
+
+    Who can write to a cache that is shared could put any weights under the name that is asked for.
+    """
+    if not os.path.lexists(folder):
+        return None
+    try:
+        for path in (folder, folder.resolve(), *folder.rglob("*")):
+            if not is_trusted(path):
+                return f"{path} belongs to another user"
+            if not is_trusted(path, forbidden_modes=OTHERS_WRITE):
+                return f"others may write to {path}"
+    except (OSError, RuntimeError):  # just being removed, or a circle of links
+        return None
+    return None
+
+
+def _is_mine(folder: Path) -> bool:
+    try:
+        return not folder.is_symlink() and folder.lstat().st_uid == os.geteuid()
+    except (OSError, AttributeError):
+        return False
 
 
 def entry_for(
@@ -238,7 +283,7 @@ def _fill(model: Any, folder: Path, arguments: dict[str, Any]) -> str:
     """Save a model as an entry; what the report says of it. A failure is no error of the load."""
     own_tokenizer = arguments["tokenizer"] is None
     try:
-        made = write_copy(model, folder, tokenizer=own_tokenizer, keep=True)
+        made = write_copy(model, folder, tokenizer=own_tokenizer, for_cache=True)
     except SaveError as error:
         return f"not filled: {error}"
     return f"filled: {folder}" if made else f"filled by another process: {folder}"

@@ -14,6 +14,7 @@ import torch
 from tl_fastload import verify
 from tl_fastload.checkpoint import Location, resolve_config
 from tl_fastload.keywords import sort_keywords
+from tl_fastload.links import check_link
 from tl_fastload.lora_config import locate_adapter
 from tl_fastload.options import Options
 from tl_fastload.quantized.spec import as_dtype
@@ -93,6 +94,7 @@ def _files_of(folder: Path) -> list[Any]:
     files = {path for path in folder.iterdir() if path.is_file()}
     files.update(folder.rglob("*.pth"))
     for index in [path for path in files if path.name.endswith(".index.json")]:
+        check_link(folder, index.name)
         files.update(folder / shard for shard in read_index(index).values())
     found: list[Any] = [f"folder {folder.resolve()}"]
     for path in sorted(files):

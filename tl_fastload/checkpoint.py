@@ -129,7 +129,7 @@ def resolve_config(
         ArgumentError: arguments that are no names or contradict each other.
     """
     options = HubOptions(revision, cache_dir, token, local_files_only, force_download)
-    return locate(name, options, subfolder.strip("/"))
+    return locate(name, options, subfolder.rstrip("/"))
 
 
 def open_weights(

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import secrets
 import sys
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.panel import Panel
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from tl_fastload.display import one_line, printable
 from tl_fastload.errors import ArgumentError
 
 _PIPE_WIDTH = 120
@@ -25,11 +29,21 @@ class Rows(Protocol):
     def rows(self) -> list[tuple[str, str]]: ...
 
 
+class _Printable(Console):
+    """A console that writes control characters out, wherever they come from."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
 def console(*, stderr: bool = False) -> Console:
     """A console on the present standard output or error; a pipe has a width of its own."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else _PIPE_WIDTH
-    return Console(stderr=stderr, width=width, highlight=False)
+    return _Printable(stderr=stderr, width=width, highlight=False)
 
 
 def libraries_to_stderr() -> AbstractContextManager[Any]:
@@ -47,18 +61,19 @@ def show_rows(found: Rows) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for label, text in found.rows():
-        table.add_row(Text(f"  {label}"), Text(text))
+        table.add_row(Text(f"  {one_line(label)}"), Text(one_line(text)))
     out.print(type(found).__name__)
     out.print(table)
 
 
 def say(text: str) -> None:
     """A line about what goes on."""
-    console(stderr=True).print(Text(text))
+    console(stderr=True).print(Text(printable(text)))
 
 
 def show_error(title: str, text: str, hint: str = "") -> None:
     """One block that says what is wrong."""
+    text = printable(text)
     body = Text(text if not hint else f"{text}\n\n{hint}")
     console(stderr=True).print(Panel(body, title=title, title_align="left", border_style="red"))
 
@@ -69,9 +84,11 @@ def write_json(values: dict[str, Any], path: Path) -> None:
     if str(path) == "-":
         sys.stdout.write(text)
         return
-    partial = path.with_name(f".{path.name}.partial")
+    # A name that nobody can have put a link at, and "x", which follows none.
+    partial = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        with partial.open("x", encoding="utf-8") as file:
+            file.write(text)
         partial.replace(path)
     except OSError as error:
         raise ArgumentError(f"{path} cannot be written ({error.strerror}).") from error

@@ -6,19 +6,27 @@ import sys
 import warnings
 from pathlib import Path
 
+from tl_fastload.display import printable
+
 _PACKAGE = str(Path(__file__).parent)
 
 
 class LeanLoadError(Exception):
     """Base of every error that tl_fastload raises on purpose."""
 
+    def __str__(self) -> str:
+        return printable(super().__str__())  # names of files and tensors are anybody's
+
 
 class ArgumentError(LeanLoadError, ValueError):
     """An argument is wrong, or two arguments contradict each other."""
 
 
-class UnknownModelError(LeanLoadError, ValueError):
-    """A model name or folder that cannot be found; says what was tried."""
+class UnknownModelError(LeanLoadError, ValueError, OSError):
+    """A model name, folder or revision that cannot be had; says what was tried.
+
+    Also an OSError, which is what transformers raises then.
+    """
 
 
 class UnsupportedArchitectureError(LeanLoadError, NotImplementedError):
@@ -27,6 +35,12 @@ class UnsupportedArchitectureError(LeanLoadError, NotImplementedError):
 
 class CheckpointError(LeanLoadError):
     """A checkpoint file is missing, truncated, corrupt or unsafe."""
+
+
+class MissingFileError(CheckpointError, OSError):
+    """A file that a repository on the hub or its cache does not have; an OSError in transformers,
+    too.
+    """
 
 
 class MissingWeightsError(CheckpointError):

@@ -19,7 +19,13 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import SafetensorsFileMetadata  # type: ignore[attr-defined]
 
-from tl_fastload.errors import ArgumentError, CheckpointError, LeanLoadError, UnknownModelError
+from tl_fastload.errors import (
+    ArgumentError,
+    CheckpointError,
+    LeanLoadError,
+    MissingFileError,
+    UnknownModelError,
+)
 
 # huggingface_hub 0.x speaks through requests, 1.x and newer through httpx; either one's errors
 # share a base with HfHubHTTPError, whose bases therefore cover "could not reach the hub" too.
@@ -58,7 +64,7 @@ _MEANINGS: tuple[tuple[type[Exception], type[LeanLoadError], str], ...] = (
     ),
     (
         EntryNotFoundError,
-        CheckpointError,
+        MissingFileError,
         "{repo} (revision {revision}) has no file {file!r} on the hub. Pass another revision, or a "
         "repository that holds the model in Hugging Face's format.",
     ),
@@ -322,7 +328,7 @@ def _not_cached(
         parts.append(f"cached are the revisions {', '.join(commits)}")
     message = f"{'; '.join(parts)}. {remedy}, or pass the cache_dir= or local folder that has it."
     known = filename and cached_snapshot(repo, options) is not None
-    return CheckpointError(message) if known else UnknownModelError(message)
+    return MissingFileError(message) if known else UnknownModelError(message)
 
 
 def _names(folder: Path) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from tl_fastload import hub
 from tl_fastload.errors import ArgumentError, CheckpointError, UnknownModelError
 from tl_fastload.hub import HubOptions, Listing
+from tl_fastload.links import check_link
 from tl_fastload.names import NOT_ON_THE_HUB, nearest_names, official_name
 from tl_fastload.safetensors_header import unreadable
 from tl_fastload.weight_files import stays_inside
@@ -67,6 +68,7 @@ def locate(name: str | os.PathLike[str], options: HubOptions, subfolder: str = "
     if _exists(path):
         if not path.is_dir():
             raise UnknownModelError(f"{path} is a file. Pass its folder, where {CONFIG} lies too.")
+        check_link(path, subfolder)
         return _local(text, path / subfolder, options)
     if not isinstance(name, str) or _LOOKS_LIKE_PATH.match(text):
         raise UnknownModelError(
@@ -103,14 +105,16 @@ def fetch(location: Location, name: str) -> Path:
     """Return the local path of a file of the location, downloading it if need be.
 
     Raises:
-        CheckpointError: there is no such file.
+        CheckpointError: there is no such file, or it is a link that leads out of the folder.
     """
     if location.repo is None:
         path = location.folder / name
         if not path.exists() and not path.is_symlink():
             raise CheckpointError(f"{location.folder} has no file {name!r}. Check its name.")
-        return path
-    return hub.hub_file(location.repo, inside_repo(location, name), location.options)
+    else:
+        path = hub.hub_file(location.repo, inside_repo(location, name), location.options)
+    check_link(location.folder, name)
+    return path
 
 
 def fetch_shards(location: Location, names: Sequence[str]) -> dict[str, Path]:
@@ -125,7 +129,7 @@ def fetch_shards(location: Location, names: Sequence[str]) -> dict[str, Path]:
         if missing:
             raise CheckpointError(_missing_message(location, names, missing))
         for name in names:
-            _check_link(location.folder, name)
+            check_link(location.folder, name)
         return {name: location.folder / name for name in names}
     paths = {}
     for name in names:
@@ -167,6 +171,7 @@ def _local(name: str, folder: Path, options: HubOptions) -> Location:
         raise unreadable(folder, error) from error
     if CONFIG not in names:
         raise CheckpointError(_no_config_message(name, folder, names))
+    check_link(folder, CONFIG)
     ignored = f"revision={options.revision!r} was ignored: {folder} is a folder"
     return Location(folder, str(folder), notes=(ignored,) if options.revision else ())
 
@@ -203,6 +208,7 @@ def _on_hub(name: str, options: HubOptions, subfolder: str) -> Location:
     except UnknownModelError as error:
         raise UnknownModelError(_unknown_message(name, official, error)) from error
     folder = config.parent
+    check_link(folder, CONFIG)
     commit = (folder, *folder.parents)[len(Path(subfolder).parts)].name
     return Location(
         folder,
@@ -234,23 +240,6 @@ def _missing_message(location: Location, names: Sequence[str], missing: Sequence
     if unfinished:
         message += f" A download was cut off ({', '.join(unfinished)})."
     return f"{message} Download them again into {location.folder}."
-
-
-def _check_link(folder: Path, name: str) -> None:
-    """Refuse a shard that is a link out of its folder, unless huggingface_hub made the link."""
-    path, home = folder / name, folder.resolve()
-    if path.resolve().is_relative_to(home):
-        return
-    # A snapshot's links lead to the blobs beside it; where these lie in turn is the hub's matter.
-    blobs = [parent.parent / "blobs" for parent in home.parents if parent.name == "snapshots"]
-    if path.is_symlink():
-        target = Path(os.path.normpath(path.parent.resolve() / path.readlink()))
-        if any(target.is_relative_to(folder) for folder in blobs):
-            return
-    raise CheckpointError(
-        f"{path} is a link that leads out of its folder, to {path.resolve()}. Nothing was read "
-        "from there. Put the file itself in the folder, or pass the folder that holds it."
-    )
 
 
 def inside_repo(location: Location, name: str) -> str:

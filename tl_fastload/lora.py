@@ -13,10 +13,23 @@ import torch
 from tl_fastload.evaluator import evaluate
 from tl_fastload.lora_complete import discrepancies
 from tl_fastload.lora_config import Adapter, LowRank, is_in, raise_for
-from tl_fastload.lora_update import fits_experts, is_flipped, merged, merged_experts, misfits
+from tl_fastload.lora_update import (
+    fits_experts,
+    is_flipped,
+    merged,
+    merged_experts,
+    misfits,
+    resized_hint,
+)
 from tl_fastload.promise import Promise
 from tl_fastload.quantized.recipes import reads_quantized
+from tl_fastload.wrapped import WRAPPER_PARTS
 
+# What multimodal models call their parts since transformers 4.52, and called them before.
+_RENAMED = (
+    ("language_model.model.", "model.language_model."),
+    ("language_model.lm_head", "lm_head"),
+)
 Merge = Callable[[Any], Any]
 Requantize = Callable[[Promise, Merge], Promise]
 """Applies a merge, written for the dense [out, in], to the promise of a quantized matrix."""
@@ -56,6 +69,27 @@ class Weights:
         """
         candidates = (name, self._prefix + name, name.removeprefix(self._prefix))
         return next((found for found in candidates if found in self.by_name), None)
+
+    def find_module(self, module: str) -> str | None:
+        """The tree's name of a module that an adapter calls otherwise: wrappers put their parts
+        into names, and transformers has renamed modules since. None if it is found without, or
+        not at all.
+        """
+        if self._knows(module):
+            return None
+        bare = ".".join(part for part in module.split(".") if part not in WRAPPER_PARTS)
+        for old, new in (("", ""), *_RENAMED):
+            found = new + bare.removeprefix(old) if bare.startswith(old) else bare
+            if found != module and self._knows(found):
+                return found
+        return None
+
+    def _knows(self, module: str) -> bool:
+        return (
+            self.find(module) is not None
+            or self.find(f"{module}.weight") is not None
+            or bool(self.experts(_unwrapped(module)))
+        )
 
     def experts(self, module: str) -> dict[str, Promise]:
         """Stacked matrices [experts, ., .] that a module holds itself, by the tree's names."""
@@ -118,6 +152,7 @@ def merge_into_files(
         Whether anything was merged, so that the tree has to be made again.
     """
     found = False
+    _use_names_of_tree(adapters, weights)
     for adapter in adapters:
         problems: list[str] = []
         for module, part in list(adapter.low_rank.items()):
@@ -138,6 +173,14 @@ def merge_into_files(
                 promises[name] = merged(weight, part, adapter, flipped)
         raise_for(adapter, problems)
     return found
+
+
+def _use_names_of_tree(adapters: Sequence[Adapter], weights: Weights) -> None:
+    for adapter in adapters:
+        for module in [*adapter.low_rank, *adapter.tokens, *adapter.replaced]:
+            found = weights.find_module(module)
+            if found is not None:
+                adapter.rename(module, found)
 
 
 def _target(module: str, weights: Weights) -> str | None:
@@ -165,6 +208,7 @@ def merge(adapters: Sequence[Adapter], weights: Weights, requantize: Requantize 
         AdapterError: tensors that fit no module or have the wrong shape, modules that the
             configuration names and the adapter lacks, or two adapters that each replace a tensor.
     """
+    _use_names_of_tree(adapters, weights)
     problems = [_replace(adapter, weights) for adapter in adapters]
     for adapter, found in zip(adapters, problems, strict=True):
         done: set[str] = set()
@@ -259,6 +303,7 @@ def _replace(adapter: Adapter, weights: Weights) -> list[str]:
         if old.shape != promise.shape:
             problems.append(
                 f"misshapen: {stored} is {tuple(promise.shape)}, the model's is {tuple(old.shape)}"
+                + resized_hint(tuple(promise.shape), tuple(old.shape))
             )
         elif is_trained and adapter.weight != 1:
             problems.append(f"replaced, so with no weight but 1: {stored}")

@@ -9,6 +9,9 @@ from typing import Any
 
 from tl_fastload.lora_config import Adapter, ends_with, import_peft, is_in
 
+# Modules whose weights may be tied, in the models that are loaded here.
+_TIED = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
+
 
 def discrepancies(adapter: Adapter, by_name: Mapping[str, Any], done: Collection[str]) -> list[str]:
     """What the configuration names and the adapter lacks, and the other way round.
@@ -24,6 +27,7 @@ def discrepancies(adapter: Adapter, by_name: Mapping[str, Any], done: Collection
         *_saved(adapter, by_name),
         *_biases(adapter, by_name, done),
         *_tokens(adapter),
+        *_tied(adapter),
     ]
 
 
@@ -42,7 +46,8 @@ def _modules(adapter: Adapter, by_name: Mapping[str, Any], done: Collection[str]
     if getattr(config, "target_parameters", None):
         return  # names of stacks say nothing about modules
     for module in adapter.low_rank:
-        if not check_target_module_exists(config, module):
+        names = (module, adapter.former.get(module, module))
+        if not any(check_target_module_exists(config, name) for name in names):
             yield f"an update of {module}, which the configuration does not target"
 
 
@@ -77,3 +82,18 @@ def _biases(adapter: Adapter, by_name: Mapping[str, Any], done: Collection[str])
 def _tokens(adapter: Adapter) -> Iterator[str]:
     if getattr(adapter.config, "trainable_token_indices", None) and not adapter.tokens:
         yield "missing: the rows of trainable_token_indices"
+
+
+def _tied(adapter: Adapter) -> Iterator[str]:
+    """What `ensure_weight_tying` would give a second module as well; most adapters that set it
+    train nothing that is tied.
+    """
+    if not getattr(adapter.config, "ensure_weight_tying", False):
+        return
+    weights = [name.rpartition(".")[0] for name in adapter.replaced if name.endswith("weight")]
+    for module in dict.fromkeys([*adapter.low_rank, *weights, *adapter.tokens]):
+        if module.rpartition(".")[2] in _TIED:
+            yield (
+                f"trained with ensure_weight_tying: {module}, whose change belongs to what it is "
+                "tied to as well. peft can merge it: pass hf_model=peft_model.merge_and_unload()"
+            )

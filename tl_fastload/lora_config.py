@@ -18,11 +18,14 @@ from tl_fastload import hub
 from tl_fastload.checkpoint import Location, open_weights
 from tl_fastload.errors import AdapterError, ArgumentError, CheckpointError, UnknownModelError
 from tl_fastload.hub import HubOptions
+from tl_fastload.links import check_link
 from tl_fastload.location import file_names
 from tl_fastload.lora_argument import Requests
 from tl_fastload.promise import Promise
 from tl_fastload.reader import FileReader, FileSource
 from tl_fastload.recipe import MemorySource
+from tl_fastload.weight_files import stays_inside
+from tl_fastload.wrapped import WRAPPER_PARTS
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -36,10 +39,13 @@ _FOLLOWED = {
     *("alpha_pattern", "megatron_config", "megatron_core", "trainable_token_indices"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "use_dora"),
     *("velora_config", "qalora_group_size", "runtime_config", "target_parameters"),
+    "ensure_weight_tying",  # judged by what was trained
 }
 # Ways to initialise that subtract something from the base weights, unlike the others.
 _CHANGES_BASE = re.compile(r"(pissa.*|olora|corda|loftq|lora_ga)$", re.IGNORECASE)
-_PREFIX = re.compile(r"^base_model\.model\.")
+# `torch.compile` and parallel wrappers, around peft's model or inside it, put their parts in front.
+_WRAPPERS = rf"(?:(?:{'|'.join(WRAPPER_PARTS)})\.)*"
+_PREFIX = re.compile(rf"^{_WRAPPERS}base_model\.{_WRAPPERS}model\.")
 _LOW_RANK = re.compile(
     r"^(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B|magnitude_vector)"
     r"(?:\.[^.]+)??(?:\.(?P<leaf>weight|bias))?$"
@@ -81,6 +87,7 @@ class Adapter:
         replaced: parameter -> the tensor that takes its place (`modules_to_save`, biases).
         tokens: module of an embedding -> new rows of `config.trainable_token_indices`.
         scalings: module -> scaling, where it is not the configuration's.
+        former: module -> what the adapter calls it, where that is another name than the model's.
         size: how many low-rank updates it has.
     """
 
@@ -91,19 +98,43 @@ class Adapter:
     replaced: dict[str, Promise] = field(default_factory=dict)
     tokens: dict[str, Promise] = field(default_factory=dict)
     scalings: dict[str, float] = field(default_factory=dict)
+    former: dict[str, str] = field(default_factory=dict)
     size: int = 0
 
     def scaling(self, module: str) -> float:
         """What the product of a module's factors is multiplied by, as in peft's `update_layer`."""
         if module in self.scalings:
             return self.weight * self.scalings[module]
-        alpha = _by_pattern(self.config.alpha_pattern, self._key(module), self.config.lora_alpha)
+        alpha = self._by_pattern(self.config.alpha_pattern, module, self.config.lora_alpha)
         rank = self.rank(module)
         return self.weight * float(alpha / (math.sqrt(rank) if self.config.use_rslora else rank))
 
     def rank(self, module: str) -> int:
         """The rank that the configuration gives a module."""
-        return int(_by_pattern(self.config.rank_pattern, self._key(module), self.config.r))
+        return int(self._by_pattern(self.config.rank_pattern, module, self.config.r))
+
+    def _by_pattern(self, patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+        """The value for a module by the model's name of it, or by the adapter's."""
+        former = _by_pattern(patterns, self._key(self.former.get(module, module)), default)
+        return _by_pattern(patterns, self._key(module), former)
+
+    def rename(self, module: str, found: str) -> None:
+        """Give what belongs to a module the model's name of it.
+
+        Raises:
+            AdapterError: something else has that name.
+        """
+        tables: tuple[dict[str, Any], ...] = (self.low_rank, self.tokens, self.replaced)
+        for table in tables:
+            if found in table and module in table:
+                raise_for(self, [f"twice: {module} and {found} are the same module"])
+            if module in table:
+                table[found] = table.pop(module)
+        if found in self.low_rank:
+            self.low_rank[found].module = found
+        if module in self.scalings:
+            self.scalings[found] = self.scalings.pop(module)
+        self.former[found] = module
 
     def _key(self, module: str) -> str:
         """What patterns are matched with: the module, or the parameter that is targeted itself."""
@@ -197,6 +228,7 @@ def locate_adapter(name: str, keywords: dict[str, Any]) -> Location:
                 f"{folder} has no {CONFIG}: it holds no adapter. Pass the folder that peft's "
                 "save_pretrained wrote."
             )
+        check_link(folder, CONFIG)
         return Location(folder, str(folder))
     repo, _, revision = name.partition("@")
     parts = repo.split("/")
@@ -209,12 +241,15 @@ def locate_adapter(name: str, keywords: dict[str, Any]) -> Location:
     keywords = {k: v for k, v in keywords.items() if k not in ("revision", "subfolder")}
     options = HubOptions(revision=revision or None, **keywords)
     repo, subfolder = "/".join(parts[:2]), "/".join(parts[2:])
+    if not stays_inside(subfolder):
+        raise ArgumentError(f"The adapter {name!r} leaves its repository. Pass a folder inside it.")
     file = f"{subfolder}/{CONFIG}" if subfolder else CONFIG
     try:
         path = hub.hub_file(repo, file, options)
     except (UnknownModelError, CheckpointError) as error:
         message = f"Cannot find the adapter {name!r}. There is no folder {folder.absolute()}. "
         raise type(error)(message + str(error)) from error
+    check_link(path.parent, CONFIG)
     commit = path.parents[len(Path(subfolder).parts)].name
     pinned = HubOptions(revision=commit, **keywords)
     label = f"{repo}{f'/{subfolder}' if subfolder else ''}@{options.revision_name}"

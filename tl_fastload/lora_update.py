@@ -111,6 +111,19 @@ def is_flipped(part: LowRank, shape: tuple[int, ...], module: Any, adapter: Adap
     return bool(adapter.config.fan_in_fan_out) if plain == flipped else shape == flipped
 
 
+def resized_hint(shape: tuple[int, ...], own: tuple[int, ...]) -> str:
+    """What to do about a matrix that has another number of rows alone, as the embedding of a model
+    has whose vocabulary was resized for the adapter; "" for any other.
+    """
+    if len(shape) != 2 or len(own) != 2 or shape[0] == own[0] or shape[1] != own[1]:
+        return ""
+    return (
+        ". If the vocabulary was resized for the adapter, resize the base model likewise "
+        "(resize_token_embeddings), merge with peft, and pass "
+        "hf_model=peft_model.merge_and_unload()"
+    )
+
+
 def misfits(
     part: LowRank, shape: tuple[int, ...], adapter: Adapter, module: Any = None
 ) -> list[str]:
@@ -135,6 +148,7 @@ def misfits(
     if shape not in fits:
         problems.append(
             f"misshapen: the update of {part.module} is {product}, its weight is {shape}"
+            + resized_hint(product[::-1] if part.is_embedding else product, shape)
         )
     return problems + _wrong_magnitude(part, product, adapter)
 

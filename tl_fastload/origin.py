@@ -21,6 +21,7 @@ from tl_fastload.hub import repo_files
 from tl_fastload.key_prefixes import without_wrappers
 from tl_fastload.keys import Ledger
 from tl_fastload.keywords import Keywords, override, sort_keywords
+from tl_fastload.links import check_all_links
 from tl_fastload.lora import Weights, merge, merge_into_files
 from tl_fastload.lora_base import compare_bases
 from tl_fastload.lora_config import Adapter, open_adapters
@@ -36,6 +37,7 @@ from tl_fastload.reader import FileMaps, FileReader
 from tl_fastload.room import check_room
 from tl_fastload.stock import is_toy_name, stock_name_for
 from tl_fastload.stock_memory import StockLedger
+from tl_fastload.tokenizer import fetch_tokenizer
 
 
 @dataclass
@@ -119,10 +121,17 @@ class Origin:
         return self.official or self.location.repo
 
     def tokenizer_folder(self) -> Path | None:
-        """Where the tokenizer's files lie beside the weights, if they do."""
-        if self.location is None or not has_tokenizer(self.location):
+        """Where the tokenizer's files lie beside the weights, if they do.
+
+        Raises:
+            LeanLoadError: they cannot be had from the hub.
+        """
+        location = self.location
+        if location is None or has_tokenizer(location):
+            return None if location is None else location.folder
+        if location.repo is None or self.is_toy:  # whose configuration names another repository
             return None
-        return self.location.folder
+        return fetch_tokenizer(location, code=self.keywords.trust_remote_code)
 
     def tree(self, revision: str | None, dtype: Any) -> Any:
         self.is_recording = True
@@ -293,6 +302,7 @@ def find_origin(
         hf_config = config.load_hf_config(location.folder, trust_remote_code=trust)
         hf_config = override(hf_config, sorted_keywords.overrides)
         if options.dequantize:
+            check_all_links(location.folder)  # transformers reads what it likes
             load = outline_dequantized if options.only_plan else load_dequantized
             hf_model = load(location.folder, hf_config, as_dtype(dtype))
             hf_config = hf_model.config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +78,11 @@ class Picture(Figure):
         """
         path = Path(path)
         kind = check_format(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        # A name that nobody can have put a link at, and "x", which follows none.
+        partial = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.partial")
         try:
-            with style():
-                self.savefig(partial, format=kind)
+            with style(), partial.open("xb") as file:
+                self.savefig(file, format=kind)
             partial.replace(path)
         except OSError as error:
             raise ArgumentError(f"{path} cannot be written ({error.strerror}).") from error

@@ -19,7 +19,6 @@ from tl_fastload.forecast import Forecast
 from tl_fastload.load_plan import KINDS, Choice, LoadPlan, kind_of
 from tl_fastload.own_defaults import own_defaults
 from tl_fastload.stock_memory import StockLedger
-from tl_fastload.store_format import is_copy
 from tl_fastload.store_read import copy_folder
 
 
@@ -43,7 +42,7 @@ def _copy_of(request: Request) -> tuple[Request, Path] | None:
     if folder is not None:
         return request, folder
     entry = cache.entry_for(request.cls, request.options, request.arguments, request.keywords)
-    if entry is None or not is_copy(entry):
+    if entry is None or not cache.is_usable(entry):
         return None
     hit = cache.hit_arguments(request.options, request.arguments, request.keywords)
     return Request(request.cls, *hit), entry

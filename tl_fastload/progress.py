@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -76,7 +77,9 @@ class Progress:
         trace: TracebackType | None,
     ) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            # The work is done, whether its bar can still be drawn or not.
+            with contextlib.suppress(OSError, ValueError):
+                self._bar.stop()
             self._bar = None
 
 

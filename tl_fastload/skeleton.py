@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformer_lens.HookedTransformer import utils  # type: ignore[attr-defined]
 
 from tl_fastload import compat
 from tl_fastload.borrow import silenced
 from tl_fastload.config_repairs import differences
-from tl_fastload.errors import ArgumentError, UnknownModelError
+from tl_fastload.display import printable
 from tl_fastload.memory import return_freed_memory
 from tl_fastload.recipe import aten
 from tl_fastload.rope_tables import put_rope_tables
+from tl_fastload.tokenizer import own_tokenizer, warn_of_ids, with_bos
 
 
 class SkipRandomInit(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -61,19 +62,19 @@ def build_empty(
         **kwargs: for the class.
     """
     # Code of a checkpoint runs only if the caller allowed it, whatever TransformerLens' tables say.
-    wanted, name = cfg.trust_remote_code, cfg.tokenizer_name
+    wanted = cfg.trust_remote_code
     cfg.trust_remote_code = origin.keywords.trust_remote_code
-    if name is not None and origin.tokenizer_folder() is not None:
-        # The files of this revision and cache; the name alone would mean the usual ones.
-        cfg.tokenizer_name = str(origin.tokenizer_folder())
+    is_own = tokenizer is None and cfg.tokenizer_name is not None
     try:
+        if is_own:
+            tokenizer = _own_tokenizer(cfg, origin, notes)
+        prepared = None if tokenizer is None else with_bos(tokenizer, cfg)
         with SkipRandomInit():  # type: ignore[no-untyped-call]
-            model = _construct(cls, cfg, notes, tokenizer, *args, **kwargs)
-        if cfg.tokenizer_name is not None:
-            cfg.tokenizer_name = name
+            model = _construct(cls, cfg, notes, prepared, is_own, *args, **kwargs)
     finally:
         cfg.trust_remote_code = wanted
     _as_transformers(model, origin, notes)
+    warn_of_ids(model)
     if _give_experts_the_dtype(model):
         notes.append(
             f"Expert layers are {cfg.dtype}, as asked for. TransformerLens makes them float32 "
@@ -124,37 +125,40 @@ def _give_experts_the_dtype(model: Any) -> bool:
     return changed
 
 
-def _construct(
-    cls: type, cfg: Any, notes: list[str], tokenizer: Any, *args: Any, **kwargs: Any
-) -> Any:
-    name = cfg.tokenizer_name
+def _own_tokenizer(cfg: Any, origin: Any, notes: list[str]) -> Any:
+    """The tokenizer that lies with the model. The weights do not need it: token ids still work."""
+    hub = dict(origin.keywords.hub) if hasattr(origin.keywords, "hub") else {}
     try:
-        return cls(cfg, tokenizer, *args, **kwargs)
-    except (LookupError, OSError, ValueError, UnknownModelError) as error:
-        if tokenizer is not None and not _can_be_read_again(tokenizer):
-            raise ArgumentError(
-                "tokenizer= cannot be read again, which TransformerLens does to have a tokenizer "
-                f"with a BOS token: {getattr(tokenizer, 'name_or_path', '')!r} is not where it "
-                "lies. Write it with save_pretrained and pass what AutoTokenizer.from_pretrained "
-                "reads there."
-            ) from error
-        if tokenizer is not None or name is None or isinstance(error, LookupError):
-            raise
-        # The weights do not need the tokenizer: token ids still work.
-        notes.append(
-            f"No tokenizer could be loaded from {name} ({type(error).__name__}): pass token ids, "
-            "or tokenizer=."
+        # The files of this revision and cache; the name alone would mean the usual ones.
+        return own_tokenizer(
+            cfg, origin.tokenizer_folder(), hub, trust=origin.keywords.trust_remote_code
         )
-        cfg.tokenizer_name = None
-        return cls(cfg, tokenizer, *args, **kwargs)
+    except Exception as error:  # tokenizers raise anything at all
+        _without_tokenizer(cfg, error, notes)
+        return None
 
 
-def _can_be_read_again(tokenizer: Any) -> bool:
+def _without_tokenizer(cfg: Any, error: Exception, notes: list[str]) -> None:
+    text = " ".join(str(error).split())[:200]
+    message = (
+        f"No tokenizer could be loaded from {cfg.tokenizer_name} ({type(error).__name__}: {text}): "
+        "pass token ids, or tokenizer=."
+    )
+    notes.append(message)
+    warnings.warn(printable(message), stacklevel=2)
+    cfg.tokenizer_name = None
+
+
+def _construct(
+    cls: type, cfg: Any, notes: list[str], tokenizer: Any, is_own: bool, *args: Any, **kwargs: Any
+) -> Any:
     try:
-        utils.get_tokenizer_with_bos(tokenizer)  # type: ignore[attr-defined]
-    except Exception:  # what reads a tokenizer raises anything
-        return False
-    return True
+        return cls(cfg, tokenizer, *args, **kwargs)
+    except Exception as error:
+        if tokenizer is None or not is_own:
+            raise
+        _without_tokenizer(cfg, error, notes)
+        return cls(cfg, None, *args, **kwargs)  # if it fails again, it was not the tokenizer
 
 
 def device_map(model: Any, move_to_device: bool) -> Callable[[str], torch.device]:

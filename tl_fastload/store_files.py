@@ -15,6 +15,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -70,7 +71,9 @@ def move_into_place(
         if keep and (target / last).is_file():
             return False
         _merge(folder, target, last, old)
-    sync(target.parent)
+    # It is there: nothing that fails from here on may look as if it were not.
+    with contextlib.suppress(OSError):
+        sync(target.parent)
     return True
 
 
@@ -102,8 +105,12 @@ def _merge(folder: Path, target: Path, last: str, old: Callable[[], Collection[s
             for path in moved:
                 remove(path)
         raise
-    sync(target)
-    new = {path.name for path in moved}
+    with contextlib.suppress(OSError):  # the new copy is there, whatever becomes of the old one
+        sync(target)
+        _remove_old(target, replaced, {path.name for path in moved})
+
+
+def _remove_old(target: Path, replaced: Collection[str], new: Collection[str]) -> None:
     for path in list(target.iterdir()):
         found = _PAYLOAD.match(path.name)
         if found is None or path.name in new:
@@ -111,6 +118,47 @@ def _merge(folder: Path, target: Path, last: str, old: Callable[[], Collection[s
         own = found.group(2) == str(os.getpid())
         if path.name in replaced or own or _is_abandoned(path, *found.groups()):
             remove(path)
+
+
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
+
+def only_mine_to_write(folder: Path) -> None:
+    """Take the permission to write to a folder and all in it from everybody else, whatever the
+    process lets its files have.
+    """
+    for path in (folder, *folder.rglob("*")):
+        if not path.is_symlink():
+            with contextlib.suppress(OSError):  # a file system without permissions
+                path.chmod(path.stat().st_mode & ~OTHERS_WRITE)
+
+
+def is_planted(path: Path) -> bool:
+    """Whether a path is a link that another user made: what is written there would go where they
+    want it.
+    """
+    try:
+        return path.is_symlink() and not is_trusted(path)
+    except OSError:
+        return False
+
+
+def is_trusted(path: Path, *, forbidden_modes: int = 0) -> bool:
+    """Whether a file, folder or link belongs to this user or to root, and to nobody else by its
+    mode. Where users have no numbers (Windows), everything is.
+
+    Args:
+        path: not followed, if it is a link.
+        forbidden_modes: such as `stat.S_IWOTH`: permissions that nobody may have; links have none.
+
+    Raises:
+        OSError: it is not there.
+    """
+    if not hasattr(os, "geteuid"):
+        return True
+    status = path.lstat()
+    allows = 0 if stat.S_ISLNK(status.st_mode) else status.st_mode & forbidden_modes
+    return status.st_uid in (os.geteuid(), 0) and not allows
 
 
 def remove(path: Path) -> None:
@@ -154,7 +202,10 @@ def _is_abandoned(path: Path, machine: str, process: str) -> bool:
     if machine == _machine():
         return not psutil.pid_exists(int(process))
     # Another machine's processes cannot be seen: only time tells.
-    return time.time() - path.stat().st_mtime > _FORGOTTEN_SECONDS
+    try:
+        return time.time() - path.lstat().st_mtime > _FORGOTTEN_SECONDS
+    except OSError:  # that machine has just removed it
+        return False
 
 
 def new_owner() -> str:

@@ -20,6 +20,7 @@ from transformer_lens import HookedTransformerConfig
 
 from tl_fastload import compat
 from tl_fastload.errors import CheckpointError, SaveError
+from tl_fastload.links import check_link
 from tl_fastload.quantized import formats
 from tl_fastload.quantized.spec import Spec
 from tl_fastload.safetensors_header import LENGTH_BYTES, TensorEntry, read_header, unreadable
@@ -138,6 +139,7 @@ def read_manifest(folder: Path) -> Manifest:
         CheckpointError: it cannot be read, was altered, or was written by a newer format.
     """
     path = folder / MANIFEST
+    check_link(folder, MANIFEST)
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -196,6 +198,7 @@ def stored_tensors(folder: Path, manifest: Manifest) -> dict[str, TensorEntry]:
     entries: dict[str, TensorEntry] = {}
     for name, facts in manifest.files.items():
         path = folder / name
+        check_link(folder, name)
         try:
             size = path.stat().st_size
         except OSError as error:

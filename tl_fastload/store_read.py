@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +16,10 @@ from torch import nn
 from tl_fastload import compat, quantized, steps, verify
 from tl_fastload.already import versions
 from tl_fastload.config import hf_config_of
+from tl_fastload.display import printable
 from tl_fastload.errors import CheckpointError
 from tl_fastload.keywords import Keywords, sort_keywords
+from tl_fastload.links import leads_out
 from tl_fastload.memory import PeakSampler, return_freed_memory
 from tl_fastload.options import Options, is_on_network
 from tl_fastload.own_defaults import own_defaults
@@ -37,6 +40,8 @@ from tl_fastload.store_format import (
     read_manifest,
     stored_tensors,
 )
+from tl_fastload.tokenizer import named, read_tokenizer
+from tl_fastload.weight_files import stays_inside
 
 # Of a copy that other processes save again and again.
 _TRIES = 5
@@ -46,8 +51,14 @@ def copy_folder(model_name: Any, keywords: dict[str, Any]) -> Path | None:
     """The folder of a processed copy that a name means, or None."""
     if not isinstance(model_name, (str, os.PathLike)) or not os.fspath(model_name):
         return None
+    subfolder = str(keywords.get("subfolder") or "")
+    if not stays_inside(subfolder):
+        return None  # the ordinary way says so
     try:
-        folder = Path(model_name).expanduser() / str(keywords.get("subfolder") or "")
+        root = Path(model_name).expanduser()
+        folder = root / subfolder
+        if leads_out(root, subfolder):
+            return None
     except (RuntimeError, ValueError):  # "~somebody", who has no home here
         return None
     return folder if is_copy(folder) else None
@@ -212,10 +223,12 @@ def _build(
     side, tokenizer = arguments["default_padding_side"], arguments["tokenizer"]
     if tokenizer is None and manifest.tokenizer is not None:
         side = side or manifest.tokenizer["padding_side"]
-        tokenizer = _tokenizer(manifest.tokenizer, folder, keywords, notes)
+        as_named = cfg.tokenizer_name
+        tokenizer = _tokenizer(manifest.tokenizer, folder, keywords, notes, as_named)
     # Nothing is to be fetched by name, and no seed to be set.
     as_saved = cfg.tokenizer_name, cfg.init_weights
     cfg.tokenizer_name, cfg.init_weights = None, False
+    cfg.trust_remote_code = keywords.trust_remote_code  # the caller's, whatever the copy says
     context = SimpleNamespace(
         keywords=keywords, tokenizer_folder=lambda: None, hf_config=_hf_config(manifest)
     )
@@ -252,22 +265,26 @@ def _build_without_values(build: Callable[[], Any], manifest: Manifest) -> Any |
 
 
 def _tokenizer(
-    saved: dict[str, Any], folder: Path, keywords: Keywords, notes: list[str]
+    saved: dict[str, Any], folder: Path, keywords: Keywords, notes: list[str], as_saved: Any
 ) -> Any | None:
-    from transformers import AutoTokenizer
-
     check_tokenizer(folder, saved)
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = read_tokenizer(
             folder / saved["folder"],
             use_fast=saved["is_fast"],
             trust_remote_code=keywords.trust_remote_code,
         )
-    except (OSError, ValueError, ImportError) as error:
-        notes.append(
-            f"The copy's tokenizer could not be loaded ({type(error).__name__}): pass token ids, "
-            "or tokenizer=."
+        # Copies of earlier versions do not say what it was called.
+        name = saved.get("name", as_saved) or ""
+        return named(tokenizer, str(name))
+    except Exception as error:  # tokenizers raise anything at all
+        text = " ".join(str(error).split())[:200]
+        message = (
+            f"The copy's tokenizer could not be loaded ({type(error).__name__}: {text}): pass "
+            "token ids, or tokenizer=."
         )
+        notes.append(message)
+        warnings.warn(printable(message), stacklevel=2)
         return None
 
 

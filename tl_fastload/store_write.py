@@ -26,7 +26,13 @@ from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.safetensors_header import DTYPES, LENGTH_BYTES
 from tl_fastload.steps import STEPS, reason_to_skip
 from tl_fastload.store_bytes import tokenizer_digests
-from tl_fastload.store_files import move_into_place, new_owner, working_folder
+from tl_fastload.store_files import (
+    is_planted,
+    move_into_place,
+    new_owner,
+    only_mine_to_write,
+    working_folder,
+)
 from tl_fastload.store_format import (
     MANIFEST,
     Manifest,
@@ -175,7 +181,7 @@ def write_copy(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: ProgressOption = False,
     tokenizer: bool = True,
-    keep: bool = False,
+    for_cache: bool = False,
 ) -> bool:
     """`save_lean`; returns whether the folder is this copy.
 
@@ -185,7 +191,8 @@ def write_copy(
         max_shard_bytes: as for `save_lean`.
         progress: as for `save_lean`.
         tokenizer: whether the model's tokenizer is saved as well.
-        keep: if another process has put a copy there meanwhile, leave that one.
+        for_cache: if another process has put a copy there meanwhile, leave that one; and let nobody
+            else write to this one.
     """
     model = unwrapped(model)
     _check_model(model)
@@ -196,13 +203,17 @@ def write_copy(
     plan.add_buffers()
     try:
         _check_room(target, sum(stored.nbytes for stored in plan.stored))
-        with working_folder(target) as working, Progress(progress, "saving") as shown:
-            shown.start(sum(stored.nbytes for stored in plan.stored))
-            manifest = _describe(model, plan, working if tokenizer else None)
-            _write_shards(plan.stored, manifest, working, max(max_shard_bytes, 1), shown)
-            (working / MANIFEST).write_text(manifest.dumps(), encoding="utf-8")
+        with working_folder(target) as working:
+            with Progress(progress, "saving") as shown:
+                shown.start(sum(stored.nbytes for stored in plan.stored))
+                manifest = _describe(model, plan, working if tokenizer else None)
+                _write_shards(plan.stored, manifest, working, max(max_shard_bytes, 1), shown)
+            with (working / MANIFEST).open("x", encoding="utf-8") as file:
+                file.write(manifest.dumps())
+            if for_cache:
+                only_mine_to_write(working)
             return move_into_place(
-                working, target, last=MANIFEST, old=lambda: _payload(target), keep=keep
+                working, target, last=MANIFEST, old=lambda: _payload(target), keep=for_cache
             )
     except OSError as error:
         raise SaveError(
@@ -220,6 +231,11 @@ def check_target(target: Path) -> None:
     """Raise SaveError where a copy would hide something else."""
     if "\0" in str(target) or target == Path(target.anchor):
         raise SaveError(f"{str(target)!r} can be no copy's folder. Choose another name.")
+    if is_planted(target):
+        raise SaveError(
+            f"{target} is a link that another user made, to {target.resolve()}. Nothing was "
+            "written there. Choose another folder, or pass that one itself."
+        )
     if target.exists() and not target.is_dir():
         raise SaveError(f"{target} is a file. Choose a folder.")
     if (target / "config.json").exists():
@@ -307,6 +323,7 @@ def _save_tokenizer(model: Any, home: Path | None, copy_id: str) -> dict[str, An
     return {
         "folder": folder,
         "files": tokenizer_digests(home / folder),
+        "name": str(getattr(tokenizer, "name_or_path", "")),
         "is_fast": bool(getattr(tokenizer, "is_fast", True)),
         "padding_side": tokenizer.padding_side,
     }
@@ -318,7 +335,7 @@ def _write_shards(
     for number, shard in enumerate(_shards(stored, most_bytes), start=1):
         name = f"weights-{manifest.copy_id}-{number:05d}.safetensors"
         header = _header(shard, manifest.copy_id)
-        with (folder / name).open("wb") as file:
+        with (folder / name).open("xb") as file:  # "x" follows no link
             file.write(header)
             for one in shard:
                 manifest.checksums[one.key] = _write(file, one)

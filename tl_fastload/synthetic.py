@@ -212,6 +212,7 @@ def weights_file(folder: Path) -> Path:
 def write_checkpoint(shape: Shape, folder: Path) -> None:
     """Write `config.json` and `model.safetensors`, and no tokenizer; always the same values."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").unlink(missing_ok=True)  # which may be a link
     (folder / "config.json").write_text(json.dumps(hf_config(shape), indent=2))
     _write_weights(shape, weights_file(folder))
 
@@ -224,7 +225,8 @@ def _write_weights(shape: Shape, path: Path) -> None:
     entries = entry_shapes(shape)
     generator = torch.Generator().manual_seed(0)
     partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
+    partial.unlink(missing_ok=True)
+    with partial.open("xb") as file:
         file.write(_header(entries, shape.file_dtype))
         for key, dims in entries.items():
             for chunk in _random_chunks(key, math.prod(dims), generator):
@@ -271,8 +273,13 @@ def write_hub_layout(folder: Path, official_name: str, hub_home: Path) -> None:
     snapshot.mkdir(parents=True, exist_ok=True)
     (root / "refs").mkdir(exist_ok=True)
     (root / "refs" / "main").write_text(_REVISION)
+    (root / "blobs").mkdir(exist_ok=True)
     for file in folder.iterdir():
         if file.is_file():
-            link = snapshot / file.name
-            link.unlink(missing_ok=True)
-            link.symlink_to(os.path.relpath(file, snapshot))
+            # By way of the blobs, as huggingface_hub does it: no other link may leave a snapshot.
+            for link, target in (
+                (root / "blobs" / file.name, file),
+                (snapshot / file.name, root / "blobs" / file.name),
+            ):
+                link.unlink(missing_ok=True)
+                link.symlink_to(os.path.relpath(target, link.parent))

@@ -59,6 +59,8 @@ def _check_dtype(arguments: dict[str, Any], keywords: dict[str, Any]) -> None:
 
 def _check_checkpoint(arguments: dict[str, Any], keywords: dict[str, Any]) -> None:
     given = [name for name in _CHECKPOINT_ARGUMENTS if arguments[name] is not None]
+    if given[-2:] == ["checkpoint_value", "checkpoint_label"]:
+        raise ArgumentError("checkpoint_value and checkpoint_label are aliases: pass one of them.")
     if len(given) > 1:
         raise ArgumentError(
             f"{' and '.join(given)} each pick a training checkpoint: pass one of them."
