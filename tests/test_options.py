@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -226,16 +225,6 @@ def test_arguments_of_the_other_functions(zoo: Any, tmp_path: Path) -> None:
             call()
     assert changed(before, model) == []
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_tokenizer_that_cannot_be_read_again(zoo: Any, tmp_path: Path) -> None:
-    folder = tmp_path / "tokenizer"
-    shutil.copytree(zoo("gpt2", tokenizer=True), folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_special_tokens({"bos_token": "w1"})
-    shutil.rmtree(folder)
-    with pytest.raises(ArgumentError, match="tokenizer= cannot be read again"):
-        lean_model(zoo("gpt2"), tokenizer=tokenizer)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
