@@ -19,6 +19,7 @@ from tl_fastload.display import format_bytes
 from tl_fastload.errors import MissingWeightsError
 from tl_fastload.forecast import forecast
 from tl_fastload.key_prefixes import named_as
+from tl_fastload.layout import FORWARD
 from tl_fastload.memory import PeakSampler, return_freed_memory
 from tl_fastload.norms import kept_norms, norms_put_back_on_error
 from tl_fastload.options import Options
@@ -148,6 +149,7 @@ def _load(
     model._session = None
     origin.root = None
     model._hf_config = copy.deepcopy(origin.hf_config)
+    model._layout = str(options.layout)
     return model, session
 
 
@@ -234,6 +236,8 @@ def _place(model: nn.Module, session: Session) -> None:
             progress=progress,
             quantizer=quantizer,
             fresh=origin is not None,
+            order=str(options.layout),
+            map_gaps=options.mmap is True,
         )
         if origin is not None:
             if options.only_plan:
@@ -280,6 +284,7 @@ def _report(model: Any, session: Session, sampler: PeakSampler, seconds: float) 
             *session.notes,
         ),
         revision=origin.commit if origin is not None else None,
+        layout=getattr(model, "_layout", FORWARD),
     )
     return report.measured(sampler, seconds)
 

@@ -20,6 +20,7 @@ from transformer_lens import HookedTransformerConfig
 
 from tl_fastload import compat
 from tl_fastload.errors import CheckpointError, SaveError
+from tl_fastload.layout import FORWARD, check_layout
 from tl_fastload.quantization import Quantization
 from tl_fastload.safetensors_header import LENGTH_BYTES, TensorEntry, read_header, unreadable
 from tl_fastload.version import __version__
@@ -77,6 +78,7 @@ class Manifest:
         checksums: key of a stored tensor -> SHA-256 of its bytes.
         files: name of a weight file -> its size "bytes", and "header", the SHA-256 of its header.
         versions: of the libraries that wrote it.
+        layout: memory order of the parameters; in the JSON where it is not "forward".
     """
 
     copy_id: str
@@ -96,6 +98,7 @@ class Manifest:
     checksums: dict[str, str] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: versions())
+    layout: str = FORWARD
 
     @property
     def payload(self) -> list[str]:
@@ -108,6 +111,8 @@ class Manifest:
         values |= {"parameters": _views(self.parameters), "buffers": _views(self.buffers)}
         if self.quantization is not None:
             values["quantization"] = asdict(self.quantization)
+        if self.layout == FORWARD:  # earlier versions, which know no other, read such copies
+            del values["layout"]
         body = {"format_version": FORMAT_VERSION, **_encode(values)}
         return json.dumps({**body, "checksum": _checksum(body)}, indent=1)
 
@@ -170,6 +175,7 @@ def _manifest(body: dict[str, Any]) -> Manifest:
         skip = tuple(values["quantization"].pop("skip"))
         values["quantization"] = Quantization(**values["quantization"], skip=skip)
     manifest = Manifest(**values)
+    check_layout(manifest.layout)
     outside = [name for name in manifest.payload if not stays_inside(name)]
     if outside:
         raise ValueError(f"{outside[0]!r} leads out of the folder")

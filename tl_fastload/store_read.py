@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tl_fastload import compat, quantized, steps, verify
+from tl_fastload import compat, layout, quantized, steps, verify
 from tl_fastload.already import versions
 from tl_fastload.config import hf_config_of
 from tl_fastload.errors import CheckpointError
@@ -36,6 +36,7 @@ from tl_fastload.store_format import (
     read_manifest,
     stored_tensors,
 )
+from tl_fastload.store_layout import layout_of, moved
 
 # Of a copy that other processes save again and again.
 _TRIES = 5
@@ -126,7 +127,9 @@ def _load(
     check_names(model, manifest, folder)
     if may_map(options, folder):
         reader.maps = FileMaps()
-    mapped_bytes = _place(model, manifest, entries, reader, options, device_of)
+    moves = moved(model, manifest, options)
+    mapped_bytes = _place(model, manifest, entries, reader, options, device_of, moves)
+    model._layout = str(layout_of(manifest, options))
     model._processed = ({step for step, on in manifest.flags.items() if on}, versions(model))
     model._quantization = manifest.quantization
     model._hf_config = _hf_config(manifest)
@@ -143,6 +146,7 @@ def _load(
         quantization=f"{manifest.quantization.kind}, as saved" if manifest.quantization else None,
         not_quantized=manifest.not_quantized,
         adapters=tuple(manifest.adapters),
+        layout=model._layout,
         notes=tuple(notes),
     )
     return model, report
@@ -270,10 +274,11 @@ def _place(
     reader: FileReader,
     options: Options,
     device_of: Any,
+    moves: Mapping[str, tuple[int, ...]],
 ) -> int:
     """Put every parameter and buffer into the model; the bytes of parameters that are mapped."""
     if options.check_memory:
-        _check_room(manifest, entries, reader, device_of)
+        _check_room(manifest, entries, reader, device_of, moves)
     done: dict[tuple[str, ...], nn.Parameter] = {}
     mapped_bytes = 0
     used = {key for view in manifest.parameters.values() for key in _keys(view)}
@@ -282,10 +287,14 @@ def _place(
         for name, view in manifest.parameters.items():
             keys = tuple(_keys(view))  # the same ones: the same parameter, under another name
             if keys not in done:
-                tensor = read_tensor(view, entries, reader, device_of(name))
+                device, strides = device_of(name), moves.get(name)
+                if strides is None:
+                    tensor = read_tensor(view, entries, reader, device)
+                else:
+                    tensor = _read_moved(view, entries, reader, device, strides)
                 done[keys] = _parameter(model, name, tensor, view, options)
                 size_bytes = sum(entries[key].nbytes for key in keys)
-                is_mapped = reader.maps is not None and device_of(name).type == "cpu"
+                is_mapped = reader.maps is not None and device.type == "cpu" and strides is None
                 mapped_bytes += size_bytes if is_mapped else 0
                 progress.advance(name, size_bytes)
             parent, _, leaf = name.rpartition(".")
@@ -306,14 +315,23 @@ def _keys(view: View) -> Iterator[str]:
 
 
 def _check_room(
-    manifest: Manifest, entries: dict[str, TensorEntry], reader: FileReader, device_of: Any
+    manifest: Manifest,
+    entries: dict[str, TensorEntry],
+    reader: FileReader,
+    device_of: Any,
+    moves: Mapping[str, tuple[int, ...]],
 ) -> None:
     needed: dict[torch.device, int] = {}
+    twice: dict[torch.device, int] = {}
     for name, view in manifest.parameters.items():
         device = device_of(name)
-        if reader.maps is None or device.type != "cpu":
-            size = sum(entries[key].nbytes for key in _keys(view))
+        size = sum(entries[key].nbytes for key in _keys(view))
+        if reader.maps is None or device.type != "cpu" or name in moves:
             needed[device] = needed.get(device, 0) + size
+        if name in moves:
+            twice[device] = max(twice.get(device, 0), size)
+    for device, size in twice.items():
+        needed[device] += size
     check_room(needed, manifest.source or manifest.model_class)
 
 
@@ -355,6 +373,24 @@ def _stored(
 ) -> torch.Tensor:
     if reader.maps is not None and device.type == "cpu" and entry.nbytes:
         return reader.maps.view(entry, geometry)
+    return _read(entry, geometry, reader, device)
+
+
+def _read(
+    entry: TensorEntry, geometry: torch.Tensor, reader: FileReader, device: torch.device
+) -> torch.Tensor:
     out = torch.empty_strided(geometry.shape, geometry.stride(), dtype=entry.dtype, device=device)
     FileSource(entry, reader).read_into(out, geometry, ())
     return out
+
+
+def _read_moved(
+    view: View,
+    entries: dict[str, TensorEntry],
+    reader: FileReader,
+    device: torch.device,
+    strides: tuple[int, ...],
+) -> torch.Tensor:
+    entry = entries[view.tensors[""]]
+    value = _read(entry, checked_geometry(view, entry), reader, device)
+    return layout.copied(value, strides, value.dtype)
