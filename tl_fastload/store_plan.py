@@ -17,7 +17,7 @@ from tl_fastload.safetensors_header import TensorEntry
 from tl_fastload.skeleton import build_outline, device_map
 from tl_fastload.store_bytes import open_copy
 from tl_fastload.store_check import check_names
-from tl_fastload.store_format import Manifest, View
+from tl_fastload.store_format import Manifest, View, read_manifest
 from tl_fastload.store_layout import layout_of, moved
 from tl_fastload.store_read import checked_configuration, may_map
 
@@ -90,7 +90,7 @@ def plan_copy(request: Request, folder: Path) -> LoadPlan:
 
 
 def choices(request: Request, folder: Path) -> Iterator[Choice]:
-    """Ways to load the same copy that fit: mapped, or on the host.
+    """Ways to load the same copy that fit: mapped, in the memory order that it has, or on the host.
 
     Args:
         request: the call that does not fit.
@@ -100,6 +100,10 @@ def choices(request: Request, folder: Path) -> Iterator[Choice]:
     mapping = replace(request, options=replace(request.options, mmap="auto", strategy="auto"))
     if not may_map(request.options, folder) and may_map(mapping.options, folder):
         ways.append(({"mmap": "auto", "strategy": "auto"}, mapping))
+    manifest = read_manifest(folder)
+    if layout_of(manifest, request.options) != manifest.layout:
+        as_saved = replace(request, options=replace(request.options, layout=manifest.layout))
+        ways.append(({"layout": manifest.layout}, as_saved))
     ways.append(({"device": "cpu", "n_devices": 1}, request.changed(device="cpu", n_devices=1)))
     for arguments, changed in ways:
         plan = plan_copy(changed, folder)
