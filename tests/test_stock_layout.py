@@ -85,6 +85,8 @@ def test_every_unprocessed_parameter_is_dense_and_its_own(
     torn = lean_model(folder, mmap=True, **RAW)  # said explicitly: views with gaps, which are saved
     assert bool(list(memory_apart(torn))) is (case_id != "phi3-gqa")
     torn.save_lean(tmp_path / "copy")
+    assert is_row_major(torn.to_layout_("stock"))
+    assert list(memory_apart(torn)) == []
     ways: dict[str, Any] = {
         "folder": lean_model(folder, **RAW),
         "in bfloat16": lean_model(folder, dtype=torch.bfloat16, **RAW),
@@ -218,7 +220,8 @@ def test_a_model_in_either_order_is_copied_pickled_and_filled(zoo: Any) -> None:
         assert differences(model, other) == []
         assert is_in_forward_order(other.to_layout_("forward"))
         other.load_state_dict(model.state_dict())
-        tl_fastload.load_weights_(other, model.state_dict())
+        report = tl_fastload.load_weights_(other, model.state_dict())
+        assert report.layout == "forward"
         assert is_in_forward_order(other)
         assert differences(model, other) == []
 

@@ -108,6 +108,7 @@ class LoadReport:
             peak_anonymous_bytes=0,
             mapped_bytes=mapped_bytes,
             peak_device_bytes=None,
+            layout=getattr(model, "_layout", FORWARD),
             **said,
         )
 

@@ -19,7 +19,6 @@ from tl_fastload.display import format_bytes
 from tl_fastload.errors import MissingWeightsError
 from tl_fastload.forecast import forecast
 from tl_fastload.key_prefixes import named_as
-from tl_fastload.layout import FORWARD
 from tl_fastload.memory import PeakSampler, return_freed_memory
 from tl_fastload.norms import kept_norms, norms_put_back_on_error
 from tl_fastload.options import Options
@@ -284,7 +283,6 @@ def _report(model: Any, session: Session, sampler: PeakSampler, seconds: float) 
             *session.notes,
         ),
         revision=origin.commit if origin is not None else None,
-        layout=getattr(model, "_layout", FORWARD),
     )
     return report.measured(sampler, seconds)
 

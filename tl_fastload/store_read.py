@@ -146,7 +146,6 @@ def _load(
         quantization=f"{manifest.quantization.kind}, as saved" if manifest.quantization else None,
         not_quantized=manifest.not_quantized,
         adapters=tuple(manifest.adapters),
-        layout=model._layout,
         notes=tuple(notes),
     )
     return model, report
