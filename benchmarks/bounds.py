@@ -95,6 +95,8 @@ def _memory(results: Results, shape: Shape, dtype: str) -> Iterator[Check]:
     model = shape.name
     # What is copied into the model lies twice in memory for a moment, and cannot be mapped.
     unprocessed_limit, limit = (0.05, 1.05) if compat.can_assign() else (1.15, 1.15)
+    if shape.family == "gpt2":  # Q, K and V are gathered out of their fused matrix
+        unprocessed_limit = max(unprocessed_limit, 0.25)
     anonymous = [
         (cases.lean(model, dtype), limit),
         (cases.copied(model, dtype), 1.15),

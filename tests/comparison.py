@@ -12,6 +12,8 @@ from transformer_lens import HookedTransformer
 from zoo import tokens
 
 from tl_fastload import LeanHookedTransformer
+from tl_fastload.quantized import QuantizedTensor
+from tl_fastload.reader import is_dense
 
 STEPS = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
 NAMES = ("model_name", "tokenizer_name")
@@ -39,17 +41,23 @@ def stock_model(case_id: str, folder: Path, **flags: Any) -> HookedTransformer:
 
 
 def differences(
-    stock: HookedTransformer, lean: HookedTransformer, *, cfg_apart: Collection[str] = ()
+    stock: HookedTransformer,
+    lean: HookedTransformer,
+    *,
+    cfg_apart: Collection[str] = (),
+    gaps: bool = False,
 ) -> list[str]:
     """Everything in which two models differ: none, if the lean load is right.
 
     The documented differences do not count: experts and routers (the only `torch.nn.Linear`) in
     `cfg.dtype`, and the position embedding of ALiBi models, which stock leaves uninitialised.
     cfg_apart: fields of cfg that may differ.
+    gaps: parameters of the lean model may be views into larger memory (`mmap=True`, unprocessed).
     """
     return [
         *_names_apart(stock, lean),
         *_tensors_apart(stock, lean),
+        *([] if gaps else memory_apart(lean)),
         *_modules_apart(stock, lean),
         *_cfg_apart(stock, lean, cfg_apart),
     ]
@@ -82,6 +90,22 @@ def _tensors_apart(stock: HookedTransformer, lean: HookedTransformer) -> Iterato
         if one.shape == other.shape and not torch.equal(one, other.to(one.dtype)):
             apart = (one.double() - other.double()).abs().max()
             yield f"{name}: values up to {apart:.1e} apart"
+
+
+def memory_apart(lean: torch.nn.Module) -> Iterator[str]:
+    """Parameters that are not dense, or whose storage is not exactly theirs."""
+    owners: dict[tuple[str, int], str] = {}
+    for name, parameter in lean.named_parameters():
+        if isinstance(parameter, QuantizedTensor) or parameter.numel() == 0:
+            continue
+        if not is_dense(parameter):
+            yield f"{name}: strides {parameter.stride()} of shape {tuple(parameter.shape)}"
+        storage = parameter.untyped_storage()
+        if storage.nbytes() != parameter.numel() * parameter.element_size():
+            yield f"{name}: a storage of {storage.nbytes()} bytes for {parameter.numel()} elements"
+        other = owners.setdefault((str(parameter.device), storage.data_ptr()), name)
+        if other != name:
+            yield f"{name}: shares its storage with {other}"
 
 
 def _modules_apart(stock: HookedTransformer, lean: HookedTransformer) -> Iterator[str]:

@@ -97,13 +97,15 @@ def test_options_become_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(LeanHookedTransformer, "from_pretrained_lean", record)
     run("load", "gpt2", code=130)
-    assert "dtype" not in given  # a processed copy keeps its own
+    assert not {"dtype", "layout"} & given.keys()  # a processed copy keeps its own
     assert "adapter" not in given
     assert (given["check_memory"], given["mmap"], given["cache"]) == (True, "auto", None)
-    options = "--adapter a --requantize --revision r --subfolder s --offline --n-ctx 8"
+    options = (
+        "--adapter a --requantize --revision r --subfolder s --offline --n-ctx 8 --layout stock"
+    )
     run("load", "gpt2", *options.split(), "--no-check-memory", "--no-cache", code=130)
     wanted = {"adapter": "a", "requantize": True, "revision": "r", "subfolder": "s", "n_ctx": 8}
-    wanted |= {"local_files_only": True, "check_memory": False, "cache": False}
+    wanted |= {"local_files_only": True, "check_memory": False, "cache": False, "layout": "stock"}
     assert wanted.items() <= given.items()
 
 

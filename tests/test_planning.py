@@ -128,10 +128,16 @@ def test_kinds(zoo: Any) -> None:
 def test_mapped_weights_need_no_memory(zoo: Any, free: Any) -> None:
     folder = zoo("gpt2", **GPT2)
     free(500_000)
-    found = plan(folder, device="cpu", **UNPROCESSED)
+    found = plan(folder, device="cpu", mmap=True, **UNPROCESSED)
     assert found.fits
     assert found.mapped_bytes > 0.9 * (found.total_bytes - found.parameter_bytes["buffers"])
-    assert load(folder, **UNPROCESSED).load_report.mapped_bytes == found.mapped_bytes
+    assert load(folder, mmap=True, **UNPROCESSED).load_report.mapped_bytes == found.mapped_bytes
+    # Without it Q, K and V are gathered, which takes memory: planned, and refused alike.
+    gathered = plan(folder, device="cpu", **UNPROCESSED)
+    assert gathered.advice[0].arguments == {"mmap": True}
+    assert found.mapped_bytes - gathered.mapped_bytes == 10 * 3 * GPT2["n_embd"] ** 2 * 4
+    with pytest.raises(NotEnoughMemory, match="mmap=True"):
+        load(folder, **UNPROCESSED)
 
 
 def test_loading_refuses_what_does_not_fit(zoo: Any, free: Any, no_reading: None) -> None:

@@ -12,6 +12,7 @@ import torch
 from tl_fastload.draft import Draft, Needs, Request
 from tl_fastload.errors import LeanLoadError, QuantizationError
 from tl_fastload.forecast import Forecast
+from tl_fastload.layout import FORWARD
 from tl_fastload.load_plan import Choice
 from tl_fastload.memory import cuda_is_in_use
 from tl_fastload.quantized import formats
@@ -31,11 +32,11 @@ def choices(request: Request, draft: Draft) -> Iterator[Choice]:
     """
     for arguments in _devices(request, draft):
         yield from _tried(request, arguments)
-    if request.options.mmap is False:
-        mapping = replace(request, options=replace(request.options, mmap="auto"))
-        mapped = _drafted(mapping)
+    mmap = _more_mapping(request, draft)
+    if mmap is not None:
+        mapped = _drafted(replace(request, options=replace(request.options, mmap=mmap)))
         if mapped is not None:
-            yield from _fitting(mapped, {"mmap": "auto"}, mapped.forecast())
+            yield from _fitting(mapped, {"mmap": mmap}, mapped.forecast())
     narrow: Draft | None = None
     if draft.model.cfg.dtype in _WIDE:
         narrow = _drafted(request.changed(dtype="bfloat16"))
@@ -67,6 +68,15 @@ def _devices(request: Request, draft: Draft) -> Iterator[dict[str, Any]]:
         yield {"device": "cpu", "n_devices": 1}
     elif cuda_is_in_use():  # a load onto the CPU does not begin to use it
         yield {"device": "cuda"}
+
+
+def _more_mapping(request: Request, draft: Draft) -> bool | str | None:
+    """A value of `mmap=` that may map more; None without one."""
+    if request.options.mmap is False:
+        return "auto"
+    placer = draft.placer
+    gathers = placer.maps is not None and placer.map_any_layout and placer.order == FORWARD
+    return True if gathers and not placer.map_gaps else None
 
 
 def _unprocessed(request: Request, draft: Draft) -> Iterator[dict[str, Any]]:

@@ -14,6 +14,7 @@ import torch
 from tl_fastload import verify
 from tl_fastload.checkpoint import Location, resolve_config
 from tl_fastload.keywords import sort_keywords
+from tl_fastload.layout import FORWARD
 from tl_fastload.links import check_link
 from tl_fastload.lora_config import locate_adapter
 from tl_fastload.options import Options
@@ -69,8 +70,10 @@ def entry_name(
         **{
             item.name: getattr(options, item.name)
             for item in fields(options)
-            if item.name not in _NOT_IN_THE_NUMBERS
+            if item.name not in (*_NOT_IN_THE_NUMBERS, "layout")
         },
+        # Not where it is the default: keys are those of versions that had no other.
+        **({} if options.layout == FORWARD else {"layout": options.layout}),
         "adapter": [
             (_source(locate_adapter(name, sorted_keywords.hub)), weight)
             for name, weight in options.adapter

@@ -132,6 +132,15 @@ def _shared(
             show_default=False,
         ),
     ] = None,
+    layout: Annotated[
+        str | None,
+        _option(
+            panel=_HOW,
+            help="Memory order of the parameters: forward, as the forward pass multiplies, or "
+            "stock, row-major. By default forward, or what a processed copy was saved in.",
+            show_default=False,
+        ),
+    ] = None,
     check_memory: Annotated[
         bool,
         _option(
@@ -159,6 +168,7 @@ def _shared(
 
 _PASSED_IF_GIVEN = (
     "dtype",
+    "layout",
     "adapter",
     "requantize",
     "revision",

@@ -1,9 +1,10 @@
-"""The strides in which the forward pass wants each parameter.
+"""The memory orders that parameters can have: the forward pass's, and stock's.
 
 TransformerLens' components turn `W_Q`, `W_in` ... into the `[out, in]` matrix of a linear map on
 every call (`W_in.T.contiguous()`, `einops.rearrange(...).contiguous()`). That copies the whole
 model per token when the parameter is stored as its logical shape says, and nothing when it is
-stored as that matrix and only viewed in the logical shape.
+stored as that matrix and only viewed in the logical shape. TransformerLens' own loader leaves
+parameters row-major throughout, which some code takes for granted.
 """
 
 from __future__ import annotations
@@ -14,12 +15,40 @@ from transformer_lens.components.abstract_attention import AbstractAttention
 from transformer_lens.components.mlps.gated_mlp import GatedMLP
 from transformer_lens.components.unembed import Unembed
 
+from tl_fastload.errors import ArgumentError
+
+FORWARD, STOCK = "forward", "stock"
+LAYOUTS = (FORWARD, STOCK)
+
 _HEADS_IN = ("W_Q", "W_K", "W_V", "_W_K", "_W_V")
 
 # Memory order of the dimensions, slowest first, of the matrix that the forward pass multiplies by.
 _HEADS_IN_ORDER = (0, 2, 1)  # [head, d_model, d_head] stored as [(head d_head), d_model]
 _HEADS_OUT_ORDER = (2, 0, 1)  # [head, d_head, d_model] stored as [d_model, (head d_head)]
 _TRANSPOSED_ORDER = (1, 0)  # [in, out] stored as [out, in]
+
+
+def check_layout(value: object) -> None:
+    """Raise ArgumentError for what is no memory order."""
+    if not isinstance(value, str) or value not in LAYOUTS:
+        raise ArgumentError(f"layout={value!r} is none of {', '.join(LAYOUTS)}.")
+
+
+def strides_in(order: str, module: nn.Module, name: str, shape: torch.Size) -> tuple[int, ...]:
+    """Dense strides of a parameter in one of `LAYOUTS`.
+
+    Args:
+        order: "forward" as the forward pass multiplies, "stock" row-major.
+        module: the component that owns the parameter.
+        name: the parameter's name in it, such as "W_Q".
+        shape: the parameter's logical shape.
+
+    Returns:
+        Strides in elements.
+    """
+    if order == STOCK:
+        return _strides_of_order(shape, tuple(range(len(shape))))
+    return forward_strides(module, name, shape)
 
 
 def forward_strides(module: nn.Module, name: str, shape: torch.Size) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tl_fastload.display import format_bytes, html_table, text_table
+from tl_fastload.layout import FORWARD
 
 KINDS = ("embedding", "attention", "MLP", "norms and other", "quantized", "buffers")
 
@@ -94,6 +95,7 @@ class LoadPlan:
         stock_note: what stock's figures are about, if not about this load.
         disk_bytes: what has to be downloaded, and what the entry of `cache=` will take.
         cache_bytes: the second of these.
+        layout: memory order of the parameters, "forward" or "stock".
         available_disk_bytes: what is free where these go, on the fuller disk if there are two;
             None if nothing goes anywhere.
         rooms: need and room on the host and on each device.
@@ -120,6 +122,7 @@ class LoadPlan:
     available_disk_bytes: int | None
     rooms: tuple[Room, ...]
     cache_bytes: int = 0
+    layout: str = FORWARD
     seconds: float = 0.0
     notes: tuple[str, ...] = field(default=())
     advise: Callable[[], tuple[Choice, ...]] | None = field(default=None, repr=False, compare=False)
@@ -174,6 +177,8 @@ class LoadPlan:
         ]
         if self.quantization is not None:
             rows.append(("quantization", self.quantization))
+        if self.layout != FORWARD:
+            rows.append(("layout", self.layout))
         rows.append(("model", format_bytes(self.total_bytes)))
         rows += [
             (f"  {kind}", f"{format_bytes(size)} ({size / max(self.total_bytes, 1):.0%})")

@@ -17,14 +17,16 @@ from tl_fastload.cache import load_through_cache
 from tl_fastload.draft import Request
 from tl_fastload.errors import NotEnoughMemory
 from tl_fastload.inheritance import check_bases
+from tl_fastload.layout import FORWARD
 from tl_fastload.load_plan import LoadPlan
 from tl_fastload.lora_argument import read_adapter_argument
 from tl_fastload.norms import replace_and_process
-from tl_fastload.options import DEFAULT_DTYPE, OWN_ARGUMENTS, Options
+from tl_fastload.options import DEFAULT_DTYPE, DEFAULT_LAYOUT, OWN_ARGUMENTS, Options
 from tl_fastload.progress import ProgressOption
 from tl_fastload.quantized.formats import read_quantization
 from tl_fastload.quantized.spec import quantization_argument
 from tl_fastload.recording import Session
+from tl_fastload.relayout import put_in_layout
 from tl_fastload.report import LoadReport
 from tl_fastload.state_dicts import fill_missing_keys
 from tl_fastload.steps import reason_to_skip
@@ -49,6 +51,7 @@ class LeanLoadingMixin:
     _session: Session | None = None
     _processed: tuple[set[str], Any]
     _hf_config: Any = None  # Hugging Face's configuration, for weights in its naming
+    _layout: str = FORWARD  # the memory order that a copy gets
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -88,6 +91,7 @@ class LeanLoadingMixin:
         verify: bool = False,
         check_memory: bool = True,
         check_base: bool = True,
+        layout: str = DEFAULT_LAYOUT,
         **from_pretrained_kwargs: Any,
     ) -> Any:
         """Load a pretrained model with the numbers of `from_pretrained` and about one copy of its
@@ -122,7 +126,10 @@ class LeanLoadingMixin:
             strategy: "assign" puts finished tensors into the model (torch 2.1 or newer), "copy"
                 copies into the model's own; "auto" assigns where it can.
             mmap: whether weights that need no change are mapped from the file instead of read;
-                "auto" does so on local disks.
+                "auto" does so on local disks, and leaves every parameter dense and in memory of
+                its own; True also maps views with gaps into fused matrices (Q, K, V of GPT-2, NeoX
+                and BLOOM, unprocessed), which fused optimizers and `torch.save` of one of them
+                cannot take.
             progress: None for a bar when somebody watches, True or False, or a function of a
                 `tl_fastload.ProgressEvent`.
             quantize: "8bit", "nf4", "fp4" or a `transformers.BitsAndBytesConfig` quantizes the
@@ -143,6 +150,9 @@ class LeanLoadingMixin:
                 read if they cannot be held. False goes ahead.
             check_base: raise AdapterError if the base model that an adapter names is known to be
                 another than this one. False merges into any model that the adapter fits.
+            layout: memory order of the parameters: "forward" as the forward pass multiplies, or
+                "stock", row-major as TransformerLens has them, for code that looks at strides;
+                by default "forward", and for a processed copy what was saved.
             **from_pretrained_kwargs: for Hugging Face: revision, cache_dir, token,
                 local_files_only, subfolder, trust_remote_code (False by default), torch_dtype, or
                 fields of the model's configuration.
@@ -289,6 +299,30 @@ class LeanLoadingMixin:
             self.load_and_process_state_dict(self.state_dict(), **steps)  # type: ignore[attr-defined]
         done, now = self._processed
         self._processed = (done | before, now)
+
+    def to_layout_(self, layout: str) -> Any:
+        """Put every parameter of this model, and its gradient, into another memory order, one at a
+        time. Values, shapes, dtypes and the Parameter objects stay.
+
+            optimizer = torch.optim.AdamW(model.to_layout_("stock").parameters(), fused=True)
+
+        Make optimizers afterwards: the states of one that has run keep the order they had.
+        Quantized parameters stay as they are, mapped ones that move are mapped no more.
+
+        Args:
+            layout: "stock" for row-major, "forward" for the order in which the forward pass
+                multiplies.
+
+        Returns:
+            This model.
+
+        Raises:
+            ArgumentError: another `layout`; or parameters without values here (on meta), shared
+                with other tensors or processes, or of a kind that has no strides of its own
+                (DTensor, sparse). Names them; nothing has changed.
+        """
+        put_in_layout(self, layout)
+        return self
 
     def save_lean(
         self,

@@ -1,4 +1,4 @@
-"""How to load: strategy, mapping, progress."""
+"""How to load: strategy, mapping, memory order, progress."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ import psutil
 
 from tl_fastload import compat
 from tl_fastload.errors import ArgumentError, StrategyError
+from tl_fastload.layout import FORWARD, check_layout
 from tl_fastload.lora_argument import Requests
 from tl_fastload.progress import Progress, ProgressOption
 from tl_fastload.quantized.spec import Spec
 
 OWN_ARGUMENTS = (
     *("strategy", "mmap", "progress", "check_memory", "check_base"),
-    *("quantize", "dequantize", "adapter", "requantize", "cache", "verify"),
+    *("quantize", "dequantize", "adapter", "requantize", "cache", "verify", "layout"),
 )
 """Arguments of `from_pretrained_lean` that TransformerLens' `from_pretrained` does not have."""
 
 DEFAULT_DTYPE: str = type("DefaultDtype", (str,), {})("float32")
 """The default of `dtype=`: float32 for a checkpoint, and what was saved for a processed copy."""
+
+DEFAULT_LAYOUT: str = type("DefaultLayout", (str,), {})(FORWARD)
+"""The default of `layout=`: "forward" for a checkpoint, and what was saved for a processed copy."""
 
 _STRATEGIES = ("auto", "assign", "copy")
 _NETWORK_FILE_SYSTEMS = ("nfs", "cifs", "smb", "fuse", "9p", "lustre", "gpfs", "afs", "ceph")
@@ -45,6 +49,7 @@ class Options:
         adapter: LoRA adapters to merge, with weights.
         requantize: whether adapters may be merged into weights that came quantized.
         check_base: whether an adapter whose base is another model is refused.
+        layout: memory order of the parameters, "forward" or "stock".
     """
 
     strategy: str = "auto"
@@ -60,6 +65,7 @@ class Options:
     adapter: Requests = ()
     requantize: bool = False
     check_base: bool = True
+    layout: str = DEFAULT_LAYOUT
 
     def check(self) -> None:
         """Raise for values that mean nothing, or that this torch cannot do."""
@@ -69,6 +75,7 @@ class Options:
         is_auto = isinstance(self.mmap, str) and self.mmap == "auto"
         if not (is_auto or isinstance(self.mmap, bool)):
             raise ArgumentError(f'mmap={self.mmap!r} is none of "auto", True, False.')
+        check_layout(self.layout)
         if not (self.cache is None or isinstance(self.cache, (bool, str, Path))):
             raise ArgumentError(f"cache={self.cache!r} is none of None, True, False, a folder.")
         if self.strategy == "assign" and not compat.can_assign():

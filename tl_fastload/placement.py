@@ -37,10 +37,13 @@ class Placer:
         device_of: target device of each parameter name.
         assign: replace each parameter by the evaluated tensor, or else copy into it.
         maps: where untransformed file ranges are mapped, or None to read everything.
-        map_any_layout: map a range even if the forward pass would want other strides.
+        map_any_layout: map a range even if the forward pass would want other strides, as long as
+            it has no gaps.
         progress: told of every placed parameter.
         quantizer: makes quantized tensors, or None.
         fresh: nobody holds the model's tensors yet, so that their memory may be replaced.
+        order: memory order of the parameters, of `layout.LAYOUTS`.
+        map_gaps: map views into fused matrices, too: parameters that are not dense.
 
     Attributes:
         mapped_bytes: of mapped parameters.
@@ -56,6 +59,8 @@ class Placer:
     progress: Progress
     quantizer: Quantizer | None = None
     fresh: bool = True
+    order: str = layout.FORWARD
+    map_gaps: bool = False
     mapped_bytes: int = 0
     unseen_bytes: int = 0
     not_finite: list[str] = field(default_factory=list)
@@ -185,12 +190,16 @@ class Placer:
         if node.geometry.shape != target.shape or not aligned:
             return None
         strides, wanted = node.geometry.stride(), self.strides(name, target.shape)
-        fits = self.map_any_layout or layout.same_layout(target.shape, strides, wanted)
+        fits = layout.same_layout(target.shape, strides, wanted)
+        if self.map_any_layout and self.order == layout.FORWARD:
+            # Fused optimizers walk a parameter's memory without its strides, and saving one that
+            # has gaps saves what lies in them.
+            fits = fits or self.map_gaps or is_dense(node.geometry)
         return node if fits else None
 
     def strides(self, name: str, shape: torch.Size) -> tuple[int, ...]:
         parent, _, leaf = name.rpartition(".")
-        return layout.forward_strides(self.model.get_submodule(parent), leaf, shape)
+        return layout.strides_in(self.order, self.model.get_submodule(parent), leaf, shape)
 
     @property
     def _copies(self) -> bool:

@@ -145,6 +145,7 @@ def _plan(draft: Draft) -> LoadPlan:
         disk_bytes=missing,
         available_disk_bytes=free,
         rooms=needs.rooms(),
+        layout=draft.placer.order,
         notes=tuple(draft.origin.notes),
     )
 

@@ -11,6 +11,7 @@ import torch
 
 from tl_fastload import compat
 from tl_fastload.display import format_bytes, html_table, text_table
+from tl_fastload.layout import FORWARD
 from tl_fastload.memory import PeakSampler, unique_bytes
 from tl_fastload.timeline import Timeline
 
@@ -45,6 +46,7 @@ class LoadReport:
         unexpected_keys: keys that it did not use.
         timeline: memory over the time of the call, and its phases.
         revision: the hub commit of the source; None for folders.
+        layout: memory order of the parameters, "forward" or "stock".
         cache: "hit: <folder>", "filled: <folder>" or "not filled: <reason>"; None without a cache.
     """
 
@@ -72,6 +74,7 @@ class LoadReport:
     cache: str | None = None
     missing_keys: tuple[str, ...] = ()
     unexpected_keys: tuple[str, ...] = ()
+    layout: str = FORWARD
 
     @classmethod
     def of(
@@ -106,6 +109,7 @@ class LoadReport:
             peak_anonymous_bytes=0,
             mapped_bytes=mapped_bytes,
             peak_device_bytes=None,
+            layout=getattr(model, "_layout", FORWARD),
             **said,
         )
 
@@ -144,6 +148,8 @@ class LoadReport:
             f"transformer_lens {self.transformer_lens_version}"
         )
         rows.append(("versions", versions))
+        if self.layout != FORWARD:
+            rows.append(("layout", self.layout))
         if self.cache is not None:
             rows.append(("cache", self.cache))
         for label, keys in (("missing", self.missing_keys), ("unexpected", self.unexpected_keys)):

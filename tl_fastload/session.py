@@ -149,6 +149,7 @@ def _load(
     model._session = None
     origin.root = None
     model._hf_config = copy.deepcopy(origin.hf_config)
+    model._layout = str(options.layout)
     return model, session
 
 
@@ -240,6 +241,8 @@ def _place(model: nn.Module, session: Session) -> None:
             progress=progress,
             quantizer=quantizer,
             fresh=origin is not None,
+            order=str(options.layout),
+            map_gaps=options.mmap is True,
         )
         if origin is None:
             session.watch(set(homes.values()))

@@ -20,6 +20,7 @@ from transformer_lens import HookedTransformerConfig
 
 from tl_fastload import compat
 from tl_fastload.errors import CheckpointError, SaveError
+from tl_fastload.layout import FORWARD, check_layout
 from tl_fastload.links import check_link
 from tl_fastload.quantized import formats
 from tl_fastload.quantized.spec import Spec
@@ -79,6 +80,7 @@ class Manifest:
         checksums: key of a stored tensor -> SHA-256 of its bytes.
         files: name of a weight file -> its size "bytes", and "header", the SHA-256 of its header.
         versions: of the libraries that wrote it.
+        layout: memory order of the parameters; in the JSON where it is not "forward".
     """
 
     copy_id: str
@@ -98,6 +100,7 @@ class Manifest:
     checksums: dict[str, str] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: versions())
+    layout: str = FORWARD
 
     @property
     def payload(self) -> list[str]:
@@ -110,6 +113,8 @@ class Manifest:
         values |= {"parameters": _views(self.parameters), "buffers": _views(self.buffers)}
         if self.quantization is not None:
             values["quantization"] = asdict(self.quantization)
+        if self.layout == FORWARD:  # earlier versions, which know no other, read such copies
+            del values["layout"]
         body = {"format_version": FORMAT_VERSION, **_encode(values)}
         return json.dumps({**body, "checksum": _checksum(body)}, indent=1)
 
@@ -173,6 +178,7 @@ def _manifest(body: dict[str, Any]) -> Manifest:
         skip = tuple(values["quantization"].pop("skip"))
         values["quantization"] = formats.make_spec(**values["quantization"], skip=skip)
     manifest = Manifest(**values)
+    check_layout(manifest.layout)
     outside = [name for name in manifest.payload if not stays_inside(name)]
     if outside:
         raise ValueError(f"{outside[0]!r} leads out of the folder")

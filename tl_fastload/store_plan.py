@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from tl_fastload.safetensors_header import TensorEntry
 from tl_fastload.skeleton import build_outline, device_map
 from tl_fastload.store_bytes import open_copy
 from tl_fastload.store_check import check_names
-from tl_fastload.store_format import Manifest, View
+from tl_fastload.store_format import Manifest, View, read_manifest
+from tl_fastload.store_layout import layout_of, moved
 from tl_fastload.store_read import checked_configuration, may_map
 
 
@@ -29,11 +30,13 @@ class _Sizes:
         by_kind: the whole model, by `KINDS`.
         mapped: of parameters that are mapped.
         held: of the parameters and buffers that are read, on each device.
+        twice: of the largest parameter on each device that is put into another memory order.
     """
 
     by_kind: dict[str, int]
     mapped: int
     held: dict[torch.device, int]
+    twice: dict[torch.device, int]
 
 
 def plan_copy(request: Request, folder: Path) -> LoadPlan:
@@ -55,7 +58,9 @@ def plan_copy(request: Request, folder: Path) -> LoadPlan:
     model = build_outline(request.cls, cfg, None, [])
     check_names(model, manifest, folder)
     device_of = device_map(model, request.arguments["move_to_device"])
-    sizes = _sizes(manifest, entries, device_of, is_mapped=may_map(request.options, folder))
+    moves = moved(model, manifest, request.options)
+    mapped = may_map(request.options, folder)
+    sizes = _sizes(manifest, entries, device_of, moves, is_mapped=mapped)
     needs = _needs(sizes, reads=request.options.verify)
     kind = None if manifest.quantization is None else f"{manifest.quantization.kind}, as saved"
     plan = LoadPlan(
@@ -76,6 +81,7 @@ def plan_copy(request: Request, folder: Path) -> LoadPlan:
         disk_bytes=0,
         available_disk_bytes=None,
         rooms=needs.rooms(),
+        layout=layout_of(manifest, request.options),
         notes=(f"A processed copy: {folder}.",),
     )
     if plan.fits_memory:
@@ -84,7 +90,7 @@ def plan_copy(request: Request, folder: Path) -> LoadPlan:
 
 
 def choices(request: Request, folder: Path) -> Iterator[Choice]:
-    """Ways to load the same copy that fit: mapped, or on the host.
+    """Ways to load the same copy that fit: mapped, in the memory order that it has, or on the host.
 
     Args:
         request: the call that does not fit.
@@ -94,6 +100,10 @@ def choices(request: Request, folder: Path) -> Iterator[Choice]:
     mapping = replace(request, options=replace(request.options, mmap="auto", strategy="auto"))
     if not may_map(request.options, folder) and may_map(mapping.options, folder):
         ways.append(({"mmap": "auto", "strategy": "auto"}, mapping))
+    manifest = read_manifest(folder)
+    if layout_of(manifest, request.options) != manifest.layout:
+        as_saved = replace(request, options=replace(request.options, layout=manifest.layout))
+        ways.append(({"layout": manifest.layout}, as_saved))
     ways.append(({"device": "cpu", "n_devices": 1}, request.changed(device="cpu", n_devices=1)))
     for arguments, changed in ways:
         plan = plan_copy(changed, folder)
@@ -107,16 +117,23 @@ def choices(request: Request, folder: Path) -> Iterator[Choice]:
 
 
 def _sizes(
-    manifest: Manifest, entries: dict[str, TensorEntry], device_of: Any, *, is_mapped: bool
+    manifest: Manifest,
+    entries: dict[str, TensorEntry],
+    device_of: Any,
+    moves: Container[str],
+    *,
+    is_mapped: bool,
 ) -> _Sizes:
-    sizes = _Sizes(dict.fromkeys(KINDS, 0), 0, {})
+    sizes = _Sizes(dict.fromkeys(KINDS, 0), 0, {}, {})
     mapped = 0
 
     def place(name: str, view: View) -> int:
         """The bytes of a tensor; counted where they go, unless they are mapped."""
         size = sum(entries[key].nbytes for key in view.tensors.values())
         device = device_of(name)
-        if is_mapped and device.type == "cpu":
+        if name in moves:
+            sizes.twice[device] = max(sizes.twice.get(device, 0), size)
+        elif is_mapped and device.type == "cpu":
             return size
         sizes.held[device] = sizes.held.get(device, 0) + size
         return size
@@ -128,7 +145,8 @@ def _sizes(
             continue
         done.add(keys)
         size = place(name, view)
-        mapped += size if is_mapped and device_of(name).type == "cpu" else 0
+        is_read = name in moves or device_of(name).type != "cpu"
+        mapped += size if is_mapped and not is_read else 0
         sizes.by_kind[kind_of(name) if view.quantized is None else "quantized"] += size
     for name, view in manifest.buffers.items():
         sizes.by_kind["buffers"] += place(name, view)
@@ -142,7 +160,8 @@ def _needs(sizes: _Sizes, *, reads: bool) -> Needs:
         sizes: from `_sizes`.
         reads: whether every byte is read once, to be compared with its checksum.
     """
-    others = {device: size for device, size in sizes.held.items() if device.type != "cpu"}
-    host = OBJECTS_BYTES + sum(size for d, size in sizes.held.items() if d.type == "cpu")
+    held = {device: size + sizes.twice.get(device, 0) for device, size in sizes.held.items()}
+    others = {device: size for device, size in held.items() if device.type != "cpu"}
+    host = OBJECTS_BYTES + sum(size for d, size in held.items() if d.type == "cpu")
     host += CHUNK_BYTES if reads or others else 0
     return Needs({CPU: host, **others}, host + CODE_BYTES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tl_fastload import compat, quantized, steps, verify
+from tl_fastload import compat, layout, quantized, steps, verify
 from tl_fastload.already import versions
 from tl_fastload.config import hf_config_of
 from tl_fastload.display import printable
@@ -40,6 +40,7 @@ from tl_fastload.store_format import (
     read_manifest,
     stored_tensors,
 )
+from tl_fastload.store_layout import layout_of, moved
 from tl_fastload.tokenizer import named, read_tokenizer
 from tl_fastload.weight_files import stays_inside
 
@@ -140,10 +141,12 @@ def _load(
     if may_map(options, folder):
         reader.maps = FileMaps()
     sampler.watch({device_of(name) for name in manifest.parameters})
+    moves = moved(model, manifest, options)
     if options.check_memory:
-        _check_room(manifest, entries, reader, device_of)
+        _check_room(manifest, entries, reader, device_of, moves)
     with let_go_on_error(model, manifest.source or manifest.model_class):
-        mapped_bytes = _place(model, manifest, entries, reader, options, device_of)
+        mapped_bytes = _place(model, manifest, entries, reader, options, device_of, moves)
+    model._layout = str(layout_of(manifest, options))
     model._processed = ({step for step, on in manifest.flags.items() if on}, versions(model))
     model._quantization = manifest.quantization
     model._hf_config = _hf_config(manifest)
@@ -295,6 +298,7 @@ def _place(
     reader: FileReader,
     options: Options,
     device_of: Any,
+    moves: Mapping[str, tuple[int, ...]],
 ) -> int:
     """Put every parameter and buffer into the model; the bytes of parameters that are mapped."""
     done: dict[tuple[str, ...], nn.Parameter] = {}
@@ -305,14 +309,18 @@ def _place(
         for name, view in manifest.parameters.items():
             keys = tuple(_keys(view))  # the same ones: the same parameter, under another name
             if keys not in done:
+                device, strides = device_of(name), moves.get(name)
                 try:
-                    tensor = read_tensor(view, entries, reader, device_of(name))
+                    if strides is None:
+                        tensor = read_tensor(view, entries, reader, device)
+                    else:
+                        tensor = _read_moved(view, entries, reader, device, strides)
                     done[keys] = _parameter(model, name, tensor, view, options)
                 except BaseException:
                     done.clear()  # the traceback holds them as long as the exception lives
                     raise
                 size_bytes = sum(entries[key].nbytes for key in keys)
-                is_mapped = reader.maps is not None and device_of(name).type == "cpu"
+                is_mapped = reader.maps is not None and device.type == "cpu" and strides is None
                 mapped_bytes += size_bytes if is_mapped else 0
                 progress.advance(name, size_bytes)
             parent, _, leaf = name.rpartition(".")
@@ -333,14 +341,23 @@ def _keys(view: View) -> Iterator[str]:
 
 
 def _check_room(
-    manifest: Manifest, entries: dict[str, TensorEntry], reader: FileReader, device_of: Any
+    manifest: Manifest,
+    entries: dict[str, TensorEntry],
+    reader: FileReader,
+    device_of: Any,
+    moves: Mapping[str, tuple[int, ...]],
 ) -> None:
     needed: dict[torch.device, int] = {}
+    twice: dict[torch.device, int] = {}
     for name, view in (*manifest.parameters.items(), *manifest.buffers.items()):
         device = device_of(name)
-        if reader.maps is None or device.type != "cpu":
-            size = sum(entries[key].nbytes for key in _keys(view))
+        size = sum(entries[key].nbytes for key in _keys(view))
+        if reader.maps is None or device.type != "cpu" or name in moves:
             needed[device] = needed.get(device, 0) + size
+        if name in moves:
+            twice[device] = max(twice.get(device, 0), size)
+    for device, size in twice.items():
+        needed[device] += size
     check_room(needed, manifest.source or manifest.model_class)
 
 
@@ -382,6 +399,24 @@ def _stored(
 ) -> torch.Tensor:
     if reader.maps is not None and device.type == "cpu" and entry.nbytes:
         return reader.maps.view(entry, geometry)
+    return _read(entry, geometry, reader, device)
+
+
+def _read(
+    entry: TensorEntry, geometry: torch.Tensor, reader: FileReader, device: torch.device
+) -> torch.Tensor:
     out = torch.empty_strided(geometry.shape, geometry.stride(), dtype=entry.dtype, device=device)
     FileSource(entry, reader).read_into(out, geometry, ())
     return out
+
+
+def _read_moved(
+    view: View,
+    entries: dict[str, TensorEntry],
+    reader: FileReader,
+    device: torch.device,
+    strides: tuple[int, ...],
+) -> torch.Tensor:
+    entry = entries[view.tensors[""]]
+    value = _read(entry, checked_geometry(view, entry), reader, device)
+    return layout.copied(value, strides, value.dtype)

@@ -69,6 +69,11 @@ class _Plan:
     parameters: dict[str, View] = field(default_factory=dict)
     buffers: dict[str, View] = field(default_factory=dict)
 
+    @property
+    def order(self) -> str:
+        """The memory order in which the parameters are written."""
+        return str(getattr(self.model, "_layout", layout.FORWARD))
+
     def add_parameters(self) -> None:
         seen: dict[int, View] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
@@ -98,7 +103,7 @@ class _Plan:
             _check_plain(name, parameter)
             parent, _, leaf = name.rpartition(".")
             module = self.model.get_submodule(parent)
-            strides = layout.forward_strides(module, leaf, parameter.shape)
+            strides = layout.strides_in(self.order, module, leaf, parameter.shape)
             return self._plain(name, parameter, strides)
         tensors, quantized = parameter.content.parts()
         keys = {}
@@ -282,6 +287,7 @@ def _describe(model: Any, plan: _Plan, tokenizer_home: Path | None) -> Manifest:
         buffers=plan.buffers,
         adapters=list(getattr(report, "adapters", ())),
         hf_config=_hf_config(model),
+        layout=plan.order,
     )
 
 
