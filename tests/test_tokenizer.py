@@ -58,7 +58,7 @@ def test_it_is_fetched_of_the_models_own_commit(
         model = lean_model("org/model", cache_dir=tmp_path)
         assert model.tokenizer.name_or_path == "org/model"
         assert model.to_tokens("w5").tolist() == [[0, 5]]
-        assert sorted(server.downloads()) == sorted(files)
+        assert {"tokenizer.json", "tokenizer_config.json"} <= {*server.downloads()} <= {*files}
         home = tmp_path / "models--org--model" / "snapshots" / COMMIT
         assert (home / "tokenizer.json").is_file()
         # transformers would make an empty one of nothing.
