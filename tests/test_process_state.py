@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import os
 import random
+import shutil
 import sys
 import threading
 import warnings
@@ -69,7 +71,7 @@ def roads(zoo: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Road]
             lean_model, embedded_model_path(), refactor_factored_attn_matrices=True
         ),
         "copied": partial(lean_model, llama, strategy="copy", dtype="bfloat16"),
-        "composite": partial(lean_model, zoo("gemma3-vision")),
+        "composite": partial(lean_model, _naming_dtypes(zoo("gemma3-vision"), root / "composite")),
         "torch file": partial(lean_model, zoo("gpt2", bin=True)),
         "quantized now": partial(lean_model, wide, quantize="nf4"),
         "quantized": partial(lean_model, nf4),
@@ -84,6 +86,16 @@ def roads(zoo: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Road]
         "saved": lambda: lean_model(kept.save_lean(root / "again"), **RAW),
         "plan": lambda: tl_fastload.plan(llama, device="cpu", quantize="8bit"),
     }
+
+
+def _naming_dtypes(folder: Path, target: Path) -> Path:
+    """A copy whose sub-configurations name a dtype, as transformers writes them on every save."""
+    shutil.copytree(folder, target)
+    config = json.loads((folder / "config.json").read_text())
+    for part in (config["text_config"], config["vision_config"]):
+        part[compat.CONFIG_DTYPE_NAME] = "float32"
+    (target / "config.json").write_text(json.dumps(config))
+    return target
 
 
 def numbers(made: Any) -> dict[str, Any]:
