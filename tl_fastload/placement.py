@@ -41,6 +41,7 @@ class Placer:
         progress: told of every placed parameter.
         quantizer: makes quantized tensors, or None.
         fresh: nobody holds the model's tensors yet, so that their memory may be replaced.
+        writing: told of every tensor before it is written to or replaced.
 
     Attributes:
         mapped_bytes: of mapped parameters.
@@ -56,6 +57,7 @@ class Placer:
     progress: Progress
     quantizer: Quantizer | None = None
     fresh: bool = True
+    writing: Callable[[str], None] = lambda name: None
     mapped_bytes: int = 0
     unseen_bytes: int = 0
     not_finite: list[str] = field(default_factory=list)
@@ -234,6 +236,7 @@ class Placer:
     def _put(self, name: str, tensor: torch.Tensor) -> None:
         parent_name, _, leaf = name.rpartition(".")
         parent = self.model.get_submodule(parent_name)
+        self.writing(name)
         with torch.no_grad():
             if leaf in parent._buffers:
                 buffer = parent._buffers[leaf]
