@@ -286,34 +286,45 @@ class FrozenSubmodulesMixin(_Base):
     def _require_untouched(self) -> None:
         """Raise ArgumentError if a frozen submodule is not what was attached."""
         trainer = getattr(self, "_trainer", None)
-        optimizers = getattr(trainer, "optimizers", ()) or ()
-        changed, doubtful = [], []
-        for name, module in self._frozen_modules().items():
-            baseline = self.__dict__.get("_baselines", {}).get(name)
-            if baseline is not None:
-                found = baseline.trained(module, optimizers)
-                changed += [f"{name}.{key}" for key in found[0]]
-                doubtful += [f"{name}.{key}" for key in found[1]]
+        changed, doubtful = self._training(getattr(trainer, "optimizers", None) or ())
         if changed:
             raise ArgumentError(f"{self._told(changed)} {_WAYS_OUT}")
+        self._warn_of_doubts(doubtful)
+
+    def _warn_of_training(self) -> None:
+        baselines = self.__dict__.get("_baselines", {})
+        # Counts alone, which cost nothing: a state dict may be asked for at every step.
+        if not any(
+            name in baselines and baselines[name].written(module)
+            for name, module in self._frozen_modules().items()
+        ):
+            return
+        changed, doubtful = self._training(())
+        if changed:
+            warnings.warn(f"{self._told(changed)} {_WAYS_OUT}", stacklevel=3)
+        self._warn_of_doubts(doubtful)
+
+    def _warn_of_doubts(self, doubtful: list[str]) -> None:
         if doubtful:
             warnings.warn(
                 f"{listed(doubtful, 5)} of {type(self).__name__} has been written to since it was "
-                "attached. The values that were compared are the same, so it counts as frozen; had "
-                "it been trained, that would be missing in the checkpoint.",
-                stacklevel=3,
+                "attached. The values that were compared are the same, so it counts as frozen; if "
+                f"it was trained all the same, that is not saved. {_WAYS_OUT}",
+                stacklevel=4,
             )
 
-    def _warn_of_training(self) -> None:
+    def _training(self, optimizers: Iterable[Any]) -> tuple[list[str], list[str]]:
+        """Full names of what has changed in frozen submodules, and of what may have."""
+        changed: list[str] = []
+        doubtful: list[str] = []
         for name, module in self._frozen_modules().items():
             baseline = self.__dict__.get("_baselines", {}).get(name)
-            # Counts alone, which cost nothing: a state dict is asked for at every step, too.
-            if baseline is None or not baseline.written(module):
-                continue
-            changed = baseline.trained(module, ())[0]
-            if changed:
-                told = self._told([f"{name}.{key}" for key in changed])
-                warnings.warn(f"{told} {_WAYS_OUT}", stacklevel=3)
+            if baseline is not None:
+                for names, found in zip(
+                    (changed, doubtful), baseline.trained(module, optimizers), strict=True
+                ):
+                    names += [f"{name}.{key}" for key in found]
+        return changed, doubtful
 
     def _told(self, changed: list[str]) -> str:
         return (
