@@ -8,6 +8,7 @@
 | a move to a device; another floating point dtype | the bytes moved; the same bytes |
 | copy_ from a quantized tensor, `.data = ` | other bytes put in their place |
 | writing into it, requires_grad = True | error |
+| requires_grad_(), as a module calls it on each parameter | a warning |
 | anything else | the dequantized values |
 
 Linear maps are caught above autograd, so that bitsandbytes' own backward pass runs; the rest below
@@ -16,6 +17,7 @@ it, so that the graph holds bytes and every use dequantizes anew.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -148,8 +150,10 @@ def _copy_(target: Any, source: Any, non_blocking: bool = False) -> Any:
     if not isinstance(source, QuantizedMatrix):
         raise QuantizationError(
             f"a quantized weight {list(target.shape)} cannot take the values of a {source.dtype} "
-            f"tensor: quantize them "
-            "first, or load with `assign=True`."
+            "tensor: quantize them first, or load with `assign=True`. DistributedDataParallel "
+            "sends all weights around unless it is told to ignore some; before wrapping the model: "
+            "DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [name for "
+            "name, p in model.named_parameters() if not p.requires_grad])."
         )
     if not quantized_view.is_same(source.geometry, target.geometry):
         raise QuantizationError(
@@ -175,6 +179,18 @@ def _set_data(target: Any, value: Any) -> Any:
     if isinstance(target, QuantizedMatrix):
         target.become(value)
     return None
+
+
+def _skip_gradient(tensor: Any, requires_grad: bool = True) -> Any:
+    """`module.requires_grad_()` calls this on each of its parameters: the others can train."""
+    if not requires_grad or not isinstance(tensor, torch.nn.Parameter):
+        return _refuse_gradient(tensor, requires_grad)
+    warnings.warn(
+        "Quantized weights have no gradient: requires_grad_() leaves them frozen, and what else is "
+        "there trains.",
+        stacklevel=6,  # past torch's own calls
+    )
+    return tensor
 
 
 def _refuse_gradient(tensor: Any, requires_grad: bool = True) -> Any:
@@ -262,7 +278,7 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.mm: _mm,
     torch.addmm: _addmm,
     torch.Tensor.addmm: _addmm,
-    torch.Tensor.requires_grad_: _refuse_gradient,
+    torch.Tensor.requires_grad_: _skip_gradient,
     torch.Tensor.requires_grad.__set__: _refuse_gradient,  # type: ignore[attr-defined]
     torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     torch.Tensor.numpy: _on_values(torch.Tensor.numpy),

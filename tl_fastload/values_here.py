@@ -30,7 +30,7 @@ def why_not_here(tensor: torch.Tensor) -> str | None:
         )
     if hasattr(tensor, "ds_id") and tensor.numel() == 0:
         return "is partitioned by DeepSpeed: gather it with deepspeed.zero.GatheredParameters first"
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+    if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
         return "has no shape yet (a lazy module): run the module once first"
     return "is on the meta device and has no values" if tensor.is_meta else None
 
