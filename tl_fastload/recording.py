@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,10 +106,12 @@ def record_processing(
     is_given = session.origin is not None and not session.options.only_plan
     if compat.REPLACES_NORMS and not is_given and allowed["fold_ln"]:
         if session.origin is None and "ln_final.w" in dict(model.named_parameters()):
-            session.notes.append(
+            note = (
                 f"TransformerLens {compat.TRANSFORMER_LENS} folds the norms of the state dict and "
                 "leaves those of the model as they are, so that both are applied. Use "
                 "process_weights_, or a model whose cfg.normalization_type ends in Pre."
             )
+            session.notes.append(note)
+            warnings.warn(note, stacklevel=2)
         promises |= unit_norms(model, promises)
     stock(promises, **allowed)
