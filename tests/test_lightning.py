@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import warnings
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
-from lightning_modules import PACKAGES, edited, embedded, fit, sae_class, save, seeded
+from lightning_modules import (
+    PACKAGES,
+    data,
+    edited,
+    embedded,
+    fit,
+    sae_class,
+    save,
+    seeded,
+    trainer,
+)
 from reference import NO_PROCESSING
 from torch import nn
 
@@ -214,3 +227,103 @@ def test_modules_that_translate_keys(lens: Any) -> None:
         change()
         with pytest.raises(MissingWeightsError, match=r"head\.(weight|kernel)"):
             model.load_state_dict(state)
+
+
+# Training of what is frozen
+
+
+def _head_only(self: Any) -> Any:
+    return torch.optim.SGD(self.sae.parameters(), lr=1e-2)
+
+
+def test_a_backbone_that_was_unfrozen_in_between(lens: Any, tmp_path: Path) -> None:
+    """A validation loop puts the module into train mode again, which freezes what is frozen."""
+    callbacks = importlib.import_module(f"{PL}.callbacks")
+    finetuning = callbacks.BackboneFinetuning(1, backbone_initial_lr=1e-2, initial_denom_lr=1.0)
+
+    class Tuned(sae_class(PL)):  # type: ignore[misc]
+        configure_optimizers = _head_only
+
+        @property
+        def backbone(self) -> Any:  # the callback's name for it
+            return self.lens
+
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            out, _ = self.sae(self.lens(batch[0], stop_at_layer=1))
+            return out.square().mean()
+
+        def validation_step(self, batch: Any, index: int) -> None:
+            pass
+
+    model = Tuned(copy.deepcopy(lens))
+    made = trainer(PL, 2, callbacks=[finetuning])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made.fit(model, data(), data())
+    assert not torch.equal(model.lens.W_E, lens.W_E)
+    assert not any(parameter.requires_grad for parameter in model.lens.parameters())
+    with pytest.raises(ArgumentError, match=r"lens\..*has changed since it was attached"):
+        made.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(ArgumentError, match="has changed since"):
+        fit(PL, model, 1)  # before a second run is lost, too
+    with pytest.raises(ArgumentError, match="has changed since"):
+        copy.deepcopy(model).on_save_checkpoint({})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.frozen_submodules = ()
+        made.save_checkpoint(tmp_path / "a.ckpt")
+    state = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(state["lens.embed.W_E"], model.lens.W_E)
+
+
+def _step(model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Train a part of the frozen model by hand, and freeze it again."""
+    model.lens.embed.requires_grad_(True)
+    model.lens(data().dataset[:2][0], return_type="loss").backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    model.lens.embed.requires_grad_(False)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_training_by_hand_is_told(optimizer: Any, lens: Any) -> None:
+    model = seeded(PL, copy.deepcopy(lens))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.state_dict()
+        model.on_save_checkpoint({})
+    _step(model, optimizer(model.lens.embed.parameters(), lr=1.0))
+    with pytest.warns(UserWarning, match="has changed since it was attached|has been written to"):
+        model.state_dict()
+    if optimizer is torch.optim.AdamW:  # changes every value, also of rows without a gradient
+        with pytest.raises(ArgumentError, match=r"lens.embed.W_E of .* has changed"):
+            model.on_save_checkpoint({})
+    model.lens = model.lens  # said on purpose
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.state_dict()
+        model.on_save_checkpoint({})
+
+
+def test_what_leaves_the_values_alone_is_no_training(lens: Any) -> None:
+    model = seeded(PL, copy.deepcopy(lens))
+    model.lens.run_with_cache(torch.zeros(1, 4, dtype=torch.long))
+    model.to(torch.bfloat16)  # `Trainer(precision="bf16-true")`
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.on_save_checkpoint({})
+    with torch.no_grad():  # as averages of weights put back what they have averaged
+        for parameter in model.lens.parameters():
+            parameter.copy_(parameter.clone())
+    with pytest.warns(UserWarning, match="has been written to"):
+        model.on_save_checkpoint({})
+    model.lens.blocks[0].mlp.W_in.data.mul_(1.5)
+    with pytest.raises(ArgumentError, match=r"lens.blocks.0.mlp.W_in of .* has changed"):
+        model.on_save_checkpoint({})
+
+
+def test_a_frozen_part_without_values_here(lens: Any) -> None:
+    model = seeded(PL, copy.deepcopy(lens))
+    model.lens = accelerate.cpu_offload(model.lens, execution_device=torch.device("cpu"))
+    with pytest.raises(ArgumentError, match=r"embed\.W_E is on the meta.*remove_hook_from_sub"):
+        model.on_save_checkpoint({})

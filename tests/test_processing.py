@@ -232,13 +232,56 @@ def test_load_and_process_state_dict(case_id: str, dtype: str, zoo: Any) -> None
     assert lean.load_report.source == "state_dict"
 
 
-def test_a_state_dict_without_biases_and_norms_takes_the_models_own(zoo: Any) -> None:
+def test_norms_and_biases_are_taken_from_the_model_only_as_it_was_made(zoo: Any) -> None:
     stock, lean = raw_pair("gpt2", zoo)
     weights = {name: tensor for name, tensor in values(stock).items() if "W_" in name}
+    before = values(lean)
+    with pytest.raises(MissingWeightsError, match=r"lacks blocks\.0\.ln1\.w.*are trained"):
+        lean.load_and_process_state_dict(dict(weights))
+    assert changed(before, lean) == []
     for model in (stock, lean):
+        _reset_norms_and_biases(model)
         model.load_and_process_state_dict(dict(weights))
     apart = differences(stock, lean)
     assert apart == []
+
+
+@torch.no_grad()
+def _reset_norms_and_biases(model: HookedTransformer) -> None:
+    for name, parameter in model.named_parameters():
+        if "W_" not in name:
+            parameter.fill_(1 if name.endswith(".w") else 0)
+
+
+@pytest.mark.parametrize("case_id", ["gpt2", "llama-gqa"])
+def test_norms_are_folded_on_both_sides_or_on_neither(case_id: str, zoo: Any) -> None:
+    _, raw = raw_pair(case_id, zoo)
+    processed = lean_model(zoo(case_id))
+    wanted, before, folded = log_probs(raw, case_id), values(raw), values(processed)
+    with pytest.raises(MissingWeightsError, match="norms are folded away"):
+        raw.load_and_process_state_dict(dict(folded))
+    with pytest.raises(MissingWeightsError, match=r"no place for .*fold_ln=True"):
+        processed.load_and_process_state_dict(dict(before), fold_ln=False)
+    assert changed(before, raw) == []
+    assert changed(folded, processed) == []
+    processed.load_and_process_state_dict(dict(before))
+    assert (log_probs(processed, case_id) - wanted).abs().max() < 1e-4
+
+
+def test_tables_of_another_length_are_left_out(zoo: Any) -> None:
+    """Rotary tables grow with long prompts; other versions have masks of other shapes."""
+    _, lean = raw_pair("llama-gqa", zoo)
+    weights = values(lean)
+    lean.load_and_process_state_dict(dict(weights))
+    wanted, tables = log_probs(lean, "llama-gqa"), dict(lean.named_buffers())
+    other = {**weights, "blocks.0.attn.mask": torch.ones(3, 3, dtype=torch.bool)}
+    for name in ("blocks.0.attn.rotary_sin", "blocks.1.attn.rotary_cos"):
+        other[name] = torch.zeros(weights[name].shape[0] * 2, weights[name].shape[1])
+    other["blocks.1.attn.rotary_sin"] = weights["blocks.1.attn.rotary_sin"].bfloat16()
+    lean.load_and_process_state_dict(other)
+    assert torch.equal(log_probs(lean, "llama-gqa"), wanted)
+    assert all(torch.equal(tables[name], buffer) for name, buffer in lean.named_buffers())
+    assert sum("own table stays" in note for note in lean.load_report.notes) == 4
 
 
 def test_a_models_own_state_dict_is_processed_in_place(zoo: Any) -> None:

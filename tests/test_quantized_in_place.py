@@ -11,7 +11,7 @@ import reference
 import torch
 from comparison import lean_model
 
-from tl_fastload.errors import ArgumentError
+from tl_fastload.errors import ArgumentError, MissingWeightsError
 from tl_fastload.quantized import QuantizedTensor
 
 CASES = ["gpt2", "llama-gqa", "neox", "qwen2", "gemma2", "phi", "bloom"]
@@ -123,6 +123,12 @@ def test_what_cannot_be_done_in_place(zoo: Any) -> None:
 def test_a_processed_state_dict_is_not_folded_again(kind: str, zoo: Any) -> None:
     """Its matrices are centred over their input, which scaling them would undo."""
     model, processed = _unprocessed(zoo, "gpt2", kind)
+    with pytest.raises(MissingWeightsError, match="norms are folded away"):
+        model.load_and_process_state_dict(processed.state_dict())
+    with torch.no_grad():  # norms as a new model has them
+        for name, parameter in model.named_parameters():
+            if ".ln" in name or "ln_final" in name:
+                parameter.fill_(1 if name.endswith(".w") else 0)
     before = copy.deepcopy(model)
     with pytest.raises(
         ArgumentError, match=r"W_\w+ cannot be processed in place: .*scale it first"

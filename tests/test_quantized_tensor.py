@@ -320,7 +320,6 @@ def test_values_cannot_be_written(kind: Kind) -> None:
             write()
     grads = [
         lambda: weight.requires_grad_(True),
-        lambda: weight.requires_grad_(),
         lambda: setattr(weight, "requires_grad", True),
         lambda: torch.nn.Parameter(weight),
     ]
@@ -328,6 +327,13 @@ def test_values_cannot_be_written(kind: Kind) -> None:
         with pytest.raises(QuantizationError, match="requires_grad=False"):
             grad()
     assert weight.requires_grad_(False) is weight
+    module = torch.nn.Module()
+    module.quantized = torch.nn.Parameter(weight, requires_grad=False)
+    module.dense = torch.nn.Parameter(torch.ones(2), requires_grad=False)
+    with pytest.warns(UserWarning, match="leaves them frozen"):
+        module.requires_grad_(True)
+    assert [p.requires_grad for p in module.parameters()] == [False, True]
+    module.requires_grad_(False)
     with pytest.raises(QuantizationError, match="cannot compute in"):
         QuantizedTensor(weight.content, None, torch.int8)
 

@@ -47,6 +47,10 @@ class MissingWeightsError(CheckpointError):
     """Weights are missing, unexpected or of the wrong shape; lists all of them."""
 
 
+class HalfWrittenError(CheckpointError):
+    """A model that a step in place has left half-written; says what makes it whole again."""
+
+
 class AdapterError(LeanLoadError):
     """An adapter (LoRA) that cannot be merged into the model; says which of its parts and why."""
 
@@ -102,3 +106,13 @@ def warn_numbers(message: str) -> str:
 
 def _is_ours(filename: str) -> bool:
     return filename.startswith(_PACKAGE) or "transformer_lens" in Path(filename).parts
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: Python's, or torch's for a CPU or a device."""
+    text = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in text)
+    )

@@ -73,6 +73,26 @@ def differing(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]
     return different if outliers * _OUTLIERS_IN_ALL <= total else [*different, *doubtful]
 
 
+def changed_values(before: Mapping[str, Any], after: Mapping[str, Any]) -> set[str]:
+    """Names of the tensors of one module that changed between two fingerprints: any other value,
+    and more than rounding where the dtype is another.
+    """
+    theirs, ours = _by_name(before), _by_name(after)
+    typical = _root_mean_square(after["values"])
+    found = set()
+    for name in theirs.keys() | ours.keys():
+        one, other = theirs.get(name), ours.get(name)
+        if one is None or other is None or one[2] != other[2]:
+            is_same = False
+        elif one[1] == other[1]:
+            is_same = torch.allclose(one[0], other[0], rtol=0, atol=0, equal_nan=True)
+        else:
+            is_same = _outliers(one, other, typical) <= other[0].numel() // _OUTLIERS_IN_ONE
+        if not is_same:
+            found.add(name.partition(":")[0])
+    return found
+
+
 _Sample = tuple[torch.Tensor, torch.dtype, Sequence[int]]
 
 

@@ -10,8 +10,10 @@ from torch import nn
 
 from tl_fastload.errors import CheckpointError
 from tl_fastload.fingerprint import differing, fingerprint, parameters_of, plain_name
+from tl_fastload.half_written import require_whole
 from tl_fastload.report import LoadReport
 from tl_fastload.state_dicts import listed
+from tl_fastload.values_here import require_here
 
 _FORMAT = 1
 
@@ -22,7 +24,14 @@ def record_of(modules: Mapping[str, nn.Module]) -> dict[str, Any]:
 
     Args:
         modules: name in the Lightning module -> submodule.
+
+    Raises:
+        ArgumentError: values are elsewhere (offloaded, sharded, on meta).
+        HalfWrittenError: a step in place was interrupted in a submodule.
     """
+    for name, module in modules.items():
+        require_whole(module, f"The record of {name}")
+        require_here(module, f"The record of {name}")
     records = {
         name: {"loads": _loads(module), "weights": fingerprint(parameters_of(module))}
         for name, module in modules.items()

@@ -19,8 +19,14 @@ from tl_fastload import config as configs
 from tl_fastload import tree, verify
 from tl_fastload.already import is_processed
 from tl_fastload.checkpoint import resolve_config
-from tl_fastload.errors import ArgumentError, CheckpointError, UnsupportedArchitectureError
+from tl_fastload.errors import (
+    ArgumentError,
+    CheckpointError,
+    HalfWrittenError,
+    UnsupportedArchitectureError,
+)
 from tl_fastload.evaluator import sources
+from tl_fastload.half_written import is_half_written
 from tl_fastload.keywords import Keywords
 from tl_fastload.options import Options
 from tl_fastload.origin import Origin
@@ -143,6 +149,11 @@ def steps_of(model: Any, asked: Mapping[str, bool] | None) -> dict[str, bool]:
     if unknown:
         raise ArgumentError(f"processing has {unknown[0]!r}, which is none of {', '.join(STEPS)}.")
     done = getattr(model, "_processed", (None, None))[0]
+    if done is None and is_half_written(model) and set(STEPS) - set(asked or ()):
+        raise HalfWrittenError(
+            "The model is half-written, so its weights do not tell how they were processed. Pass "
+            f"processing= with all of {', '.join(STEPS)}."
+        )
     flags = {
         step: step in done if done is not None else _looks_processed(model, step) for step in STEPS
     }

@@ -40,10 +40,12 @@ class InPlaceWriter:
     Args:
         writes: what is to be written.
         wrote: told of every write that is done.
+        writing: told of every write before it begins.
     """
 
     writes: list[Write]
     wrote: Callable[[Write], None] = lambda write: None
+    writing: Callable[[Write], None] = lambda write: None
     _pending: dict[str, Write] = field(default_factory=dict)
     _readers: Mapping[str, list[str]] = field(default_factory=dict)
     _aside: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -73,6 +75,7 @@ class InPlaceWriter:
         own = self._aside.pop(write.name, None)
         if own is None and _overlap(write.source, write.target):
             own = _copy(write.source)
+        self.writing(write)
         _fill(write.target, write.source if own is None else MemorySource(own, write.name))
         self.wrote(write)
 

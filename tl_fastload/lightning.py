@@ -19,6 +19,7 @@ from tl_fastload import frozen
 from tl_fastload.errors import ArgumentError, DifferentModelError, MissingWeightsError
 from tl_fastload.fingerprint import plain_name
 from tl_fastload.state_dicts import listed
+from tl_fastload.untouched import Baseline
 
 if TYPE_CHECKING:
     _Base = nn.Module
@@ -27,6 +28,12 @@ else:
 
 RECORD_KEY = "tl_fastload_frozen_submodules"
 """Where a checkpoint says which pretrained models stood in the module."""
+
+_WAYS_OUT = (
+    "To save it, too, set frozen_submodules = () on the module, and save again. If it was changed "
+    "on purpose, and will be before a checkpoint is loaded, attach it again (model.lens = "
+    "model.lens)."
+)
 
 _allow_other: ContextVar[bool] = ContextVar("allow_other_frozen", default=False)
 
@@ -65,6 +72,10 @@ class FrozenSubmodulesMixin(_Base):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if isinstance(value, nn.Module) or name == "frozen_submodules":
+            baselines: dict[str, Baseline] = self.__dict__.setdefault("_baselines", {})
+            for frozen_name in list(baselines):
+                if f"{frozen_name}.".startswith(f"{name}."):
+                    del baselines[frozen_name]  # what is attached now is what is to be kept
             self._freeze()
 
     def train(self, mode: bool = True) -> Any:
@@ -77,14 +88,19 @@ class FrozenSubmodulesMixin(_Base):
         """Freeze what was attached late.
 
         Raises:
-            ArgumentError: `frozen_submodules` names something that is not there.
+            ArgumentError: `frozen_submodules` names something that is not there, or that has
+                changed since it was attached: no checkpoint could be saved.
         """
         super().on_fit_start()  # type: ignore[misc]
         self._require_frozen()
         self._freeze()
+        self._require_untouched()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """`torch.nn.Module.state_dict` without the frozen submodules."""
+        """`torch.nn.Module.state_dict` without the frozen submodules; warns if one of them has been
+        trained.
+        """
+        self._warn_of_training()
         result = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         is_frozen = self._frozen_test()
@@ -153,8 +169,8 @@ class FrozenSubmodulesMixin(_Base):
         """Add the record of the frozen submodules; drop them from the hyperparameters.
 
         Raises:
-            ArgumentError: a frozen submodule is not there, or something in it trains: it would be
-                lost.
+            ArgumentError: a frozen submodule is not there, or something in it trains, or has
+                trained since it was attached: it would be lost.
         """
         super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
         modules = self._require_frozen()
@@ -169,6 +185,7 @@ class FrozenSubmodulesMixin(_Base):
                 f"{listed(trained)} trains, but frozen_submodules leaves it out of the "
                 "checkpoint. Keep what trains outside of the frozen submodules."
             )
+        self._require_untouched()
         checkpoint[RECORD_KEY] = frozen.record_of(modules)
         hyperparameters = checkpoint.get("hyper_parameters")
         if isinstance(hyperparameters, dict):
@@ -254,9 +271,67 @@ class FrozenSubmodulesMixin(_Base):
         return modules
 
     def _freeze(self) -> None:
-        for module in self._frozen_modules().values():
+        baselines: dict[str, Baseline] = self.__dict__.setdefault("_baselines", {})
+        for name, module in self._frozen_modules().items():
+            baseline = baselines.get(name)
+            if baseline is not None and baseline.home in (None, id(module)):
+                baseline.look(module)
+            else:
+                made = Baseline.of(module)
+                if made is not None:
+                    baselines[name] = made
             module.requires_grad_(False)
             module.eval()
+
+    def _require_untouched(self) -> None:
+        """Raise ArgumentError if a frozen submodule is not what was attached."""
+        trainer = getattr(self, "_trainer", None)
+        changed, doubtful = self._training(getattr(trainer, "optimizers", None) or ())
+        if changed:
+            raise ArgumentError(f"{self._told(changed)} {_WAYS_OUT}")
+        self._warn_of_doubts(doubtful)
+
+    def _warn_of_training(self) -> None:
+        baselines = self.__dict__.get("_baselines", {})
+        # Counts alone, which cost nothing: a state dict may be asked for at every step.
+        if not any(
+            name in baselines and baselines[name].written(module)
+            for name, module in self._frozen_modules().items()
+        ):
+            return
+        changed, doubtful = self._training(())
+        if changed:
+            warnings.warn(f"{self._told(changed)} {_WAYS_OUT}", stacklevel=3)
+        self._warn_of_doubts(doubtful)
+
+    def _warn_of_doubts(self, doubtful: list[str]) -> None:
+        if doubtful:
+            warnings.warn(
+                f"{listed(doubtful, 5)} of {type(self).__name__} has been written to since it was "
+                "attached. The values that were compared are the same, so it counts as frozen; if "
+                f"it was trained all the same, that is not saved. {_WAYS_OUT}",
+                stacklevel=4,
+            )
+
+    def _training(self, optimizers: Iterable[Any]) -> tuple[list[str], list[str]]:
+        """Full names of what has changed in frozen submodules, and of what may have."""
+        changed: list[str] = []
+        doubtful: list[str] = []
+        for name, module in self._frozen_modules().items():
+            baseline = self.__dict__.get("_baselines", {}).get(name)
+            if baseline is not None:
+                for names, found in zip(
+                    (changed, doubtful), baseline.trained(module, optimizers), strict=True
+                ):
+                    names += [f"{name}.{key}" for key in found]
+        return changed, doubtful
+
+    def _told(self, changed: list[str]) -> str:
+        return (
+            f"{listed(changed, 5)} of {type(self).__name__} has changed since it was attached, and "
+            "frozen_submodules leaves it out of state dicts and checkpoints: its training would be "
+            "lost."
+        )
 
     def _frozen_tensors(self) -> list[str]:
         """Names of frozen parameters and buffers, also where another submodule shares them."""

@@ -16,10 +16,10 @@ from tl_fastload.already import versions
 from tl_fastload.argument_types import checked
 from tl_fastload.errors import (
     ArgumentError,
-    CheckpointError,
     MissingWeightsError,
     QuantizationError,
 )
+from tl_fastload.half_written import InPlaceStep, require_cover
 from tl_fastload.hf_weights import Converted, converted, find_config, steps_of
 from tl_fastload.in_place import InPlaceWriter, Write
 from tl_fastload.key_prefixes import named_as, own_names
@@ -33,7 +33,8 @@ from tl_fastload.quantized.quantizer import Quantizer
 from tl_fastload.reader import FileReader
 from tl_fastload.recipe import MemorySource, Source
 from tl_fastload.report import LoadReport
-from tl_fastload.state_dicts import listed
+from tl_fastload.state_dicts import is_norm, listed, table_problem
+from tl_fastload.values_here import require_values
 from tl_fastload.weight_sources import WeightSource, open_source, read_through
 from tl_fastload.wrapped import unwrapped
 
@@ -107,17 +108,21 @@ def load_weights_(
 
     Raises:
         MissingWeightsError: missing, unexpected or misshapen keys, all of them.
-        CheckpointError: files that cannot be read. Says so if they were changed, or failed, after
-            they had been read through: the model then is a mixture.
+        CheckpointError: files that cannot be read.
+        HalfWrittenError: files were changed, or a device failed, after they had been read through:
+            the model then is a mixture, and says so until all of its weights are loaded again. So
+            it does after an interrupt (Ctrl-C), which goes on as it is. Also if these weights would
+            not make a model whole that was left so.
+        NotEnoughMemory: memory ran out in the middle; likewise.
         QuantizationError: dense weights for quantized parameters, or another kind.
-        ArgumentError: no HookedTransformer, no source, or no configuration to be found.
+        ArgumentError: no HookedTransformer, no source, or no configuration to be found; or
+            parameters whose values are elsewhere (offloaded, sharded, on meta).
     """
     started = time.perf_counter()
     checked(strict=strict, processing=processing)
     checked(**dict(processing or {}))
     model = unwrapped(model)
     _check_model(model)
-    before = versions(model)
     reader = FileReader()
     try:
         with (
@@ -136,7 +141,7 @@ def load_weights_(
                     "one model."
                 )
             own = own_names(model)
-            if not named or any(name in own or _is_norm(name) for name in named):
+            if not named or any(name in own or is_norm(name) for name in named):
                 if processing is not None:
                     raise ArgumentError(
                         "processing= is for weights in Hugging Face's naming. These have "
@@ -146,9 +151,6 @@ def load_weights_(
                 found = _load_hooked(model, weights, named, [*renaming.notes], strict, reader, bar)
             else:
                 found = _load_converted(model, weights, config, processing, strict, reader, bar)
-    except Exception as error:
-        _raise_if_changed(model, before, error)
-        raise
     finally:
         reader.close()
     report = _report(model, weights, found, sampler, time.perf_counter() - started)
@@ -162,24 +164,7 @@ def _check_model(model: Any) -> None:
         raise ArgumentError(
             f"load_weights_ loads into a HookedTransformer, not into a {type(model).__name__}."
         )
-    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if empty:
-        raise ArgumentError(
-            f"The model has no memory for {listed(empty, 3)} (device meta): load it first."
-        )
-
-
-def _raise_if_changed(model: Any, before: list[tuple[str, int, int]], error: Exception) -> None:
-    """Raise CheckpointError if some parameters are new and others are not: a file that was read
-    through without a fault changed, or the device failed, while its values were being put in place.
-    """
-    changed = [one[0] for one, other in zip(versions(model), before, strict=True) if one != other]
-    if changed:
-        raise CheckpointError(
-            f"Loading stopped in the middle ({type(error).__name__}: {error}). The model is not as "
-            f"it was: {listed(changed)} hold new values. Load once more, from weights that nobody "
-            "changes meanwhile."
-        ) from error
+    require_values(model, "load_weights_")
 
 
 def _load_hooked(
@@ -228,23 +213,29 @@ def _load_hooked(
     found.notes += _hints(model, found)
     found.check(weights.label, strict, len(writes))
     _check_kinds(writes)
+    given = {write.name: getattr(write.source, "tensor", None) for write in writes}
+    require_cover(model, "load_weights_", given)
     read_through({write.name: write.source for write in writes}, reader)
     bar.start(sum(_size_bytes(write.target) for write in writes))
-    InPlaceWriter(writes, lambda write: bar.advance(write.name, _size_bytes(write.target))).run()
+    with InPlaceStep(model, "load_weights_") as step:
+        InPlaceWriter(
+            writes,
+            wrote=lambda write: bar.advance(write.name, _size_bytes(write.target)),
+            writing=lambda write: step.writes(write.name),
+        ).run()
+        _remember(model, found.flags)
     return found
 
 
 def _problem(name: str, source: Source, target: torch.Tensor, is_parameter: bool) -> str | None:
     """Why values cannot go into a tensor of the model, or None."""
+    if not is_parameter:
+        return table_problem(name, source.shape, source.dtype, target)
     one_number = target.dim() == 0 and source.shape.numel() == 1
     if source.shape != target.shape and not one_number:
         return f"misshapen: {name} is {tuple(source.shape)}, the model has {tuple(target.shape)}"
-    if is_parameter and not source.dtype.is_floating_point:
+    if not source.dtype.is_floating_point:
         return f"not weights: {name} holds {source.dtype}"
-    wide = torch.finfo(target.dtype).bits if target.dtype.is_floating_point else 0
-    narrow = torch.finfo(source.dtype).bits if source.dtype.is_floating_point else 0
-    if not is_parameter and narrow < wide:
-        return f"{name} is {source.dtype}, which would round it"
     return None
 
 
@@ -258,23 +249,19 @@ def _may_be_missing(model: nn.Module, name: str, parameters: Mapping[str, Any]) 
 
 def _hints(model: Any, found: _Found) -> list[str]:
     """What is probably wrong when norm weights are too many or too few."""
-    norms = [name for name in found.unexpected if _is_norm(name)]
+    norms = [name for name in found.unexpected if is_norm(name)]
     folded = any(type(module).__name__ in _FOLDED_NORMS for module in model.modules())
     if norms and folded:
         return [
             "These weights are not processed, and the model is: its norms are folded into the "
             "layers behind them. model.load_and_process_state_dict(state_dict) folds them."
         ]
-    if any(_is_norm(name) for name in found.missing):
+    if any(is_norm(name) for name in found.missing):
         return [
             "These weights seem to come from a processed model, whose norms are folded away; this "
             "model has norm weights of its own."
         ]
     return []
-
-
-def _is_norm(name: str) -> bool:
-    return name.endswith(("ln1.w", "ln1.b", "ln2.w", "ln2.b", "ln_final.w", "ln_final.b"))
 
 
 def _check_kinds(writes: list[Write]) -> None:
@@ -324,19 +311,23 @@ def _load_converted(
     own = own_names(model)
     recipes = {own[name]: promise for name, promise in recipes.items()}
     quantizer = _quantizer(model, recipes, result)
+    require_cover(model, "load_weights_", recipes)
     read_through(weights.table, reader)
     homes = {name: tensor.device for name, tensor in model.named_parameters()}
-    placer = Placer(
-        model,
-        homes.__getitem__,
-        assign=False,
-        maps=None,
-        map_any_layout=False,
-        progress=bar,
-        quantizer=quantizer,
-        fresh=False,
-    )
-    placer.place(recipes)
+    with InPlaceStep(model, "load_weights_") as step:
+        placer = Placer(
+            model,
+            homes.__getitem__,
+            assign=False,
+            maps=None,
+            map_any_layout=False,
+            progress=bar,
+            quantizer=quantizer,
+            fresh=False,
+            writing=step.writes,
+        )
+        placer.place(recipes)
+        _remember(model, flags)
     if placer.not_finite:
         found.notes.append(f"NaN or infinite values in {listed(placer.not_finite)}.")
     return found
@@ -367,8 +358,6 @@ def _report(
     model: Any, weights: WeightSource, found: _Found, sampler: PeakSampler, seconds: float
 ) -> LoadReport:
     return_freed_memory()
-    if found.flags is not None and hasattr(model, "_session"):
-        model._processed = ({step for step, on in found.flags.items() if on}, versions(model))
     processing = {} if found.flags is None else steps.describe(found.flags, model.cfg)
     kinds = {p.content.stored.kind for p in model.parameters() if isinstance(p, QuantizedTensor)}
     report = LoadReport.of(
@@ -383,6 +372,12 @@ def _report(
         unexpected_keys=tuple(found.unexpected),
     )
     return report.measured(sampler, seconds)
+
+
+def _remember(model: Any, flags: Mapping[str, bool] | None) -> None:
+    """Note for later steps how the weights that the model has now were processed."""
+    if flags is not None and hasattr(model, "_session"):  # of the lean classes
+        model._processed = ({step for step, on in flags.items() if on}, versions(model))
 
 
 def _size_bytes(tensor: torch.Tensor) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from tl_fastload.half_written import require_whole
 from tl_fastload.memory import stored_parts
 
 STATES = ("dense", "quantized", "mapped", "quantized and mapped", "on a device")
@@ -44,7 +45,11 @@ def memory_map(model: Any) -> list[Part]:
 
     Args:
         model: a `HookedTransformer`.
+
+    Raises:
+        HalfWrittenError: a step in place was interrupted in it.
     """
+    require_whole(model, "A picture of the model")
     is_mapped = _file_pages()
     sizes: dict[tuple[str, str, str], int] = {}
     seen: set[tuple[int, int]] = set()

@@ -9,18 +9,17 @@ from typing import Any
 import torch
 from transformer_lens import HookedTransformer
 
-from tl_fastload import compat, planning
+from tl_fastload import live, planning
 from tl_fastload import session as sessions
-from tl_fastload.already import is_already_processed
 from tl_fastload.argument_types import checked, checked_keywords
 from tl_fastload.cache import load_through_cache
 from tl_fastload.draft import Request
 from tl_fastload.errors import NotEnoughMemory
+from tl_fastload.half_written import forgive
 from tl_fastload.inheritance import check_bases
 from tl_fastload.layout import FORWARD
 from tl_fastload.load_plan import LoadPlan
 from tl_fastload.lora_argument import read_adapter_argument
-from tl_fastload.norms import replace_and_process
 from tl_fastload.options import DEFAULT_DTYPE, DEFAULT_LAYOUT, OWN_ARGUMENTS, Options
 from tl_fastload.progress import ProgressOption
 from tl_fastload.quantized.formats import read_quantization
@@ -29,7 +28,6 @@ from tl_fastload.recording import Session
 from tl_fastload.relayout import put_in_layout
 from tl_fastload.report import LoadReport
 from tl_fastload.state_dicts import fill_missing_keys
-from tl_fastload.steps import reason_to_skip
 from tl_fastload.store_write import MAX_SHARD_BYTES, save_lean
 
 
@@ -252,8 +250,14 @@ class LeanLoadingMixin:
             refactor_factored_attn_matrices: make the factors of the QK and OV circuits even.
 
         Raises:
-            MissingWeightsError: weights are missing or misshapen; the model is as it was.
-            ArgumentError: quantized weights cannot take these values or steps; likewise.
+            MissingWeightsError: weights are missing or misshapen, or norms or biases that the
+                model has trained are missing (as in a processed state dict for an unprocessed
+                model); the model is as it was. Tables of another length (masks, rotary embeddings)
+                are left out, and the model keeps its own.
+            ArgumentError: quantized weights cannot take these values or steps, or values are
+                elsewhere (offloaded, sharded, on meta); likewise.
+            HalfWrittenError: as for `process_weights_`. A complete state dict makes a half-written
+                model whole.
         """
         steps = {
             name: value for name, value in locals().items() if name not in ("self", "state_dict")
@@ -262,7 +266,10 @@ class LeanLoadingMixin:
         steps = checked(state_dict=state_dict, **steps)
         steps.pop("state_dict")
         stock = super().load_and_process_state_dict  # type: ignore[misc]
-        sessions.load_state_dict_into(self, state_dict, steps, stock)
+        if self._session is not None:
+            sessions.load_state_dict_into(self, state_dict, steps, stock)
+        else:
+            live.load_state_dict(self, state_dict, steps, stock)
 
     def process_weights_(
         self,
@@ -282,6 +289,12 @@ class LeanLoadingMixin:
             center_writing_weights: give what writes to the residual stream zero mean.
             center_unembed: give the unembedding zero mean over the vocabulary.
             refactor_factored_attn_matrices: make the factors of the QK and OV circuits even.
+
+        Raises:
+            ArgumentError: parameters whose values are elsewhere (offloaded, sharded, on meta), or a
+                step that the model forbids; the model is as it was.
+            HalfWrittenError: this step, or one before it, was stopped in the middle. An interrupt
+                (Ctrl-C) goes on as it is, and the model says so from then on.
         """
         steps = checked(
             fold_ln=fold_ln,
@@ -290,15 +303,8 @@ class LeanLoadingMixin:
             fold_value_biases=True,
             refactor_factored_attn_matrices=refactor_factored_attn_matrices,
         )
-        if is_already_processed(self, steps):
-            return
-        before: set[str] = getattr(self, "_processed", (set(), None))[0]
-        if compat.REPLACES_NORMS and fold_ln and reason_to_skip("fold_ln", self.cfg) is None:  # type: ignore[attr-defined]
-            replace_and_process(self, steps, super().process_weights_)  # type: ignore[misc]
-        else:
-            self.load_and_process_state_dict(self.state_dict(), **steps)  # type: ignore[attr-defined]
-        done, now = self._processed
-        self._processed = (done | before, now)
+        stock, stock_load = super().process_weights_, super().load_and_process_state_dict  # type: ignore[misc]
+        live.process(self, steps, stock, stock_load)
 
     def to_layout_(self, layout: str) -> Any:
         """Put every parameter of this model, and its gradient, into another memory order, one at a
@@ -353,7 +359,9 @@ class LeanLoadingMixin:
         """
         if self._session is not None:
             return self._session.collect(state_dict)
-        return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
+        found = super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
+        forgive(self, state_dict)  # type: ignore[arg-type]
+        return found
 
 
 def _request(cls: type, from_pretrained_kwargs: dict[str, Any], **arguments: Any) -> Request:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ import torch
 from tl_fastload import compat, steps
 from tl_fastload.promise import Promise
 from tl_fastload.state_dicts import as_promise
-from tl_fastload.verify import check_refactor
 
 
 def kept_norms(cfg: Any, requested: Mapping[str, bool]) -> list[str]:
@@ -32,36 +30,6 @@ def kept_norms(cfg: Any, requested: Mapping[str, bool]) -> list[str]:
         f"{compat.TRANSFORMER_LENS} drops those of a model with experts without folding them, "
         "which makes its numbers wrong. Version 3 folds them."
     ]
-
-
-def replace_and_process(model: Any, flags: dict[str, bool], stock: Callable[..., None]) -> None:
-    """Run TransformerLens 2's own `process_weights_`; if it fails, the model is as it was.
-
-    Args:
-        model: the model.
-        flags: the processing steps.
-        stock: the model's own bound `process_weights_`, which replaces the norms and then calls
-            `load_and_process_state_dict`.
-    """
-    check_refactor(model.cfg, flags)
-    asked = {step: on for step, on in flags.items() if step != "fold_value_biases"}
-    with norms_put_back_on_error(model):
-        stock(**asked)
-
-
-@contextlib.contextmanager
-def norms_put_back_on_error(model: Any) -> Iterator[None]:
-    """Give a model back the norms that TransformerLens has replaced, if the body raises."""
-    kind = model.cfg.normalization_type
-    modules = [(parent, dict(parent._modules)) for parent in model.modules()]
-    try:
-        yield
-    except BaseException:
-        model.cfg.normalization_type = kind
-        for parent, children in modules:
-            parent._modules.clear()
-            parent._modules.update(children)
-        raise
 
 
 def unit_norms(model: Any, promises: dict[str, Promise]) -> dict[str, Promise]:

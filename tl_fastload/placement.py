@@ -44,6 +44,7 @@ class Placer:
         fresh: nobody holds the model's tensors yet, so that their memory may be replaced.
         order: memory order of the parameters, of `layout.LAYOUTS`.
         map_gaps: map views into fused matrices, too: parameters that are not dense.
+        writing: told of every tensor before it is written to or replaced.
 
     Attributes:
         mapped_bytes: of mapped parameters.
@@ -61,6 +62,7 @@ class Placer:
     fresh: bool = True
     order: str = layout.FORWARD
     map_gaps: bool = False
+    writing: Callable[[str], None] = lambda name: None
     mapped_bytes: int = 0
     unseen_bytes: int = 0
     not_finite: list[str] = field(default_factory=list)
@@ -248,6 +250,7 @@ class Placer:
     def _put(self, name: str, tensor: torch.Tensor) -> None:
         parent_name, _, leaf = name.rpartition(".")
         parent = self.model.get_submodule(parent_name)
+        self.writing(name)
         with torch.no_grad():
             if leaf in parent._buffers:
                 buffer = parent._buffers[leaf]

@@ -20,7 +20,7 @@ from tl_fastload.errors import MissingWeightsError
 from tl_fastload.forecast import forecast
 from tl_fastload.key_prefixes import named_as
 from tl_fastload.memory import PeakSampler, return_freed_memory
-from tl_fastload.norms import kept_norms, norms_put_back_on_error
+from tl_fastload.norms import kept_norms
 from tl_fastload.options import Options
 from tl_fastload.origin import Origin, find_origin
 from tl_fastload.own_defaults import own_defaults
@@ -61,7 +61,8 @@ def load(cls: type, options: Options, arguments: dict[str, Any], keywords: dict[
             model, session = _load(cls, options, dict(arguments), dict(keywords), reader, sampler)
     finally:
         reader.close()
-    model.load_report = _report(model, session, sampler, time.perf_counter() - started)
+    model._processed = ({step for step, on in session.requested.items() if on}, versions(model))
+    model.load_report = report_of(model, session, sampler, time.perf_counter() - started)
     return model
 
 
@@ -156,44 +157,33 @@ def _load(
 def load_state_dict_into(
     model: Any, state_dict: dict[str, Any], flags: dict[str, bool], stock: Callable[..., None]
 ) -> None:
-    """Run TransformerLens' `load_and_process_state_dict` on promises, then place what it would
-    load.
+    """Run TransformerLens' `load_and_process_state_dict` on promises for the model that is being
+    loaded, then place what it would load.
 
     Args:
-        model: the model to fill.
+        model: the model to fill, with its session.
         state_dict: TransformerLens names -> tensors or promises; not changed.
         flags: the processing steps.
         stock: the model's own bound `load_and_process_state_dict`.
     """
-    state_dict, notes = _under_own_names(model, state_dict)
-    if model._session is not None:
-        model._session.notes.extend(notes)
-        _process_and_place(model, model._session, state_dict, flags, stock)
-        return
-    started = time.perf_counter()
-    verify.check_refactor(model.cfg, flags)
-    verify.check_state_dict(model, state_dict, flags)
-    session = Session(Options(strategy="copy", progress=False), dict(flags), notes=[*notes])
-    model._session = session
-    try:
-        with (
-            torch.inference_mode(False),
-            own_defaults(),
-            PeakSampler() as sampler,
-            norms_put_back_on_error(model),
-        ):
-            session.mark, session.watch = sampler.mark, sampler.watch
-            sampler.mark("recording")
-            _process_and_place(model, session, state_dict, flags, stock)
-    finally:
-        model._session = None
-    model.load_report = _report(model, session, sampler, time.perf_counter() - started)
+    session: Session = model._session
+    state_dict, notes = under_own_names(model, state_dict)
+    session.notes.extend(notes)
+    record_processing(model, session, state_dict, flags, stock)
+    assert session.origin is not None
+    verify.check_recipes(model, session.origin, session.recipes)
+    session.origin.is_recording = False
+    _place(model, session, session.origin)
 
 
-def _under_own_names(
+def under_own_names(
     model: Any, state_dict: dict[str, Any]
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The state dict without wrappers' prefixes, and what the report has to say about it."""
+    """The state dict without wrappers' prefixes, and what the report has to say about it.
+
+    Raises:
+        MissingWeightsError: keys of two models.
+    """
     named, renaming = named_as(model, state_dict)
     if renaming.ambiguous is not None:
         raise MissingWeightsError(
@@ -203,55 +193,30 @@ def _under_own_names(
     return named, renaming.notes
 
 
-def _process_and_place(
-    model: Any,
-    session: Session,
-    state_dict: dict[str, Any],
-    flags: dict[str, bool],
-    stock: Callable[..., None],
-) -> None:
-    record_processing(model, session, state_dict, flags, stock)
-    if session.origin is not None:
-        verify.check_recipes(model, session.origin, session.recipes)
-        session.origin.is_recording = False
-    else:
-        verify.check_in_place(model, session.recipes)
-    _place(model, session)
-
-
-def _place(model: nn.Module, session: Session) -> None:
+def _place(model: nn.Module, session: Session, origin: Origin) -> None:
     session.mark("placing")
-    options, origin = session.options, session.origin
+    options = session.options
     device_of = device_map(model, options.move_to_device)
-    if origin is None:  # a live model keeps its tensors where they are
-        homes = {name: tensor.device for name, tensor in model.state_dict(keep_vars=True).items()}
-        device_of = homes.__getitem__
     quantizer = None
-    if has_quantized(model) or (
-        origin is not None and (origin.spec is not None or options.quantize is not None)
-    ):
+    if origin.spec is not None or options.quantize is not None or has_quantized(model):
         quantizer = Quantizer(options.quantize, session.shifts)
     with Progress(options.progress) as progress:
         placer = Placer(
             model,
             device_of,
             assign=options.assigns,
-            maps=origin.reader.maps if origin is not None else None,
+            maps=origin.reader.maps,
             map_any_layout=not any(session.requested.values()),
             progress=progress,
             quantizer=quantizer,
-            fresh=origin is not None,
+            fresh=True,
             order=str(options.layout),
             map_gaps=options.mmap is True,
         )
-        if origin is None:
-            session.watch(set(homes.values()))
-            placer.place(session.recipes)
-        elif options.only_plan:
+        if options.only_plan:
             session.placer = placer
             return
-        else:
-            _check_and_fill(model, session, origin, placer)
+        _check_and_fill(model, session, origin, placer)
     session.mapped_bytes = placer.mapped_bytes
     session.not_quantized = quantizer.not_quantized if quantizer is not None else {}
     session.recipes, session.shifts = {}, {}
@@ -289,10 +254,16 @@ def _needed_bytes(placer: Placer, recipes: dict[str, Promise]) -> dict[torch.dev
     return needed
 
 
-def _report(model: Any, session: Session, sampler: PeakSampler, seconds: float) -> LoadReport:
+def report_of(model: Any, session: Session, sampler: PeakSampler, seconds: float) -> LoadReport:
+    """What a load did, for its model.
+
+    Args:
+        model: what was loaded into.
+        session: of the load.
+        sampler: of its memory.
+        seconds: that it took.
+    """
     origin = session.origin
-    asked = {step for step, value in session.requested.items() if value}
-    model._processed = (asked, versions(model))
     if origin is not None:
         model._quantization = session.options.quantize or origin.spec
     report = LoadReport.of(

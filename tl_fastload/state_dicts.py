@@ -31,12 +31,12 @@ def fill_missing_keys(model: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     """
     own = model.state_dict(keep_vars=True)
     missing = [name for name in own if name not in state_dict]
-    lost = [name for name in missing if _is_weight_matrix(name)]
+    lost = [name for name in missing if is_weight_matrix(name)]
     if model.cfg.positional_embedding_type == "alibi" and "pos_embed.W_pos" in lost:
         # ALiBi models have no position embedding; TransformerLens never reads this parameter.
         lost.remove("pos_embed.W_pos")
-        with torch.no_grad():
-            own["pos_embed.W_pos"].zero_()
+        if not own["pos_embed.W_pos"].is_meta:  # a live model is not written to yet
+            own["pos_embed.W_pos"] = torch.zeros_like(own["pos_embed.W_pos"])
     if lost:
         raise MissingWeightsError(
             f"The weights lack {listed(lost)}. Nothing was loaded. Check that the checkpoint is "
@@ -81,7 +81,36 @@ def has_memory(tensor: torch.Tensor) -> bool:
     return not isinstance(tensor, (Promise, QuantizedTensor)) and tensor.numel() > 0
 
 
-def _is_weight_matrix(name: str) -> bool:
+def is_norm(name: str) -> bool:
+    """Whether a parameter is a weight or bias of one of the norms that `fold_ln` folds."""
+    return name.endswith(("ln1.w", "ln1.b", "ln2.w", "ln2.b", "ln_final.w", "ln_final.b"))
+
+
+def table_problem(
+    name: str, shape: torch.Size, dtype: torch.dtype, buffer: torch.Tensor
+) -> str | None:
+    """Why a table that the model computes (mask, rotary embedding) keeps its own values, or None.
+
+    Args:
+        name: of the table.
+        shape: of another one.
+        dtype: of the other one.
+        buffer: the model's own.
+    """
+    one_number = buffer.dim() == 0 and shape.numel() == 1
+    if shape != buffer.shape and not one_number:
+        return f"misshapen: {name} is {tuple(shape)}, the model has {tuple(buffer.shape)}"
+    if _bits(dtype) < _bits(buffer.dtype):
+        return f"{name} is {dtype}, which would round it"
+    return None
+
+
+def _bits(dtype: torch.dtype) -> int:
+    return torch.finfo(dtype).bits if dtype.is_floating_point else 0
+
+
+def is_weight_matrix(name: str) -> bool:
+    """Whether a parameter is one that no default can stand for, by its name."""
     # A leaf such as W_Q or _W_K, or the weight of an expert's linear layer such as W_in.weight.
     return any(part.lstrip("_").startswith("W_") for part in name.split(".")[-2:]) and not (
         name.endswith(".bias")

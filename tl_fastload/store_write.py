@@ -20,6 +20,7 @@ from tl_fastload.argument_types import checked
 from tl_fastload.display import format_bytes
 from tl_fastload.errors import LeanLoadError, SaveError
 from tl_fastload.fingerprint import plain_name
+from tl_fastload.half_written import require_whole
 from tl_fastload.own_defaults import own_defaults
 from tl_fastload.progress import Progress, ProgressOption
 from tl_fastload.quantized import QuantizedTensor
@@ -41,6 +42,7 @@ from tl_fastload.store_format import (
     is_copy,
     read_manifest,
 )
+from tl_fastload.values_here import require_values
 from tl_fastload.wrapped import unwrapped
 
 MAX_SHARD_BYTES = 4 << 30
@@ -90,7 +92,7 @@ class _Plan:
         for name, buffer in self.model.named_buffers(remove_duplicate=False):
             if is_dynamic and name.endswith((".rotary_sin", ".rotary_cos")):
                 continue  # depend on the longest prompt so far; computed anew when needed
-            _check_plain(name, buffer)
+            _check_dtype(name, buffer)
             flat = buffer.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             digest = hashlib.sha256(memoryview(flat.numpy())).hexdigest()  # type: ignore[arg-type]
             key = (buffer.dtype, buffer.shape, digest)
@@ -100,7 +102,7 @@ class _Plan:
 
     def _view(self, name: str, parameter: torch.Tensor) -> View:
         if not isinstance(parameter, QuantizedTensor):
-            _check_plain(name, parameter)
+            _check_dtype(name, parameter)
             parent, _, leaf = name.rpartition(".")
             module = self.model.get_submodule(parent)
             strides = layout.strides_in(self.order, module, leaf, parameter.shape)
@@ -135,14 +137,9 @@ class _Plan:
         return View({"": key}, tuple(tensor.shape), strides, requires_grad=tensor.requires_grad)
 
 
-def _check_plain(name: str, tensor: torch.Tensor) -> None:
-    if type(tensor) not in (torch.Tensor, nn.Parameter):
-        raise SaveError(f"{name} is a {type(tensor).__name__}, which a copy cannot hold.")
-    if tensor.is_meta or tensor.layout != torch.strided or tensor.dtype not in _FORMAT_NAMES:
-        raise SaveError(
-            f"{name} is {tensor.dtype}, {tensor.layout} on {tensor.device}: a copy holds ordinary "
-            "tensors with values. Load or convert the model first."
-        )
+def _check_dtype(name: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype not in _FORMAT_NAMES:
+        raise SaveError(f"{name} is {tensor.dtype}, which a copy cannot hold. Convert it first.")
 
 
 def save_lean(
@@ -169,8 +166,10 @@ def save_lean(
         The folder.
 
     Raises:
-        SaveError: something of the model cannot be saved, the folder holds something else, or the
-            disk is full or cannot be written to.
+        SaveError: something of the model cannot be saved (values that are elsewhere: offloaded,
+            sharded, on meta), the folder holds something else, or the disk is full or cannot be
+            written to.
+        HalfWrittenError: a step in place was interrupted in this model.
         ArgumentError: another argument that is of the wrong kind.
     """
     checked(folder=folder, max_shard_bytes=max_shard_bytes)
@@ -230,6 +229,8 @@ def write_copy(
 def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module) or not hasattr(model, "cfg"):
         raise SaveError(f"{type(model).__name__} is not a HookedTransformer: there is no cfg.")
+    require_whole(model, "save_lean")
+    require_values(model, "save_lean", SaveError)
 
 
 def check_target(target: Path) -> None:

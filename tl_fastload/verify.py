@@ -17,7 +17,9 @@ from tl_fastload.errors import (
     CheckpointError,
     LeanLoadError,
     MissingWeightsError,
+    NotEnoughMemory,
     QuantizationError,
+    is_out_of_memory,
 )
 from tl_fastload.evaluator import sources
 from tl_fastload.options import Options
@@ -245,6 +247,11 @@ def explain(origin: Origin, error: Exception, arguments: dict[str, Any]) -> None
     """
     if isinstance(error, LeanLoadError):
         return
+    if is_out_of_memory(error):
+        raise NotEnoughMemory(
+            f"Memory ran out while the weights of {origin.label} were looked at ({error}). Nothing "
+            "was loaded. Free some, or see tl_fastload.plan for what would fit."
+        ) from error
     if origin.root is None and isinstance(error, _OF_A_CONFIGURATION):
         given = [name for name in _CHECKPOINT_ARGUMENTS if arguments.get(name) is not None]
         if given:

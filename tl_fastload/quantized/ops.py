@@ -8,6 +8,7 @@
 | a move to a device; another floating point dtype | the bytes moved; the same bytes |
 | copy_ from a quantized tensor, `.data = ` | other bytes put in their place |
 | writing into it, requires_grad = True | error |
+| requires_grad_(), as a module calls it on each parameter | a warning |
 | anything else | the dequantized values |
 
 Linear maps are caught above autograd, so that the kernel's own backward pass runs; the rest below
@@ -18,6 +19,7 @@ the class (`implements`), so that the class need not import them.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -127,8 +129,10 @@ def _copy_(target: Any, source: Any, non_blocking: bool = False) -> Any:
     if not isinstance(source, QuantizedTensor):
         raise QuantizationError(
             f"a quantized weight {list(target.shape)} cannot take the values of a {source.dtype} "
-            f"tensor: quantize them "
-            "first, or load with `assign=True`."
+            "tensor: quantize them first, or load with `assign=True`. DistributedDataParallel "
+            "sends all weights around unless it is told to ignore some; before wrapping the model: "
+            "DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [name for "
+            "name, p in model.named_parameters() if not p.requires_grad])."
         )
     if not views.is_same(source.geometry, target.geometry):
         raise QuantizationError(
@@ -157,7 +161,20 @@ def _set_data(target: Any, value: Any) -> Any:
     return None
 
 
-@implements(torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
+@implements(torch.Tensor.requires_grad_)
+def _skip_gradient(tensor: Any, requires_grad: bool = True) -> Any:
+    """`module.requires_grad_()` calls this on each of its parameters: the others can train."""
+    if not requires_grad or not isinstance(tensor, torch.nn.Parameter):
+        return _refuse_gradient(tensor, requires_grad)
+    warnings.warn(
+        "Quantized weights have no gradient: requires_grad_() leaves them frozen, and what else is "
+        "there trains.",
+        stacklevel=6,  # past torch's own calls
+    )
+    return tensor
+
+
+@implements(torch.Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
 def _refuse_gradient(tensor: Any, requires_grad: bool = True) -> Any:
     if requires_grad:
         raise QuantizationError(
