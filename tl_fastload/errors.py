@@ -57,3 +57,7 @@ class MissingPackageError(LeanLoadError, ImportError):
 
 class SaveError(LeanLoadError):
     """A model that cannot be saved, or not there; nothing half-written is left."""
+
+
+class InternalError(LeanLoadError, RuntimeError):
+    """A fault of tl_fastload itself, and not of a file or an argument; carries its cause."""

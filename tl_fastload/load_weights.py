@@ -13,6 +13,7 @@ from transformer_lens import HookedTransformer
 
 from tl_fastload import quantized_view, steps
 from tl_fastload.already import versions
+from tl_fastload.boundary import guarded
 from tl_fastload.errors import (
     ArgumentError,
     CheckpointError,
@@ -65,6 +66,7 @@ class _Found:
             )
 
 
+@guarded("while loading weights into a model")
 def load_weights_(
     model: Any,
     source: Any,
@@ -136,6 +138,7 @@ def load_weights_(
                 found = _load_hooked(model, weights, named, [*renaming.notes], strict, reader, bar)
             else:
                 found = _load_converted(model, weights, config, processing, strict, reader, bar)
+            reader.files.check_all()
     except Exception as error:
         _raise_if_changed(model, before, error)
         raise

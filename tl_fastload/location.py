@@ -11,9 +11,9 @@ from pathlib import Path
 
 from tl_fastload import hub
 from tl_fastload.errors import ArgumentError, CheckpointError, UnknownModelError
+from tl_fastload.file_states import unreadable
 from tl_fastload.hub import HubOptions, Listing
 from tl_fastload.names import NOT_ON_THE_HUB, nearest_names, official_name
-from tl_fastload.safetensors_header import unreadable
 from tl_fastload.weight_files import stays_inside
 
 CONFIG = "config.json"

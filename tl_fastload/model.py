@@ -12,6 +12,7 @@ from transformer_lens import HookedTransformer
 from tl_fastload import compat, planning
 from tl_fastload import session as sessions
 from tl_fastload.already import is_already_processed
+from tl_fastload.boundary import guarded
 from tl_fastload.cache import load_through_cache
 from tl_fastload.draft import Request
 from tl_fastload.errors import NotEnoughMemory
@@ -44,6 +45,7 @@ class LeanLoadingMixin:
     _hf_config: Any = None  # Hugging Face's configuration, for weights in its naming
 
     @classmethod
+    @guarded("while loading")
     def from_pretrained_lean(
         cls,
         model_name: str | Path,
@@ -187,6 +189,7 @@ class LeanLoadingMixin:
         """`from_pretrained_no_processing_lean` under the name that existing code calls."""
         return cls.from_pretrained_no_processing_lean(*args, **kwargs)
 
+    @guarded("while loading a state dict")
     def load_and_process_state_dict(
         self,
         state_dict: dict[str, torch.Tensor],
@@ -221,6 +224,7 @@ class LeanLoadingMixin:
         stock = super().load_and_process_state_dict  # type: ignore[misc]
         sessions.load_state_dict_into(self, state_dict, steps, stock)
 
+    @guarded("while processing weights")
     def process_weights_(
         self,
         fold_ln: bool = True,
@@ -305,6 +309,7 @@ class LeanHookedTransformer(LeanLoadingMixin, HookedTransformer):
 _SIGNATURE = inspect.signature(LeanHookedTransformer.from_pretrained_lean)
 
 
+@guarded("while planning")
 def plan(model_name: str | Path, *args: Any, **kwargs: Any) -> LoadPlan:
     """Predict what `LeanHookedTransformer.from_pretrained_lean` would take, without loading.
 

@@ -59,6 +59,7 @@ def load(cls: type, options: Options, arguments: dict[str, Any], keywords: dict[
             model, session = _load(
                 cls, options, dict(arguments), dict(keywords), reader, sampler.mark
             )
+            reader.files.check_all()
     finally:
         reader.close()
     model.load_report = _report(model, session, sampler, time.perf_counter() - started)
@@ -90,7 +91,9 @@ def record(
     reader = FileReader()
     try:
         with torch.inference_mode(False):
-            return _load(cls, options, dict(arguments), dict(keywords), reader, ledger=ledger)
+            found = _load(cls, options, dict(arguments), dict(keywords), reader, ledger=ledger)
+            reader.files.check_all()
+            return found
     finally:
         reader.close()
 

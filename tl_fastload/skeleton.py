@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tl_fastload import compat
-from tl_fastload.errors import UnknownModelError
+from tl_fastload.boundary import is_panic
 from tl_fastload.memory import return_freed_memory
 from tl_fastload.recipe import aten
 
@@ -114,16 +115,37 @@ def _construct(
     name = cfg.tokenizer_name
     try:
         return cls(cfg, tokenizer, *args, **kwargs)
-    except (OSError, ValueError, UnknownModelError) as error:
-        if tokenizer is not None or name is None:
+    except BaseException as error:  # a panic of code in Rust is no `Exception`
+        if (tokenizer is None and name is None) or not is_failure(error):
             raise
-        # The weights do not need the tokenizer: token ids still work.
-        notes.append(
-            f"No tokenizer could be loaded from {name} ({type(error).__name__}): pass token ids, "
-            "or tokenizer=."
-        )
-        cfg.tokenizer_name = None
-        return cls(cfg, tokenizer, *args, **kwargs)
+        failed = error
+    # The weights do not need the tokenizer: token ids still work. Whether it was the tokenizer that
+    # failed shows now: without it, anything else fails again.
+    cfg.tokenizer_name = None
+    model = cls(cfg, None, *args, **without_side(kwargs))
+    notes.append(lost_tokenizer("tokenizer=" if tokenizer is not None else name, failed))
+    return model
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether a tokenizer's loading failed, and nobody wanted the program to stop."""
+    return isinstance(error, Exception) or is_panic(error)
+
+
+def without_side(keywords: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a model class for a model without a tokenizer."""
+    return {name: value for name, value in keywords.items() if name != "default_padding_side"}
+
+
+def lost_tokenizer(name: Any, error: BaseException) -> str:
+    """Warn of a tokenizer that could not be loaded; the sentence is for the report as well."""
+    first_line = (str(error).strip().splitlines() or [""])[0][:200]
+    text = (
+        f"No tokenizer could be loaded from {name} ({type(error).__name__}: {first_line}): the "
+        "model has none. Pass token ids, or tokenizer=."
+    )
+    warnings.warn(text, stacklevel=2)
+    return text
 
 
 def device_map(model: Any, move_to_device: bool) -> Callable[[str], torch.device]:

@@ -24,7 +24,7 @@ from tl_fastload.reader import FileMaps, FileReader, FileSource
 from tl_fastload.report import LoadReport
 from tl_fastload.room import check_room
 from tl_fastload.safetensors_header import TensorEntry
-from tl_fastload.skeleton import build_empty, device_map
+from tl_fastload.skeleton import build_empty, device_map, is_failure, lost_tokenizer
 from tl_fastload.store_bytes import check_tokenizer, verify_copy
 from tl_fastload.store_check import check_arguments, check_names, check_steps
 from tl_fastload.store_format import (
@@ -95,7 +95,9 @@ def _load_whole(cls: type, *arguments: Any) -> tuple[Any, LoadReport]:
     manifest = read_manifest(folder)
     for _ in range(_TRIES):
         try:
-            return _load(cls, manifest, *arguments)
+            found = _load(cls, manifest, *arguments)
+            arguments[-1].files.check_all()
+            return found
         except (CheckpointError, OSError) as error:
             failed = error
         before, manifest = manifest, read_manifest(folder)
@@ -125,7 +127,7 @@ def _load(
     device_of = device_map(model, arguments["move_to_device"])
     check_names(model, manifest, folder)
     if may_map(options, folder):
-        reader.maps = FileMaps()
+        reader.maps = FileMaps(reader.files)
     mapped_bytes = _place(model, manifest, entries, reader, options, device_of)
     model._processed = ({step for step, on in manifest.flags.items() if on}, versions(model))
     model._quantization = manifest.quantization
@@ -255,11 +257,10 @@ def _tokenizer(
             use_fast=saved["is_fast"],
             trust_remote_code=keywords.trust_remote_code,
         )
-    except (OSError, ValueError, ImportError) as error:
-        notes.append(
-            f"The copy's tokenizer could not be loaded ({type(error).__name__}): pass token ids, "
-            "or tokenizer=."
-        )
+    except BaseException as error:  # a panic of code in Rust is no `Exception`
+        if not is_failure(error):
+            raise
+        notes.append(lost_tokenizer(folder / saved["folder"], error))
         return None
 
 

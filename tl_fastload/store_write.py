@@ -16,6 +16,7 @@ from torch import nn
 
 from tl_fastload import layout
 from tl_fastload.already import is_processed
+from tl_fastload.boundary import guarded
 from tl_fastload.display import format_bytes
 from tl_fastload.errors import LeanLoadError, SaveError
 from tl_fastload.fingerprint import plain_name
@@ -132,6 +133,7 @@ def _check_plain(name: str, tensor: torch.Tensor) -> None:
         )
 
 
+@guarded("while saving", SaveError)
 def save_lean(
     model: Any,
     folder: str | os.PathLike[str],
