@@ -18,7 +18,7 @@ PACKAGE = ROOT / "tl_fastload"
 MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
 FOLDERS = ("tl_fastload", "benchmarks", "demo", "notebooks", "tests")
 SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
-MOST_LINES_OF_A_FILE = 400
+MOST_LINES_OF_A_FILE = 450
 MOST_LINES_OF_A_FUNCTION = 60
 
 HOMES = {

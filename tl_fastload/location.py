@@ -160,6 +160,14 @@ def _exists(path: Path) -> bool:
         return False
 
 
+def is_directory(path: Path) -> bool:
+    """Whether a path, which may be none at all, is a folder."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # too long or too odd to be a path
+        return False
+
+
 def _local(name: str, folder: Path, options: HubOptions) -> Location:
     try:
         names = [path.name for path in folder.iterdir()]

@@ -31,6 +31,9 @@ def discrepancies(adapter: Adapter, by_name: Mapping[str, Any], done: Collection
 
 def _modules(adapter: Adapter, by_name: Mapping[str, Any], done: Collection[str]) -> Iterator[str]:
     config = adapter.config
+    parameters = getattr(config, "target_parameters", None)
+    if config.target_modules is None and not parameters and adapter.low_rank:
+        yield "target_modules: the configuration does not say what the adapter updates"
     if not config.target_modules or config.target_modules == "all-linear":
         return
     import_peft()
@@ -44,7 +47,7 @@ def _modules(adapter: Adapter, by_name: Mapping[str, Any], done: Collection[str]
         is_matrix = leaf == "weight" and promise.dim() == 2 and name not in done
         if is_matrix and is_target(module):
             yield f"missing: lora_A and lora_B of {module}, which target_modules names"
-    if getattr(config, "target_parameters", None):
+    if parameters:
         return  # names of stacks say nothing about modules
     for module in adapter.low_rank:
         if not is_target(module):

@@ -158,7 +158,7 @@ class _Matcher:
             any(self._is_in(*member, character=character) for member in members) is not is_negated
         )
 
-    def _is_in(self, kind: Any, value: Any, *, character: str) -> bool:
+    def _is_in(self, kind: Any, value: Any, character: str) -> bool:
         spellings = {character, character.upper()} if self._fold is str.lower else {character}
         if kind is _constants.LITERAL:
             return chr(value) in spellings

@@ -20,6 +20,7 @@ from tl_fastload.hub import repo_files
 from tl_fastload.key_prefixes import without_wrappers
 from tl_fastload.keys import Ledger
 from tl_fastload.keywords import Keywords, override, sort_keywords
+from tl_fastload.location import is_directory
 from tl_fastload.lora import Weights, merge, merge_into_files
 from tl_fastload.lora_base import compare_bases
 from tl_fastload.lora_config import Adapter, open_adapters
@@ -272,7 +273,7 @@ def find_origin(
             f"model_name={model_name!r} is a {type(model_name).__name__}: pass a name or a folder."
         )
     sorted_keywords = sort_keywords(keywords)
-    is_folder = isinstance(model_name, Path) or Path(model_name).is_dir()
+    is_folder = isinstance(model_name, Path) or is_directory(Path(model_name))
     # A folder wins over a name, as in transformers.
     official = None if is_folder else official_name(str(model_name))
     adapters = open_adapters(options.adapter, sorted_keywords.hub, reader)
@@ -340,7 +341,7 @@ def _from_model(
         is_toy=False,
         hf_config=hf_model.config,
         hf_model=hf_model,
-        location=resolve_config(name) if Path(name).is_dir() else None,
+        location=resolve_config(name) if is_directory(Path(name)) else None,
         keywords=keywords,
         reader=reader,
         options=options,

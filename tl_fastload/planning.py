@@ -37,10 +37,7 @@ def plan_load(request: Request) -> LoadPlan:
     request.options.check()
     with _quiet():
         mapped = _copy_of(request)
-        if mapped is None:
-            plan = _of_checkpoint(request)
-        else:
-            plan = _of_copy(request, *mapped)
+        plan = _of_checkpoint(request) if mapped is None else _of_copy(request, *mapped)
     return replace(plan, seconds=time.perf_counter() - started)
 
 

@@ -24,7 +24,9 @@ from tl_fastload.file_states import FileState, changed, unreadable
 from tl_fastload.json_files import open_regular, short
 
 LENGTH_BYTES = 8
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+MAX_HEADER_BYTES = 16 << 20
+"""Of a header; the largest that is known has 3 MB, and reading one takes fifty times as much."""
+MAX_TENSORS = 40_000
 MAX_DIMENSION = 2**63 - 1
 MAX_DIMENSIONS = 64  # torch has no more
 LFS_PREFIX = b"version https://git-lfs"
@@ -140,6 +142,11 @@ def _header_length(path: Path, file: BinaryIO, file_bytes: int) -> int:
     if prefix == LFS_PREFIX[:LENGTH_BYTES] and (prefix + file.read(64)).startswith(LFS_PREFIX):
         raise lfs_pointer(path)
     length = int.from_bytes(prefix, "little")
+    if MAX_HEADER_BYTES < length < file_bytes:
+        raise CheckpointError(
+            f"{path} has a header of {length:,} bytes, at most {MAX_HEADER_BYTES:,} are read. "
+            f"{AGAIN}, or save the model in several files."
+        )
     if len(prefix) < LENGTH_BYTES or length > MAX_HEADER_BYTES:
         raise CheckpointError(
             f"{path} is not a safetensors file: its first {LENGTH_BYTES} bytes are not the "
@@ -160,15 +167,20 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
         raise CheckpointError(f"{path} has a corrupt header ({error}). {AGAIN}.") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} has a corrupt header (not a JSON object). {AGAIN}.")
+    if len(header) > MAX_TENSORS:
+        raise CheckpointError(
+            f"{path} has a corrupt header ({len(header):,} tensors, at most {MAX_TENSORS:,} are "
+            f"read). {AGAIN}, or save the model in several files."
+        )
     return header
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} occurs twice")
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"{short(twice)} occurs twice")
     return fields
 
 

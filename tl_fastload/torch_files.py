@@ -143,6 +143,8 @@ def _is_zip(path: Path) -> bool:
         return zipfile.is_zipfile(path)
     except (ValueError, struct.error):  # a directory that cannot be one
         return False
+    except zipfile.BadZipFile:  # one of a kind that nobody reads: what is wrong is said later
+        return True
 
 
 def _load(path: Path, arguments: dict[str, Any]) -> Any:

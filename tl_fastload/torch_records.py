@@ -13,15 +13,22 @@ import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-
-from tl_fastload.compat import item_bytes
 from tl_fastload.errors import CheckpointError
 
 MAX_PICKLE_BYTES = 64 << 20
 """Of the part that names the tensors; 100,000 of them take 20 MB."""
 _AGAIN = "Download or copy the file again"
 _LOCAL_HEADER_BYTES = 30
+_ITEM_BYTES = {
+    "UntypedStorage": 1,
+    **dict.fromkeys(("ByteStorage", "CharStorage", "BoolStorage"), 1),
+    **dict.fromkeys(("QInt8Storage", "QUInt8Storage", "QUInt4x2Storage", "QUInt2x4Storage"), 1),
+    **dict.fromkeys(("ShortStorage", "HalfStorage", "BFloat16Storage"), 2),
+    **dict.fromkeys(("IntStorage", "FloatStorage", "QInt32Storage"), 4),
+    **dict.fromkeys(("LongStorage", "DoubleStorage", "ComplexFloatStorage"), 8),
+    "ComplexDoubleStorage": 16,
+}
+"""Of an element, by the class that torch's pickles name; newer dtypes have UntypedStorage."""
 _NAME_LENGTHS = slice(26, 30)
 
 
@@ -72,12 +79,9 @@ class _Reader(pickle.Unpickler):
 
 
 def _item_bytes(storage: str) -> int:
-    if storage == "UntypedStorage":
-        return 1
-    dtype = getattr(getattr(torch, storage, None), "dtype", None)
-    if not isinstance(dtype, torch.dtype):
+    if storage not in _ITEM_BYTES:
         raise ValueError(f"a storage of the kind {storage!r}")
-    return item_bytes(dtype)
+    return _ITEM_BYTES[storage]
 
 
 def check_records(path: Path, file: BinaryIO) -> bool:
