@@ -154,9 +154,8 @@ class _Matcher:
             return is_it is (operation is _constants.LITERAL)
         is_negated = bool(argument) and argument[0][0] is _constants.NEGATE
         members = argument[1:] if is_negated else argument
-        return (
-            any(self._is_in(*member, character=character) for member in members) is not is_negated
-        )
+        is_member = any(self._is_in(kind, value, character) for kind, value in members)
+        return is_member is not is_negated
 
     def _is_in(self, kind: Any, value: Any, character: str) -> bool:
         spellings = {character, character.upper()} if self._fold is str.lower else {character}

@@ -13,6 +13,7 @@ from transformer_lens.HookedTransformer import DTYPE_FROM_STRING
 
 from tl_fastload import compat
 from tl_fastload.bnb_kernels import require_device
+from tl_fastload.boundary import is_callers, is_out_of_memory
 from tl_fastload.errors import (
     ArgumentError,
     CheckpointError,
@@ -32,7 +33,10 @@ from tl_fastload.tree import MissingSource
 
 _CHECKPOINT_ARGUMENTS = ("checkpoint_index", "checkpoint_value", "checkpoint_label")
 # What TransformerLens raises for fields that make no sense.
-_OF_A_CONFIGURATION = (ArithmeticError, LookupError, ValueError, AssertionError)
+_OF_A_CONFIGURATION = (
+    *(ArithmeticError, LookupError, ValueError, AssertionError, TypeError, AttributeError),
+    RuntimeError,
+)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LAYER = re.compile(r"\.(?:h|layers|blocks)\.(\d+)\.")
 # Parts of multimodal checkpoints that the text model does not have.
@@ -273,7 +277,8 @@ def explain(origin: Origin, error: Exception, arguments: dict[str, Any]) -> None
         error: what was raised.
         arguments: of the load.
     """
-    if isinstance(error, LeanLoadError):
+    is_known = isinstance(error, (LeanLoadError, RecursionError)) or is_out_of_memory(error)
+    if is_known or is_callers(error):
         return
     if origin.root is None and isinstance(error, _OF_A_CONFIGURATION):
         given = [name for name in _CHECKPOINT_ARGUMENTS if arguments.get(name) is not None]
