@@ -102,7 +102,7 @@ def test_places_without_an_adapter(base: Path, adapter: Path, tmp_path: Path) ->
         base, adapter, CheckpointError
     )
     (adapter / "adapter_config.json").write_text("{")
-    assert "no adapter configuration" in refusal(base, adapter)
+    assert "is not valid JSON" in refusal(base, adapter)
 
 
 OTHER_KINDS = {
