@@ -17,7 +17,7 @@ DEV := $(VENV)/.installed-dev
 PROPERTIES := $(shell grep -l "^@given" tests/test_*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo demo-quick test test-fast explore test-slow test-gpu lint format types bench notebooks notebooks-check embedded-model clean
+.PHONY: help install install-dev demo demo-quick test test-fast explore test-slow test-gpu lint format types fuzz bench notebooks notebooks-check embedded-model clean
 # Other versions of the libraries, each in a virtual environment of its own; see README.md.
 ENVIRONMENTS := tl2 tl216 old sae
 .PHONY: parity parity-current $(ENVIRONMENTS:%=parity-%) $(ENVIRONMENTS:%=bench-%)
@@ -83,6 +83,9 @@ format: $(DEV) ## let ruff repair what it can
 
 types: $(DEV) ## mypy --strict
 	$(BIN)/mypy
+
+fuzz: $(DEV) ## load checkpoints that are broken at random: make fuzz ARGS="--cases 600 --seed 2"
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzzing.py $(ARGS)
 
 bench: $(DEV) ## measure memory, load time and forward time; writes benchmarks/results/
 	$(BIN)/python -m benchmarks

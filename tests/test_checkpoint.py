@@ -228,7 +228,7 @@ def test_a_snapshot_folder_of_the_hub_cache_may_be_passed_as_a_folder(tmp_path: 
         (b"\xff\xfe", "is not valid JSON"),
         (b"", "is not valid JSON"),
         (b"[" * 100_000, "is not valid JSON"),
-        (b"[]", "has no 'weight_map'"),
+        (b"[]", "holds a list, not a JSON object"),
         (b'{"weight_map": {}}', "has no 'weight_map'"),
         (b'{"weight_map": ["a"]}', "has no 'weight_map'"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),

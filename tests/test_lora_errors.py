@@ -17,7 +17,13 @@ import reference
 import torch
 from comparison import lean_model
 
-from tl_fastload import AdapterError, ArgumentError, CheckpointError, UnknownModelError
+from tl_fastload import (
+    AdapterError,
+    ArgumentError,
+    CheckpointError,
+    MissingPackageError,
+    UnknownModelError,
+)
 from tl_fastload.lora_argument import read_adapter_argument
 from tl_fastload.reader import FileReader
 
@@ -82,7 +88,7 @@ def test_arguments_that_name_none(base: Path, asked: Any) -> None:
 
 def test_without_peft(base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    assert 'pip install "tl-fastload[lora]"' in refusal(base, adapter, ArgumentError)
+    assert 'pip install "tl-fastload[lora]"' in refusal(base, adapter, MissingPackageError)
 
 
 def test_places_without_an_adapter(base: Path, adapter: Path, tmp_path: Path) -> None:
@@ -96,7 +102,7 @@ def test_places_without_an_adapter(base: Path, adapter: Path, tmp_path: Path) ->
         base, adapter, CheckpointError
     )
     (adapter / "adapter_config.json").write_text("{")
-    assert "no adapter configuration" in refusal(base, adapter)
+    assert "is not valid JSON" in refusal(base, adapter)
 
 
 OTHER_KINDS = {

@@ -213,7 +213,7 @@ def test_a_file_cut_while_it_is_read(
     path = tmp_path / "m.safetensors"
     source = FileSource(write(path, x=torch.randn(4, 3, 7))["x"], reader)
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(CheckpointError, match=r"m\.safetensors ended 4?\d bytes early.*again"):
+    with pytest.raises(CheckpointError, match=r"m\.safetensors changed while it was being loaded"):
         read(source, VIEWS[view], *casts)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,7 @@ def test_missing_folders_and_unreadable_files(
         raise PermissionError(13, "Permission denied")
 
     # Root may read anything, so the refusal is played.
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(CheckpointError, match=r"mine\.safetensors: Permission denied.*chmod"):
         read_header(path)
 

@@ -60,7 +60,7 @@ def test_altered_descriptions_are_found_always(tmp_path: Path) -> None:
     for changed_text, words in [
         (text.replace('"act_fn": "', '"act_fn": "x'), "was altered"),
         (text[:-40], "not valid JSON"),
-        ("[]", "does not describe"),
+        ("[]", "not a JSON object"),
         (text.replace('"format_version": 1', '"format_version": 99'), "format version 99"),
     ]:
         path.write_text(changed_text)

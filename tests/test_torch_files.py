@@ -15,7 +15,7 @@ import torch
 
 from tl_fastload import compat
 from tl_fastload.errors import CheckpointError
-from tl_fastload.torch_files import read_torch_files
+from tl_fastload.torch_files import read_torch_files, whole_bytes
 
 STATE = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
 
@@ -227,6 +227,63 @@ def test_missing_and_unreadable_files(tmp_path: Path, monkeypatch: pytest.Monkey
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(CheckpointError, match=r"mine\.bin: Permission denied.*chmod"):
         read_torch_files((path,))
+
+
+def rewritten(path: Path, kind: int, **records: Any) -> Path:
+    """The file with other records (functions of what they were; None for none), compressed or
+    not.
+    """
+    with zipfile.ZipFile(path) as archive:
+        old = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", kind) as archive:
+        for name, content in old.items():
+            change = records.get(name.rpartition("/")[2], lambda content: content)
+            if change is not None:
+                archive.writestr(name, change(content))
+    return path
+
+
+@pytest.mark.parametrize("kind", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_each_record_is_as_long_as_its_tensors_need(
+    tmp_path: Path, kind: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {
+        name: torch.zeros(3, 5, dtype=dtype)
+        for name, dtype in vars(torch).items()
+        if name in ("float32", "bfloat16", "float8_e4m3fn", "int64", "complex64", "bool", "uint16")
+    }
+    state["view"] = torch.arange(20.0)[5:11]  # in a larger storage
+    path = tmp_path / "m.bin"
+    torch.save(state, path)
+    found = read_torch_files((rewritten(path, kind),)).tensors
+    assert all(torch.equal(found[name].float(), state[name].float()) for name in state)
+
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("torch was asked to read it")
+
+    for change in (
+        lambda b: b[:-1],
+        lambda b: b + bytes(4),
+        lambda b: b"",
+        lambda b: bytes(9 << 20),
+    ):
+        torch.save(state, path)
+        broken = rewritten(path, kind, **{"1": change})
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "load", load)  # nothing is inflated before it is refused
+            with pytest.raises(CheckpointError, match=r"m\.bin: the record 1 holds"):
+                read_torch_files((broken,))
+    torch.save(state, path)
+    with pytest.raises(CheckpointError, match="the record 1 holds 0 bytes"):
+        read_torch_files((rewritten(path, kind, **{"1": None}),))
+
+
+def test_a_compressed_file_counts_as_what_it_becomes(tmp_path: Path) -> None:
+    path = tmp_path / "m.bin"
+    torch.save({"x": torch.zeros(1 << 20)}, path)
+    rewritten(path, zipfile.ZIP_DEFLATED)
+    assert path.stat().st_size < 100_000
+    assert whole_bytes((path,), mmap=True) > 4 << 20

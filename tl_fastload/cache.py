@@ -18,9 +18,17 @@ from typing import Any
 
 from tl_fastload import session, verify
 from tl_fastload.argument_types import checked
+from tl_fastload.boundary import boundary, guarded
 from tl_fastload.cache_key import entry_name
 from tl_fastload.display import printable
-from tl_fastload.errors import ArgumentError, CheckpointError, LeanLoadError, SaveError
+from tl_fastload.errors import (
+    ArgumentError,
+    CheckpointError,
+    InternalError,
+    LeanLoadError,
+    QuantizationError,
+    SaveError,
+)
 from tl_fastload.options import DEFAULT_DTYPE, Options
 from tl_fastload.store_files import (
     OTHERS_WRITE,
@@ -42,6 +50,8 @@ from tl_fastload.store_write import write_copy
 VARIABLE = "TL_FASTLOAD_CACHE"
 _ON = ("1", "true", "yes", "on")
 _OFF = ("", "0", "false", "no", "off")
+BAD_ENTRY = (CheckpointError, QuantizationError, InternalError)
+"""What a damaged entry raises; a load then goes to the checkpoint itself."""
 _DAY_SECONDS = 24 * 3600
 _CHECKPOINTS = ("checkpoint_index", "checkpoint_value", "checkpoint_label")
 
@@ -94,6 +104,7 @@ def folder_for(cache: bool | str | Path | None) -> Path | None:
     return Path(cache).expanduser()
 
 
+@guarded("while looking after the cache")
 def entries(folder: str | Path | None = None) -> list[Entry]:
     """Every whole copy in a cache folder, the one used last first.
 
@@ -103,19 +114,22 @@ def entries(folder: str | Path | None = None) -> list[Entry]:
     found = []
     for path in _copies(_home(folder)):
         try:
-            manifest = read_manifest(path)
-            stored_tensors(path, manifest)
-            found.append(_entry(path, manifest))
-        except (LeanLoadError, OSError):  # damaged, or just being removed
+            with boundary("while looking at a cache entry"):
+                manifest = read_manifest(path)
+                stored_tensors(path, manifest)
+                found.append(_entry(path, manifest))
+        except LeanLoadError:  # damaged, or just being removed
             continue
     return sorted(found, key=lambda entry: -entry.last_used)
 
 
+@guarded("while looking after the cache")
 def size_bytes(folder: str | Path | None = None) -> int:
     """Bytes of all files in a cache folder, unfinished and damaged copies included."""
     return sum(_size_bytes(path) for path in _ours(_home(folder)))
 
 
+@guarded("while looking after the cache")
 def prune(
     folder: str | Path | None = None,
     *,
@@ -151,6 +165,7 @@ def prune(
     return removed
 
 
+@guarded("while looking after the cache")
 def clear(folder: str | Path | None = None) -> list[Path]:
     """Remove every entry of a cache folder.
 
@@ -266,13 +281,18 @@ def _hit(
     keywords: dict[str, Any],
     folder: Path,
 ) -> Any | None:
-    """The model from its entry; None if there is none, or a damaged one."""
+    """The model from its entry; None if there is none, or a damaged one, which is removed."""
     if not (folder / MANIFEST).is_file():
         return None
     try:
-        model = load_copy(cls, *hit_arguments(options, arguments, keywords), folder)
-    except CheckpointError:
-        remove_whole(folder)
+        with boundary("while loading from the cache"):
+            model = load_copy(cls, *hit_arguments(options, arguments, keywords), folder)
+    except BAD_ENTRY as error:
+        warnings.warn(
+            f"The cache entry {folder} cannot be used, and is filled again: {error}", stacklevel=2
+        )
+        with contextlib.suppress(OSError):  # of a cache that is only read
+            remove_whole(folder)
         return None
     with contextlib.suppress(OSError):  # of a cache that is only read
         os.utime(folder / MANIFEST)
@@ -283,8 +303,9 @@ def _fill(model: Any, folder: Path, arguments: dict[str, Any]) -> str:
     """Save a model as an entry; what the report says of it. A failure is no error of the load."""
     own_tokenizer = arguments["tokenizer"] is None
     try:
-        made = write_copy(model, folder, tokenizer=own_tokenizer, for_cache=True)
-    except SaveError as error:
+        with boundary("while filling the cache", SaveError):
+            made = write_copy(model, folder, tokenizer=own_tokenizer, for_cache=True)
+    except LeanLoadError as error:
         return f"not filled: {error}"
     return f"filled: {folder}" if made else f"filled by another process: {folder}"
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from tl_fastload.errors import ArgumentError, CheckpointError
+from tl_fastload.file_states import FileState, state_of
 from tl_fastload.hub import HubOptions
 from tl_fastload.location import (
     Location,
@@ -62,6 +63,7 @@ class Checkpoint:
         weight_bytes: size of the weight files.
         missing_bytes: of these, what is not on this machine yet; 0 unless only headers are wanted.
         is_outline: torch files that have not been looked into (`tl_fastload.headers`).
+        states: what the index was when it was read.
     """
 
     folder: Path
@@ -74,6 +76,7 @@ class Checkpoint:
     weight_bytes: int = 0
     missing_bytes: int = 0
     is_outline: bool = False
+    states: Mapping[Path, FileState] = field(default_factory=dict, repr=False)
 
     def read_whole_bytes(self, *, mmap: bool) -> int:
         """Bytes of torch files that `load_tensors` would read into memory instead of mapping."""
@@ -157,7 +160,9 @@ def open_weights(
     path = fetch(location, choice.name)
     files: tuple[Path, ...] = (path,)
     homes: dict[str, Path] = {}
+    states: dict[Path, FileState] = {}
     if choice.is_index:
+        states = {path: state_of(path)}
         weight_map = read_index(path)
         shards = fetch_shards(location, sorted(set(weight_map.values())))
         files = tuple(shards.values())
@@ -174,7 +179,8 @@ def open_weights(
         commit=location.commit,
         notes=location.notes if choice.note is None else (*location.notes, choice.note),
         indexed=frozenset() if choice.is_safetensors else frozenset(homes),
-        weight_bytes=sum(path.stat().st_size for path in files),
+        weight_bytes=sum(state_of(path).size_bytes for path in files),
+        states=states,
     )
 
 

@@ -9,7 +9,6 @@ its reading leaves out is put right by `config_repairs`.
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ import transformers
 from transformer_lens import loading_from_pretrained as loading
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
+from tl_fastload import schemas
 from tl_fastload.borrow import borrow
 from tl_fastload.config_architectures import (
     SUPPORTED_ARCHITECTURES,
@@ -38,6 +38,7 @@ from tl_fastload.config_repairs import (
 )
 from tl_fastload.config_rope import read_rope
 from tl_fastload.errors import CheckpointError, UnsupportedArchitectureError
+from tl_fastload.json_files import read_object
 
 __all__ = ["SUPPORTED_ARCHITECTURES", "architecture_of", "config_dict", "load_hf_config"]
 
@@ -63,6 +64,7 @@ _CODE_IN_CHECKPOINT: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
+_CORRECT = "Correct the file, or download it again."
 _NEUTRAL_NAME = "checkpoint"
 _SHAPE_FIELDS = (
     "d_model",
@@ -101,7 +103,7 @@ def load_hf_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig
     Raises CheckpointError when config.json is missing or invalid, UnsupportedArchitectureError when
     it describes a model that HookedTransformer cannot represent.
     """
-    raw = _read_json(folder)
+    raw = read_config_json(folder)
     names = declared_architectures(raw.get("architectures"))
     in_checkpoint = next((name for name in names if name in _CODE_IN_CHECKPOINT), None)
     model_type = _model_type(raw)
@@ -140,23 +142,34 @@ def hf_config_of(values: Mapping[str, Any]) -> PretrainedConfig:
     return found
 
 
-def _read_json(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(
+def read_config_json(folder: Path) -> dict[str, Any]:
+    """The object in `folder/config.json`, whose fields have the types that they must have.
+
+    Raises:
+        CheckpointError: it is missing, or no such object.
+    """
+
+    def cannot_read(error: OSError) -> CheckpointError:
+        return CheckpointError(
             f"{folder} has no readable config.json ({error.strerror or error}). A folder saved "
             "with Hugging Face's save_pretrained has one; copy it next to the weights."
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path} is not valid JSON ({error}). It may be a half-written download: fetch it "
-            "again."
-        ) from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path} holds a {type(raw).__name__}, not a JSON object.")
+        )
+
+    path = folder / "config.json"
+    remedy = "It may be a half-written download: fetch it again."
+    raw = read_object(path, remedy, cannot_read=cannot_read)
+    if is_toy(raw):
+        schemas.check(raw, schemas.TOY, str(path), _CORRECT)
+        return raw
+    schemas.check(raw, schemas.MODEL, str(path), _CORRECT)
+    if raw.get("text_config"):
+        schemas.check(raw["text_config"], schemas.MODEL, f"{path}, text_config", _CORRECT)
     return raw
+
+
+def is_toy(raw: Mapping[str, Any]) -> bool:
+    """Whether the fields of a `config.json` are those of TransformerLens' own toy models."""
+    return "d_model" in raw and "model_type" not in raw
 
 
 def _model_type(raw: Mapping[str, Any]) -> str | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import warnings
 from pathlib import Path
 
 from tl_fastload.display import printable
 
+_NO_MEMORY = ("DefaultCPUAllocator", "Cannot allocate memory", "out of memory")
 _PACKAGE = str(Path(__file__).parent)
 
 
@@ -87,6 +89,10 @@ class SaveError(LeanLoadError):
     """A model that cannot be saved, or not there; nothing half-written is left."""
 
 
+class InternalError(LeanLoadError, RuntimeError):
+    """A fault of tl_fastload itself, and not of a file or an argument; carries its cause."""
+
+
 class NumbersWarning(UserWarning):
     """The model computes other numbers than its reference, transformers; says where and why."""
 
@@ -109,10 +115,10 @@ def _is_ours(filename: str) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: Python's, or torch's for a CPU or a device."""
-    text = str(error)
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in text)
-    )
+    """Whether memory ran out: Python's, the system's, or torch's for the host or a device."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    is_torchs = isinstance(error, RuntimeError) and not isinstance(error, RecursionError)
+    return is_torchs and any(text in str(error) for text in _NO_MEMORY)

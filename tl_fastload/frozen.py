@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -16,6 +17,8 @@ from tl_fastload.state_dicts import listed
 from tl_fastload.values_here import require_here
 
 _FORMAT = 1
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 def record_of(modules: Mapping[str, nn.Module]) -> dict[str, Any]:
@@ -39,13 +42,31 @@ def record_of(modules: Mapping[str, nn.Module]) -> dict[str, Any]:
     return {"format": _FORMAT, "submodules": records}
 
 
+def _readable(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Let a function that reads a record say that the record is damaged."""
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return function(*args, **kwargs)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(
+                "The checkpoint's record of frozen submodules is damaged "
+                f"({type(error).__name__}: {str(error)[:200]}). Nobody can tell whether it was "
+                "trained beside this model; use a checkpoint that was not altered."
+            ) from error
+
+    return call
+
+
+@_readable
 def differences(record: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> list[str]:
     """How the submodules that stand here differ from those of a record, one sentence each.
 
     A submodule that the record does not name is left out.
 
     Raises:
-        CheckpointError: a newer version wrote the record.
+        CheckpointError: a newer version wrote the record, or it is damaged.
     """
     if record["format"] > _FORMAT:
         raise CheckpointError(
@@ -79,6 +100,7 @@ def tensor_differences(
     return _weight_differences(name, fingerprint(theirs), fingerprint(parameters_of(module)))
 
 
+@_readable
 def describe(record: Mapping[str, Any]) -> str:
     """The models of a record in a line, as their load reports told them."""
     lines = []

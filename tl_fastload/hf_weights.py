@@ -196,13 +196,13 @@ def converted(
     session = Session(Options(strategy="copy", progress=False), dict(flags), origin)
     try:
         named = convert(origin, _with_architecture(model.cfg, hf_config))
+        shadow: Any = object.__new__(type("Recording", (_Recorder, type(model)), {}))
+        shadow.__dict__.update({**model.__dict__, "_session": session})
+        stock = HookedTransformer.load_and_process_state_dict.__get__(shadow)
+        record_processing(shadow, session, named, flags, stock)
     except Exception as error:
         verify.explain(origin, error, {})
         raise
-    shadow: Any = object.__new__(type("Recording", (_Recorder, type(model)), {}))
-    shadow.__dict__.update({**model.__dict__, "_session": session})
-    stock = HookedTransformer.load_and_process_state_dict.__get__(shadow)
-    record_processing(shadow, session, named, flags, stock)
     session.notes.extend(origin.ledger.notes)
     layers = getattr(getattr(hf_config, "text_config", hf_config), "num_hidden_layers", 0)
     if layers > model.cfg.n_layers:

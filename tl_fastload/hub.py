@@ -214,11 +214,12 @@ def cached_snapshot(repo: str, options: HubOptions) -> Path | None:
     reference = store / "refs" / options.revision_name
     try:
         commit = reference.read_text().strip() if reference.is_file() else options.revision_name
-    except OSError:
+        folder = snapshots / commit
+        # A revision such as ".." must not lead out of the snapshots.
+        is_one = folder.is_dir() and folder.parent == snapshots and commit != ".."
+    except (OSError, ValueError):  # too long or too odd to be a path
         return None
-    folder = snapshots / commit
-    # A revision such as ".." must not lead out of the snapshots.
-    return folder if folder.is_dir() and folder.parent == snapshots and commit != ".." else None
+    return folder if is_one else None
 
 
 def _repo_folder(repo: str, options: HubOptions) -> Path:
@@ -332,4 +333,7 @@ def _not_cached(
 
 
 def _names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    try:
+        return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    except (OSError, ValueError):  # too long or too odd to be a path
+        return []

@@ -14,6 +14,7 @@ from transformer_lens import HookedTransformer
 from tl_fastload import steps
 from tl_fastload.already import versions
 from tl_fastload.argument_types import checked
+from tl_fastload.boundary import guarded
 from tl_fastload.errors import (
     ArgumentError,
     MissingWeightsError,
@@ -68,6 +69,7 @@ class _Found:
             )
 
 
+@guarded("while loading weights into a model")
 def load_weights_(
     model: Any,
     source: Any,
@@ -223,6 +225,7 @@ def _load_hooked(
             wrote=lambda write: bar.advance(write.name, _size_bytes(write.target)),
             writing=lambda write: step.writes(write.name),
         ).run()
+        reader.files.check_all()
         _remember(model, found.flags)
     return found
 
@@ -327,6 +330,7 @@ def _load_converted(
             writing=step.writes,
         )
         placer.place(recipes)
+        reader.files.check_all()
         _remember(model, flags)
     if placer.not_finite:
         found.notes.append(f"NaN or infinite values in {listed(placer.not_finite)}.")

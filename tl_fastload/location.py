@@ -11,10 +11,10 @@ from pathlib import Path
 
 from tl_fastload import hub
 from tl_fastload.errors import ArgumentError, CheckpointError, UnknownModelError
+from tl_fastload.file_states import unreadable
 from tl_fastload.hub import HubOptions, Listing
 from tl_fastload.links import check_link
 from tl_fastload.names import NOT_ON_THE_HUB, nearest_names, official_name
-from tl_fastload.safetensors_header import unreadable
 from tl_fastload.weight_files import stays_inside
 
 CONFIG = "config.json"
@@ -160,6 +160,14 @@ def _expanded(text: str) -> Path:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
+    except (OSError, ValueError):  # too long or too odd to be a path
+        return False
+
+
+def is_directory(path: Path) -> bool:
+    """Whether a path, which may be none at all, is a folder."""
+    try:
+        return path.is_dir()
     except (OSError, ValueError):  # too long or too odd to be a path
         return False
 

@@ -4,10 +4,12 @@ what fits, and leave out the rest.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from tl_fastload.lora_config import Adapter, ends_with, import_peft, is_in
+from tl_fastload.lora_patterns import matches
 
 # Modules whose weights may be tied, in the models that are loaded here.
 _TIED = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
@@ -33,22 +35,40 @@ def discrepancies(adapter: Adapter, by_name: Mapping[str, Any], done: Collection
 
 def _modules(adapter: Adapter, by_name: Mapping[str, Any], done: Collection[str]) -> Iterator[str]:
     config = adapter.config
+    parameters = getattr(config, "target_parameters", None)
+    if config.target_modules is None and not parameters and adapter.low_rank:
+        yield "target_modules: the configuration does not say what the adapter updates"
     if not config.target_modules or config.target_modules == "all-linear":
         return
     import_peft()
     from peft.tuners.tuners_utils import check_target_module_exists
 
+    def is_target(module: str) -> bool:
+        return bool(check_target_module_exists(_decided(config, module), module))
+
     for name, promise in by_name.items():
         module, _, leaf = name.rpartition(".")
         is_matrix = leaf == "weight" and promise.dim() == 2 and name not in done
-        if is_matrix and check_target_module_exists(config, module):
+        if is_matrix and is_target(module):
             yield f"missing: lora_A and lora_B of {module}, which target_modules names"
-    if getattr(config, "target_parameters", None):
+    if parameters:
         return  # names of stacks say nothing about modules
     for module in adapter.low_rank:
         names = (module, adapter.former.get(module, module))
-        if not any(check_target_module_exists(config, name) for name in names):
+        if not any(is_target(name) for name in names):
             yield f"an update of {module}, which the configuration does not target"
+
+
+def _decided(config: Any, module: str) -> Any:
+    """The configuration without regular expressions: what they say of a module is a name, or none.
+    peft would match them in a time that nobody can bound.
+    """
+    changed = copy.copy(config)
+    for name in ("target_modules", "exclude_modules"):
+        pattern = getattr(config, name, None)
+        if isinstance(pattern, str):
+            setattr(changed, name, [module] if matches(pattern, module, whole=True) else [])
+    return changed
 
 
 def _parameters(

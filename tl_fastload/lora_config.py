@@ -6,7 +6,6 @@ peft is imported when an adapter is asked for, not before.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -14,13 +13,21 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from tl_fastload import hub
+from tl_fastload import hub, schemas
 from tl_fastload.checkpoint import Location, open_weights
-from tl_fastload.errors import AdapterError, ArgumentError, CheckpointError, UnknownModelError
+from tl_fastload.errors import (
+    AdapterError,
+    ArgumentError,
+    CheckpointError,
+    MissingPackageError,
+    UnknownModelError,
+)
 from tl_fastload.hub import HubOptions
+from tl_fastload.json_files import read_object
 from tl_fastload.links import check_link
 from tl_fastload.location import file_names
 from tl_fastload.lora_argument import Requests
+from tl_fastload.lora_patterns import matches
 from tl_fastload.promise import Promise
 from tl_fastload.reader import FileReader, FileSource
 from tl_fastload.recipe import MemorySource
@@ -43,6 +50,7 @@ _FOLLOWED = {
 }
 # Ways to initialise that subtract something from the base weights, unlike the others.
 _CHANGES_BASE = re.compile(r"(pissa.*|olora|corda|loftq|lora_ga)$", re.IGNORECASE)
+_MARKS = frozenset("*+?{}()[]|\\^$")  # of regular expressions, but for the dot
 # `torch.compile` and parallel wrappers, around peft's model or inside it, put their parts in front.
 _WRAPPERS = rf"(?:(?:{'|'.join(WRAPPER_PARTS)})\.)*"
 _PREFIX = re.compile(rf"^{_WRAPPERS}base_model\.{_WRAPPERS}model\.")
@@ -167,7 +175,7 @@ def is_in(name: str, module: str) -> bool:
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """The value of the first pattern that fits a module's name: peft's `get_pattern_key`."""
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if matches(rf"(.*\.)?({pattern})$", module, whole=False):
             return value
     return default
 
@@ -184,13 +192,14 @@ def open_adapters(
         reader: reads the weights later.
 
     Raises:
-        ArgumentError: peft is not installed.
+        MissingPackageError: peft is not installed.
         UnknownModelError, CheckpointError: an adapter cannot be had.
         AdapterError: it is of another kind, or does something that cannot be merged.
     """
     adapters = []
     for name, weight in requests:
         location = locate_adapter(name, dict(keywords))
+        reader.files.see(location.folder / CONFIG)
         config = read_config(location.folder, location.label)
         adapter = Adapter(location.label, config, weight)
         sort_tensors(adapter, _tensors(location, reader))
@@ -199,11 +208,11 @@ def open_adapters(
 
 
 def import_peft() -> Any:
-    """peft, or an ArgumentError that says how to get it."""
+    """peft, or a MissingPackageError that says how to get it."""
     try:
         import peft
     except ImportError as error:
-        raise ArgumentError(
+        raise MissingPackageError(
             f"adapter= reads adapters with peft, which cannot be imported ({error}). Install it: "
             'pip install "tl-fastload[lora]"'
         ) from error
@@ -260,35 +269,51 @@ def read_config(folder: Path, label: str) -> Any:
     """peft's `LoraConfig` of an adapter.
 
     Raises:
-        ArgumentError: peft is not installed.
+        MissingPackageError: peft is not installed.
         AdapterError: it is no LoRA, or has fields that change the result in an unknown way.
     """
-    peft = import_peft()
     path = folder / CONFIG
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        kind = stored["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AdapterError(
-            f"{path} is no adapter configuration ({type(error).__name__}: {error}). Save the "
-            "adapter again with peft's save_pretrained."
-        ) from error
+    remedy = "Save the adapter again with peft's save_pretrained."
+    stored = read_object(path, remedy, kind=AdapterError)
+    kind = stored.get("peft_type")
+    if not isinstance(kind, str):
+        raise AdapterError(f"{path} is no adapter configuration: it has no peft_type. {remedy}")
     if kind != "LORA":
         raise AdapterError(
             f"{label} is an adapter of the kind {kind}, which is not merged here: only LORA is. "
             "Load it with peft, and pass hf_model=peft_model.merge_and_unload() if it can merge."
         )
+    schemas.check(stored, schemas.ADAPTER, str(path), remedy, kind=AdapterError)
+    _check_names(stored, path)
+    peft = import_peft()
     try:
         # Fields of newer versions are judged below; peft would warn of them.
         known = {one.name for one in fields(peft.LoraConfig) if one.init} - {"runtime_config"}
         config = peft.LoraConfig(**{name: stored[name] for name in stored if name in known})
-    except (TypeError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # peft's classes raise anything for values they do not expect
         raise AdapterError(
-            f"peft {peft.__version__} cannot read {path}: {error} The adapter was saved by peft "
+            f"peft {peft.__version__} cannot read {path}: {error}. The adapter was saved by peft "
             f"{stored.get('peft_version', 'of an unknown version')}: install that one or a newer."
         ) from error
     check_config(config, label, stored)
     return config
+
+
+def _check_names(stored: Mapping[str, Any], path: Path) -> None:
+    """Refuse expressions where peft expects names, but puts them into expressions of its own."""
+    for name in ("modules_to_save", "layers_pattern"):
+        value = stored.get(name) or ()
+        strange = [
+            one for one in ([value] if isinstance(value, str) else value) if not _is_name(one)
+        ]
+        if strange:
+            raise AdapterError(
+                f"{path}: {name} has {strange[0][:80]!r}, which is no module's name. Correct it."
+            )
+
+
+def _is_name(text: str) -> bool:
+    return len(text) < 1000 and not set(text) & _MARKS
 
 
 def check_config(
@@ -335,7 +360,9 @@ def _tensors(location: Location, reader: FileReader) -> dict[str, Promise]:
     promises: dict[str, Promise] = {
         name: Promise.of(FileSource(entry, reader)) for name, entry in checkpoint.entries.items()
     }
-    for name, tensor in checkpoint.load_tensors().tensors.items():
+    contents = checkpoint.load_tensors()
+    reader.files.hold({**checkpoint.states, **contents.states})
+    for name, tensor in contents.tensors.items():
         promises[name] = Promise.of(MemorySource(tensor, name))
     return promises
 
@@ -380,13 +407,14 @@ def sort_tensors(adapter: Adapter, tensors: Mapping[str, Promise]) -> None:
 
 def _bad_settings(adapter: Adapter) -> list[str]:
     """Numbers and patterns of the configuration that mean nothing."""
-    targets = adapter.config.target_modules
     try:
-        re.compile(targets if isinstance(targets, str) else "")
+        for field_name in ("target_modules", "exclude_modules"):
+            pattern = getattr(adapter.config, field_name, None)
+            matches(pattern if isinstance(pattern, str) else "", "", whole=True)
         for module in adapter.low_rank:
             adapter.scaling(module)
-    except re.error as error:
-        return [f"no regular expression in its configuration: {error.pattern!r} ({error})"]
+    except AdapterError as error:
+        return [str(error)]
     except (TypeError, ValueError, ZeroDivisionError) as error:
         return [f"lora_alpha, r or their patterns are no numbers to scale by: {error}"]
     return []

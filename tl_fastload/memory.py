@@ -106,7 +106,10 @@ class PeakSampler:
 
     def sample(self) -> None:
         """Look once, now."""
-        now = host_memory()
+        try:
+            now = host_memory()
+        except (OSError, MemoryError):  # no descriptor is left: a figure is not worth a load
+            return
         resident_bytes = now.resident_bytes - self._start.resident_bytes
         anonymous_bytes = now.anonymous_bytes - self._start.anonymous_bytes
         self.peak_host_bytes = max(self.peak_host_bytes, resident_bytes)

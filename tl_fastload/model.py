@@ -12,6 +12,7 @@ from transformer_lens import HookedTransformer
 from tl_fastload import live, planning
 from tl_fastload import session as sessions
 from tl_fastload.argument_types import checked, checked_keywords
+from tl_fastload.boundary import guarded
 from tl_fastload.cache import load_through_cache
 from tl_fastload.draft import Request
 from tl_fastload.errors import NotEnoughMemory
@@ -56,6 +57,7 @@ class LeanLoadingMixin:
         check_bases(cls, LeanLoadingMixin)
 
     @classmethod
+    @guarded("while loading")
     def from_pretrained_lean(
         cls,
         model_name: str | Path,
@@ -226,6 +228,7 @@ class LeanLoadingMixin:
             **arguments,
         )
 
+    @guarded("while loading a state dict")
     def load_and_process_state_dict(
         self,
         state_dict: dict[str, torch.Tensor],
@@ -271,6 +274,7 @@ class LeanLoadingMixin:
         else:
             live.load_state_dict(self, state_dict, steps, stock)
 
+    @guarded("while processing weights")
     def process_weights_(
         self,
         fold_ln: bool = True,
@@ -381,6 +385,7 @@ class LeanHookedTransformer(LeanLoadingMixin, HookedTransformer):  # type: ignor
 _SIGNATURE = inspect.signature(LeanHookedTransformer.from_pretrained_lean)
 
 
+@guarded("while planning")
 def plan(model_name: str | Path, *args: Any, **kwargs: Any) -> LoadPlan:
     """Predict what `LeanHookedTransformer.from_pretrained_lean` would take, without loading.
 

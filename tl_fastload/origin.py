@@ -5,7 +5,6 @@ An origin answers what TransformerLens' own loading functions ask (`tl_fastload.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from tl_fastload.key_prefixes import without_wrappers
 from tl_fastload.keys import Ledger
 from tl_fastload.keywords import Keywords, override, sort_keywords
 from tl_fastload.links import check_all_links
+from tl_fastload.location import is_directory
 from tl_fastload.lora import Weights, merge, merge_into_files
 from tl_fastload.lora_base import compare_bases
 from tl_fastload.lora_config import Adapter, open_adapters
@@ -198,7 +198,7 @@ class Origin:
 
     def _prepare(self, checkpoint: Checkpoint) -> None:
         """Decide what is mapped, and refuse what would be read into memory and cannot be held."""
-        self.reader.maps = FileMaps() if self.options.may_map(checkpoint) else None
+        self.reader.maps = FileMaps(self.reader.files) if self.options.may_map(checkpoint) else None
         if self.options.check_memory and not self.options.only_plan:
             whole = checkpoint.read_whole_bytes(mmap=self.reader.maps is not None)
             check_room({torch.device("cpu"): whole}, self.label)
@@ -226,7 +226,7 @@ class Origin:
     def download_file_from_hf(self, repo: str, file_name: str, **kwargs: Any) -> Any:
         location = self._place()
         if file_name == "config.json":
-            fields = json.loads((location.folder / file_name).read_text(encoding="utf-8"))
+            fields = config.read_config_json(location.folder)
             self.n_layers = fields["n_layers"]
             return fields
         self.checkpoint = open_weights(location, weights_file=file_name)
@@ -283,7 +283,7 @@ def find_origin(
             f"model_name={model_name!r} is a {type(model_name).__name__}: pass a name or a folder."
         )
     sorted_keywords = sort_keywords(keywords)
-    is_folder = isinstance(model_name, Path) or Path(model_name).is_dir()
+    is_folder = isinstance(model_name, Path) or is_directory(Path(model_name))
     # A folder wins over a name, as in transformers.
     official = None if is_folder else official_name(str(model_name))
     adapters = open_adapters(options.adapter, sorted_keywords.hub, reader)
@@ -292,6 +292,7 @@ def find_origin(
         origin.adapters += adapters
         return origin
     location = resolve_config(model_name, **sorted_keywords.hub)
+    reader.files.see(location.folder / "config.json")
     is_toy = is_toy_name(official) or _is_toy_folder(location)
     stock_name = stock_name_for(official, location.repo or location.label)
     hf_config, spec = None, None
@@ -351,7 +352,7 @@ def _from_model(
         is_toy=False,
         hf_config=hf_model.config,
         hf_model=hf_model,
-        location=resolve_config(name) if Path(name).is_dir() else None,
+        location=resolve_config(name) if is_directory(Path(name)) else None,
         keywords=keywords,
         reader=reader,
         options=options,
@@ -373,18 +374,14 @@ def has_tokenizer(location: Location) -> bool:
 
 
 def _is_toy_folder(location: Location) -> bool:
-    try:
-        values = json.loads((location.folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(values, dict) and "d_model" in values and "model_type" not in values
+    return config.is_toy(config.read_config_json(location.folder))
 
 
 def _toy_name(location: Location) -> str:
     """A name whose prefix sends TransformerLens to its toy branch; "_old" marks the early SoLU
     format.
     """
-    values = json.loads((location.folder / "config.json").read_text(encoding="utf-8"))
+    values = config.read_config_json(location.folder)
     name = location.folder.name
     if "architecture" not in values and "_old" not in name and _has_old_names(location):
         name += "_old"

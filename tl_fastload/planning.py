@@ -12,6 +12,7 @@ import torch
 
 from tl_fastload import advice, cache, store_plan
 from tl_fastload import session as sessions
+from tl_fastload.boundary import boundary
 from tl_fastload.display import format_bytes
 from tl_fastload.draft import CODE_BYTES, CPU, OBJECTS_BYTES, Draft, Needs, Request
 from tl_fastload.errors import NotEnoughMemory
@@ -32,7 +33,7 @@ def plan_load(request: Request) -> LoadPlan:
     request.options.check()
     with own_defaults():
         mapped = _copy_of(request)
-        plan = _of_checkpoint(request) if mapped is None else store_plan.plan_copy(*mapped)
+        plan = _of_checkpoint(request) if mapped is None else _of_copy(request, *mapped)
     return replace(plan, seconds=time.perf_counter() - started)
 
 
@@ -46,6 +47,17 @@ def _copy_of(request: Request) -> tuple[Request, Path] | None:
         return None
     hit = cache.hit_arguments(request.options, request.arguments, request.keywords)
     return Request(request.cls, *hit), entry
+
+
+def _of_copy(request: Request, mapped: Request, folder: Path) -> LoadPlan:
+    is_named = mapped is request
+    try:
+        with boundary("while planning"):
+            return store_plan.plan_copy(mapped, folder)
+    except cache.BAD_ENTRY:
+        if is_named:
+            raise
+        return _of_checkpoint(request)  # as the load, which fills a damaged entry again
 
 
 def _of_checkpoint(request: Request) -> LoadPlan:

@@ -17,8 +17,8 @@ import torch
 from tl_fastload.checkpoint import TensorEntry
 from tl_fastload.compat import item_bytes
 from tl_fastload.errors import CheckpointError
+from tl_fastload.file_states import OpenFiles, unreadable
 from tl_fastload.recipe import Source
-from tl_fastload.safetensors_header import unreadable
 
 CHUNK_BYTES = 4 << 20
 HELD_SPAN_BYTES = 8 << 20
@@ -30,27 +30,24 @@ class FileReader:
 
     Attributes:
         maps: mappings for what need not be read; None where nothing may be mapped.
+        files: what is open, and whether it is what it was.
     """
 
     def __init__(self) -> None:
         self.maps: FileMaps | None = None
-        self._descriptors: dict[Path, int] = {}
+        self.files = OpenFiles()
         self._scratch = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._held: tuple[Path, int, int] | None = None
 
     def close(self) -> None:
         """Close the files and free the scratch buffer."""
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
+        self.files.close()
         self._scratch = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._held = None
 
     def read(self, path: Path, offset: int, out: torch.Tensor) -> None:
         """Fill the one-dimensional uint8 tensor `out` with the bytes of `path` from `offset` on."""
-        if path not in self._descriptors:
-            self._descriptors[path] = _open(path)
-        descriptor = self._descriptors[path]
+        descriptor = self.files.descriptor(path)
         target = memoryview(out.numpy())  # type: ignore[arg-type]
         done = 0
         while done < len(target):
@@ -81,15 +78,6 @@ class FileReader:
         return view
 
 
-def _open(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be opened any more ({error.strerror}). Load again when it is back."
-        ) from error
-
-
 def _read_at(descriptor: int, target: memoryview, offset: int) -> int:
     if hasattr(os, "preadv"):
         return os.preadv(descriptor, [target], offset)
@@ -104,9 +92,13 @@ class FileMaps:
 
     Two parameters that select the same elements (tied weights) get two mappings, so that writing
     to one does not change the other; unwritten pages stay shared.
+
+    Args:
+        files: what the files were when they were looked at first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, files: OpenFiles | None = None) -> None:
+        self._files = OpenFiles() if files is None else files
         self._storages: dict[tuple[Path, int], torch.UntypedStorage] = {}
         self._taken: dict[Path, list[list[tuple[int, int]]]] = defaultdict(list)
 
@@ -114,6 +106,8 @@ class FileMaps:
         """The selected elements of a file as a tensor that no other view of this object
         overlaps.
         """
+        if entry.state is not None:
+            self._files.expect({entry.path: entry.state})
         start, stop = byte_span(entry, geometry)
         layers = self._taken[entry.path]
         number = next((i for i, spans in enumerate(layers) if _is_free(spans, start, stop)), None)
@@ -129,7 +123,12 @@ class FileMaps:
     def _storage(self, path: Path, number: int) -> torch.UntypedStorage:
         key = (path, number)
         if key not in self._storages:
-            storage: Any = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+            # The very file that was looked at, also if another one has taken its name meanwhile.
+            descriptor = self._files.descriptor(path)
+            name = f"/proc/self/fd/{descriptor}"
+            name = name if Path(name).exists() else str(path)
+            size_bytes = os.fstat(descriptor).st_size
+            storage: Any = torch.UntypedStorage.from_file(name, False, size_bytes)
             self._storages[key] = storage
         return self._storages[key]
 
@@ -152,6 +151,8 @@ class FileSource(Source):
     ) -> None:
         if geometry is None:
             geometry = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+        if entry.state is not None:
+            reader.files.expect({entry.path: entry.state})
         self.entry = entry
         self.reader = reader
         self.name = entry.name

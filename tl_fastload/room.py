@@ -10,7 +10,7 @@ from torch import nn
 
 from tl_fastload.available import available_bytes
 from tl_fastload.display import format_bytes
-from tl_fastload.errors import LeanLoadError, NotEnoughMemory
+from tl_fastload.errors import LeanLoadError, NotEnoughMemory, is_out_of_memory
 
 # Sixteen float32 copies of everything at once: far more than any recipe holds.
 _MOST_BYTES_PER_ELEMENT = 64
@@ -59,7 +59,7 @@ def let_go_on_error(model: nn.Module, label: str) -> Iterator[None]:
         yield
     except BaseException as error:
         _empty(model)
-        if not _is_out_of_memory(error):
+        if isinstance(error, LeanLoadError) or not is_out_of_memory(error):
             raise
         said = str(error).strip().partition("\n")[0]
         error.__traceback__ = None  # its frames hold the tensors that were in work
@@ -76,13 +76,3 @@ def _empty(model: nn.Module) -> None:
             if parameter is not None:
                 empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
                 module._parameters[name] = nn.Parameter(empty, requires_grad=False)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, LeanLoadError):
-        return False
-    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
-        return True
-    # The host's allocator, and mapping files, have no exception of their own.
-    told = ("DefaultCPUAllocator", "Cannot allocate memory")
-    return isinstance(error, (RuntimeError, OSError)) and any(one in str(error) for one in told)

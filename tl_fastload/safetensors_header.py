@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,10 +20,15 @@ import torch
 
 from tl_fastload import compat
 from tl_fastload.errors import CheckpointError
+from tl_fastload.file_states import FileState, changed, unreadable
+from tl_fastload.json_files import open_regular, short
 
 LENGTH_BYTES = 8
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+MAX_HEADER_BYTES = 16 << 20
+"""Of a header; the largest that is known has 3 MB, and reading one takes fifty times as much."""
+MAX_TENSORS = 40_000
 MAX_DIMENSION = 2**63 - 1
+MAX_DIMENSIONS = 64  # torch has no more
 LFS_PREFIX = b"version https://git-lfs"
 AGAIN = "Download or copy the file again"
 
@@ -61,6 +67,7 @@ class TensorEntry:
         path: the file.
         offset: byte offset of the first element from the start of the file.
         nbytes: size in bytes.
+        state: what the file was when its header was read; None if it is not here.
     """
 
     name: str
@@ -69,6 +76,7 @@ class TensorEntry:
     path: Path
     offset: int
     nbytes: int
+    state: FileState | None = field(default=None, repr=False, compare=False)
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
@@ -78,9 +86,10 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         CheckpointError: the file cannot be read, is not a safetensors file, is truncated, or its
             header contradicts itself; names the file, and the tensor where there is one.
     """
-    header, data_start, data_bytes = _read_json(path)
+    header, data_start, state = _read_json(path)
+    data_bytes = state.size_bytes - data_start
     entries = {
-        name: _entry(path, name, fields, data_start)
+        name: _entry(path, name, fields, data_start, state)
         for name, fields in header.items()
         if name != "__metadata__"
     }
@@ -105,17 +114,6 @@ def check_weight_file(path: Path) -> int:
     return status.st_size
 
 
-def unreadable(path: Path, error: OSError) -> CheckpointError:
-    """The error to raise for a file that the system will not let us read."""
-    if isinstance(error, PermissionError):
-        remedy = "Give yourself permission to read it (chmod u+r), or copy it elsewhere."
-    elif isinstance(error, FileNotFoundError):
-        remedy = f"{AGAIN}; if it is a link, what it points to is gone."
-    else:
-        remedy = "Check the disk, or copy the file elsewhere."
-    return CheckpointError(f"Cannot read {path}: {error.strerror or error}. {remedy}")
-
-
 def lfs_pointer(path: Path) -> CheckpointError:
     """The error to raise for a Git-LFS pointer that lies where weights should be."""
     return CheckpointError(
@@ -124,17 +122,19 @@ def lfs_pointer(path: Path) -> CheckpointError:
     )
 
 
-def _read_json(path: Path) -> tuple[dict[str, Any], int, int]:
-    """The header's JSON object, where the data starts, and how many bytes of data there are."""
-    file_bytes = check_weight_file(path)
+def _read_json(path: Path) -> tuple[dict[str, Any], int, FileState]:
+    """The header's JSON object, where the data starts, and what the file was."""
+    check_weight_file(path)
     try:
-        with path.open("rb") as file:
-            header_bytes = _header_length(path, file, file_bytes)
+        with os.fdopen(open_regular(path), "rb") as file:
+            state = FileState.of(file.fileno())
+            header_bytes = _header_length(path, file, state.size_bytes)
             text = file.read(header_bytes)
     except OSError as error:
         raise unreadable(path, error) from error
-    data_start = LENGTH_BYTES + header_bytes
-    return _parse(path, text), data_start, file_bytes - data_start
+    if len(text) < header_bytes:
+        raise changed(path)
+    return _parse(path, text), LENGTH_BYTES + header_bytes, state
 
 
 def _header_length(path: Path, file: BinaryIO, file_bytes: int) -> int:
@@ -142,6 +142,11 @@ def _header_length(path: Path, file: BinaryIO, file_bytes: int) -> int:
     if prefix == LFS_PREFIX[:LENGTH_BYTES] and (prefix + file.read(64)).startswith(LFS_PREFIX):
         raise lfs_pointer(path)
     length = int.from_bytes(prefix, "little")
+    if MAX_HEADER_BYTES < length < file_bytes:
+        raise CheckpointError(
+            f"{path} has a header of {length:,} bytes, at most {MAX_HEADER_BYTES:,} are read. "
+            f"{AGAIN}, or save the model in several files."
+        )
     if len(prefix) < LENGTH_BYTES or length > MAX_HEADER_BYTES:
         raise CheckpointError(
             f"{path} is not a safetensors file: its first {LENGTH_BYTES} bytes are not the "
@@ -162,19 +167,24 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
         raise CheckpointError(f"{path} has a corrupt header ({error}). {AGAIN}.") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} has a corrupt header (not a JSON object). {AGAIN}.")
+    if len(header) > MAX_TENSORS:
+        raise CheckpointError(
+            f"{path} has a corrupt header ({len(header):,} tensors, at most {MAX_TENSORS:,} are "
+            f"read). {AGAIN}, or save the model in several files."
+        )
     return header
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} occurs twice")
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"{short(twice)} occurs twice")
     return fields
 
 
-def _entry(path: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
+def _entry(path: Path, name: str, fields: Any, data_start: int, state: FileState) -> TensorEntry:
     """One entry of the header, checked in itself."""
 
     def corrupt(why: str) -> CheckpointError:
@@ -183,14 +193,14 @@ def _entry(path: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
     if not isinstance(fields, dict) or not {"dtype", "shape", "data_offsets"} <= fields.keys():
         raise corrupt("lacks dtype, shape or data_offsets")
     shape, offsets = fields["shape"], fields["data_offsets"]
-    if not _are_sizes(shape):
-        raise corrupt(f"has a shape that is none: {_short(shape)}")
+    if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
+        raise corrupt(f"has a shape that is none: {short(shape)}")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise corrupt(f"has data_offsets that are no range: {_short(offsets)}")
+        raise corrupt(f"has data_offsets that are no range: {short(offsets)}")
     dtype = DTYPES.get(fields["dtype"]) if isinstance(fields["dtype"], str) else None
     if dtype is None:
         raise CheckpointError(
-            f"{path}: tensor {name!r} has dtype {_short(fields['dtype'])}, which torch "
+            f"{path}: tensor {name!r} has dtype {short(fields['dtype'])}, which torch "
             f"{torch.__version__} does not have or tl_fastload does not read. Update torch, or "
             f"convert the checkpoint to one of {', '.join(DTYPES)}."
         )
@@ -199,9 +209,9 @@ def _entry(path: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
     if end - begin != expected_bytes:
         raise corrupt(
             f"has {end - begin:,} bytes of data where dtype {fields['dtype']} and shape "
-            f"{_short(shape)} need {expected_bytes:,}"
+            f"{short(shape)} need {expected_bytes:,}"
         )
-    return TensorEntry(name, dtype, tuple(shape), path, data_start + begin, expected_bytes)
+    return TensorEntry(name, dtype, tuple(shape), path, data_start + begin, expected_bytes, state)
 
 
 def _are_sizes(value: Any) -> bool:
@@ -210,11 +220,6 @@ def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(
         type(size) is int and 0 <= size <= MAX_DIMENSION for size in value
     )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _check_layout(

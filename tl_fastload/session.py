@@ -59,6 +59,7 @@ def load(cls: type, options: Options, arguments: dict[str, Any], keywords: dict[
         with torch.inference_mode(False), own_defaults(), PeakSampler() as sampler:
             sampler.mark("configuration")
             model, session = _load(cls, options, dict(arguments), dict(keywords), reader, sampler)
+            reader.files.check_all()
     finally:
         reader.close()
     model._processed = ({step for step, on in session.requested.items() if on}, versions(model))
@@ -91,7 +92,9 @@ def record(
     reader = FileReader()
     try:
         with torch.inference_mode(False), own_defaults():
-            return _load(cls, options, dict(arguments), dict(keywords), reader, ledger=ledger)
+            found = _load(cls, options, dict(arguments), dict(keywords), reader, ledger=ledger)
+            reader.files.check_all()
+            return found
     finally:
         reader.close()
 

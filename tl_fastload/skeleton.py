@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tl_fastload import compat
 from tl_fastload.borrow import silenced
+from tl_fastload.boundary import is_panic
 from tl_fastload.config_repairs import differences
 from tl_fastload.display import printable
 from tl_fastload.memory import return_freed_memory
@@ -133,20 +134,12 @@ def _own_tokenizer(cfg: Any, origin: Any, notes: list[str]) -> Any:
         return own_tokenizer(
             cfg, origin.tokenizer_folder(), hub, trust=origin.keywords.trust_remote_code
         )
-    except Exception as error:  # tokenizers raise anything at all
-        _without_tokenizer(cfg, error, notes)
+    except BaseException as error:  # tokenizers raise anything at all
+        if not is_failure(error):
+            raise
+        notes.append(lost_tokenizer(cfg.tokenizer_name, error))
+        cfg.tokenizer_name = None
         return None
-
-
-def _without_tokenizer(cfg: Any, error: Exception, notes: list[str]) -> None:
-    text = " ".join(str(error).split())[:200]
-    message = (
-        f"No tokenizer could be loaded from {cfg.tokenizer_name} ({type(error).__name__}: {text}): "
-        "pass token ids, or tokenizer=."
-    )
-    notes.append(message)
-    warnings.warn(printable(message), stacklevel=2)
-    cfg.tokenizer_name = None
 
 
 def _construct(
@@ -154,11 +147,37 @@ def _construct(
 ) -> Any:
     try:
         return cls(cfg, tokenizer, *args, **kwargs)
-    except Exception as error:
-        if tokenizer is None or not is_own:
+    except BaseException as error:  # a panic of code in Rust is no `Exception`
+        if tokenizer is None or not is_failure(error):
             raise
-        _without_tokenizer(cfg, error, notes)
-        return cls(cfg, None, *args, **kwargs)  # if it fails again, it was not the tokenizer
+        failed = error
+    # The weights do not need the tokenizer: token ids still work. Whether it was the tokenizer that
+    # failed shows now: without it, anything else fails again.
+    name, cfg.tokenizer_name = cfg.tokenizer_name, None
+    model = cls(cfg, None, *args, **without_side(kwargs))
+    notes.append(lost_tokenizer(name if is_own else "tokenizer=", failed))
+    return model
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether a tokenizer's loading failed, and nobody wanted the program to stop."""
+    return isinstance(error, Exception) or is_panic(error)
+
+
+def without_side(keywords: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a model class for a model without a tokenizer."""
+    return {name: value for name, value in keywords.items() if name != "default_padding_side"}
+
+
+def lost_tokenizer(name: Any, error: BaseException) -> str:
+    """Warn of a tokenizer that could not be loaded; the sentence is for the report as well."""
+    text = " ".join(str(error).split())[:200]
+    message = printable(
+        f"No tokenizer could be loaded from {name} ({type(error).__name__}: {text}): the model has "
+        "none. Pass token ids, or tokenizer=."
+    )
+    warnings.warn(message, stacklevel=2)
+    return message
 
 
 def device_map(model: Any, move_to_device: bool) -> Callable[[str], torch.device]:

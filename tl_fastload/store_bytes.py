@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_fastload.argument_types import checked
+from tl_fastload.boundary import guarded
 from tl_fastload.errors import CheckpointError
 from tl_fastload.reader import FileReader
 from tl_fastload.safetensors_header import TensorEntry
@@ -60,6 +61,7 @@ def check_tokenizer(folder: Path, saved: Mapping[str, Any]) -> None:
             )
 
 
+@guarded("while verifying a copy")
 def verify_copy(folder: str | os.PathLike[str]) -> None:
     """Read every byte of a processed copy and compare it with the checksums of when it was saved.
 
@@ -78,12 +80,14 @@ def verify_copy(folder: str | os.PathLike[str]) -> None:
     entries = stored_tensors(place, manifest)
     reader = FileReader()
     try:
+        reader.files.expect({e.path: e.state for e in entries.values() if e.state is not None})
         for key, wanted in manifest.checksums.items():
             if _digest(reader, entries[key]) != wanted:
                 raise CheckpointError(
                     f"{entries[key].path}: the bytes of {key} are not those that were saved. Save "
                     "the copy again, or load the original."
                 )
+        reader.files.check_all()
     finally:
         reader.close()
     if manifest.tokenizer is not None:

@@ -20,11 +20,14 @@ from transformer_lens import HookedTransformerConfig
 
 from tl_fastload import compat
 from tl_fastload.errors import CheckpointError, SaveError
+from tl_fastload.file_states import unreadable
+from tl_fastload.json_files import read_object
 from tl_fastload.layout import FORWARD, check_layout
 from tl_fastload.links import check_link
 from tl_fastload.quantized import formats
 from tl_fastload.quantized.spec import Spec
-from tl_fastload.safetensors_header import LENGTH_BYTES, TensorEntry, read_header, unreadable
+from tl_fastload.safetensors_header import LENGTH_BYTES, TensorEntry, read_header
+from tl_fastload.store_schema import check_manifest
 from tl_fastload.version import __version__
 from tl_fastload.weight_files import stays_inside
 
@@ -145,13 +148,8 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     check_link(folder, MANIFEST)
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise unreadable(path, error) from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}). {_REMEDY}.") from error
-    version = body.get("format_version") if isinstance(body, dict) else None
+    body = read_object(path, f"{_REMEDY}.", cannot_read=lambda error: unreadable(path, error))
+    version = body.get("format_version")
     if not isinstance(version, int):
         raise CheckpointError(f"{path} does not describe a processed copy. {_REMEDY}.")
     if version > FORMAT_VERSION:
@@ -163,15 +161,16 @@ def read_manifest(folder: Path) -> Manifest:
     if checksum != _checksum(body):
         raise CheckpointError(f"{path} was altered: its checksum does not fit. {_REMEDY}.")
     try:
-        return _manifest(body)
+        return _manifest(body, path)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path} is damaged ({type(error).__name__}: {error}). {_REMEDY}."
         ) from error
 
 
-def _manifest(body: dict[str, Any]) -> Manifest:
+def _manifest(body: dict[str, Any], path: Path) -> Manifest:
     values = _decode({name: value for name, value in body.items() if name != "format_version"})
+    check_manifest(values, str(path), f"{_REMEDY}.")
     for part in ("parameters", "buffers"):
         values[part] = {name: _view(fields) for name, fields in values[part].items()}
     if values["quantization"] is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +15,6 @@ from torch import nn
 from tl_fastload import compat, layout, quantized, steps, verify
 from tl_fastload.already import versions
 from tl_fastload.config import hf_config_of
-from tl_fastload.display import printable
 from tl_fastload.errors import CheckpointError
 from tl_fastload.keywords import Keywords, sort_keywords
 from tl_fastload.links import leads_out
@@ -28,7 +26,7 @@ from tl_fastload.reader import FileMaps, FileReader, FileSource
 from tl_fastload.report import LoadReport
 from tl_fastload.room import check_room, let_go_on_error
 from tl_fastload.safetensors_header import TensorEntry
-from tl_fastload.skeleton import build_empty, device_map
+from tl_fastload.skeleton import build_empty, device_map, is_failure, lost_tokenizer
 from tl_fastload.store_bytes import check_tokenizer, verify_copy
 from tl_fastload.store_check import check_arguments, check_names, check_steps
 from tl_fastload.store_format import (
@@ -108,7 +106,9 @@ def _load_whole(cls: type, *arguments: Any) -> tuple[Any, LoadReport]:
     manifest = read_manifest(folder)
     for _ in range(_TRIES):
         try:
-            return _load(cls, manifest, *arguments)
+            found = _load(cls, manifest, *arguments)
+            arguments[-1].files.check_all()
+            return found
         except (CheckpointError, OSError) as error:
             failed = error
         before, manifest = manifest, read_manifest(folder)
@@ -139,7 +139,7 @@ def _load(
     device_of = device_map(model, arguments["move_to_device"])
     check_names(model, manifest, folder)
     if may_map(options, folder):
-        reader.maps = FileMaps()
+        reader.maps = FileMaps(reader.files)
     sampler.watch({device_of(name) for name in manifest.parameters})
     moves = moved(model, manifest, options)
     if options.check_memory:
@@ -280,14 +280,10 @@ def _tokenizer(
         # Copies of earlier versions do not say what it was called.
         name = saved.get("name", as_saved) or ""
         return named(tokenizer, str(name))
-    except Exception as error:  # tokenizers raise anything at all
-        text = " ".join(str(error).split())[:200]
-        message = (
-            f"The copy's tokenizer could not be loaded ({type(error).__name__}: {text}): pass "
-            "token ids, or tokenizer=."
-        )
-        notes.append(message)
-        warnings.warn(printable(message), stacklevel=2)
+    except BaseException as error:  # a panic of code in Rust is no `Exception`
+        if not is_failure(error):
+            raise
+        notes.append(lost_tokenizer(folder / saved["folder"], error))
         return None
 
 

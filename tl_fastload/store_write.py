@@ -17,6 +17,7 @@ from torch import nn
 from tl_fastload import layout
 from tl_fastload.already import is_processed
 from tl_fastload.argument_types import checked
+from tl_fastload.boundary import guarded
 from tl_fastload.display import format_bytes
 from tl_fastload.errors import LeanLoadError, SaveError
 from tl_fastload.fingerprint import plain_name
@@ -142,6 +143,7 @@ def _check_dtype(name: str, tensor: torch.Tensor) -> None:
         raise SaveError(f"{name} is {tensor.dtype}, which a copy cannot hold. Convert it first.")
 
 
+@guarded("while saving", SaveError)
 def save_lean(
     model: Any,
     folder: str | os.PathLike[str],

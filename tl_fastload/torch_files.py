@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import struct
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,16 @@ import torch
 
 from tl_fastload import compat
 from tl_fastload.errors import CheckpointError
+from tl_fastload.file_states import FileState, changed, state_of, unreadable
+from tl_fastload.json_files import open_regular
 from tl_fastload.quantized import rebuild
 from tl_fastload.safetensors_header import (
     AGAIN,
     LFS_PREFIX,
     check_weight_file,
     lfs_pointer,
-    unreadable,
 )
+from tl_fastload.torch_records import check_records, inflated_bytes
 
 # Under these keys trainers put the state dict when they save other things beside it.
 NESTING_KEYS = ("state_dict", "model_state_dict", "module", "model")
@@ -34,10 +38,12 @@ class TorchContents:
     Attributes:
         tensors: by name; views of the mapped file where it was mapped, so never write into them.
         notes: what was done beyond plain reading, one sentence each.
+        states: what each file was when it was read.
     """
 
     tensors: dict[str, torch.Tensor]
     notes: tuple[str, ...]
+    states: Mapping[Path, FileState] = field(default_factory=dict)
 
 
 def read_torch_files(paths: tuple[Path, ...], *, mmap: bool = True) -> TorchContents:
@@ -54,20 +60,30 @@ def read_torch_files(paths: tuple[Path, ...], *, mmap: bool = True) -> TorchCont
     tensors: dict[str, torch.Tensor] = {}
     home: dict[str, Path] = {}
     notes: list[str] = []
+    states: dict[Path, FileState] = {}
     for path in paths:
-        found, file_notes = _read_torch_file(path, mmap=mmap)
+        found, file_notes, states[path] = _read_torch_file(path, mmap=mmap)
         notes += file_notes
         for name in found.keys() & home.keys():
             raise CheckpointError(duplicate_message(name, home[name], path))
         tensors.update(found)
         home.update(dict.fromkeys(found, path))
-    return TorchContents(tensors, tuple(notes))
+    return TorchContents(tensors, tuple(notes), states)
 
 
 def whole_bytes(paths: tuple[Path, ...], *, mmap: bool) -> int:
     """Bytes of the files that `read_torch_files` reads into memory instead of mapping them."""
     can_map = mmap and compat.can_map_torch_files()
-    return sum(path.stat().st_size for path in paths if not (can_map and _mappable(path)[0]))
+    return sum(_whole_bytes(path) for path in paths if not (can_map and _mappable(path)[0]))
+
+
+def _whole_bytes(path: Path) -> int:
+    """Bytes of a file once it is in memory: more than it has, if it is compressed."""
+    try:
+        with path.open("rb") as file:
+            return max(path.stat().st_size, inflated_bytes(file) if _is_zip(path) else 0)
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def duplicate_message(name: str, first: Path, second: Path) -> str:
@@ -78,7 +94,11 @@ def duplicate_message(name: str, first: Path, second: Path) -> str:
     )
 
 
-def _read_torch_file(path: Path, *, mmap: bool) -> tuple[dict[str, torch.Tensor], list[str]]:
+def _read_torch_file(
+    path: Path, *, mmap: bool
+) -> tuple[dict[str, torch.Tensor], list[str], FileState]:
+    check_weight_file(path)
+    before = state_of(path)
     mappable, why_not = _mappable(path)
     notes = []
     use_mmap = mmap and mappable and compat.can_map_torch_files()
@@ -99,25 +119,32 @@ def _read_torch_file(path: Path, *, mmap: bool) -> tuple[dict[str, torch.Tensor]
             "`state_dict()`, best as safetensors."
         )
     _check_dense(path, tensors)
-    return tensors, notes
+    if state_of(path) != before:
+        raise changed(path)
+    return tensors, notes, before
 
 
 def _mappable(path: Path) -> tuple[bool, str]:
     """Whether the file's tensors lie in it as they are, and if not, why not."""
     check_weight_file(path)
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             if file.read(len(LFS_PREFIX)) == LFS_PREFIX:
                 raise lfs_pointer(path)
-        if not zipfile.is_zipfile(path):
-            return False, "it is in torch's format from before version 1.6"
-        with zipfile.ZipFile(path) as archive:
-            stored = all(item.compress_type == zipfile.ZIP_STORED for item in archive.infolist())
+            if not _is_zip(path):
+                return False, "it is in torch's format from before version 1.6"
+            return check_records(path, file), "it is a compressed archive"
     except OSError as error:
         raise unreadable(path, error) from error
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise CheckpointError(f"{path} is a corrupt zip archive ({error}). {AGAIN}.") from error
-    return stored, "it is a compressed archive"
+
+
+def _is_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except (ValueError, struct.error):  # a directory that cannot be one
+        return False
+    except zipfile.BadZipFile:  # one of a kind that nobody reads: what is wrong is said later
+        return True
 
 
 def _load(path: Path, arguments: dict[str, Any]) -> Any:

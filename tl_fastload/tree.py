@@ -112,7 +112,9 @@ def checkpoint_promises(
     promises: dict[str, Promise] = {
         name: Promise.of(FileSource(entry, reader)) for name, entry in checkpoint.entries.items()
     }
+    reader.files.hold(checkpoint.states)
     contents = checkpoint.load_tensors(mmap=mmap)
+    reader.files.hold(contents.states)
     for name, tensor in contents.tensors.items():
         promises[name] = Promise.of(MemorySource(tensor, name))
     return promises, list(contents.notes)

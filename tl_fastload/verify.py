@@ -12,6 +12,7 @@ import torch
 from transformer_lens.HookedTransformer import DTYPE_FROM_STRING
 
 from tl_fastload import compat
+from tl_fastload.boundary import is_callers
 from tl_fastload.errors import (
     ArgumentError,
     CheckpointError,
@@ -33,7 +34,10 @@ from tl_fastload.tree import MissingSource
 
 _CHECKPOINT_ARGUMENTS = ("checkpoint_index", "checkpoint_value", "checkpoint_label")
 # What TransformerLens raises for fields that make no sense.
-_OF_A_CONFIGURATION = (ArithmeticError, LookupError, ValueError, AssertionError)
+_OF_A_CONFIGURATION = (
+    *(ArithmeticError, LookupError, ValueError, AssertionError, TypeError, AttributeError),
+    RuntimeError,
+)
 _LAYER = re.compile(r"\.(?:h|layers|blocks)\.(\d+)\.")
 # Parts of multimodal checkpoints that the text model does not have.
 _NOT_TEXT = re.compile(r"(vision_tower|vision_model|multi_modal_projector|audio_tower)")
@@ -245,7 +249,8 @@ def explain(origin: Origin, error: Exception, arguments: dict[str, Any]) -> None
         error: what was raised.
         arguments: of the load.
     """
-    if isinstance(error, LeanLoadError):
+    is_known = isinstance(error, (LeanLoadError, RecursionError)) or is_out_of_memory(error)
+    if is_known or is_callers(error):
         return
     if is_out_of_memory(error):
         raise NotEnoughMemory(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from tl_fastload.errors import CheckpointError
-from tl_fastload.safetensors_header import AGAIN, LFS_PREFIX, lfs_pointer, unreadable
+from tl_fastload.file_states import unreadable
+from tl_fastload.json_files import read_object
+from tl_fastload.safetensors_header import AGAIN
 
 SAFETENSORS = ".safetensors"
 TORCH_SUFFIXES = (".bin", ".pth", ".pt")
@@ -137,17 +138,8 @@ def read_index(path: Path) -> dict[str, str]:
         CheckpointError: the index cannot be read, is corrupt, or names a shard by an absolute path
             or one that leaves the folder.
     """
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise unreadable(path, error) from error
-    if text.startswith(LFS_PREFIX):
-        raise lfs_pointer(path)
-    try:
-        index = json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}). {AGAIN}.") from error
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    index = read_object(path, f"{AGAIN}.", cannot_read=lambda error: unreadable(path, error))
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no 'weight_map' from tensors to shards. {AGAIN}.")
     for tensor, shard in weight_map.items():

@@ -85,6 +85,7 @@ def read_through(table: Mapping[str, Source], reader: FileReader) -> None:
     for entry in sorted(entries, key=lambda entry: (str(entry.path), entry.offset)):
         for start in range(entry.offset, entry.offset + entry.nbytes, CHUNK_BYTES):
             reader.scratch(entry.path, start, min(start + CHUNK_BYTES, entry.offset + entry.nbytes))
+    reader.files.check_all()
 
 
 def _of_mapping(source: Mapping[Any, Any], label: str) -> WeightSource:
@@ -132,6 +133,7 @@ def _of_path(path: Path, reader: FileReader) -> WeightSource:
         checkpoint = open_weights(location, weights_file=path.name)
     notes = [*checkpoint.notes] if path.is_dir() else []
     contents = checkpoint.load_tensors()
+    reader.files.hold({**checkpoint.states, **contents.states})
     table: dict[str, Source] = {
         name: FileSource(entry, reader) for name, entry in checkpoint.entries.items()
     }
@@ -142,7 +144,7 @@ def _of_path(path: Path, reader: FileReader) -> WeightSource:
 def _of_copy(folder: Path, reader: FileReader) -> WeightSource:
     """A processed copy: plain tensors are read as they are written, quantized ones are mapped."""
     manifest, entries = open_copy(folder)
-    reader.maps = None if is_on_network(folder) else FileMaps()
+    reader.maps = None if is_on_network(folder) else FileMaps(reader.files)
     table: dict[str, Source] = {}
     for name, view in {**manifest.buffers, **manifest.parameters}.items():
         if view.quantized is None:
