@@ -21,7 +21,7 @@ from tl_fastload.errors import LeanLoadError, SaveError
 from tl_fastload.fingerprint import plain_name
 from tl_fastload.progress import Progress, ProgressOption
 from tl_fastload.quantized import QuantizedTensor
-from tl_fastload.safetensors_header import DTYPES, LENGTH_BYTES
+from tl_fastload.safetensors_header import DTYPES, header_of
 from tl_fastload.steps import STEPS, reason_to_skip
 from tl_fastload.store_bytes import tokenizer_digests
 from tl_fastload.store_files import move_into_place, new_owner, working_folder
@@ -38,7 +38,6 @@ from tl_fastload.wrapped import unwrapped
 MAX_SHARD_BYTES = 4 << 30
 ALIGNMENT_BYTES = 64
 _PIECE_BYTES = 8 << 20
-_FORMAT_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ class _Plan:
 def _check_plain(name: str, tensor: torch.Tensor) -> None:
     if type(tensor) not in (torch.Tensor, nn.Parameter):
         raise SaveError(f"{name} is a {type(tensor).__name__}, which a copy cannot hold.")
-    if tensor.is_meta or tensor.layout != torch.strided or tensor.dtype not in _FORMAT_NAMES:
+    if tensor.is_meta or tensor.layout != torch.strided or tensor.dtype not in DTYPES.values():
         raise SaveError(
             f"{name} is {tensor.dtype}, {tensor.layout} on {tensor.device}: a copy holds ordinary "
             "tensors with values. Load or convert the model first."
@@ -313,7 +312,8 @@ def _write_shards(
 ) -> None:
     for number, shard in enumerate(_shards(stored, most_bytes), start=1):
         name = f"weights-{manifest.copy_id}-{number:05d}.safetensors"
-        header = _header(shard, manifest.copy_id)
+        entries = {one.key: (one.dtype, one.shape) for one in shard}
+        header = header_of(entries, {"tl_fastload": manifest.copy_id}, ALIGNMENT_BYTES)
         with (folder / name).open("wb") as file:
             file.write(header)
             for one in shard:
@@ -335,30 +335,6 @@ def _shards(stored: list[_Stored], most_bytes: int) -> Iterator[list[_Stored]]:
         shard.append(one)
         total += one.nbytes
     yield shard
-
-
-def _header(shard: list[_Stored], copy_id: str) -> bytes:
-    """The header of a safetensors file in which every tensor starts at a multiple of 64 bytes.
-
-    The format has no gaps: what fills them are tensors of their own.
-    """
-    table: dict[str, Any] = {"__metadata__": {"format": "pt", "tl_fastload": copy_id}}
-    at = 0
-    for one in shard:
-        table[one.key] = {
-            "dtype": _FORMAT_NAMES[one.dtype],
-            "shape": list(one.shape),
-            "data_offsets": [at, at + one.nbytes],
-        }
-        at += one.nbytes
-        gap = -at % ALIGNMENT_BYTES
-        if gap:
-            name = f"padding.{one.key}"
-            table[name] = {"dtype": "U8", "shape": [gap], "data_offsets": [at, at + gap]}
-            at += gap
-    text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-(LENGTH_BYTES + len(text)) % ALIGNMENT_BYTES)
-    return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
 def _write(file: BinaryIO, stored: _Stored) -> str:
