@@ -15,14 +15,18 @@ from tl_fastload.plots_base import (
     BLUE,
     GREEN,
     ORANGE,
+    OTHER,
     PURPLE,
     SKY,
     VERMILION,
     YELLOW,
+    bar,
     draw_mark,
     draw_peak,
     figure_of,
     finish,
+    label_rows,
+    legend,
     pictures,
     styled,
     unit,
@@ -181,40 +185,20 @@ def _draw_finals(axes: Any, finals: Sequence[int], unit_bytes: int) -> None:
 
 def _draw_phases(axes: Any, series: Sequence[Series]) -> None:
     """A strip for each load, in which its phases follow each other."""
-    Patch = pictures().Patch
     names: list[str] = []
     for row, one in enumerate(series):
         phases = one.timeline.phases or (Phase("loading", 0.0),)
         ends = [phase.start_seconds for phase in phases[1:]] + [one.timeline.seconds[-1]]
         for phase, end in zip(phases, ends, strict=True):
-            fill, hatch = _PHASES.get(phase.name, ("#DDDDDD", ""))
-            axes.barh(
-                row,
-                end - phase.start_seconds,
-                left=phase.start_seconds,
-                height=0.72,
-                color=fill,
-                hatch=hatch,
-                edgecolor=BLACK,
-                linewidth=0.6,
-            )
+            length = end - phase.start_seconds
+            style = _PHASES.get(phase.name, OTHER)
+            bar(axes, row, length, phase.start_seconds, style, thick=0.72)
             if phase.name not in names:
                 names.append(phase.name)
-    axes.set_yticks(range(len(series)), [one.label for one in series])
-    axes.set_ylim(len(series) - 0.4, -0.6)
+    label_rows(axes, [one.label for one in series])
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("seconds")
-    patches = [
-        Patch(
-            facecolor=_PHASES.get(name, ("#DDDDDD", ""))[0],
-            hatch=_PHASES.get(name, ("", ""))[1],
-            edgecolor=BLACK,
-            linewidth=0.6,
-            label=name,
-        )
-        for name in names
-    ]
-    axes.figure.legend(handles=patches, loc="outside lower center", ncols=3, frameon=False)
+    legend(axes.figure, {name: _PHASES.get(name, OTHER) for name in names})
 
 
 @styled
@@ -237,15 +221,14 @@ def plot_peaks(
     unit_bytes, unit_name = unit(largest)
     for row, found in enumerate(good):
         _draw_peak(axes, row, found, unit_bytes)
-    axes.set_yticks(range(len(good)), [found.name for found in good])
-    axes.set_ylim(len(good) - 0.4, -0.6)
+    label_rows(axes, [found.name for found in good])
     axes.set_xlim(0, 1.25 * largest / unit_bytes)
     axes.set_xlabel(
         f"peak memory above the start of the load ({unit_name}); beside it, the part of it\n"
         "that no file backs as a multiple of the parameters, and the time"
     )
     axes.set_title(title)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    legend(figure)
     return finish(figure, path)
 
 

@@ -8,7 +8,7 @@ pyplot, so that drawing needs no display and leaves no state behind.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -18,6 +18,10 @@ BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 SKY, PURPLE, YELLOW, BLACK = "#56B4E9", "#CC79A7", "#F0E442", "#000000"
 _SIZE_INCHES = (8.0, 5.0)
 _UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
+
+Style = tuple[str, str]
+"""The fill of an area and its hatch."""
+OTHER: Style = ("#DDDDDD", "")
 
 Draw = TypeVar("Draw", bound=Callable[..., Any])
 
@@ -62,22 +66,45 @@ def finish(figure: Any, path: str | Path | None) -> Any:
     return figure
 
 
+def bar(
+    axes: Any,
+    at: float,
+    size: float,
+    before: float = 0.0,
+    style: Style = OTHER,
+    label: str | None = None,
+    *,
+    thick: float = 0.6,
+    upright: bool = False,
+) -> None:
+    """A filled piece of a bar: from `before` on, `size` long, across at `at`."""
+    draw = axes.bar if upright else axes.barh
+    place = {"bottom": before, "width": thick} if upright else {"left": before, "height": thick}
+    fill, hatch = style
+    draw(at, size, color=fill, hatch=hatch, edgecolor=BLACK, linewidth=0.7, label=label, **place)
+
+
+def legend(figure: Any, styles: Mapping[str, Style] | None = None) -> None:
+    """The legend below a picture: of what has a label, or of these styles."""
+    handles = [
+        pictures().Patch(facecolor=fill, hatch=hatch, edgecolor=BLACK, linewidth=0.7, label=name)
+        for name, (fill, hatch) in (styles or {}).items()
+    ]
+    given = {"handles": handles} if styles else {}
+    figure.legend(**given, loc="outside lower center", ncols=3, frameon=False)
+
+
 def draw_peak(axes: Any, row: int, held: float, resident: float) -> None:
     """One horizontal bar: memory that no file backs, and file pages on top of it."""
-    outline = {"edgecolor": BLACK, "linewidth": 0.8, "height": 0.6}
-    first = row == 0  # one entry of each kind in the legend
-    axes.barh(
-        row, held, color=BLUE, label="memory that no file backs" if first else None, **outline
-    )
-    axes.barh(
-        row,
-        max(resident - held, 0),
-        left=held,
-        color="#FFFFFF",
-        hatch="////",
-        label="file pages on top" if first else None,
-        **outline,
-    )
+    labels = ("memory that no file backs", "file pages on top") if row == 0 else (None, None)
+    bar(axes, row, held, 0.0, (BLUE, ""), labels[0])
+    bar(axes, row, max(resident - held, 0), held, ("#FFFFFF", "////"), labels[1])
+
+
+def label_rows(axes: Any, labels: Sequence[str]) -> None:
+    """Name the rows of horizontal bars, the first one on top."""
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
 
 
 def draw_mark(axes: Any, row: int, at: float, color: str, label: str | None) -> None:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tl_fastload.display import format_bytes
 from tl_fastload.memory_map import STATES, memory_map
 from tl_fastload.plots_base import (
-    BLACK,
     BLUE,
     GREEN,
     ORANGE,
     SKY,
     YELLOW,
+    bar,
     figure_of,
     finish,
-    pictures,
+    legend,
     styled,
     unit,
 )
@@ -53,16 +53,14 @@ def plot_memory_map(model: Any, path: str | Path | None = None) -> Any:
     highest = max(sum(p.size_bytes for p in parts if p.layer == layer) for layer in layers)
     unit_bytes, unit_name = unit(highest)
     for part in sorted(parts, key=lambda p: (order.index(p.component), STATES.index(p.state))):
-        fill, hatch = _STATE_STYLES[part.state]
-        axes.bar(
+        bar(
+            axes,
             layers.index(part.layer),
             part.size_bytes / unit_bytes,
-            bottom=tops[part.layer] / unit_bytes,
-            width=0.84,
-            color=fill,
-            hatch=hatch,
-            edgecolor=BLACK,
-            linewidth=0.6,
+            tops[part.layer] / unit_bytes,
+            _STATE_STYLES[part.state],
+            thick=0.84,
+            upright=True,
         )
         tops[part.layer] += part.size_bytes
     _label_layers(axes, layers)
@@ -72,7 +70,8 @@ def plot_memory_map(model: Any, path: str | Path | None = None) -> Any:
         f"{_model_name(model)}, {format_bytes(sum(totals.values()))}; "
         "from bottom to top: attention, MLP, norms and buffers",
     )
-    _legend_of_states(figure, totals)
+    shown = {f"{state}: {format_bytes(size)}": state for state, size in totals.items() if size}
+    legend(figure, {label: _STATE_STYLES[state] for label, state in shown.items()})
     return finish(figure, path)
 
 
@@ -95,21 +94,6 @@ def _label_layers(axes: Any, layers: Sequence[str]) -> None:
             annotation_clip=False,
         )
     axes.set_xlabel("block")
-
-
-def _legend_of_states(figure: Any, totals: Mapping[str, int]) -> None:
-    Patch = pictures().Patch
-    patches = [
-        Patch(
-            facecolor=_STATE_STYLES[state][0],
-            hatch=_STATE_STYLES[state][1],
-            edgecolor=BLACK,
-            label=f"{state}: {format_bytes(size_bytes)}",
-        )
-        for state, size_bytes in totals.items()
-        if size_bytes
-    ]
-    figure.legend(handles=patches, loc="outside lower center", ncols=3, frameon=False)
 
 
 def _model_name(model: Any) -> str:

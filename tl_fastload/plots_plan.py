@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tl_fastload.display import format_bytes
 from tl_fastload.plots_base import (
     BLACK,
     GREEN,
     ORANGE,
+    OTHER,
     SKY,
     VERMILION,
     YELLOW,
+    bar,
     draw_mark,
     draw_peak,
     figure_of,
     finish,
+    label_rows,
+    legend,
     styled,
     unit,
     write_beside,
@@ -28,48 +32,19 @@ _KIND_STYLES = {
     "MLP": (ORANGE, "////"),
     "norms and other": (BLACK, ""),
     "quantized": (YELLOW, "xxxx"),
-    "buffers": ("#DDDDDD", ""),
+    "buffers": OTHER,
 }
 # What is available is drawn unless the bars would become slivers.
 _MOST_OF_LARGEST = 2.0
 Row = tuple[str, int, int, int | None]
 
 
-class Planned(Protocol):
-    """What a picture needs of a plan: a `LoadPlan` has it."""
-
-    @property
-    def source(self) -> str: ...
-    @property
-    def fits(self) -> bool: ...
-    @property
-    def total_bytes(self) -> int: ...
-    @property
-    def parameter_bytes(self) -> dict[str, int]: ...
-    @property
-    def available_host_bytes(self) -> int | None: ...
-    @property
-    def available_device_bytes(self) -> int | None: ...
-    @property
-    def peak_host_bytes(self) -> int: ...
-    @property
-    def peak_anonymous_bytes(self) -> int: ...
-    @property
-    def peak_device_bytes(self) -> int | None: ...
-    @property
-    def stock_peak_host_bytes(self) -> int | None: ...
-    @property
-    def stock_peak_anonymous_bytes(self) -> int | None: ...
-    @property
-    def stock_peak_device_bytes(self) -> int | None: ...
-
-
 @styled
-def plot_plan(plan: Planned, path: str | Path | None = None) -> Any:
+def plot_plan(plan: Any, path: str | Path | None = None) -> Any:
     """Draw the predicted peaks, lean and stock, against what is available, and the model by kind.
 
     Args:
-        plan: what `tl_fastload.plan` gave.
+        plan: the `LoadPlan` that `tl_fastload.plan` gave.
         path: a file to write as well.
 
     Returns:
@@ -88,8 +63,7 @@ def plot_plan(plan: Planned, path: str | Path | None = None) -> Any:
         if free in frees:
             label = "available" if row == 0 else None
             draw_mark(upper, row, (free or 0) / unit_bytes, VERMILION, label)
-    upper.set_yticks(range(len(rows)), [label for label, *_ in rows])
-    upper.set_ylim(len(rows) - 0.45, -0.55)
+    label_rows(upper, [label for label, *_ in rows])
     upper.set_xlim(0, 1.12 * max([largest, *frees]) / unit_bytes)
     upper.set_title(f"{Path(plan.source).name}: {_verdict(plan)}")
     _draw_kinds(lower, plan, unit_bytes)
@@ -97,11 +71,11 @@ def plot_plan(plan: Planned, path: str | Path | None = None) -> Any:
         f"predicted peak memory ({unit_name}); beside it, its part that no file backs\n"
         "as a multiple of the model"
     )
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    legend(figure)
     return finish(figure, path)
 
 
-def _rows(plan: Planned) -> list[Row]:
+def _rows(plan: Any) -> list[Row]:
     """Label, memory that no file backs, all resident memory, and what is available."""
     free = plan.available_host_bytes
     held, resident = plan.peak_anonymous_bytes, plan.peak_host_bytes
@@ -118,31 +92,21 @@ def _rows(plan: Planned) -> list[Row]:
     return rows
 
 
-def _verdict(plan: Planned) -> str:
+def _verdict(plan: Any) -> str:
     free = plan.available_host_bytes
     room = "" if free is None else f", {format_bytes(free)} of host memory can be had"
     return f"{'fits' if plan.fits else 'does NOT fit'}{room}"
 
 
-def _draw_kinds(axes: Any, plan: Planned, unit_bytes: int) -> None:
+def _draw_kinds(axes: Any, plan: Any, unit_bytes: int) -> None:
     """One bar: what the model consists of."""
     left = 0.0
     for kind, size_bytes in plan.parameter_bytes.items():
         if size_bytes == 0:
             continue
-        fill, hatch = _KIND_STYLES.get(kind, ("#DDDDDD", ""))
-        axes.barh(
-            0,
-            size_bytes / unit_bytes,
-            left=left,
-            height=0.6,
-            color=fill,
-            hatch=hatch,
-            edgecolor=BLACK,
-            linewidth=0.8,
-            label=f"{kind}: {format_bytes(size_bytes)}",
-        )
+        style = _KIND_STYLES.get(kind, OTHER)
+        label = f"{kind}: {format_bytes(size_bytes)}"
+        bar(axes, 0, size_bytes / unit_bytes, left, style, label)
         left += size_bytes / unit_bytes
     write_beside(axes, 0, left, format_bytes(plan.total_bytes))
-    axes.set_yticks([0], ["the model"])
-    axes.set_ylim(0.55, -0.55)
+    label_rows(axes, ["the model"])

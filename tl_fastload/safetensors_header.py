@@ -11,7 +11,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -54,6 +54,7 @@ _TORCH_NAMES = {
     "BOOL": "bool",
 }
 DTYPES: Mapping[str, torch.dtype] = compat.dtypes(_TORCH_NAMES)
+_FORMAT_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,37 @@ class TensorEntry:
     offset: int
     nbytes: int
     state: FileState | None = field(default=None, repr=False, compare=False)
+
+
+def header_of(
+    entries: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    metadata: Mapping[str, str] | None = None,
+    alignment_bytes: int = LENGTH_BYTES,
+) -> bytes:
+    """The header of a safetensors file, with its length in front.
+
+    The format has no gaps: what fills them are tensors of their own.
+
+    Args:
+        entries: name -> dtype and shape, in the order of their bytes.
+        metadata: what the header says beside them.
+        alignment_bytes: every tensor starts at a multiple of this, from the start of the file.
+    """
+    table: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    at = 0
+
+    def add(name: str, kind: str, shape: Sequence[int], size: int) -> int:
+        table[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [at, at + size]}
+        return at + size
+
+    for name, (dtype, shape) in entries.items():
+        item_bytes = torch.empty(0, dtype=dtype, device="cpu").element_size()
+        at = add(name, _FORMAT_NAMES[dtype], shape, math.prod(shape) * item_bytes)
+        if gap := -at % alignment_bytes:
+            at = add(f"padding.{name}", "U8", [gap], gap)
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-(LENGTH_BYTES + len(text)) % alignment_bytes)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:

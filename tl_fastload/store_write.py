@@ -25,7 +25,7 @@ from tl_fastload.half_written import require_whole
 from tl_fastload.own_defaults import own_defaults
 from tl_fastload.progress import Progress, ProgressOption
 from tl_fastload.quantized import QuantizedTensor
-from tl_fastload.safetensors_header import DTYPES, LENGTH_BYTES
+from tl_fastload.safetensors_header import DTYPES, header_of
 from tl_fastload.steps import STEPS, reason_to_skip
 from tl_fastload.store_bytes import tokenizer_digests
 from tl_fastload.store_files import (
@@ -49,7 +49,6 @@ from tl_fastload.wrapped import unwrapped
 MAX_SHARD_BYTES = 4 << 30
 ALIGNMENT_BYTES = 64
 _PIECE_BYTES = 8 << 20
-_FORMAT_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ class _Plan:
 
 
 def _check_dtype(name: str, tensor: torch.Tensor) -> None:
-    if tensor.dtype not in _FORMAT_NAMES:
+    if tensor.dtype not in DTYPES.values():
         raise SaveError(f"{name} is {tensor.dtype}, which a copy cannot hold. Convert it first.")
 
 
@@ -343,7 +342,8 @@ def _write_shards(
 ) -> None:
     for number, shard in enumerate(_shards(stored, most_bytes), start=1):
         name = f"weights-{manifest.copy_id}-{number:05d}.safetensors"
-        header = _header(shard, manifest.copy_id)
+        entries = {one.key: (one.dtype, one.shape) for one in shard}
+        header = header_of(entries, {"tl_fastload": manifest.copy_id}, ALIGNMENT_BYTES)
         with (folder / name).open("xb") as file:  # "x" follows no link
             file.write(header)
             for one in shard:
@@ -365,30 +365,6 @@ def _shards(stored: list[_Stored], most_bytes: int) -> Iterator[list[_Stored]]:
         shard.append(one)
         total += one.nbytes
     yield shard
-
-
-def _header(shard: list[_Stored], copy_id: str) -> bytes:
-    """The header of a safetensors file in which every tensor starts at a multiple of 64 bytes.
-
-    The format has no gaps: what fills them are tensors of their own.
-    """
-    table: dict[str, Any] = {"__metadata__": {"format": "pt", "tl_fastload": copy_id}}
-    at = 0
-    for one in shard:
-        table[one.key] = {
-            "dtype": _FORMAT_NAMES[one.dtype],
-            "shape": list(one.shape),
-            "data_offsets": [at, at + one.nbytes],
-        }
-        at += one.nbytes
-        gap = -at % ALIGNMENT_BYTES
-        if gap:
-            name = f"padding.{one.key}"
-            table[name] = {"dtype": "U8", "shape": [gap], "data_offsets": [at, at + gap]}
-            at += gap
-    text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-(LENGTH_BYTES + len(text)) % ALIGNMENT_BYTES)
-    return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
 def _write(file: BinaryIO, stored: _Stored) -> str:

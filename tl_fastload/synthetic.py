@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 _CHUNK_ELEMENTS = 1 << 22
 _WEIGHT_STD = 0.02
 _NORM_STD = 0.1
-_FORMAT_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _REVISION = "0" * 40
 
 # Names of models whose configuration TransformerLens takes from config.json. For the Llama: a name
@@ -78,8 +77,8 @@ def parse_shape(text: str) -> Shape:
     fields = dict(part.partition("=")[::2] for part in rest.split(",") if part)
     official_name, d_vocab = _FAMILIES[family]
     file_dtype = fields.pop("dtype", "float32" if family == "gpt2" else "bfloat16")
-    if file_dtype not in _FORMAT_DTYPES:
-        raise ArgumentError(f"--shape: dtype={file_dtype} is none of {', '.join(_FORMAT_DTYPES)}.")
+    if file_dtype not in _ITEM_BYTES:
+        raise ArgumentError(f"--shape: dtype={file_dtype} is none of {', '.join(_ITEM_BYTES)}.")
     unknown = sorted(set(fields) - set(_NUMBERS))
     if unknown:
         raise ArgumentError(
@@ -107,51 +106,17 @@ def _positive(name: str, text: str) -> int:
 
 
 def entry_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in the checkpoint, in file order."""
-    return dict(_gpt2_entries(shape) if shape.family == "gpt2" else _llama_entries(shape))
+    """Name and shape of every tensor in the checkpoint, in file order: those of transformers' own
+    model; tied ones once.
+    """
+    import torch
+    import transformers
 
-
-def _gpt2_entries(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
-    width, inner = shape.d_model, shape.d_mlp
-    yield "transformer.wte.weight", (shape.d_vocab, width)
-    yield "transformer.wpe.weight", (shape.n_ctx, width)
-    for layer in range(shape.n_layers):
-        block = f"transformer.h.{layer}."
-        for norm in ("ln_1", "ln_2"):
-            yield f"{block}{norm}.weight", (width,)
-            yield f"{block}{norm}.bias", (width,)
-        for name, rows, columns in (
-            ("attn.c_attn", width, 3 * width),
-            ("attn.c_proj", width, width),
-            ("mlp.c_fc", width, inner),
-            ("mlp.c_proj", inner, width),
-        ):
-            yield f"{block}{name}.weight", (rows, columns)
-            yield f"{block}{name}.bias", (columns,)
-    yield "transformer.ln_f.weight", (width,)
-    yield "transformer.ln_f.bias", (width,)
-
-
-def _llama_entries(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
-    width, inner = shape.d_model, shape.d_mlp
-    kv_width = width // shape.n_heads * shape.n_kv_heads
-    yield "model.embed_tokens.weight", (shape.d_vocab, width)
-    for layer in range(shape.n_layers):
-        block = f"model.layers.{layer}."
-        yield f"{block}input_layernorm.weight", (width,)
-        yield f"{block}post_attention_layernorm.weight", (width,)
-        for name, rows, columns in (
-            ("self_attn.q_proj", width, width),
-            ("self_attn.k_proj", kv_width, width),
-            ("self_attn.v_proj", kv_width, width),
-            ("self_attn.o_proj", width, width),
-            ("mlp.gate_proj", inner, width),
-            ("mlp.up_proj", inner, width),
-            ("mlp.down_proj", width, inner),
-        ):
-            yield f"{block}{name}.weight", (rows, columns)
-    yield "model.norm.weight", (width,)
-    yield "lm_head.weight", (shape.d_vocab, width)
+    values = hf_config(shape)
+    config = transformers.AutoConfig.for_model(**values)
+    with torch.device("meta"):
+        model = getattr(transformers, values["architectures"][0])(config)
+    return {name: tuple(weight.shape) for name, weight in model.named_parameters()}
 
 
 def hf_config(shape: Shape) -> dict[str, Any]:
@@ -195,7 +160,7 @@ def hf_config(shape: Shape) -> dict[str, Any]:
 
 def item_bytes(dtype: str) -> int:
     """Size of one number."""
-    return {"float32": 4, "bfloat16": 2, "float16": 2}[dtype]
+    return _ITEM_BYTES[dtype]
 
 
 def file_bytes(shape: Shape) -> int:
@@ -221,33 +186,19 @@ def _write_weights(shape: Shape, path: Path) -> None:
     """Write the safetensors file entry by entry; no tensor is ever whole in memory."""
     import torch  # not needed when the file is already there
 
+    from tl_fastload.safetensors_header import header_of
+
     dtype = getattr(torch, shape.file_dtype)
     entries = entry_shapes(shape)
     generator = torch.Generator().manual_seed(0)
     partial = path.with_suffix(".partial")
     partial.unlink(missing_ok=True)
     with partial.open("xb") as file:
-        file.write(_header(entries, shape.file_dtype))
+        file.write(header_of({k: (dtype, dims) for k, dims in entries.items()}))
         for key, dims in entries.items():
             for chunk in _random_chunks(key, math.prod(dims), generator):
                 chunk.to(dtype).view(torch.uint8).numpy().tofile(file)
     partial.replace(path)
-
-
-def _header(entries: dict[str, tuple[int, ...]], dtype: str) -> bytes:
-    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for key, dims in entries.items():
-        end = offset + math.prod(dims) * item_bytes(dtype)
-        table[key] = {
-            "dtype": _FORMAT_DTYPES[dtype],
-            "shape": list(dims),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
 
 
 def _random_chunks(key: str, elements: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
