@@ -14,7 +14,7 @@ export TL_FASTLOAD_BENCH_CACHE ?= $(CURDIR)/.cache/checkpoints
 BASE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 
-PROPERTIES := $(shell grep -l "^@given" tests/test_*.py)
+PROPERTIES := $(shell grep -lr --include="test_*.py" "^@given" tests)
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev demo demo-quick test test-fast explore test-slow test-gpu lint format types fuzz bench notebooks notebooks-check embedded-model clean
@@ -56,7 +56,7 @@ parity: parity-current $(ENVIRONMENTS:%=parity-%) ## the parity suite, with all 
 
 # Kept apart from `test`: it counts what it skips.
 # Other test files are not even imported: what they need is not installed everywhere.
-PARITY_FILES := $(shell grep -l "pytest.mark.parity" tests/test_*.py)
+PARITY_FILES := $(shell grep -lr --include="test_*.py" "pytest.mark.parity" tests)
 PARITY := -m pytest -n $(JOBS) -m "parity and not gpu and not slow" --count-skips -p no:cacheprovider
 
 parity-current: $(DEV) ## the parity suite: TransformerLens 3.9, torch 2.13, transformers 5
@@ -67,7 +67,7 @@ parity-tl216: ## ... TransformerLens 2.16.1, the oldest that SAELens admits
 parity-old: ## ... TransformerLens 2.8.1, torch 2.0.1, transformers 4.40, Python 3.10 (5 GB)
 parity-sae: ## SAELens' HookedSAETransformer as the base class
 $(ENVIRONMENTS:%=parity-%): parity-%: .venv-%/.installed
-	OMP_NUM_THREADS=1 .venv-$*/bin/python $(PARITY) $(if $(filter sae,$*),tests/test_sae_lens.py,$(PARITY_FILES))
+	OMP_NUM_THREADS=1 .venv-$*/bin/python $(PARITY) $(if $(filter sae,$*),tests/whole/test_sae_lens.py,$(PARITY_FILES))
 
 # Memory and time there, stock's and ours, for instance `make bench-old ARGS="--models gpt2-medium"`.
 $(ENVIRONMENTS:%=bench-%): bench-%: .venv-%/.installed
@@ -85,7 +85,7 @@ types: $(DEV) ## mypy --strict
 	$(BIN)/mypy
 
 fuzz: $(DEV) ## load checkpoints that are broken at random: make fuzz ARGS="--cases 600 --seed 2"
-	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzzing.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.fuzzing $(ARGS)
 
 bench: $(DEV) ## measure memory, load time and forward time; writes benchmarks/results/
 	$(BIN)/python -m benchmarks

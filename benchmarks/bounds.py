@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from benchmarks import cases
 from benchmarks.measure import Case, Measurement
 from benchmarks.models import SHAPES, Shape
-from tl_fastload import compat
+from tl_fastload.ground import compat
 
 IMPORT_SECONDS = 0.2
 _GROWTH = 0.01  # of the parameters, over all repeated loads: none, but for fragmentation

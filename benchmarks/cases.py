@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.measure import Case, Measurement, combine, run_case
 from benchmarks.models import SHAPES
-from tl_fastload import compat
+from tl_fastload.ground import compat
 
 DTYPES = ("float32", "bfloat16")
 FORWARD_TOKENS = (1, 64)

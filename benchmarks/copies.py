@@ -48,7 +48,7 @@ def touch_pages(folder: Path) -> int:
 def main(folder: str, dtype: str, quantize: str, target: str) -> None:
     """Load a checkpoint processed and save it."""
     from tl_fastload import LeanHookedTransformer
-    from tl_fastload.measure_loads import blank_tokenizer
+    from tl_fastload.cli.bench.loads import blank_tokenizer
 
     model = LeanHookedTransformer.from_pretrained_lean(
         folder,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from tl_fastload import compat
-from tl_fastload.measure_loads import torch_dtype
+from tl_fastload.cli.bench.loads import torch_dtype
+from tl_fastload.ground import compat
 
 
 def dtype_argument(name: str) -> dict[str, torch.dtype]:

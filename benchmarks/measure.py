@@ -1,4 +1,4 @@
-"""One case of the benchmark, measured in a fresh process by `tl_fastload.measure`."""
+"""One case of the benchmark, measured in a fresh process by `tl_fastload.cli.bench.process`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks import copies, models
 from benchmarks.proc import meminfo
 from benchmarks.quantized_checkpoints import make_quantized_checkpoint
-from tl_fastload.measure import Measurement, WorkerError, combine, read_ahead, run_action
+from tl_fastload.cli.bench.process import Measurement, WorkerError, combine, read_ahead, run_action
 
 __all__ = ["Case", "Measurement", "WorkerError", "combine", "run_action", "run_case"]
 

@@ -7,8 +7,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from tl_fastload import synthetic
-from tl_fastload.synthetic import (
+from tl_fastload.cli.bench import synthetic
+from tl_fastload.cli.bench.synthetic import (
     GPT2_NAME,
     LLAMA_NAME,
     entry_shapes,

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks import models
 from benchmarks.measure import Case, Measurement, WorkerError, run_action
 from benchmarks.roads import lean_arguments
-from tl_fastload.measure_loads import import_architecture, torch_dtype
+from tl_fastload.cli.bench.loads import import_architecture, torch_dtype
 
 UNPROCESSED = dict.fromkeys(
     ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"), False

@@ -1,8 +1,8 @@
-"""What Linux says about the memory of a process; `tl_fastload.measure_worker` has it."""
+"""What Linux says about the memory of a process; `tl_fastload.cli.bench.worker` has it."""
 
 from __future__ import annotations
 
-from tl_fastload.measure_worker import (
+from tl_fastload.cli.bench.worker import (
     Memory,
     StatusFile,
     meminfo,

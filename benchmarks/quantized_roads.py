@@ -12,7 +12,7 @@ import torch
 from benchmarks.loading import dtype_argument
 from benchmarks.measure import Case
 from benchmarks.quantized_checkpoints import bnb_config
-from tl_fastload.measure_loads import blank_tokenizer, import_architecture, torch_dtype
+from tl_fastload.cli.bench.loads import blank_tokenizer, import_architecture, torch_dtype
 
 Load = Callable[[], Any]
 

@@ -17,7 +17,7 @@ from benchmarks.forward import sample_log_probs, time_forward
 from benchmarks.loading import dtype_argument
 from benchmarks.measure import Case
 from benchmarks.proc import own_memory
-from tl_fastload.measure_loads import (
+from tl_fastload.cli.bench.loads import (
     blank_tokenizer,
     import_architecture,
     lean_load,

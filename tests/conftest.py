@@ -12,15 +12,16 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-import environments
 import pytest
 import torch
-import zoo as zoo_module
-from fake_hub import forbid_network
 from hypothesis import settings
 
-from tl_fastload.reader import FileReader
+from tests.support import environments
+from tests.support import zoo as zoo_module
+from tests.support.fake_hub import forbid_network
+from tl_fastload.source.reader import FileReader
 
+TESTS = Path(__file__).parent
 Zoo = Callable[..., Path]
 
 # The same examples each time, on any machine; `make explore` draws others, and many.
@@ -30,7 +31,7 @@ settings.load_profile(os.environ.get("TL_FASTLOAD_EXAMPLES", "same"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    text = "fail unless as many tests were skipped as tests/environments.py says"
+    text = "fail unless as many tests were skipped as tests/support/environments.py says"
     parser.addoption("--count-skips", action="store_true", help=text)
 
 
@@ -40,7 +41,9 @@ def pytest_report_header() -> str:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        reason = environments.why_not_test(f"{item.path.name}::{item.name}")
+        reason = environments.why_not_test(
+            f"{item.path.relative_to(TESTS).as_posix()}::{item.name}"
+        )
         case_id = getattr(item, "callspec", None) and item.callspec.params.get("case_id")
         reason = reason or environments.why_not_case(str(case_id))
         if reason is not None:
@@ -55,7 +58,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return  # xdist's workers have no reporter
     found, expected = len(reporter.stats.get("skipped", ())), environments.expected_skips()
     if found != expected:
-        reporter.write_line(f"{found} tests were skipped; tests/environments.py says {expected}.")
+        reporter.write_line(
+            f"{found} tests were skipped; tests/support/environments.py says {expected}."
+        )
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -111,7 +116,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="module")
 def lens() -> Any:
     """The embedded model, frozen in the tests of Lightning. Treat it as read-only."""
-    from lightning_modules import embedded
+    from tests.support.lightning_modules import embedded
 
     return embedded()
 
@@ -119,6 +124,6 @@ def lens() -> Any:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of a Lightning module after one epoch beside such a model."""
-    from lightning_modules import one_epoch  # not installed in every environment
+    from tests.support.lightning_modules import one_epoch  # not installed in every environment
 
     return one_epoch(tmp_path_factory)

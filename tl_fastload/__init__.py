@@ -6,7 +6,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from tl_fastload import compat as _compat
+from tl_fastload.ground import compat as _compat
 
 _compat.require_hooked_transformer()
 
@@ -30,31 +30,31 @@ from tl_fastload.errors import (  # noqa: E402  # after the check, whose message
     UnknownModelError,
     UnsupportedArchitectureError,
 )
-from tl_fastload.version import __version__ as __version__  # noqa: E402
+from tl_fastload.ground.compat import __version__ as __version__  # noqa: E402
 
 if TYPE_CHECKING:
-    from tl_fastload.load_plan import LoadPlan
-    from tl_fastload.load_weights import load_weights_
-    from tl_fastload.memory import watch_memory
+    from tl_fastload.copies.verify import verify_copy
+    from tl_fastload.copies.write import save_lean
+    from tl_fastload.loading.load_weights import load_weights_
     from tl_fastload.model import LeanHookedTransformer, LeanLoadingMixin, plan
-    from tl_fastload.progress import ProgressEvent
-    from tl_fastload.report import LoadReport
-    from tl_fastload.store_bytes import verify_copy
-    from tl_fastload.store_write import save_lean
+    from tl_fastload.planning.plan import LoadPlan
+    from tl_fastload.report.load_report import LoadReport
+    from tl_fastload.report.memory import watch_memory
+    from tl_fastload.report.progress import ProgressEvent
 else:
     # Imported when they are first asked for: TransformerLens takes seconds, which the command line
     # does not need to say what its options are.
     _HOMES = {
         "LeanHookedTransformer": "model",
         "LeanLoadingMixin": "model",
-        "LoadPlan": "load_plan",
-        "LoadReport": "report",
-        "ProgressEvent": "progress",
-        "load_weights_": "load_weights",
+        "LoadPlan": "planning.plan",
+        "LoadReport": "report.load_report",
+        "ProgressEvent": "report.progress",
+        "load_weights_": "loading.load_weights",
         "plan": "model",
-        "save_lean": "store_write",
-        "verify_copy": "store_bytes",
-        "watch_memory": "memory",
+        "save_lean": "copies.write",
+        "verify_copy": "copies.verify",
+        "watch_memory": "report.memory",
     }
 
     def __getattr__(name: str) -> Any:

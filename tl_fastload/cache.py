@@ -16,11 +16,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tl_fastload import session, verify
-from tl_fastload.argument_types import checked
-from tl_fastload.boundary import boundary, guarded
-from tl_fastload.cache_key import entry_name
-from tl_fastload.display import printable
+from tl_fastload.copies.folders import (
+    OTHERS_WRITE,
+    is_trusted,
+    is_working,
+    remove_abandoned,
+    remove_whole,
+)
+from tl_fastload.copies.key import entry_name
+from tl_fastload.copies.manifest import (
+    MANIFEST,
+    Manifest,
+    is_copy,
+    read_manifest,
+    stored_tensors,
+)
+from tl_fastload.copies.read import copy_folder, load_copy
+from tl_fastload.copies.write import write_copy
 from tl_fastload.errors import (
     ArgumentError,
     CheckpointError,
@@ -29,23 +41,11 @@ from tl_fastload.errors import (
     QuantizationError,
     SaveError,
 )
-from tl_fastload.options import DEFAULT_DTYPE, Options
-from tl_fastload.store_files import (
-    OTHERS_WRITE,
-    is_trusted,
-    is_working,
-    remove_abandoned,
-    remove_whole,
-)
-from tl_fastload.store_format import (
-    MANIFEST,
-    Manifest,
-    is_copy,
-    read_manifest,
-    stored_tensors,
-)
-from tl_fastload.store_read import copy_folder, load_copy
-from tl_fastload.store_write import write_copy
+from tl_fastload.ground.boundary import boundary, guarded
+from tl_fastload.ground.words import printable
+from tl_fastload.loading import checks, load
+from tl_fastload.request.argument_types import checked
+from tl_fastload.request.options import DEFAULT_DTYPE, Options
 
 VARIABLE = "TL_FASTLOAD_CACHE"
 _ON = ("1", "true", "yes", "on")
@@ -195,7 +195,7 @@ def load_through_cache(
         return load_copy(cls, options, arguments, keywords, copy)
     folder = entry_for(cls, options, arguments, keywords)
     if folder is None:
-        model = session.load(cls, options, arguments, keywords)
+        model = load.load(cls, options, arguments, keywords)
         reason = _why_not(arguments) if folder_for(options.cache) is not None else None
         return model if reason is None else _told(model, f"not filled: {reason}")
     suspect = _why_not_trusted(folder)
@@ -206,7 +206,7 @@ def load_through_cache(
             remove_whole(folder)
     model = None if suspect else _hit(cls, options, arguments, keywords, folder)
     if model is None:
-        model = session.load(cls, options, arguments, keywords)
+        model = load.load(cls, options, arguments, keywords)
         there = suspect is not None and os.path.lexists(folder)
         _told(model, f"not filled: {suspect}" if there else _fill(model, folder, arguments))
     return model
@@ -251,7 +251,7 @@ def entry_for(
     home = folder_for(options.cache)
     if home is None or _why_not(arguments) is not None:
         return None
-    verify.check_arguments(arguments, keywords)
+    checks.check_arguments(arguments, keywords)
     return home / entry_name(cls, options, arguments, keywords)
 
 

@@ -9,27 +9,28 @@ from typing import Any
 import torch
 from transformer_lens import HookedTransformer
 
-from tl_fastload import live, planning
-from tl_fastload import session as sessions
-from tl_fastload.argument_types import checked, checked_keywords
-from tl_fastload.boundary import guarded
 from tl_fastload.cache import load_through_cache
-from tl_fastload.draft import Request
+from tl_fastload.copies.write import MAX_SHARD_BYTES, save_lean
 from tl_fastload.errors import NotEnoughMemory
-from tl_fastload.half_written import forgive
-from tl_fastload.inheritance import check_bases
-from tl_fastload.layout import FORWARD
-from tl_fastload.load_plan import LoadPlan
-from tl_fastload.lora_argument import read_adapter_argument
-from tl_fastload.options import DEFAULT_DTYPE, DEFAULT_LAYOUT, OWN_ARGUMENTS, Options
-from tl_fastload.progress import ProgressOption
+from tl_fastload.ground.boundary import guarded
+from tl_fastload.hooked.inheritance import check_bases
+from tl_fastload.hooked.layout import FORWARD
+from tl_fastload.hooked.processing import Session
+from tl_fastload.hooked.state_dicts import fill_missing_keys
+from tl_fastload.loading import live
+from tl_fastload.loading import load as sessions
+from tl_fastload.loading.relayout import put_in_layout
+from tl_fastload.placement.half_written import forgive
+from tl_fastload.planning import make
+from tl_fastload.planning.dry_run import Request
+from tl_fastload.planning.plan import LoadPlan
 from tl_fastload.quantized.formats import read_quantization
 from tl_fastload.quantized.spec import quantization_argument
-from tl_fastload.recording import Session
-from tl_fastload.relayout import put_in_layout
-from tl_fastload.report import LoadReport
-from tl_fastload.state_dicts import fill_missing_keys
-from tl_fastload.store_write import MAX_SHARD_BYTES, save_lean
+from tl_fastload.report.load_report import LoadReport
+from tl_fastload.report.progress import ProgressOption
+from tl_fastload.request.adapters import read_adapter_argument
+from tl_fastload.request.argument_types import checked, checked_keywords
+from tl_fastload.request.options import DEFAULT_DTYPE, DEFAULT_LAYOUT, OWN_ARGUMENTS, Options
 
 
 class LeanLoadingMixin:
@@ -168,11 +169,11 @@ class LeanLoadingMixin:
         """
         request = _request(**locals())
         if check_memory and dequantize:  # transformers reads the weights early
-            planning.require_room(request)
+            make.require_room(request)
         try:
             return load_through_cache(cls, request.options, request.arguments, request.keywords)
         except NotEnoughMemory as error:
-            raise planning.with_advice(request, error) from None
+            raise make.with_advice(request, error) from None
 
     @classmethod
     def from_pretrained_no_processing_lean(
@@ -408,7 +409,7 @@ def plan(model_name: str | Path, *args: Any, **kwargs: Any) -> LoadPlan:
     """
     bound = _SIGNATURE.bind(model_name, *args, **kwargs)
     bound.apply_defaults()
-    return planning.plan_load(_request(cls=LeanHookedTransformer, **bound.arguments))
+    return make.plan_load(_request(cls=LeanHookedTransformer, **bound.arguments))
 
 
 plan.__signature__ = _SIGNATURE.replace(return_annotation=LoadPlan)  # type: ignore[attr-defined]

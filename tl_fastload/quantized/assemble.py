@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 from tl_fastload.errors import QuantizationError
-from tl_fastload.promise import Promise
 from tl_fastload.quantized import formats
 from tl_fastload.quantized.content import Content
 from tl_fastload.quantized.formats.base import Format, QuantizedBytes
 from tl_fastload.quantized.recipes import QuantizedSource
 from tl_fastload.quantized.spec import Spec
 from tl_fastload.quantized.tensor import QuantizedTensor, from_bytes
-from tl_fastload.reader import FileSource
-from tl_fastload.recipe import SourceView
+from tl_fastload.recipes.nodes import SourceView
+from tl_fastload.recipes.promise import Promise
+from tl_fastload.source.reader import FileSource
 
 _AS_SAVED = "the one that the checkpoint was saved with"
 _FOREIGN = ("qweight", "weight_scale", "weight_scale_inv")

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 import torch
 
 from tl_fastload.errors import QuantizationError
-from tl_fastload.evaluator import evaluate, sources
-from tl_fastload.promise import Promise
 from tl_fastload.quantized import views
 from tl_fastload.quantized.recipes import follow, reads_quantized
 from tl_fastload.quantized.spec import Spec
 from tl_fastload.quantized.tensor import QuantizedTensor, quantize
+from tl_fastload.recipes.evaluate import evaluate, sources
+from tl_fastload.recipes.promise import Promise
 
 # The memory order of a parameter's dimensions as the matrix [out, in], and how many are outputs.
 _Form = tuple[tuple[int, ...], int]
@@ -40,7 +40,7 @@ class Quantizer:
     Args:
         spec: how to quantize dense weights, or None to keep those that come dense.
         shifts: what processing took out of the input of each matrix
-            (`tl_fastload.quantized_shifts`).
+            (`tl_fastload.hooked.shifts`).
 
     Attributes:
         not_quantized: parameter name -> why it is dense.

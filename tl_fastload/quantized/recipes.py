@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from tl_fastload.errors import QuantizationError
-from tl_fastload.evaluator import evaluate, sources
-from tl_fastload.promise import Promise
 from tl_fastload.quantized.formats.base import QuantizedBytes
 from tl_fastload.quantized.tensor import QuantizedTensor
-from tl_fastload.recipe import Call, Node, Source, SourceView, aten, meta_of
+from tl_fastload.recipes.evaluate import evaluate, sources
+from tl_fastload.recipes.nodes import Call, Node, Source, SourceView, aten, meta_of
+from tl_fastload.recipes.promise import Promise
 
 _COPIES = (aten.clone.default, aten._to_copy.default, aten.detach.default)
 _VIEWS = (

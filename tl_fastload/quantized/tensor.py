@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_map
 
-from tl_fastload.compat import not_compiled
 from tl_fastload.errors import QuantizationError
+from tl_fastload.ground.compat import not_compiled
 from tl_fastload.quantized import formats, views
 from tl_fastload.quantized.content import Content
 from tl_fastload.quantized.formats.base import QuantizedBytes

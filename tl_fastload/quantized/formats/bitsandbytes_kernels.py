@@ -17,9 +17,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tl_fastload.borrow import SILENT, Silent, borrow
 from tl_fastload.errors import QuantizationError
-from tl_fastload.own_defaults import own_defaults
+from tl_fastload.ground.borrow import SILENT, Silent, borrow
+from tl_fastload.ground.own_defaults import own_defaults
 
 OLDEST_BITSANDBYTES = (0, 43)
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)

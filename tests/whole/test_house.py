@@ -1,0 +1,165 @@
+"""How the source is laid out: one direction of imports, small files and functions, one home for
+each library.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "tl_fastload"
+
+
+def module_name(path: Path) -> str:
+    """The dotted name of a file of the package, without `tl_fastload`; a package's is its own."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+FOLDERS = ("tl_fastload", "benchmarks", "demo", "notebooks", "tests")
+SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+MOST_LINES_OF_A_FILE = 450
+MOST_LINES_OF_A_FUNCTION = 60
+
+HOMES = {
+    "bitsandbytes": {"quantized.formats.bitsandbytes_kernels"},
+    "lightning": {"lightning"},
+    "matplotlib": {"picture"},
+    "peft": {name for name in MODULES if name.startswith("lora")},
+    "pytorch_lightning": {"lightning"},
+}
+
+
+@cache
+def syntax(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Full names of what a file imports anywhere in it: in functions and for type checking too."""
+    for node in ast.walk(syntax(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}:{node.lineno} imports relatively"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def own_imports(path: Path) -> set[str]:
+    """The modules of the package that a file imports; what is none comes from `__init__`."""
+    found = set()
+    for name in imported(path):
+        package, _, module = name.partition(".")
+        if package == "tl_fastload":
+            while module and module not in MODULES:  # a name in a module
+                module = module.rpartition(".")[0]
+            found.add(module or "__init__")
+    return found
+
+
+def cycle_in(graph: dict[str, set[str]]) -> list[str]:
+    """Modules of which each imports the next and the last the first; empty without."""
+    done: set[str] = set()
+
+    def search(module: str, road: list[str]) -> list[str]:
+        if module in road:
+            return [*road[road.index(module) :], module]
+        if module in done:
+            return []
+        for other in sorted(graph[module]):
+            found = search(other, [*road, module])
+            if found:
+                return found
+        done.add(module)
+        return []
+
+    return next((found for module in graph if (found := search(module, []))), [])
+
+
+def test_imports_go_one_way() -> None:
+    graph = {name: own_imports(path) for name, path in MODULES.items()}
+    assert cycle_in(graph) == []
+    assert graph["__main__"] == {"cli"}  # the names are found at all
+    assert cycle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+
+
+@pytest.mark.parametrize("library", HOMES)
+def test_one_home_for_each_library(library: str) -> None:
+    homes = {
+        name
+        for name, path in MODULES.items()
+        if any(found.partition(".")[0] == library for found in imported(path))
+    }
+    assert homes <= HOMES[library]
+
+
+def asked_of_torch(path: Path) -> Iterator[str]:
+    """Where a file asks what the installed torch has, or compares versions."""
+    for node in ast.walk(syntax(path)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            subject = ast.unparse(node.args[0]) if node.args else ""
+            name = node.args[1] if len(node.args) > 1 else None
+            is_asked = node.func.id in ("hasattr", "getattr") and isinstance(name, ast.Constant)
+            if is_asked and subject.partition(".")[0] == "torch":
+                yield f"{path.name}:{node.lineno} {ast.unparse(node)}"
+    yield from (f"{path.name}: {name}" for name in imported(path) if name.startswith("packaging"))
+
+
+def test_what_a_torch_lacks_is_met_in_one_place() -> None:
+    found = {name: list(asked_of_torch(path)) for name, path in MODULES.items()}
+    assert found.pop("compat") != []
+    assert {name: asked for name, asked in found.items() if asked} == {}
+
+
+def test_files_are_short() -> None:
+    # Not the tests: a long list of cases is still one thing to read.
+    files = [path for path in SOURCES if path.parent.name != "tests"]
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert {p.name: n for p, n in lengths.items() if n > MOST_LINES_OF_A_FILE} == {}
+
+
+def lines_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines from the first statement to the last, the docstring left out."""
+    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+    return (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+
+
+def test_functions_are_short() -> None:
+    long = {
+        f"{path.name}:{node.lineno} {node.name}": lines_of(node)
+        for path in SOURCES
+        for node in ast.walk(syntax(path))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and lines_of(node) > MOST_LINES_OF_A_FUNCTION
+    }
+    assert long == {}
+
+
+def test_the_design_page_names_each_module_once() -> None:
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    table = page.partition("| module | job |")[2].partition("\n\n")[0]
+    named = [
+        name
+        for row in table.splitlines()[2:]
+        for name in re.findall(r"`([\w.]+)`", row.split("|")[1])
+    ]
+    assert sorted(named) == sorted(MODULES.keys() - {"__init__", "__main__"})
+
+
+def test_no_path_of_a_developers_machine() -> None:
+    # Written in two parts, so that this file does not hold them.
+    patterns = [f"/{name}/" for name in ("work", "root")] + ["/tmp/" + "w/"]
+    arguments = [part for pattern in patterns for part in ("-e", pattern)]
+    command = ["git", "grep", "-InF", *arguments]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if found.returncode > 1:
+        pytest.skip("not a git checkout")
+    assert found.stdout == ""

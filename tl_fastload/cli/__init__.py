@@ -1,0 +1,133 @@
+"""The command `tl-fastload`: which commands there are, how errors look, exit codes.
+
+Exit codes: 0 all went well; 1 an error; 2 the command was not understood; 130 Ctrl-C; 143 ended by
+a signal (SIGTERM).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import traceback
+import warnings
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from tl_fastload.cli.bench import bench
+from tl_fastload.cli.cache import cache_app
+from tl_fastload.cli.console import show_error
+from tl_fastload.cli.doctor import doctor_command
+from tl_fastload.cli.load import load
+from tl_fastload.cli.options import takes_load_options
+from tl_fastload.cli.plan import plan_command
+from tl_fastload.cli.save import save
+from tl_fastload.errors import LeanLoadError
+from tl_fastload.ground.compat import __version__
+
+EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
+_DEBUG = "--debug"
+_PASSED_ON = ("Exit", "Abort", "ClickException", "UsageError", "BadParameter")
+
+
+class _Terminated(BaseException):
+    """SIGTERM: unwinds like Ctrl-C, so that processes and folders are cleaned up."""
+
+
+class _Group(TyperGroup):
+    """Turns every exception into one readable block and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LeanLoadError as error:
+            _show_traceback()
+            show_error("Error", str(error))
+            raise typer.Exit(EXIT_ERROR) from None
+        except (KeyboardInterrupt, _Terminated) as error:
+            _show_traceback()
+            terminated = isinstance(error, _Terminated)
+            show_error("Ended" if terminated else "Interrupted", "Nothing is left behind.")
+            raise typer.Exit(EXIT_TERMINATED if terminated else EXIT_INTERRUPTED) from None
+        except Exception as error:
+            if any(cls.__name__ in _PASSED_ON for cls in type(error).__mro__):
+                raise  # how typer says usage errors and exits
+            _show_traceback()
+            hint = "" if _debug() else f"Run it again with {_DEBUG} for the traceback."
+            show_error(type(error).__name__, str(error), hint)
+            raise typer.Exit(EXIT_ERROR) from None
+
+
+def _debug() -> bool:
+    return _DEBUG in sys.argv or bool(os.environ.get("TL_FASTLOAD_DEBUG"))
+
+
+def _show_traceback() -> None:
+    if _debug():
+        traceback.print_exc()
+
+
+app = typer.Typer(
+    cls=_Group,
+    name="tl-fastload",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 all went well, 1 an error, 2 the command was not understood, "
+    "130 Ctrl-C, 143 ended by SIGTERM.",
+)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"tl-fastload {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
+    ] = False,
+    debug: Annotated[bool, typer.Option(_DEBUG, help="Show the traceback of an error.")] = False,
+) -> None:
+    """Load models into TransformerLens' HookedTransformer with one copy of the weights in memory.
+
+    [bold]Examples[/]
+
+      tl-fastload plan gpt2-xl --dtype bfloat16
+
+      tl-fastload load gpt2 --prompt "The capital of France is"
+
+      tl-fastload bench --shape llama:d_model=512,n_layers=8
+
+      tl-fastload doctor
+    """
+    # bitsandbytes warns of an optional kernel; TransformerLens 3 of its successor, at each load.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="HookedTransformer", category=DeprecationWarning)
+
+
+app.command("plan")(takes_load_options(plan_command))
+app.command("load")(takes_load_options(load))
+app.command("bench")(bench)
+app.command("save")(takes_load_options(save))
+app.add_typer(cache_app, name="cache")
+app.command("doctor")(doctor_command)
+
+
+def main() -> None:
+    """Run the command line."""
+
+    def end(number: int, frame: Any) -> None:
+        raise _Terminated
+
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, end)
+    app()

@@ -1,0 +1,96 @@
+"""What the commands print: results to standard output, everything else to standard error."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.panel import Panel
+from rich.segment import Segment
+from rich.table import Table
+from rich.text import Text
+
+from tl_fastload.errors import ArgumentError
+from tl_fastload.ground.words import one_line, printable
+
+_PIPE_WIDTH = 120
+
+
+class Rows(Protocol):
+    """A report or a plan."""
+
+    def rows(self) -> list[tuple[str, str]]: ...
+
+
+class _Printable(Console):
+    """A console that writes control characters out, wherever they come from."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console on the present standard output or error; a pipe has a width of its own."""
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else _PIPE_WIDTH
+    return _Printable(stderr=stderr, width=width, highlight=False)
+
+
+def libraries_to_stderr() -> AbstractContextManager[Any]:
+    """TransformerLens prints to standard output, which is for results."""
+    return contextlib.redirect_stdout(sys.stderr)
+
+
+def show_rows(found: Rows) -> None:
+    """A report or a plan, long texts below their start on a terminal, as whole lines in a pipe."""
+    out = console()
+    if not out.is_terminal:
+        sys.stdout.write(f"{found}\n")
+        return
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, text in found.rows():
+        table.add_row(Text(f"  {one_line(label)}"), Text(one_line(text)))
+    out.print(type(found).__name__)
+    out.print(table)
+
+
+def say(text: str) -> None:
+    """A line about what goes on."""
+    console(stderr=True).print(Text(printable(text)))
+
+
+def show_error(title: str, text: str, hint: str = "") -> None:
+    """One block that says what is wrong."""
+    text = printable(text)
+    body = Text(text if not hint else f"{text}\n\n{hint}")
+    console(stderr=True).print(Panel(body, title=title, title_align="left", border_style="red"))
+
+
+def write_json(values: dict[str, Any], path: Path) -> None:
+    """Write JSON to a file, whole or not at all, or to standard output for "-"."""
+    text = json.dumps(values, indent=1) + "\n"
+    if str(path) == "-":
+        sys.stdout.write(text)
+        return
+    # A name that nobody can have put a link at, and "x", which follows none.
+    partial = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.partial")
+    try:
+        with partial.open("x", encoding="utf-8") as file:
+            file.write(text)
+        partial.replace(path)
+    except OSError as error:
+        raise ArgumentError(f"{path} cannot be written ({error.strerror}).") from error
+    finally:
+        partial.unlink(missing_ok=True)

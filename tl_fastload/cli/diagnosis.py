@@ -1,0 +1,273 @@
+"""What of this machine matters for loading, as data; tries what it can instead of guessing."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from tl_fastload.cache import default_folder
+from tl_fastload.ground import compat
+from tl_fastload.quantized import formats
+from tl_fastload.quantized.formats.base import Format
+from tl_fastload.report.available import available_bytes
+from tl_fastload.request.options import Options, file_system_kind, is_on_network
+
+_NEEDED = (
+    "torch",
+    "transformers",
+    "transformer_lens",
+    "safetensors",
+    "huggingface_hub",
+    "bitsandbytes",
+    "rich",
+    "typer",
+)
+_EXTRAS = {"peft": "lora", "lightning": "lightning", "matplotlib": "plots"}
+_LITTLE_DISK_BYTES = 10 << 30
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Whether a kind of quantized weights gives right products; `problem` is None where it does."""
+
+    device: str
+    kind: str
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device that can hold a model; sizes in bytes."""
+
+    name: str
+    description: str
+    total_bytes: int
+    available_bytes: int | None
+
+
+@dataclass(frozen=True)
+class CacheFolder:
+    """A folder that weights are mapped from.
+
+    Attributes:
+        name: what it holds.
+        folder: where it lies; it need not exist yet.
+        file_system: its kind, such as "ext4"; "" if unknown.
+        is_mapped: whether `mmap="auto"` maps files there, which it does on local disks.
+        free_bytes: of the disk.
+    """
+
+    name: str
+    folder: Path
+    file_system: str
+    is_mapped: bool
+    free_bytes: int
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All facts, and what to do about them.
+
+    Attributes:
+        versions: package -> version, or None where it is not installed.
+        strategy: which strategy `strategy="auto"` is, and why.
+        devices: the CPU first.
+        kernels: every kind on every device.
+        caches: of downloads, and of processed copies.
+        fixes: what to change, one sentence each; empty when all is well.
+    """
+
+    versions: dict[str, str | None]
+    machine: dict[str, Any]
+    strategy: str
+    devices: tuple[Device, ...]
+    kernels: tuple[Kernel, ...]
+    caches: tuple[CacheFolder, ...]
+    fixes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        values = asdict(self)
+        for cache in values["caches"]:
+            cache["folder"] = str(cache["folder"])
+        return values
+
+
+def diagnose() -> Diagnosis:
+    """Find all facts; takes a few seconds, since kernels are run."""
+    options = Options()
+    strategy = f"{'assign' if options.assigns else 'copy'} ({options.reason()})"
+    found = versions()
+    devices, kernels, caches = _devices(), _kernels(), _caches()
+    fixes = (
+        *_fixes_for_versions(found),
+        *_fixes_for_kernels(kernels),
+        *_fixes_for_caches(caches),
+        *_fixes_for_devices(devices),
+    )
+    return Diagnosis(found, machine(), strategy, devices, kernels, caches, fixes)
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that take part."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in ("tl_fastload", *_NEEDED, *_EXTRAS):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """System, processor, cores and memory, without anything that names the machine."""
+    return {
+        "system": f"{platform.system()} {platform.release().split('-')[0]}",
+        "processor": _processor(),
+        "cores": len(psutil.Process().cpu_affinity()) if _has_affinity() else os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+    }
+
+
+def _has_affinity() -> bool:
+    return hasattr(psutil.Process, "cpu_affinity")
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found.group(1).strip() if found else platform.machine()
+
+
+def _devices() -> tuple[Device, ...]:
+    total = psutil.virtual_memory().total
+    cpu = Device("cpu", _processor(), total, available_bytes(torch.device("cpu")))
+    found = [cpu]
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(index)
+        device = torch.device("cuda", index)
+        found.append(
+            Device(
+                f"cuda:{index}", properties.name, properties.total_memory, available_bytes(device)
+            )
+        )
+    return tuple(found)
+
+
+def _kernels() -> tuple[Kernel, ...]:
+    names = ["cpu"]
+    if torch.cuda.is_available():
+        names += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    kinds = dict.fromkeys(formats.offered().values())
+    return tuple(Kernel(name, kind, _try_kernel(name, kind)) for name in names for kind in kinds)
+
+
+def _try_kernel(device: str, kind: str) -> str | None:
+    """Quantize a small matrix, multiply by it, and compare with what its values say."""
+    try:
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(64, 128, generator=generator).to(device)
+        x = torch.randn(4, 128, generator=generator).to(device)
+        stored = formats.of_kind(kind).quantize(weight, formats.make_spec(kind))
+        product = stored.linear(x)
+        expected = x @ stored.dense(torch.float32).T
+    except Exception as error:  # whatever a broken installation raises
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    # int8 rounds activations; 4-bit kernels differ by the order of sums, or by bfloat16 scales.
+    off = float((product.float() - expected).norm() / expected.norm())
+    return None if off < 0.05 else f"products are off by {off:.0%}"
+
+
+def _caches() -> tuple[CacheFolder, ...]:
+    from huggingface_hub import constants
+
+    folders = {
+        "downloads (HF_HOME)": Path(constants.HF_HUB_CACHE),
+        "processed copies (TL_FASTLOAD_CACHE)": default_folder(),
+    }
+    return tuple(_cache(name, folder) for name, folder in folders.items())
+
+
+def _cache(name: str, folder: Path) -> CacheFolder:
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return CacheFolder(
+        name=name,
+        folder=folder,
+        file_system=file_system_kind(folder),
+        is_mapped=Options().assigns and not is_on_network(folder),
+        free_bytes=shutil.disk_usage(existing).free,
+    )
+
+
+def _fixes_for_versions(found: dict[str, str | None]) -> list[str]:
+    fixes = []
+    if not compat.can_assign():
+        fixes.append(
+            f"torch {compat.TORCH} copies into the model instead of assigning, maps nothing and "
+            "holds no quantized weights: "
+            f'pip install "torch>={compat.ASSIGN_NEEDS_TORCH}".'
+        )
+    for package, extra in _EXTRAS.items():
+        name = "pytorch_lightning" if package == "lightning" and found[package] is None else package
+        if found[package] is None and not _importable(name):
+            fixes.append(
+                f'{package} is not installed (optional): pip install "tl-fastload[{extra}]".'
+            )
+    return fixes
+
+
+def _importable(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def _fixes_for_kernels(kernels: tuple[Kernel, ...]) -> list[str]:
+    broken: dict[tuple[Format, str], list[str]] = {}
+    for kernel in kernels:
+        if kernel.problem is not None:
+            key = (formats.of_kind(kernel.kind), kernel.problem)
+            broken.setdefault(key, []).append(f"{kernel.kind} on {kernel.device}")
+    return [
+        f"{format.name} does not work for {', '.join(which)} ({problem}). Quantized models need "
+        f"it: {format.remedy}, or load them with dequantize=True."
+        for (format, problem), which in broken.items()
+    ]
+
+
+def _fixes_for_caches(caches: tuple[CacheFolder, ...]) -> list[str]:
+    fixes = []
+    for cache in caches:
+        variable = cache.name.partition("(")[2].rstrip(")")
+        if Options().assigns and not cache.is_mapped:
+            fixes.append(
+                f"{cache.folder} lies on a network file system ({cache.file_system}): weights are "
+                f"read, not mapped. Set {variable} to a folder on a local disk."
+            )
+        if cache.free_bytes < _LITTLE_DISK_BYTES:
+            fixes.append(
+                f"The disk of {cache.folder} has {cache.free_bytes / (1 << 30):.1f} GiB left: free "
+                f"some, or set {variable} to a folder on another disk."
+            )
+    return list(dict.fromkeys(fixes))
+
+
+def _fixes_for_devices(devices: tuple[Device, ...]) -> list[str]:
+    cpu = devices[0]
+    if cpu.available_bytes is None or cpu.available_bytes > cpu.total_bytes / 4:
+        return []
+    return [
+        f"Only {cpu.available_bytes / (1 << 30):.1f} GiB of {cpu.total_bytes / (1 << 30):.1f} GiB "
+        "of memory can be had: end what uses it, or raise the limit of this container."
+    ]

@@ -1,0 +1,125 @@
+"""The name of a cache entry: a hash of everything that has a say in the numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tl_fastload.copies.manifest import FORMAT_VERSION, versions
+from tl_fastload.hooked.layout import FORWARD
+from tl_fastload.hooked.steps import STEPS
+from tl_fastload.huggingface.lora.adapter import locate_adapter
+from tl_fastload.loading import checks
+from tl_fastload.quantized.spec import as_dtype
+from tl_fastload.request.keywords import sort_keywords
+from tl_fastload.request.options import Options
+from tl_fastload.source.checkpoint import Location, resolve_config
+from tl_fastload.source.choose import read_index
+from tl_fastload.source.links import check_link
+
+# Raised when loads of one model give other numbers than those of an earlier tl_fastload.
+_NUMBERS = 2
+
+# How a load goes, not what comes out of it.
+_NOT_IN_THE_NUMBERS = (
+    *("strategy", "mmap", "progress", "move_to_device", "cache", "verify"),
+    *("check_memory", "only_plan"),
+)
+_IN_THE_COPY = ("first_n_layers", "n_ctx", "default_prepend_bos", "default_padding_side", *STEPS)
+
+
+def entry_name(
+    cls: type, options: Options, arguments: Mapping[str, Any], keywords: dict[str, Any]
+) -> str:
+    """The name of the cache entry that holds what a load returns.
+
+    Args:
+        cls: the model class.
+        options: all but how the load goes is part of the name; an adapter is known by its files,
+            or its commit on the hub.
+        arguments: of `from_pretrained`, without `hf_model`.
+        keywords: for Hugging Face.
+
+    Raises:
+        UnknownModelError, CheckpointError, ArgumentError: the model or an adapter cannot be found.
+    """
+    sorted_keywords = sort_keywords(keywords)
+    torch_dtype = arguments.get("torch_dtype", keywords.get("torch_dtype"))
+    overrides = {k: v for k, v in sorted_keywords.overrides.items() if k != "torch_dtype"}
+    location = resolve_config(arguments["model_name"], **sorted_keywords.hub)
+    device = checks.device_asked_for(arguments) if arguments["move_to_device"] else "cpu"
+    known = {
+        "format_version": FORMAT_VERSION,
+        "versions": versions(),
+        "numbers": _NUMBERS,
+        "class": f"{cls.__module__}.{cls.__qualname__}",
+        "source": _source(location),
+        "files": sorted_keywords.files,
+        "overrides": overrides,
+        "trust_remote_code": sorted_keywords.trust_remote_code,
+        "dtype": as_dtype(arguments["dtype"] if torch_dtype is None else torch_dtype),
+        "device": torch.device(device).type,  # another device rounds otherwise
+        "own_tokenizer": arguments["tokenizer"] is None,
+        **{name: arguments[name] for name in _IN_THE_COPY},
+        **{
+            item.name: getattr(options, item.name)
+            for item in fields(options)
+            if item.name not in (*_NOT_IN_THE_NUMBERS, "layout")
+        },
+        # Not where it is the default: keys are those of versions that had no other.
+        **({} if options.layout == FORWARD else {"layout": options.layout}),
+        "adapter": [
+            (_source(locate_adapter(name, sorted_keywords.hub)), weight)
+            for name, weight in options.adapter
+        ],
+    }
+    text = json.dumps(_identity(known), sort_keys=True)
+    label = "".join(c if c.isalnum() else "-" for c in (location.repo or location.folder.name))
+    return f"{label[-40:].strip('-')}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+
+
+def _source(location: Location) -> list[Any]:
+    if location.commit is not None:
+        return [location.repo, location.commit, location.subfolder]
+    return _files_of(location.folder)
+
+
+def _files_of(folder: Path) -> list[Any]:
+    """Path, size and times of every file at the top of a folder, of the shards of an index, and of
+    the weights of TransformerLens' own toy models, which may lie deeper.
+    """
+    files = {path for path in folder.iterdir() if path.is_file()}
+    files.update(folder.rglob("*.pth"))
+    for index in [path for path in files if path.name.endswith(".index.json")]:
+        check_link(folder, index.name)
+        files.update(folder / shard for shard in read_index(index).values())
+    found: list[Any] = [f"folder {folder.resolve()}"]
+    for path in sorted(files):
+        if path.exists():
+            status = path.stat()
+            times = (status.st_mtime_ns, status.st_ctime_ns)  # the second cannot be set
+            found.append((str(path.resolve()), status.st_size, *times))
+    return found
+
+
+def _identity(value: Any) -> Any:
+    """A value as JSON; of folders, such as an adapter's, what is in them."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, (str, Path)):
+        folder = Path(value)
+        is_folder = len(str(value)) < 4096 and "\0" not in str(value) and folder.is_dir()
+        return _files_of(folder) if is_folder and str(value) else str(value)
+    if isinstance(value, Mapping):
+        return {str(name): _identity(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_identity(inner) for inner in value]
+    if is_dataclass(value):
+        return {item.name: _identity(getattr(value, item.name)) for item in fields(value)}
+    return repr(value)

@@ -1,0 +1,34 @@
+"""In which memory order a processed copy is loaded, and which parameters have to change theirs."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tl_fastload.copies.manifest import Manifest
+from tl_fastload.hooked import layout
+from tl_fastload.request.options import DEFAULT_LAYOUT, Options
+
+
+def layout_of(manifest: Manifest, options: Options) -> str:
+    """The memory order that a load of a copy gives: what is asked for, else as saved."""
+    return manifest.layout if options.layout is DEFAULT_LAYOUT else options.layout
+
+
+def moved(model: nn.Module, manifest: Manifest, options: Options) -> dict[str, tuple[int, ...]]:
+    """The strides of parameters that are to have others than were saved: they are read.
+
+    Args:
+        model: whose parameters they are.
+        manifest: of the copy.
+        options: of the load.
+    """
+    order, found = layout_of(manifest, options), {}
+    for name, view in manifest.parameters.items():
+        if order != manifest.layout and view.quantized is None:
+            parent, _, leaf = name.rpartition(".")
+            shape = torch.Size(view.shape)
+            strides = layout.strides_in(order, model.get_submodule(parent), leaf, shape)
+            if not layout.same_layout(shape, view.strides, strides):
+                found[name] = strides
+    return found

@@ -1,0 +1,421 @@
+"""Loads a processed copy: an empty model, whose parameters are mapped from the copy's files."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from tl_fastload import quantized
+from tl_fastload.copies.check import check_arguments, check_names, check_steps
+from tl_fastload.copies.layout import layout_of, moved
+from tl_fastload.copies.manifest import (
+    Manifest,
+    View,
+    build_configuration,
+    checked_geometry,
+    is_copy,
+    read_manifest,
+    stored_tensors,
+)
+from tl_fastload.copies.verify import check_tokenizer, verify_copy
+from tl_fastload.errors import CheckpointError
+from tl_fastload.ground import compat
+from tl_fastload.ground.own_defaults import own_defaults
+from tl_fastload.hooked import layout, steps
+from tl_fastload.hooked.already import versions
+from tl_fastload.hooked.empty import build_empty, device_map, is_failure, lost_tokenizer
+from tl_fastload.hooked.tokenizer import named, read_tokenizer
+from tl_fastload.huggingface.config import hf_config_of
+from tl_fastload.loading import checks
+from tl_fastload.report.available import check_room, let_go_on_error
+from tl_fastload.report.load_report import LoadReport
+from tl_fastload.report.memory import PeakSampler, return_freed_memory
+from tl_fastload.report.progress import Progress
+from tl_fastload.request.keywords import Keywords, sort_keywords
+from tl_fastload.request.options import Options, is_on_network
+from tl_fastload.source.choose import stays_inside
+from tl_fastload.source.links import leads_out
+from tl_fastload.source.reader import FileMaps, FileReader, FileSource
+from tl_fastload.source.safetensors import TensorEntry
+
+# Of a copy that other processes save again and again.
+_TRIES = 5
+
+
+def copy_folder(model_name: Any, keywords: dict[str, Any]) -> Path | None:
+    """The folder of a processed copy that a name means, or None."""
+    if not isinstance(model_name, (str, os.PathLike)) or not os.fspath(model_name):
+        return None
+    subfolder = str(keywords.get("subfolder") or "")
+    if not stays_inside(subfolder):
+        return None  # the ordinary way says so
+    try:
+        root = Path(model_name).expanduser()
+        folder = root / subfolder
+        if leads_out(root, subfolder):
+            return None
+    except (RuntimeError, ValueError):  # "~somebody", who has no home here
+        return None
+    return folder if is_copy(folder) else None
+
+
+def load_copy(
+    cls: type,
+    options: Options,
+    arguments: dict[str, Any],
+    keywords: dict[str, Any],
+    folder: Path,
+) -> Any:
+    """Load a processed copy.
+
+    Args:
+        cls: the model class, with `LeanLoadingMixin` among its bases.
+        options: strategy, mapping, progress, quantization.
+        arguments: of `from_pretrained`.
+        keywords: for Hugging Face.
+        folder: of the copy.
+
+    Raises:
+        CheckpointError: the copy is damaged, or this version cannot read it.
+        ArgumentError: arguments that contradict what was saved.
+    """
+    started = time.perf_counter()
+    options.check()
+    checks.check_arguments(arguments, keywords)
+    if options.verify:
+        verify_copy(folder)
+    return_freed_memory()
+    reader = FileReader()
+    try:
+        with torch.inference_mode(False), own_defaults(), PeakSampler() as sampler:
+            sampler.mark("placing")
+            model, report = _load_whole(cls, options, arguments, keywords, folder, reader, sampler)
+    finally:
+        reader.close()
+    model.load_report = report.measured(sampler, time.perf_counter() - started)
+    return model
+
+
+def _load_whole(cls: type, *arguments: Any) -> tuple[Any, LoadReport]:
+    """What `_load` returns; from the beginning if another process saved the copy meanwhile."""
+    *_, folder, _, _ = arguments
+    manifest = read_manifest(folder)
+    for _ in range(_TRIES):
+        try:
+            found = _load(cls, manifest, *arguments)
+            arguments[-1].files.check_all()
+            return found
+        except (CheckpointError, OSError) as error:
+            failed = error
+        before, manifest = manifest, read_manifest(folder)
+        if manifest.copy_id == before.copy_id:
+            break
+    if isinstance(failed, CheckpointError):
+        raise failed
+    raise CheckpointError(
+        f"{folder}: the copy could not be read to its end ({failed}). If it was removed or saved "
+        "again meanwhile, load it again."
+    ) from failed
+
+
+def _load(
+    cls: type,
+    manifest: Manifest,
+    options: Options,
+    arguments: dict[str, Any],
+    keywords: dict[str, Any],
+    folder: Path,
+    reader: FileReader,
+    sampler: PeakSampler,
+) -> tuple[Any, LoadReport]:
+    entries = stored_tensors(folder, manifest)
+    cfg, sorted_keywords = checked_configuration(manifest, options, arguments, keywords, folder)
+    notes: list[str] = []
+    model = _build(cls, cfg, manifest, arguments, sorted_keywords, folder, notes, options.assigns)
+    device_of = device_map(model, arguments["move_to_device"])
+    check_names(model, manifest, folder)
+    if may_map(options, folder):
+        reader.maps = FileMaps(reader.files)
+    sampler.watch({device_of(name) for name in manifest.parameters})
+    moves = moved(model, manifest, options)
+    if options.check_memory:
+        _check_room(manifest, entries, reader, device_of, moves)
+    with let_go_on_error(model, manifest.source or manifest.model_class):
+        mapped_bytes = _place(model, manifest, entries, reader, options, device_of, moves)
+    model._layout = str(layout_of(manifest, options))
+    model._processed = ({step for step, on in manifest.flags.items() if on}, versions(model))
+    model._quantization = manifest.quantization
+    model._hf_config = _hf_config(manifest)
+    written = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    notes.append(f"Copy of {manifest.source or manifest.model_class}, written by {written}.")
+    report = LoadReport.of(
+        model,
+        strategy="assign" if options.assigns else "copy",
+        reason="a processed copy",
+        source=manifest.source or str(folder),
+        revision=manifest.revision,
+        mapped_bytes=mapped_bytes,
+        processing=steps.describe(manifest.flags, model.cfg),
+        quantization=f"{manifest.quantization.kind}, as saved" if manifest.quantization else None,
+        not_quantized=manifest.not_quantized,
+        adapters=tuple(manifest.adapters),
+        notes=tuple(notes),
+    )
+    return model, report
+
+
+def checked_configuration(
+    manifest: Manifest,
+    options: Options,
+    arguments: dict[str, Any],
+    keywords: dict[str, Any],
+    folder: Path,
+) -> tuple[Any, Keywords]:
+    """The configuration that was saved, with the devices that are asked for, and the keywords by
+    who takes them.
+
+    Raises:
+        ArgumentError: arguments that contradict what was saved.
+        CheckpointError: this TransformerLens lacks a field of the configuration.
+    """
+    keywords = dict(keywords)
+    if "torch_dtype" in keywords:
+        arguments = {**arguments, "torch_dtype": keywords.pop("torch_dtype")}
+    cfg = build_configuration(manifest, str(folder))
+    sorted_keywords = sort_keywords(keywords)
+    check_arguments(manifest, cfg, options, arguments, sorted_keywords, folder)
+    check_steps(manifest, cfg, arguments, folder)
+    given = arguments["device"]
+    cfg.device = given if given is not None else compat.default_device()
+    cfg.n_devices = arguments["n_devices"]
+    return cfg, sorted_keywords
+
+
+def may_map(options: Options, folder: Path) -> bool:
+    """Whether the files of a copy are mapped."""
+    wanted = options.mmap is True or (options.mmap == "auto" and not is_on_network(folder))
+    return wanted and options.assigns
+
+
+def _hf_config(manifest: Manifest) -> Any:
+    if manifest.hf_config is None:
+        return None
+    try:
+        return hf_config_of(manifest.hf_config)
+    except Exception:  # config classes raise anything for values of another version
+        return None  # only `load_weights_` wants it, and says so
+
+
+def _build(
+    cls: type,
+    cfg: Any,
+    manifest: Manifest,
+    arguments: dict[str, Any],
+    keywords: Keywords,
+    folder: Path,
+    notes: list[str],
+    assigns: bool,
+) -> Any:
+    """The empty model, with its tokenizer."""
+    if arguments["default_prepend_bos"] is not None:
+        cfg.default_prepend_bos = arguments["default_prepend_bos"]
+    side, tokenizer = arguments["default_padding_side"], arguments["tokenizer"]
+    if tokenizer is None and manifest.tokenizer is not None:
+        side = side or manifest.tokenizer["padding_side"]
+        as_named = cfg.tokenizer_name
+        tokenizer = _tokenizer(manifest.tokenizer, folder, keywords, notes, as_named)
+    # Nothing is to be fetched by name, and no seed to be set.
+    as_saved = cfg.tokenizer_name, cfg.init_weights
+    cfg.tokenizer_name, cfg.init_weights = None, False
+    cfg.trust_remote_code = keywords.trust_remote_code  # the caller's, whatever the copy says
+    context = SimpleNamespace(
+        keywords=keywords, tokenizer_folder=lambda: None, hf_config=_hf_config(manifest)
+    )
+    made: dict[str, Any] = {}
+    if tokenizer is not None and side is not None:
+        made["default_padding_side"] = side
+
+    def build() -> Any:
+        found: list[str] = []
+        model = build_empty(cls, cfg, context, found, tokenizer, move_to_device=False, **made)
+        notes[:] = [*earlier, *found]
+        return model
+
+    earlier = list(notes)
+    model = _build_without_values(build, manifest) if assigns else None
+    model = build() if model is None else model
+    cfg.tokenizer_name, cfg.init_weights = as_saved
+    return model
+
+
+def _build_without_values(build: Callable[[], Any], manifest: Manifest) -> Any | None:
+    """The empty model on the meta device: computing rotary tables takes longer than all the rest.
+    None if it has tensors that the copy does not hold.
+    """
+    try:
+        with torch.device("meta"):
+            model = build()
+    except (NotImplementedError, RuntimeError):  # a class that looks at values
+        return None
+    if dict(model.named_buffers()).keys() - manifest.buffers.keys():
+        return None
+    others = [value for module in model.modules() for value in vars(module).values()]
+    return None if any(isinstance(v, torch.Tensor) and v.is_meta for v in others) else model
+
+
+def _tokenizer(
+    saved: dict[str, Any], folder: Path, keywords: Keywords, notes: list[str], as_saved: Any
+) -> Any | None:
+    check_tokenizer(folder, saved)
+    try:
+        tokenizer = read_tokenizer(
+            folder / saved["folder"],
+            use_fast=saved["is_fast"],
+            trust_remote_code=keywords.trust_remote_code,
+        )
+        # Copies of earlier versions do not say what it was called.
+        name = saved.get("name", as_saved) or ""
+        return named(tokenizer, str(name))
+    except BaseException as error:  # a panic of code in Rust is no `Exception`
+        if not is_failure(error):
+            raise
+        notes.append(lost_tokenizer(folder / saved["folder"], error))
+        return None
+
+
+def _place(
+    model: nn.Module,
+    manifest: Manifest,
+    entries: dict[str, TensorEntry],
+    reader: FileReader,
+    options: Options,
+    device_of: Any,
+    moves: Mapping[str, tuple[int, ...]],
+) -> int:
+    """Put every parameter and buffer into the model; the bytes of parameters that are mapped."""
+    done: dict[tuple[str, ...], nn.Parameter] = {}
+    mapped_bytes = 0
+    used = {key for view in manifest.parameters.values() for key in _keys(view)}
+    with Progress(options.progress) as progress:
+        progress.start(sum(entries[key].nbytes for key in used))
+        for name, view in manifest.parameters.items():
+            keys = tuple(_keys(view))  # the same ones: the same parameter, under another name
+            if keys not in done:
+                device, strides = device_of(name), moves.get(name)
+                try:
+                    if strides is None:
+                        tensor = read_tensor(view, entries, reader, device)
+                    else:
+                        tensor = _read_moved(view, entries, reader, device, strides)
+                    done[keys] = _parameter(model, name, tensor, view, options)
+                except BaseException:
+                    done.clear()  # the traceback holds them as long as the exception lives
+                    raise
+                size_bytes = sum(entries[key].nbytes for key in keys)
+                is_mapped = reader.maps is not None and device.type == "cpu" and strides is None
+                mapped_bytes += size_bytes if is_mapped else 0
+                progress.advance(name, size_bytes)
+            parent, _, leaf = name.rpartition(".")
+            model.get_submodule(parent)._parameters[leaf] = done[keys]
+    for name, buffer in list(model.named_buffers()):
+        parent, _, leaf = name.rpartition(".")
+        held = manifest.buffers.get(name)
+        if held is not None:
+            value = read_tensor(held, entries, reader, device_of(name))
+        else:
+            value = buffer.to(device_of(name))
+        model.get_submodule(parent)._buffers[leaf] = value
+    return mapped_bytes
+
+
+def _keys(view: View) -> Iterator[str]:
+    yield from view.tensors.values()
+
+
+def _check_room(
+    manifest: Manifest,
+    entries: dict[str, TensorEntry],
+    reader: FileReader,
+    device_of: Any,
+    moves: Mapping[str, tuple[int, ...]],
+) -> None:
+    needed: dict[torch.device, int] = {}
+    twice: dict[torch.device, int] = {}
+    for name, view in (*manifest.parameters.items(), *manifest.buffers.items()):
+        device = device_of(name)
+        size = sum(entries[key].nbytes for key in _keys(view))
+        if reader.maps is None or device.type != "cpu" or name in moves:
+            needed[device] = needed.get(device, 0) + size
+        if name in moves:
+            twice[device] = max(twice.get(device, 0), size)
+    for device, size in twice.items():
+        needed[device] += size
+    check_room(needed, manifest.source or manifest.model_class)
+
+
+def _parameter(
+    model: nn.Module, name: str, tensor: torch.Tensor, view: View, options: Options
+) -> nn.Parameter:
+    parent, _, leaf = name.rpartition(".")
+    own = model.get_submodule(parent)._parameters[leaf]
+    if options.assigns or own is None:
+        return nn.Parameter(tensor, requires_grad=view.requires_grad)
+    own.data = tensor
+    own.requires_grad_(view.requires_grad)
+    return own
+
+
+def read_tensor(
+    view: View, entries: dict[str, TensorEntry], reader: FileReader, device: torch.device
+) -> torch.Tensor:
+    """A parameter or a buffer of a copy: mapped where `reader.maps` is, else read."""
+    if view.quantized is None:
+        entry = entries[view.tensors[""]]
+        return _stored(entry, checked_geometry(view, entry), reader, device)
+    parts = {
+        part: _stored(entries[key], _whole(entries[key]), reader, device)
+        for part, key in view.tensors.items()
+    }
+    dtype = view.dtype or torch.float32
+    return quantized.rebuild(
+        parts, view.quantized, view.shape, view.strides, view.offset, dtype, is_parameter=False
+    )
+
+
+def _whole(entry: TensorEntry) -> torch.Tensor:
+    return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+
+
+def _stored(
+    entry: TensorEntry, geometry: torch.Tensor, reader: FileReader, device: torch.device
+) -> torch.Tensor:
+    if reader.maps is not None and device.type == "cpu" and entry.nbytes:
+        return reader.maps.view(entry, geometry)
+    return _read(entry, geometry, reader, device)
+
+
+def _read(
+    entry: TensorEntry, geometry: torch.Tensor, reader: FileReader, device: torch.device
+) -> torch.Tensor:
+    out = torch.empty_strided(geometry.shape, geometry.stride(), dtype=entry.dtype, device=device)
+    FileSource(entry, reader).read_into(out, geometry, ())
+    return out
+
+
+def _read_moved(
+    view: View,
+    entries: dict[str, TensorEntry],
+    reader: FileReader,
+    device: torch.device,
+    strides: tuple[int, ...],
+) -> torch.Tensor:
+    entry = entries[view.tensors[""]]
+    value = _read(entry, checked_geometry(view, entry), reader, device)
+    return layout.copied(value, strides, value.dtype)

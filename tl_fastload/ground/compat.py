@@ -1,0 +1,178 @@
+"""Versions of torch, transformers and TransformerLens, and what each allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib import import_module, metadata
+from types import FunctionType, SimpleNamespace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from packaging.version import Version
+
+from tl_fastload.ground.borrow import borrow
+
+if TYPE_CHECKING:
+    import torch  # takes a second, and a version is known without
+
+
+def _version(distribution: str) -> Version:
+    return Version(metadata.version(distribution))
+
+
+TORCH = _version("torch")
+TRANSFORMERS = _version("transformers")
+TRANSFORMER_LENS = _version("transformer_lens")
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+ASSIGN_NEEDS_TORCH = Version("2.1")
+HOOKED_TRANSFORMER_GONE_IN = Version("4.0.dev0")
+
+
+def can_assign() -> bool:
+    """Whether this torch has `load_state_dict(..., assign=True)`."""
+    return Version(TORCH.base_version) >= ASSIGN_NEEDS_TORCH
+
+
+def can_map_torch_files() -> bool:
+    """Whether `torch.load` takes `mmap=True` (torch 2.1 and newer)."""
+    return Version(TORCH.base_version) >= Version("2.1")
+
+
+def dtypes(names: Mapping[str, str]) -> dict[str, torch.dtype]:
+    """Those dtypes that this torch has: 8-bit floats came with 2.1, unsigned integers with 2.3.
+
+    Args:
+        names: any key -> torch's name.
+    """
+    import torch
+
+    return {key: getattr(torch, name) for key, name in names.items() if hasattr(torch, name)}
+
+
+def not_compiled(function: Function) -> Function:
+    """Decorator: torch.compile runs the function as it is, with all that it calls."""
+    import torch
+
+    compiler: Any = getattr(torch, "compiler", None)  # came with torch 2.1
+    made: Function = function if compiler is None else compiler.disable(function)
+    return made
+
+
+def load_torch_file(path: Any, allowed: Callable[..., Any], **arguments: Any) -> Any:
+    """`torch.load(path, map_location="cpu", weights_only=True)` of a file that may name one more
+    function; torch's own list of such functions is that of all threads, and stays as it is.
+
+    Torch before 2.5 has no such list, and refuses such files.
+
+    Args:
+        path: the file.
+        allowed: the function.
+        **arguments: for `torch.load`.
+    """
+    from torch import serialization
+
+    load: Any = serialization.load
+    unpickler: Any = getattr(serialization, "_weights_only_unpickler", None)
+    if hasattr(unpickler, "_get_user_allowed_globals") and isinstance(load, FunctionType):
+        own = _unpickler_allowing(unpickler, allowed)
+        legacy = borrow(serialization._legacy_load, _weights_only_unpickler=own)
+        load = borrow(load, _weights_only_unpickler=own, _legacy_load=legacy)
+    return load(path, map_location="cpu", weights_only=True, **arguments)
+
+
+def _unpickler_allowing(unpickler: Any, allowed: Callable[..., Any]) -> Any:
+    """Torch's unpickler module with one more function on its list."""
+    name = f"{allowed.__module__}.{allowed.__qualname__}"
+
+    def user_allowed() -> dict[str, Any]:
+        return {**unpickler._get_user_allowed_globals(), name: allowed}
+
+    run = borrow(unpickler.Unpickler.load, _get_user_allowed_globals=user_allowed)
+    own = type("Unpickler", (unpickler.Unpickler,), {"load": run})
+    load = borrow(unpickler.load, Unpickler=own)
+    return SimpleNamespace(**{**vars(unpickler), "Unpickler": own, "load": load})
+
+
+@cache
+def item_bytes(dtype: torch.dtype) -> int:
+    """Bytes of one element; `dtype.itemsize` came with torch 2.1."""
+    import torch
+
+    return torch.empty(0, dtype=dtype, device="meta").element_size()
+
+
+def cuda_memory_fraction(device: torch.device) -> float:
+    """The part of a CUDA device that this process may take; torch before 2.7 does not tell."""
+    import torch
+
+    ask: Any = getattr(torch.cuda, "get_per_process_memory_fraction", None)
+    return 1.0 if ask is None else float(ask(device))
+
+
+def multiplies_in_fewer_bits() -> bool:
+    """Whether the process lets the CPU multiply float32 matrices in TF32 or bfloat16."""
+    import torch
+
+    mkldnn: Any = getattr(torch.backends.mkldnn, "matmul", None)  # came with torch 2.9
+    if mkldnn is not None:
+        return mkldnn.fp32_precision not in ("none", "ieee")
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+def halves_are_finite(tensor: torch.Tensor) -> bool:
+    """Whether a float16 tensor, which is not empty, has neither NaN nor infinite values."""
+    import torch
+
+    try:
+        extremes = torch.aminmax(tensor)
+    except RuntimeError:  # torch 2.0 has no kernel for it on the CPU
+        rows = max(1, tensor.shape[0] * (1 << 20) // tensor.numel())
+        return all(bool(torch.isfinite(piece).all()) for piece in torch.split(tensor, rows))
+    return all(bool(torch.isfinite(extreme)) for extreme in extremes)
+
+
+# transformers 5 renames and merges checkpoint tensors by a table; version 4 had plain names.
+HAS_WEIGHT_CONVERSIONS = TRANSFORMERS.major >= 5
+
+# `process_weights_` of TransformerLens 2 replaces each norm by one without weights, and its steps
+# are methods of the model that expect every norm's weights; version 3 keeps unit weights.
+REPLACES_NORMS = TRANSFORMER_LENS.major < 3
+
+# Version 3 tells the sides of a matrix apart by their lengths when it folds norms into it.
+GUESSES_SIDES = TRANSFORMER_LENS.major >= 3
+
+# Version 2 loads a tokenizer again, by its name, if it does not add BOS tokens already.
+RELOADS_TOKENIZERS = TRANSFORMER_LENS.major < 3
+
+# The first Gemma's activation: transformers took `hidden_activation` for it, `hidden_act` since.
+GEMMA_1_HAS_HIDDEN_ACTIVATION = Version("4.48") > TRANSFORMERS
+
+# The field of a configuration that holds the model's dtype.
+CONFIG_DTYPE_NAME = "dtype" if Version("4.56") <= TRANSFORMERS else "torch_dtype"
+
+
+def default_device() -> str:
+    """The device on which TransformerLens puts a model if none is asked for."""
+    home = "utilities" if TRANSFORMER_LENS.major >= 3 else "utils"
+    return str(import_module(f"transformer_lens.{home}").get_device())
+
+
+def require_hooked_transformer() -> None:
+    """Raise ImportError on a TransformerLens that has no HookedTransformer any more."""
+    if TRANSFORMER_LENS >= HOOKED_TRANSFORMER_GONE_IN:
+        raise ImportError(
+            f"TransformerLens {TRANSFORMER_LENS} has no HookedTransformer, which tl_fastload loads "
+            'into: pip install "transformer-lens>=2.8,<4".'
+        )
+
+
+def device_of_block(index: int, cfg: Any) -> Any:
+    """Where the forward pass looks for a block: TransformerLens' `get_device_for_block_index`."""
+    home = "multi_gpu" if TRANSFORMER_LENS.major >= 3 else "devices"
+    module = import_module(f"transformer_lens.utilities.{home}")
+    return module.get_device_for_block_index(index, cfg)
+
+
+__version__ = "0.1.0"

@@ -1,0 +1,202 @@
+"""The empty model that weights are placed into, and the device of each of its parts."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tl_fastload.ground import compat
+from tl_fastload.ground.borrow import silenced
+from tl_fastload.ground.boundary import is_panic
+from tl_fastload.ground.words import printable
+from tl_fastload.hooked.config_repairs import differences
+from tl_fastload.hooked.rope_tables import put_rope_tables
+from tl_fastload.hooked.tokenizer import own_tokenizer, warn_of_ids, with_bos
+from tl_fastload.recipes.nodes import aten
+from tl_fastload.report.memory import return_freed_memory
+
+
+class SkipRandomInit(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Leaves fresh memory untouched instead of filling it with random numbers, so that it costs
+    nothing.
+
+    Everything else runs, so that buffers (rotary tables, masks) are what TransformerLens computes.
+    """
+
+    _made_mask = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (aten.uniform_.default, aten.normal_.default):
+            return args[0]
+        if self._made_mask and func is aten.empty.memory_format:
+            # What TransformerLens 2 computes each layer's mask from is freed memory with pages
+            # behind it: a parameter that took it would cost its size after all.
+            return_freed_memory()
+            self._made_mask = False
+        self._made_mask |= func is aten.tril.default
+        return func(*args, **(kwargs or {}))
+
+
+def build_empty(
+    cls: type,
+    cfg: Any,
+    origin: Any,
+    notes: list[str],
+    tokenizer: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Build the model class with untouched memory for parameters.
+
+    Args:
+        cls: the model class.
+        cfg: its HookedTransformerConfig.
+        origin: where the model comes from (`tl_fastload.huggingface.pretrained.Origin`).
+        notes: gets a sentence if no tokenizer was found.
+        tokenizer: the caller's tokenizer, or None.
+        *args: for the class.
+        **kwargs: for the class.
+    """
+    # Code of a checkpoint runs only if the caller allowed it, whatever TransformerLens' tables say.
+    wanted = cfg.trust_remote_code
+    cfg.trust_remote_code = origin.keywords.trust_remote_code
+    is_own = tokenizer is None and cfg.tokenizer_name is not None
+    try:
+        if is_own:
+            tokenizer = _own_tokenizer(cfg, origin, notes)
+        prepared = None if tokenizer is None else with_bos(tokenizer, cfg)
+        with SkipRandomInit():  # type: ignore[no-untyped-call]
+            model = _construct(cls, cfg, notes, prepared, is_own, *args, **kwargs)
+    finally:
+        cfg.trust_remote_code = wanted
+    _as_transformers(model, origin, notes)
+    warn_of_ids(model)
+    if _give_experts_the_dtype(model):
+        notes.append(
+            f"Expert layers are {cfg.dtype}, as asked for. TransformerLens makes them float32 "
+            "whatever dtype says, and its forward pass then fails."
+        )
+    return model
+
+
+def build_outline(
+    cls: type,
+    cfg: Any,
+    origin: Any,
+    notes: list[str],
+    tokenizer: Any = None,
+    move_to_device: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Build the model class on the meta device, without a tokenizer: shapes and dtypes only.
+
+    The arguments are those of `build_empty`.
+    """
+    cfg.tokenizer_name = None
+    model: Any = object.__new__(cls)
+    with torch.device("meta"):
+        # Of a class with an `__init__` of its own, what it calls says what it says.
+        silenced(model.__init__)(cfg, None, move_to_device=move_to_device)
+    _as_transformers(model, origin, origin.notes)
+    _give_experts_the_dtype(model)
+    return model
+
+
+def _as_transformers(model: Any, origin: Any, notes: list[str]) -> None:
+    """Tables that are transformers', and words on what cannot be."""
+    hf_config = getattr(origin, "hf_config", None)
+    if hf_config is not None and model.cfg.original_architecture is not None:
+        notes += differences(vars(model.cfg), hf_config)
+        notes += put_rope_tables(model, hf_config)
+
+
+def _give_experts_the_dtype(model: Any) -> bool:
+    changed = False
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.weight.dtype != model.cfg.dtype:
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                empty = torch.empty_like(parameter, dtype=model.cfg.dtype)
+                setattr(module, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+            changed = True
+    return changed
+
+
+def _own_tokenizer(cfg: Any, origin: Any, notes: list[str]) -> Any:
+    """The tokenizer that lies with the model. The weights do not need it: token ids still work."""
+    hub = dict(origin.keywords.hub) if hasattr(origin.keywords, "hub") else {}
+    try:
+        # The files of this revision and cache; the name alone would mean the usual ones.
+        return own_tokenizer(
+            cfg, origin.tokenizer_folder(), hub, trust=origin.keywords.trust_remote_code
+        )
+    except BaseException as error:  # tokenizers raise anything at all
+        if not is_failure(error):
+            raise
+        notes.append(lost_tokenizer(cfg.tokenizer_name, error))
+        cfg.tokenizer_name = None
+        return None
+
+
+def _construct(
+    cls: type, cfg: Any, notes: list[str], tokenizer: Any, is_own: bool, *args: Any, **kwargs: Any
+) -> Any:
+    try:
+        return cls(cfg, tokenizer, *args, **kwargs)
+    except BaseException as error:  # a panic of code in Rust is no `Exception`
+        if tokenizer is None or not is_failure(error):
+            raise
+        failed = error
+    # The weights do not need the tokenizer: token ids still work. Whether it was the tokenizer that
+    # failed shows now: without it, anything else fails again.
+    name, cfg.tokenizer_name = cfg.tokenizer_name, None
+    model = cls(cfg, None, *args, **without_side(kwargs))
+    notes.append(lost_tokenizer(name if is_own else "tokenizer=", failed))
+    return model
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether a tokenizer's loading failed, and nobody wanted the program to stop."""
+    return isinstance(error, Exception) or is_panic(error)
+
+
+def without_side(keywords: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a model class for a model without a tokenizer."""
+    return {name: value for name, value in keywords.items() if name != "default_padding_side"}
+
+
+def lost_tokenizer(name: Any, error: BaseException) -> str:
+    """Warn of a tokenizer that could not be loaded; the sentence is for the report as well."""
+    text = " ".join(str(error).split())[:200]
+    message = printable(
+        f"No tokenizer could be loaded from {name} ({type(error).__name__}: {text}): the model has "
+        "none. Pass token ids, or tokenizer=."
+    )
+    warnings.warn(message, stacklevel=2)
+    return message
+
+
+def device_map(model: Any, move_to_device: bool) -> Callable[[str], torch.device]:
+    """Where each parameter goes.
+
+    With several devices, blocks are spread as the forward pass expects them, the embedding lies
+    with the first block and the final norm and unembedding with the last.
+    """
+    cfg = model.cfg
+    if not move_to_device or cfg.device is None:
+        return lambda name: torch.device("cpu")
+    if cfg.n_devices <= 1:
+        return lambda name: torch.device(cfg.device)
+
+    def device_of(name: str) -> torch.device:
+        parts = name.split(".")
+        index = 0 if parts[0] in ("embed", "pos_embed") else cfg.n_layers - 1
+        if parts[0] == "blocks":
+            index = int(parts[1])
+        return torch.device(compat.device_of_block(index, cfg))
+
+    return device_of

@@ -1,0 +1,1 @@
+"""LoRA adapters: found, checked, and merged into the promises of a model."""

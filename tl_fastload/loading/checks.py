@@ -1,0 +1,335 @@
+"""Checks of what fits together: arguments, state dicts, recipes. All that is wrong is told at
+once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformer_lens.HookedTransformer import DTYPE_FROM_STRING
+
+from tl_fastload.errors import (
+    ArgumentError,
+    CheckpointError,
+    LeanLoadError,
+    MissingWeightsError,
+    NotEnoughMemory,
+    QuantizationError,
+    is_out_of_memory,
+)
+from tl_fastload.ground import compat
+from tl_fastload.ground.boundary import is_callers
+from tl_fastload.hooked.state_dicts import listed
+from tl_fastload.hooked.steps import reason_to_skip
+from tl_fastload.huggingface.pretrained import Origin
+from tl_fastload.huggingface.tree import MissingSource
+from tl_fastload.quantized import QuantizedTensor, formats
+from tl_fastload.quantized.recipes import follow
+from tl_fastload.recipes.evaluate import sources
+from tl_fastload.recipes.promise import Promise
+from tl_fastload.request.options import Options
+
+_CHECKPOINT_ARGUMENTS = ("checkpoint_index", "checkpoint_value", "checkpoint_label")
+# What TransformerLens raises for fields that make no sense.
+_OF_A_CONFIGURATION = (
+    *(ArithmeticError, LookupError, ValueError, AssertionError, TypeError, AttributeError),
+    RuntimeError,
+)
+_LAYER = re.compile(r"\.(?:h|layers|blocks)\.(\d+)\.")
+# Parts of multimodal checkpoints that the text model does not have.
+_NOT_TEXT = re.compile(r"(vision_tower|vision_model|multi_modal_projector|audio_tower)")
+
+
+def check_arguments(arguments: dict[str, Any], keywords: dict[str, Any]) -> None:
+    """Raise ArgumentError for arguments that contradict each other or this machine.
+
+    What each may be by itself, `tl_fastload.request.argument_types` has asked.
+    """
+    _check_checkpoint(arguments, keywords)
+    _check_device(arguments)
+    _check_dtype(arguments, keywords)
+
+
+def _check_dtype(arguments: dict[str, Any], keywords: dict[str, Any]) -> None:
+    if "torch_dtype" not in keywords:
+        return
+    one, other = (
+        DTYPE_FROM_STRING.get(d, d) for d in (keywords["torch_dtype"], arguments["dtype"])
+    )
+    if one != other and other != torch.float32:
+        raise ArgumentError(f"torch_dtype={one} and dtype={other} contradict each other.")
+
+
+def _check_checkpoint(arguments: dict[str, Any], keywords: dict[str, Any]) -> None:
+    given = [name for name in _CHECKPOINT_ARGUMENTS if arguments[name] is not None]
+    if given[-2:] == ["checkpoint_value", "checkpoint_label"]:
+        raise ArgumentError("checkpoint_value and checkpoint_label are aliases: pass one of them.")
+    if len(given) > 1:
+        raise ArgumentError(
+            f"{' and '.join(given)} each pick a training checkpoint: pass one of them."
+        )
+    if given and arguments["hf_model"] is not None:
+        raise ArgumentError(
+            f"{given[0]}= picks a checkpoint on the hub, but hf_model= already has weights: "
+            "pass one of them."
+        )
+    if given and keywords.get("revision") is not None:
+        raise ArgumentError(
+            f"{given[0]}= and revision= both name a version of the weights: pass one of them."
+        )
+
+
+def _check_device(arguments: dict[str, Any]) -> None:
+    n_devices = arguments["n_devices"]
+    device = device_asked_for(arguments)
+    if device.type != "cuda":
+        if n_devices > 1:
+            raise ArgumentError(f"n_devices={n_devices} spreads over CUDA devices, not {device}.")
+        _check_usable(device)
+        return
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (device.index or 0) + n_devices > count:
+        raise ArgumentError(
+            f"device={arguments['device']!r} with n_devices={n_devices} needs "
+            f"{(device.index or 0) + n_devices} CUDA devices, torch sees {count}."
+        )
+
+
+def device_asked_for(arguments: Mapping[str, Any]) -> torch.device:
+    """The device that `device=` means.
+
+    Raises:
+        ArgumentError: it is none.
+    """
+    if arguments["device"] is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(arguments["device"])
+    except (RuntimeError, TypeError) as error:
+        raise ArgumentError(f"device={arguments['device']!r} is no device: {error}") from error
+
+
+def _check_usable(device: torch.device) -> None:
+    try:
+        torch.empty(1, device=device).add(1).cpu()
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ArgumentError(f"device={str(device)!r} cannot hold weights here: {reason}") from error
+
+
+def check_quantization(origin: Origin, options: Options, arguments: dict[str, Any]) -> None:
+    """Raise for quantization that contradicts the checkpoint, or that cannot run here."""
+    spec = origin.spec or options.quantize
+    if spec is None:
+        return
+    if origin.spec is not None and options.quantize is not None:
+        raise ArgumentError(
+            f"{origin.label} is quantized already ({origin.spec.kind}): leave quantize= out, or "
+            "take the unquantized checkpoint."
+        )
+    if origin.spec is not None and arguments["refactor_factored_attn_matrices"]:
+        raise ArgumentError(
+            "refactor_factored_attn_matrices=True mixes the values of several matrices, which "
+            f"quantized bytes cannot follow. {origin.label} is quantized: load the unquantized "
+            "checkpoint with quantize=, which refactors first."
+        )
+    if not compat.can_assign():
+        raise ArgumentError(
+            f"Quantized weights need torch {compat.ASSIGN_NEEDS_TORCH} or newer, this is "
+            f"{compat.TORCH}: upgrade torch, or load the unquantized checkpoint without quantize=."
+        )
+    if not options.assigns:
+        raise ArgumentError(
+            "Quantized weights are put into the model as they are, which a copying load cannot do: "
+            'use strategy="auto".'
+        )
+    formats.of_kind(spec.kind).require_device(device_asked_for(arguments))
+
+
+def check_adapters(origin: Origin, options: Options) -> None:
+    """Raise for adapters that contradict what they are to be merged into."""
+    if options.requantize and (origin.spec is None or not origin.adapters):
+        raise ArgumentError(
+            "requantize=True is for merging adapter= into weights that are quantized already: "
+            f"{origin.label} "
+            + ("has no adapter" if origin.spec is not None else "is not quantized")
+            + ". Leave it out."
+        )
+    if not origin.adapters:
+        return
+    if origin.is_toy:
+        raise ArgumentError(
+            f"adapter= needs a model in Hugging Face's format; {origin.label} is in "
+            "TransformerLens' own."
+        )
+    if origin.spec is not None and not options.requantize:
+        raise ArgumentError(
+            f"{origin.label} is quantized already ({origin.spec.kind}), and an adapter changes the "
+            "values behind its bytes. Pass requantize=True to dequantize, merge and quantize again "
+            "(which rounds twice), or take the unquantized checkpoint with adapter= and quantize=."
+        )
+
+
+def check_state_dict(model: Any, state_dict: dict[str, Any], flags: dict[str, bool]) -> None:
+    """Raise MissingWeightsError if tensors of a state dict have other shapes than the model's, and
+    ArgumentError if they cannot become its quantized weights.
+    """
+    own = model.state_dict(keep_vars=True)
+    quantized = {name for name, value in own.items() if isinstance(value, QuantizedTensor)}
+    if quantized and flags["refactor_factored_attn_matrices"]:
+        raise ArgumentError(
+            "refactor_factored_attn_matrices=True mixes the values of several matrices, which "
+            "quantized bytes cannot follow. Load the unquantized checkpoint with quantize=, which "
+            "refactors first."
+        )
+    dense = [
+        name
+        for name in sorted(quantized & state_dict.keys())
+        if not isinstance(state_dict[name], QuantizedTensor)
+    ]
+    if dense:
+        raise ArgumentError(
+            f"The model's {listed(dense)} are quantized, the state dict's are not; the model is "
+            "unchanged. Load these weights into an unquantized model, or a checkpoint of them with "
+            "quantize=."
+        )
+    wrong = [
+        f"{name}: {tuple(value.shape)} instead of {tuple(own[name].shape)}"
+        for name, value in state_dict.items()
+        if isinstance(value, torch.Tensor) and name in own and not _fits(value, own[name])
+    ]
+    if wrong:
+        raise MissingWeightsError(
+            "The state dict has tensors of the wrong shape; the model is unchanged:\n  "
+            + "\n  ".join(wrong)
+        )
+
+
+def check_in_place(model: Any, recipes: dict[str, Promise]) -> None:
+    """Raise ArgumentError if a quantized parameter of a live model cannot follow its recipe."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, QuantizedTensor) and name in recipes:
+            try:
+                follow(recipes[name].node, parameter.device)
+            except QuantizationError as error:
+                raise ArgumentError(
+                    f"{name} cannot be processed in place: {error}. The model is unchanged. Load "
+                    "it again with the processing steps, or with a state dict that is not "
+                    "processed yet."
+                ) from error
+
+
+def check_recipes(model: Any, origin: Origin, recipes: dict[str, Promise]) -> None:
+    """Raise MissingWeightsError for everything of the checkpoint that does not fit the model."""
+    _raise_for(origin, recipe_problems(model, origin, recipes))
+
+
+def recipe_problems(model: Any, origin: Origin, recipes: dict[str, Promise]) -> list[str]:
+    """Everything of the checkpoint that does not fit the model, a line each."""
+    read = [view.source for promise in recipes.values() for view in sources(promise.node)]
+    missing = sorted({source.name for source in read if isinstance(source, MissingSource)})
+    problems = [f"missing: {name}" for name in missing] + _ledger_problems(origin)
+    own = dict(model.named_parameters())
+    for name, promise in recipes.items():
+        if name in own and not _fits(promise, own[name]):
+            found, wanted = tuple(promise.shape), tuple(own[name].shape)
+            problems.append(f"misshapen: {name} comes out as {found} instead of {wanted}")
+    unread = _unread(origin, {id(source) for source in read}, model.cfg)
+    return problems + [f"no place in HookedTransformer for: {name}" for name in unread]
+
+
+def explain(origin: Origin, error: Exception, arguments: dict[str, Any]) -> None:
+    """Raise an error of this family for one that TransformerLens' own loading code raised.
+
+    Args:
+        origin: what was being loaded.
+        error: what was raised.
+        arguments: of the load.
+    """
+    is_known = isinstance(error, (LeanLoadError, RecursionError)) or is_out_of_memory(error)
+    if is_known or is_callers(error):
+        return
+    if is_out_of_memory(error):
+        raise NotEnoughMemory(
+            f"Memory ran out while the weights of {origin.label} were looked at ({error}). Nothing "
+            "was loaded. Free some, or see tl_fastload.plan for what would fit."
+        ) from error
+    if origin.root is None and isinstance(error, _OF_A_CONFIGURATION):
+        given = [name for name in _CHECKPOINT_ARGUMENTS if arguments.get(name) is not None]
+        if given:
+            raise ArgumentError(
+                f"{given[0]}={arguments[given[0]]!r} does not name a training checkpoint of "
+                f"{origin.label}: {error}"
+            ) from error
+        raise CheckpointError(
+            f"The configuration of {origin.label} describes no model that can be built: "
+            f"{type(error).__name__}: {error}. Correct its config.json."
+        ) from error
+    if not origin.is_recording:
+        return
+    problems = [f"missing: {name}" for name in origin.missing()] + _ledger_problems(origin)
+    if not problems:
+        problems = [f"TransformerLens' converter stumbled: {type(error).__name__}: {error}"]
+    _raise_for(origin, problems)
+
+
+def check_refactor(cfg: Any, flags: dict[str, bool]) -> None:
+    """Raise ArgumentError if matrices are to be refactored that rotary embeddings stand between."""
+    step = "refactor_factored_attn_matrices"
+    reason = reason_to_skip(step, cfg)
+    if flags[step] and reason is not None:
+        raise ArgumentError(f"{step}=True cannot be done: {reason}. Leave it out.")
+
+
+def _raise_for(origin: Origin, problems: list[str]) -> None:
+    """Raise one MissingWeightsError with all problems, if there are any."""
+    if problems:
+        raise MissingWeightsError(
+            f"{origin.label} does not fit the model that its configuration describes:\n  "
+            + "\n  ".join(problems)
+            + "\nNothing was loaded. Check that the checkpoint is complete and belongs to this "
+            "config.json; to load it as transformers does, pass "
+            "hf_model=AutoModelForCausalLM.from_pretrained(...)."
+        )
+
+
+def _ledger_problems(origin: Origin) -> list[str]:
+    problems = [
+        f"unexpected: {name}"
+        for name in sorted(origin.ledger.unexpected)
+        if not _NOT_TEXT.search(name)
+    ]
+    for name, (found, wanted) in sorted(origin.ledger.misshapen.items()):
+        problems.append(f"misshapen: {name} is {found}, the configuration asks for {wanted}")
+    problems += [
+        f"not weights: {name} holds {t}" for name, t in sorted(origin.ledger.integers.items())
+    ]
+    problems += [
+        f"not complete: {name}: {e}" for name, e in sorted(origin.ledger.incomplete.items())
+    ]
+    return problems
+
+
+def _fits(tensor: torch.Tensor, parameter: torch.Tensor) -> bool:
+    return tensor.shape == parameter.shape or (tensor.numel() == 1 and parameter.dim() == 0)
+
+
+def _unread(origin: Origin, read: set[int], cfg: Any) -> list[str]:
+    """Weights of the checkpoint that no parameter of the model depends on."""
+    if origin.root is None or not hasattr(origin.root, "named_parameters"):
+        return []
+    unread = []
+    for name, promise in origin.root.named_parameters():
+        layer = _LAYER.search("." + name)
+        beyond = layer is not None and int(layer.group(1)) >= cfg.n_layers
+        if not hasattr(cfg, "use_attention_sinks") and name.endswith(".sinks"):
+            continue  # this TransformerLens has none, which the report says
+        if beyond or _NOT_TEXT.search(name) or not isinstance(promise, Promise):
+            continue
+        found = [view.source for view in sources(promise.node)]
+        if not any(id(s) in read or isinstance(s, MissingSource) for s in found):
+            unread.append(name)
+    return unread

@@ -1,0 +1,396 @@
+"""Puts evaluated recipes into a model: in which order, on which device, mapped, assigned or
+copied.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from tl_fastload.ground import compat
+from tl_fastload.hooked import layout
+from tl_fastload.quantized import QuantizedTensor
+from tl_fastload.quantized.quantizer import Quantizer
+from tl_fastload.quantized.recipes import QuantizedSource
+from tl_fastload.recipes.evaluate import Evaluation, Value, sources
+from tl_fastload.recipes.nodes import Call, MemorySource, Node, SourceView, aten, meta_of
+from tl_fastload.recipes.promise import Promise
+from tl_fastload.report.memory import return_freed_memory
+from tl_fastload.report.progress import Progress
+from tl_fastload.source.reader import FileMaps, FileSource, has_overlap, is_dense
+
+# Freed scratch memory is given back each time that this part of the model has passed through it.
+_TRIM_FRACTION = 0.01
+_TRIM_LEAST_BYTES = 4 << 20
+_SEARCH_MOST_BYTES = 16 << 20
+
+
+@dataclass
+class Placer:
+    """Places recipes into one model.
+
+    Args:
+        model: the model; its parameters give names, shapes and dtypes.
+        device_of: target device of each parameter name.
+        assign: replace each parameter by the evaluated tensor, or else copy into it.
+        maps: where untransformed file ranges are mapped, or None to read everything.
+        map_any_layout: map a range even if the forward pass would want other strides, as long as
+            it has no gaps.
+        progress: told of every placed parameter.
+        quantizer: makes quantized tensors, or None.
+        fresh: nobody holds the model's tensors yet, so that their memory may be replaced.
+        order: memory order of the parameters, of `layout.LAYOUTS`.
+        map_gaps: map views into fused matrices, too: parameters that are not dense.
+        writing: told of every tensor before it is written to or replaced.
+
+    Attributes:
+        mapped_bytes: of mapped parameters.
+        unseen_bytes: of mapped parameters that were not searched for NaN and infinite values.
+        not_finite: parameters with NaN or infinite values.
+    """
+
+    model: nn.Module
+    device_of: Callable[[str], torch.device]
+    assign: bool
+    maps: FileMaps | None
+    map_any_layout: bool
+    progress: Progress
+    quantizer: Quantizer | None = None
+    fresh: bool = True
+    order: str = layout.FORWARD
+    map_gaps: bool = False
+    writing: Callable[[str], None] = lambda name: None
+    mapped_bytes: int = 0
+    unseen_bytes: int = 0
+    not_finite: list[str] = field(default_factory=list)
+    _passed_bytes: int = 0
+    _trim_bytes: int = _TRIM_LEAST_BYTES
+
+    def __post_init__(self) -> None:
+        self.parameters = {name for name, _ in self.model.named_parameters()}
+
+    def place(self, recipes: dict[str, Promise]) -> None:
+        """Evaluate and place every recipe whose name the model has; others were only needed on the
+        way. The dictionary is emptied: a recipe is dropped as soon as it is done.
+        """
+        targets = self.targets()
+        todo = self.todo(recipes)
+        if self.quantizer is not None:
+            for name in self.parameters & recipes.keys() - todo.keys():
+                self.quantizer.stays_dense(name, recipes[name])  # the report says why
+        recipes.clear()
+        total_bytes = sum(_size_bytes(targets[name]) for name in todo)
+        self._trim_bytes = max(_TRIM_LEAST_BYTES, int(total_bytes * _TRIM_FRACTION))
+        self.progress.start(total_bytes)
+        self._waiting = _Waiting(todo, targets, self.assign)
+        quantized = {name: self._quantized_sources(name, todo[name]) for name in todo}
+        readers = Counter(source for read in quantized.values() for source in read)
+        for group in groups(todo):
+            try:
+                self._place_group({name: todo.pop(name) for name in group}, targets)
+            except BaseException:
+                targets.clear()  # the traceback holds them as long as the exception lives
+                self._waiting.forget()
+                raise
+            read = [source for name in group for source in quantized.pop(name)]
+            readers.subtract(read)
+            for source in read:
+                if not readers[source]:
+                    source.release()
+        return_freed_memory()
+
+    def targets(self) -> dict[str, torch.Tensor]:
+        """The model's parameters and buffers."""
+        return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+
+    def todo(self, recipes: dict[str, Promise]) -> dict[str, Promise]:
+        """The recipes that make a tensor of the model which it does not have already."""
+        targets = self.targets()
+        return {
+            name: promise
+            for name, promise in recipes.items()
+            if name in targets and not self._stays(name, promise, targets[name])
+        }
+
+    def _quantized_sources(self, name: str, promise: Promise) -> set[QuantizedSource]:
+        shift = None if self.quantizer is None else self.quantizer.shifts.get(name)
+        promises = [promise] if shift is None else [promise, shift]
+        read = (view.source for one in promises for view in sources(one.node))
+        return {source for source in read if isinstance(source, QuantizedSource)}
+
+    def _place_group(self, recipes: dict[str, Promise], targets: dict[str, torch.Tensor]) -> None:
+        rest: dict[str, Promise] = {}
+        for name, promise in recipes.items():
+            ready = self._ready(name, promise, targets[name])
+            if ready is None:
+                rest[name] = promise
+            else:
+                self._put_all(self._waiting.add(name, ready))
+        by_device: dict[torch.device, dict[str, Promise]] = {}
+        for name, promise in rest.items():
+            by_device.setdefault(self.device_of(name), {})[name] = promise
+        for device, some in by_device.items():
+            nodes = {name: self.evaluated(some[name].node, targets[name]) for name in some}
+            evaluation = Evaluation(list(nodes.values()), device)
+            for name, node in nodes.items():
+                made = self.finish(name, evaluation.value(node), targets[name])
+                done = self._waiting.add(name, made)
+                del made
+                self._put_all(done)
+
+    def _ready(self, name: str, promise: Promise, target: torch.Tensor) -> torch.Tensor | None:
+        """The parameter without evaluating its recipe: on quantized bytes, or mapped."""
+        quantizer = self.quantizer if name in self.parameters else None
+        if not self.fresh and not isinstance(target, QuantizedTensor):
+            quantizer = None  # a live parameter stays the kind of tensor that it is
+        if quantizer is not None and not quantizer.stays_dense(name, promise):
+            return quantizer.keep(name, promise, target.dtype, self.device_of(name))
+        mapped = self._map(name, promise, target)
+        if mapped is not None:
+            self.mapped_bytes += _size_bytes(mapped)
+            self._search(name, mapped)
+        return mapped
+
+    def _search(self, name: str, mapped: torch.Tensor) -> None:
+        # Reading all pages of a big unprocessed model would undo what mapping it saves.
+        if self.leaves_unseen(self.mapped_bytes):
+            self.unseen_bytes += _size_bytes(mapped)
+        elif not _is_finite(mapped):
+            self.not_finite.append(name)
+
+    def leaves_unseen(self, mapped_bytes: int) -> bool:
+        """Whether a mapped parameter is not read, after so many bytes of them."""
+        return self.map_any_layout and mapped_bytes > _SEARCH_MOST_BYTES
+
+    def _stays(self, name: str, promise: Promise, target: torch.Tensor) -> bool:
+        # A model on the meta device stands for one on the CPU.
+        home = "cpu" if target.is_meta else target.device
+        return _is_itself(promise, target) and torch.device(home) == self.device_of(name)
+
+    def _map(self, name: str, promise: Promise, target: torch.Tensor) -> torch.Tensor | None:
+        view = self.mappable(name, promise, target)
+        if view is None or self.maps is None:
+            return None
+        source = view.source
+        return (
+            self.maps.view(source.entry, view.geometry) if isinstance(source, FileSource) else None
+        )
+
+    def mappable(self, name: str, promise: Promise, target: torch.Tensor) -> SourceView | None:
+        """The part of a file that is this parameter as it stands, if it may be mapped."""
+        node = promise.node
+        if self.maps is None or not self.assign or not isinstance(node, SourceView):
+            return None
+        if node.casts or not isinstance(node.source, FileSource) or has_overlap(node.geometry):
+            return None
+        if self.device_of(name).type != "cpu" or node.dtype != target.dtype:
+            return None
+        aligned = node.source.entry.offset % target.element_size() == 0
+        if node.geometry.shape != target.shape or not aligned:
+            return None
+        strides, wanted = node.geometry.stride(), self.strides(name, target.shape)
+        fits = layout.same_layout(target.shape, strides, wanted)
+        if self.map_any_layout and self.order == layout.FORWARD:
+            # Fused optimizers walk a parameter's memory without its strides, and saving one that
+            # has gaps saves what lies in them.
+            fits = fits or self.map_gaps or is_dense(node.geometry)
+        return node if fits else None
+
+    def strides(self, name: str, shape: torch.Size) -> tuple[int, ...]:
+        parent, _, leaf = name.rpartition(".")
+        return layout.strides_in(self.order, self.model.get_submodule(parent), leaf, shape)
+
+    @property
+    def _copies(self) -> bool:
+        return not self.assign and self.quantizer is None
+
+    def evaluated(self, node: Node, target: torch.Tensor) -> Node:
+        """The step of a recipe to evaluate: a last cast is left to the copying, which rounds the
+        same and needs no memory for it.
+        """
+        is_cast = isinstance(node, Call) and node.func is aten._to_copy.default
+        if not self._copies or not is_cast or meta_of(node).dtype != target.dtype:
+            return node
+        before: Node = node.args[0]  # type: ignore[attr-defined]
+        return before if isinstance(before, Call) else node  # what is read is cast on the way
+
+    def finish(self, name: str, value: Value, target: torch.Tensor) -> torch.Tensor:
+        """The tensor to place: right dtype and layout, memory of its own."""
+        tensor: torch.Tensor = value.tensor
+        if tensor.shape != target.shape:
+            # One number: torch's own load_state_dict takes shape (1,) for () as well.
+            tensor = tensor.reshape(target.shape)
+        if name in self.parameters and not self._copies and not _is_finite(tensor):
+            self.not_finite.append(name)
+        if self.quantizer is not None and name in self.parameters:
+            made = self.quantizer.quantize(name, tensor.to(target.dtype))
+            if made is not None:
+                return made
+        if not self.assign:
+            return tensor
+        strides = self.strides(name, tensor.shape)
+        size = tensor.numel() * tensor.element_size()
+        if (
+            value.buffer.owned
+            and tensor.dtype == target.dtype
+            and tensor.untyped_storage().nbytes() == size
+            and layout.same_layout(tensor.shape, tensor.stride(), strides)
+        ):
+            value.buffer.owned = False  # this parameter owns it from now on
+            return tensor
+        return layout.copied(tensor, strides, target.dtype)
+
+    def _put_all(self, done: list[tuple[str, torch.Tensor]]) -> None:
+        while done:
+            self._put(*done.pop())
+
+    def _put(self, name: str, tensor: torch.Tensor) -> None:
+        parent_name, _, leaf = name.rpartition(".")
+        parent = self.model.get_submodule(parent_name)
+        self.writing(name)
+        with torch.no_grad():
+            if leaf in parent._buffers:
+                buffer = parent._buffers[leaf]
+                if buffer is not None:
+                    _write(buffer, tensor)
+            elif self.assign:
+                old = parent._parameters[leaf]
+                needs_grad = old is None or old.requires_grad
+                needs_grad = needs_grad and not isinstance(tensor, QuantizedTensor)
+                parent._parameters[leaf] = nn.Parameter(tensor, requires_grad=needs_grad)
+            else:
+                target = parent._parameters[leaf]
+                if target is not None:
+                    if self.fresh:
+                        # Not all at once before the first is placed: kernels need room as well.
+                        strides = self.strides(name, target.shape)
+                        target.data = torch.empty_strided(
+                            target.shape, strides, dtype=target.dtype, device=tensor.device
+                        )
+                    _write(target, tensor)
+                    tensor = target
+                    if self._copies and not _is_finite(target):
+                        self.not_finite.append(name)
+        size_bytes = _size_bytes(tensor)
+        del tensor
+        self.progress.advance(name, size_bytes)
+        self._passed_bytes += size_bytes
+        if self._passed_bytes > self._trim_bytes:
+            self._passed_bytes = 0
+            return_freed_memory()
+
+
+def _write(target: torch.Tensor, values: torch.Tensor) -> None:
+    # Tensors that were made in inference mode can be written to in that mode only.
+    with torch.inference_mode(target.is_inference()), torch.no_grad():
+        target.copy_(values)
+
+
+class _Waiting:
+    """Holds results back until no pending recipe reads the memory that they will overwrite."""
+
+    def __init__(
+        self, recipes: dict[str, Promise], targets: dict[str, torch.Tensor], assign: bool
+    ) -> None:
+        self._done: dict[str, torch.Tensor] = {}
+        self._readers: dict[str, set[str]] = {name: set() for name in recipes}
+        if assign:
+            return
+        in_memory = (name for name in recipes if not isinstance(targets[name], QuantizedTensor))
+        owner = {targets[name].untyped_storage().data_ptr(): name for name in in_memory}
+        for name, promise in recipes.items():
+            for view in sources(promise.node):
+                if isinstance(view.source, MemorySource):
+                    read = owner.get(view.source.tensor.untyped_storage().data_ptr())
+                    if read is not None and read != name:
+                        self._readers[read].add(name)
+
+    def add(self, name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+        """Take a result; give back those that may be written now."""
+        self._done[name] = tensor
+        for readers in self._readers.values():
+            readers.discard(name)
+        ready = [done for done in self._done if not self._readers[done]]
+        return [(done, self._done.pop(done)) for done in ready]
+
+    def forget(self) -> None:
+        """Let go of what was made and not placed."""
+        self._done.clear()
+
+
+def groups(recipes: dict[str, Promise]) -> list[list[str]]:
+    """The order of placement: groups of names that are evaluated together.
+
+    Largest parameter first, and of equal ones the largest group (a fused matrix makes three of
+    them), so that scratch memory falls when little has been allocated. Small parameters that read
+    the same weight (a folded bias) are evaluated just before it, so that the weight is read once.
+    """
+    size = {name: _size_bytes(promise) for name, promise in recipes.items()}
+    names = sorted(recipes, key=lambda name: -size[name])
+    big = {
+        id(view.source): name for name in reversed(names) for view in _large_sources(recipes[name])
+    }
+    joined: dict[str, list[str]] = {}
+    for name in names:
+        readers = {big[id(view.source)] for view in _large_sources(recipes[name])}
+        heads = [head for head in joined if head in readers]
+        joined.setdefault(heads[0] if heads else name, []).append(name)
+
+    def largest_first(group: list[str]) -> tuple[int, int]:
+        return -size[group[0]], -sum(size[name] for name in group)
+
+    ordered = sorted(joined.values(), key=largest_first)
+    return [_small_before_big(group, recipes) for group in ordered]
+
+
+def _small_before_big(group: list[str], recipes: dict[str, Promise]) -> list[str]:
+    reads = {name: set(sources(recipes[name].node)) for name in group}
+    order: list[str] = []
+    for name in group:
+        if name in order:
+            continue
+        for small in reversed(group):
+            is_small = recipes[small].numel() * 8 < recipes[name].numel()
+            if is_small and small not in order and reads[small] & reads[name]:
+                order.append(small)
+        order.append(name)
+    return order
+
+
+def _large_sources(promise: Promise) -> Iterable[SourceView]:
+    views = sources(promise.node)
+    largest = max((view.source.shape.numel() for view in views), default=0)
+    return [view for view in views if view.source.shape.numel() * 8 > largest]
+
+
+def _is_itself(promise: Promise, target: torch.Tensor) -> bool:
+    """Whether a recipe only says that a tensor of the model keeps its value."""
+    node = promise.node
+    return (
+        isinstance(node, SourceView)
+        and not node.casts
+        and isinstance(node.source, MemorySource)
+        and node.source.tensor.data_ptr() == target.data_ptr()
+        and node.geometry.storage_offset() == 0
+        and node.geometry.shape == target.shape
+        and node.geometry.stride() == target.stride()
+    )
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    # One pass over the memory, without a temporary: a sum is finite unless an element is not (or
+    # it overflows).
+    if not tensor.is_floating_point() or tensor.is_meta:
+        return True
+    flat = tensor.as_strided((tensor.numel(),), (1,)) if is_dense(tensor) else tensor
+    if tensor.numel() and tensor.dtype == torch.float16:  # where sums overflow easily
+        return compat.halves_are_finite(flat)
+    return bool(torch.isfinite(flat.sum())) or bool(torch.isfinite(tensor).all())
+
+
+def _size_bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,4 @@
+"""What a load takes, found without reading weights.
+
+Must not know pictures.
+"""

@@ -1,0 +1,162 @@
+"""A load as far as it goes without weights, and what the rest of it needs."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from tl_fastload.errors import RecordingError
+from tl_fastload.hooked.processing import Session
+from tl_fastload.huggingface.pretrained import Origin
+from tl_fastload.loading import load as sessions
+from tl_fastload.placement.placer import Placer
+from tl_fastload.placement.rehearsal import Forecast, forecast
+from tl_fastload.planning.plan import Room
+from tl_fastload.planning.stock_memory import StockLedger
+from tl_fastload.quantized.quantizer import Quantizer
+from tl_fastload.recipes.promise import Promise
+from tl_fastload.report.available import available_bytes
+from tl_fastload.request.options import Options
+
+CPU = torch.device("cpu")
+# What a load leaves beside tensors: modules, tables, the interpreter's heap. Between 8 and 16 MB
+# for models of 22 to 24 layers (benchmarks/results).
+OBJECTS_BYTES = 10 << 20
+# Library code that loading runs for the first time: 10 to 14 MB there.
+CODE_BYTES = 12 << 20
+# The system brings in file pages around the one that is read: 64 KiB to 2 MiB, by kernel and
+# file system. This is for the two ends of each mapped parameter.
+_READ_AROUND_BYTES = 1 << 20
+# transformers holds a quantized model and its dequantized copy for a while.
+_DEQUANTIZING_COPIES = 2
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of `from_pretrained_lean`: the model class, and its arguments sorted by who takes
+    them, as `tl_fastload.loading.load.load` wants them.
+    """
+
+    cls: type
+    options: Options
+    arguments: dict[str, Any]
+    keywords: dict[str, Any]
+
+    def changed(self, **changes: Any) -> Request:
+        """The same call with other arguments of TransformerLens' `from_pretrained`."""
+        keywords = dict(self.keywords)
+        if "dtype" in changes:
+            keywords.pop("torch_dtype", None)
+        return replace(self, arguments={**self.arguments, **changes}, keywords=keywords)
+
+
+@dataclass
+class Draft:
+    """A load as far as it goes without weights.
+
+    Attributes:
+        model: on the meta device.
+        session: what was found out on the way.
+        origin: where the weights would come from.
+        placer: what would place the recipes.
+        recipes: parameter name -> recipe.
+        ledger: what stock would need, if it was asked for.
+    """
+
+    model: Any
+    session: Session
+    origin: Origin
+    placer: Placer
+    recipes: dict[str, Promise]
+    ledger: StockLedger | None
+
+    @classmethod
+    def of(cls, request: Request, ledger: StockLedger | None = None) -> Draft:
+        """Record a load; reads the configuration and the headers, no weights.
+
+        Raises:
+            LeanLoadError: what the load itself would raise.
+        """
+        model, session = sessions.record(
+            request.cls, request.options, request.arguments, request.keywords, ledger
+        )
+        if session.placer is None or session.origin is None:
+            raise RecordingError("TransformerLens' from_pretrained loaded no weights.")
+        return cls(model, session, session.origin, session.placer, session.recipes, ledger)
+
+    def forecast(self, quantizer: Quantizer | None = None, n_layers: int | None = None) -> Forecast:
+        """What placing takes.
+
+        Args:
+            quantizer: another one than the load's own.
+            n_layers: of the first layers only.
+        """
+        recipes = {name: r for name, r in self.recipes.items() if is_within(name, n_layers)}
+        placer = self.placer if quantizer is None else replace(self.placer, quantizer=quantizer)
+        return forecast(placer, recipes)
+
+    def buffer_bytes(self, n_layers: int | None = None) -> dict[torch.device, int]:
+        """Bytes of the buffers on each device."""
+        sizes: dict[torch.device, int] = {}
+        for name, buffer in self.model.named_buffers():
+            if is_within(name, n_layers):
+                device = self.placer.device_of(name)
+                sizes[device] = sizes.get(device, 0) + buffer.numel() * buffer.element_size()
+        return sizes
+
+
+@dataclass(frozen=True)
+class Needs:
+    """The most that a load holds at a time, in bytes.
+
+    Attributes:
+        by_device: on each device, mapped file pages left out; the host is always there.
+        resident_bytes: on the host, file pages included.
+    """
+
+    by_device: dict[torch.device, int]
+    resident_bytes: int
+
+    @classmethod
+    def of(cls, draft: Draft, found: Forecast, n_layers: int | None = None) -> Needs:
+        """What a load needs whose placing takes what was `found`."""
+        buffers, peaks = draft.buffer_bytes(n_layers), found.peak_bytes
+        devices = {device for device in (*peaks, *buffers) if device.type != "cpu"}
+        # Buffers are made on the host, wherever they go.
+        host = OBJECTS_BYTES + sum(buffers.values()) + peaks.get(CPU, 0) + found.scratch_bytes
+        pages = CODE_BYTES + found.seen_bytes
+        pages += _READ_AROUND_BYTES * found.seen_parameters
+        if draft.origin.options.dequantize and draft.origin.hf_model is not None:
+            held = sum(t.numel() * t.element_size() for t in draft.origin.hf_model.parameters())
+            host = max(host + held, OBJECTS_BYTES + _DEQUANTIZING_COPIES * held)
+        checkpoint = draft.origin.checkpoint
+        if checkpoint is not None and not checkpoint.entries:
+            # Torch files are held until the end: in memory, or mapped.
+            whole = checkpoint.read_whole_bytes(mmap=draft.placer.maps is not None)
+            host += whole
+            pages += checkpoint.weight_bytes - whole
+        needed = {device: peaks.get(device, 0) + buffers.get(device, 0) for device in devices}
+        return cls({CPU: host, **needed}, host + pages)
+
+    @property
+    def peak_device_bytes(self) -> int | None:
+        """The most on one device other than the host; None without one."""
+        others = [size for device, size in self.by_device.items() if device.type != "cpu"]
+        return max(others, default=None)
+
+    def rooms(self) -> tuple[Room, ...]:
+        """Need and room on each device."""
+        return tuple(
+            Room(str(device), size, available_bytes(device))
+            for device, size in self.by_device.items()
+        )
+
+
+def is_within(name: str, n_layers: int | None) -> bool:
+    """Whether a parameter is in the first layers, or in none."""
+    block = _BLOCK.match(name)
+    return n_layers is None or block is None or int(block.group(1)) < n_layers

@@ -1,0 +1,120 @@
+"""Where the memory of a loaded model lies, layer by layer: mapped, quantized or dense."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tl_fastload.placement.half_written import require_whole
+from tl_fastload.report.memory import stored_parts
+
+STATES = ("dense", "quantized", "mapped", "quantized and mapped", "on a device")
+_BLOCK = re.compile(r"blocks\.(\d+)\.(\w+)\.")
+_COMPONENTS = {"attn": "attention", "mlp": "MLP"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Memory of one component of one layer, in one state.
+
+    Attributes:
+        layer: "embed", "0" to the last block's number, or "unembed".
+        component: "attention", "MLP", "embedding", "norms" or "buffers".
+        state: one of `STATES`: "mapped" lies in a file, "dense" in memory that no file backs,
+            "on a device" outside of the CPU's memory (quantized or not).
+        size_bytes: each element counted once.
+    """
+
+    layer: str
+    component: str
+    state: str
+    size_bytes: int
+
+
+def memory_map(model: Any) -> list[Part]:
+    """Where the memory of a model's parameters and buffers lies, in the order of the layers.
+
+    Mapped memory is told by the system's own table (`/proc/self/maps`); where there is none (other
+    systems than Linux), it counts as dense.
+
+    Args:
+        model: a `HookedTransformer`.
+
+    Raises:
+        HalfWrittenError: a step in place was interrupted in it.
+    """
+    require_whole(model, "A picture of the model")
+    is_mapped = _file_pages()
+    sizes: dict[tuple[str, str, str], int] = {}
+    seen: set[tuple[int, int]] = set()
+    for name, tensor, is_buffer in _tensors(model):
+        pieces = stored_parts(tensor)
+        is_quantized = not (len(pieces) == 1 and pieces[0] is tensor)
+        for piece in pieces:
+            size_bytes = piece.numel() * piece.element_size()
+            if size_bytes == 0 or (piece.data_ptr(), size_bytes) in seen:
+                continue
+            seen.add((piece.data_ptr(), size_bytes))
+            state = _state(piece, is_quantized, is_mapped(piece.data_ptr()))
+            layer, component = _place(name, is_buffer)
+            key = (layer, component, state)
+            sizes[key] = sizes.get(key, 0) + size_bytes
+    parts = [Part(*key, size_bytes) for key, size_bytes in sizes.items()]
+    return sorted(parts, key=lambda part: _rank(part.layer))
+
+
+def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    yield from ((name, tensor, False) for name, tensor in model.named_parameters())
+    yield from ((name, tensor, True) for name, tensor in model.named_buffers())
+
+
+def _state(piece: torch.Tensor, is_quantized: bool, is_mapped: bool) -> str:
+    if piece.device.type != "cpu":
+        return "on a device"
+    if is_quantized:
+        return "quantized and mapped" if is_mapped else "quantized"
+    return "mapped" if is_mapped else "dense"
+
+
+def _place(name: str, is_buffer: bool) -> tuple[str, str]:
+    """Layer and component of a parameter."""
+    block = _BLOCK.match(name)
+    layer = block.group(1) if block else "unembed" if name.startswith(("un", "ln_f")) else "embed"
+    if is_buffer:
+        return layer, "buffers"
+    if block is None:
+        return layer, "norms" if name.startswith("ln") else "embedding"
+    return layer, _COMPONENTS.get(block.group(2), "norms")
+
+
+def _rank(layer: str) -> tuple[int, int]:
+    return ({"embed": 0, "unembed": 2}.get(layer, 1), int(layer) if layer.isdecimal() else 0)
+
+
+def _file_pages() -> Any:
+    """A function that says whether an address lies in a mapped file."""
+    starts: list[int] = []
+    ends: list[int] = []
+    try:
+        lines = Path("/proc/self/maps").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        span, _, _, _, inode, *path = line.split(maxsplit=5)
+        # torch shares tensors between processes through /dev/shm, which is memory.
+        if inode != "0" and path and not path[0].startswith("/dev/"):
+            start, end = span.split("-")
+            starts.append(int(start, 16))
+            ends.append(int(end, 16))
+
+    def is_mapped(address: int) -> bool:
+        index = bisect_right(starts, address) - 1
+        return index >= 0 and address < ends[index]
+
+    return is_mapped

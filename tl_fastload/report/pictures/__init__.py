@@ -1,0 +1,1 @@
+"""Pictures of reports, plans and models. Needs matplotlib, the extra "plots"."""

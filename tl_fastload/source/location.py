@@ -1,0 +1,260 @@
+"""Where a model lives, a folder or a hub repository, and how its files are had from there."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tl_fastload.errors import ArgumentError, CheckpointError, UnknownModelError
+from tl_fastload.hooked.official_names import NOT_ON_THE_HUB, nearest_names, official_name
+from tl_fastload.source import hub
+from tl_fastload.source.choose import stays_inside
+from tl_fastload.source.file_states import unreadable
+from tl_fastload.source.hub import HubOptions, Listing
+from tl_fastload.source.links import check_link
+
+CONFIG = "config.json"
+_LOOKS_LIKE_PATH = re.compile(r"[./~\\]|[A-Za-z]:|.*[\\]|.*/$")
+
+
+@dataclass(frozen=True)
+class Location:
+    """A model whose `config.json` is at hand.
+
+    Attributes:
+        folder: the local folder, or the one in the hub cache, that holds `config.json`.
+        label: for messages and reports: the folder, or "organisation/name@revision".
+        repo: the hub repository; None for a local folder.
+        commit: the repository's commit; None for a local folder.
+        subfolder: where in the repository `folder` lies.
+        options: how to reach the hub; pinned to `commit`, so that all files are of one state.
+        notes: what the reader of a report should know, one sentence each.
+    """
+
+    folder: Path
+    label: str
+    repo: str | None = None
+    commit: str | None = None
+    subfolder: str = ""
+    options: HubOptions = field(default=HubOptions(), repr=False)
+    notes: tuple[str, ...] = ()
+
+
+def locate(name: str | os.PathLike[str], options: HubOptions, subfolder: str = "") -> Location:
+    """Find a model and have its `config.json`, and nothing else.
+
+    Args:
+        name: a folder, a TransformerLens name or alias, or a hub name. A folder wins.
+        options: how to reach the hub.
+        subfolder: where in the folder or repository the model lies.
+
+    Raises:
+        UnknownModelError: there is no such model; says what was tried and what has a similar name.
+        CheckpointError: the model has no `config.json`.
+        ArgumentError: `name` is neither a string nor a path.
+    """
+    text = os.fspath(name) if isinstance(name, os.PathLike) else name
+    if not isinstance(text, str) or not text:
+        raise ArgumentError(
+            f"The model name is {name!r}. Pass a folder, a TransformerLens name or a hub name."
+        )
+    if not stays_inside(subfolder):
+        raise ArgumentError(f"subfolder={subfolder!r} leaves the model. Pass a folder inside it.")
+    path = _expanded(text)
+    if _exists(path):
+        if not path.is_dir():
+            raise UnknownModelError(f"{path} is a file. Pass its folder, where {CONFIG} lies too.")
+        check_link(path, subfolder)
+        return _local(text, path / subfolder, options)
+    if not isinstance(name, str) or _LOOKS_LIKE_PATH.match(text):
+        raise UnknownModelError(
+            f"There is no folder {path.absolute()}. Check the path; a hub name is written "
+            "'name' or 'organisation/name'."
+        )
+    return _on_hub(text, options, subfolder)
+
+
+def file_names(location: Location) -> Listing:
+    """List what can be had from a location's folder; a hub repository is asked for its list.
+
+    Raises:
+        CheckpointError: the folder cannot be read.
+        UnknownModelError: the repository can neither be asked nor is it cached.
+    """
+    if location.repo is None:
+        try:
+            return Listing(sorted(path.name for path in location.folder.iterdir()), complete=True)
+        except OSError as error:
+            raise unreadable(location.folder, error) from error
+    listing = hub.list_files(location.repo, location.options)
+    return Listing(_below(listing.files, location.subfolder), listing.complete)
+
+
+def names_at_hand(location: Location) -> list[str]:
+    """List what a location's folder holds already."""
+    if location.repo is None:
+        return file_names(location).files
+    return _below(hub.cached_files(location.repo, location.options), location.subfolder)
+
+
+def fetch(location: Location, name: str) -> Path:
+    """Return the local path of a file of the location, downloading it if need be.
+
+    Raises:
+        CheckpointError: there is no such file, or it is a link that leads out of the folder.
+    """
+    if location.repo is None:
+        path = location.folder / name
+        if not path.exists() and not path.is_symlink():
+            raise CheckpointError(f"{location.folder} has no file {name!r}. Check its name.")
+    else:
+        path = hub.hub_file(location.repo, inside_repo(location, name), location.options)
+    check_link(location.folder, name)
+    return path
+
+
+def fetch_shards(location: Location, names: Sequence[str]) -> dict[str, Path]:
+    """Return the local path of each shard that an index names, downloading those that are missing.
+
+    Raises:
+        CheckpointError: some cannot be had (all of them are named), or one is a link that leads out
+            of a local folder.
+    """
+    if location.repo is None:
+        missing = [name for name in names if not (location.folder / name).exists()]
+        if missing:
+            raise CheckpointError(_missing_message(location, names, missing))
+        for name in names:
+            check_link(location.folder, name)
+        return {name: location.folder / name for name in names}
+    paths = {}
+    for name in names:
+        try:
+            paths[name] = fetch(location, name)
+        except (CheckpointError, UnknownModelError) as error:
+            at_hand = set(names_at_hand(location))
+            missing = [other for other in names if other not in at_hand]
+            message = _missing_message(location, names, missing)
+            raise CheckpointError(f"{message} Fetching {name} failed: {error}") from error
+    return paths
+
+
+def unfinished_downloads(folder: Path) -> list[str]:
+    """Names of the half-written files that a cut-off download left in a local folder."""
+    # The second place is where huggingface_hub downloads to when it is given a local folder.
+    places = (folder.glob("*.incomplete"), (folder / ".cache/huggingface").rglob("*.incomplete"))
+    return sorted(path.name for place in places for path in place)
+
+
+def _expanded(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # "~somebody", who has no home here
+        return Path(text)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long or too odd to be a path
+        return False
+
+
+def is_directory(path: Path) -> bool:
+    """Whether a path, which may be none at all, is a folder."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # too long or too odd to be a path
+        return False
+
+
+def _local(name: str, folder: Path, options: HubOptions) -> Location:
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except OSError as error:
+        raise unreadable(folder, error) from error
+    if CONFIG not in names:
+        raise CheckpointError(_no_config_message(name, folder, names))
+    check_link(folder, CONFIG)
+    ignored = f"revision={options.revision!r} was ignored: {folder} is a folder"
+    return Location(folder, str(folder), notes=(ignored,) if options.revision else ())
+
+
+def _no_config_message(name: str, folder: Path, names: Sequence[str]) -> str:
+    message = f"{folder} has no {CONFIG}. "
+    inner = sorted(entry for entry in names if (folder / entry / CONFIG).is_file())
+    official = official_name(name)
+    if inner:
+        return message + f"Pass one of the folders in it that have one: {', '.join(inner[:10])}."
+    if official is not None:
+        return message + (
+            f"It hides the model {official} of the same name: rename the folder, or work in "
+            "another one."
+        )
+    if any(entry.startswith("adapter_") for entry in names):
+        return message + "It holds an adapter (LoRA): load its base model with adapter= this."
+    if any(entry.endswith(".gguf") for entry in names):
+        return message + "GGUF files are not supported: fetch the safetensors version."
+    return message + "Save the model there with `save_pretrained`, or copy its config.json into it."
+
+
+def _on_hub(name: str, options: HubOptions, subfolder: str) -> Location:
+    official = official_name(name)
+    repo = official or name
+    if repo in NOT_ON_THE_HUB:
+        raise UnknownModelError(
+            f"TransformerLens knows {name!r}, but its weights are not on the hub. Pass hf_model=, "
+            "or a local folder in Hugging Face's format."
+        )
+    config_name = f"{subfolder}/{CONFIG}" if subfolder else CONFIG
+    try:
+        config = hub.hub_file(repo, config_name, options)
+    except UnknownModelError as error:
+        raise UnknownModelError(_unknown_message(name, official, error)) from error
+    folder = config.parent
+    check_link(folder, CONFIG)
+    commit = (folder, *folder.parents)[len(Path(subfolder).parts)].name
+    return Location(
+        folder,
+        label=f"{repo}@{options.revision_name}",
+        repo=repo,
+        commit=commit,
+        subfolder=subfolder,
+        options=dataclasses.replace(options, revision=commit),
+        notes=(f"{repo} at commit {commit}",),
+    )
+
+
+def _unknown_message(name: str, official: str | None, error: Exception) -> str:
+    parts = [f"Cannot find the model {name!r}.", f"There is no folder {Path(name).absolute()}."]
+    if official is None:
+        nearest = ", ".join(nearest_names(name)) or "none"
+        parts.append(f"TransformerLens has no such name or alias (nearest: {nearest}).")
+    elif official != name:
+        parts.append(f"It is TransformerLens' name for {official}.")
+    return " ".join([*parts, str(error)])
+
+
+def _missing_message(location: Location, names: Sequence[str], missing: Sequence[str]) -> str:
+    message = (
+        f"{location.label} lacks {len(missing)} of the {len(names)} weight files that its index "
+        f"names: {', '.join(missing)}."
+    )
+    unfinished = unfinished_downloads(location.folder) if location.repo is None else []
+    if unfinished:
+        message += f" A download was cut off ({', '.join(unfinished)})."
+    return f"{message} Download them again into {location.folder}."
+
+
+def inside_repo(location: Location, name: str) -> str:
+    """A file's name from the root of the repository."""
+    return f"{location.subfolder}/{name}" if location.subfolder else name
+
+
+def _below(names: Sequence[str], subfolder: str) -> list[str]:
+    prefix = f"{subfolder}/" if subfolder else ""
+    return [name[len(prefix) :] for name in names if name.startswith(prefix)]

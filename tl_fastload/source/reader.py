@@ -1,0 +1,261 @@
+"""Bytes of checkpoint files as tensors: read in pieces, cast on the way, or mapped.
+
+What will be transformed is read (mapped pages would count as resident memory); what will not be is
+mapped, which costs no memory and no time. A mapping is private: writing to a mapped tensor never
+reaches the file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tl_fastload.errors import CheckpointError
+from tl_fastload.ground.compat import item_bytes
+from tl_fastload.recipes.nodes import Source
+from tl_fastload.source.checkpoint import TensorEntry
+from tl_fastload.source.file_states import OpenFiles, unreadable
+
+CHUNK_BYTES = 4 << 20
+HELD_SPAN_BYTES = 8 << 20
+DENSE_PIECE_BYTES = 128 << 10
+
+
+class FileReader:
+    """Reads ranges of files; keeps each file open and one scratch buffer for the whole load.
+
+    Attributes:
+        maps: mappings for what need not be read; None where nothing may be mapped.
+        files: what is open, and whether it is what it was.
+    """
+
+    def __init__(self) -> None:
+        self.maps: FileMaps | None = None
+        self.files = OpenFiles()
+        self._scratch = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self._held: tuple[Path, int, int] | None = None
+
+    def close(self) -> None:
+        """Close the files and free the scratch buffer."""
+        self.files.close()
+        self._scratch = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self._held = None
+
+    def read(self, path: Path, offset: int, out: torch.Tensor) -> None:
+        """Fill the one-dimensional uint8 tensor `out` with the bytes of `path` from `offset` on."""
+        descriptor = self.files.descriptor(path)
+        target = memoryview(out.numpy())  # type: ignore[arg-type]
+        done = 0
+        while done < len(target):
+            try:
+                got = _read_at(descriptor, target[done : done + (1 << 30)], offset + done)
+            except OSError as error:
+                raise unreadable(path, error) from error
+            if got == 0:
+                raise CheckpointError(
+                    f"{path} ended {len(target) - done} bytes early: it was cut while it was being "
+                    "read. Download or copy the file again."
+                )
+            done += got
+
+    def scratch(self, path: Path, start: int, stop: int) -> torch.Tensor:
+        """The bytes `start:stop` of a file in the shared scratch buffer; the last range read is
+        not read again.
+        """
+        size = stop - start
+        if self._scratch.numel() < size:
+            self._scratch = torch.empty(size, dtype=torch.uint8, device="cpu")
+            self._held = None
+        view = self._scratch[:size]
+        if self._held != (path, start, stop):
+            self._held = None
+            self.read(path, start, view)
+            self._held = (path, start, stop)
+        return view
+
+
+def _read_at(descriptor: int, target: memoryview, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [target], offset)
+    os.lseek(descriptor, offset, os.SEEK_SET)  # Windows has no positioned read
+    data = os.read(descriptor, len(target))
+    target[: len(data)] = data
+    return len(data)
+
+
+class FileMaps:
+    """Private mappings of whole files.
+
+    Two parameters that select the same elements (tied weights) get two mappings, so that writing
+    to one does not change the other; unwritten pages stay shared.
+
+    Args:
+        files: what the files were when they were looked at first.
+    """
+
+    def __init__(self, files: OpenFiles | None = None) -> None:
+        self._files = OpenFiles() if files is None else files
+        self._storages: dict[tuple[Path, int], torch.UntypedStorage] = {}
+        self._taken: dict[Path, list[list[tuple[int, int]]]] = defaultdict(list)
+
+    def view(self, entry: TensorEntry, geometry: torch.Tensor) -> torch.Tensor:
+        """The selected elements of a file as a tensor that no other view of this object
+        overlaps.
+        """
+        if entry.state is not None:
+            self._files.expect({entry.path: entry.state})
+        start, stop = byte_span(entry, geometry)
+        layers = self._taken[entry.path]
+        number = next((i for i, spans in enumerate(layers) if _is_free(spans, start, stop)), None)
+        if number is None:
+            number = len(layers)
+            layers.append([])
+        layers[number].append((start, stop))
+        # A storage of just these bytes: saving such a tensor must not save the whole file.
+        part: Any = self._storage(entry.path, number)[start:stop]
+        flat = torch.empty(0, dtype=entry.dtype, device="cpu").set_(part)
+        return flat.as_strided(geometry.shape, geometry.stride(), 0)
+
+    def _storage(self, path: Path, number: int) -> torch.UntypedStorage:
+        key = (path, number)
+        if key not in self._storages:
+            # The very file that was looked at, also if another one has taken its name meanwhile.
+            descriptor = self._files.descriptor(path)
+            name = f"/proc/self/fd/{descriptor}"
+            name = name if Path(name).exists() else str(path)
+            size_bytes = os.fstat(descriptor).st_size
+            storage: Any = torch.UntypedStorage.from_file(name, False, size_bytes)
+            self._storages[key] = storage
+        return self._storages[key]
+
+
+def _is_free(spans: list[tuple[int, int]], start: int, stop: int) -> bool:
+    return all(stop <= first or last <= start for first, last in spans)
+
+
+class FileSource(Source):
+    """One tensor of a checkpoint file.
+
+    Args:
+        entry: where it lies.
+        reader: reads it.
+        geometry: a meta tensor, of all its elements in another order; None for row-major.
+    """
+
+    def __init__(
+        self, entry: TensorEntry, reader: FileReader, geometry: torch.Tensor | None = None
+    ) -> None:
+        if geometry is None:
+            geometry = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+        if entry.state is not None:
+            reader.files.expect({entry.path: entry.state})
+        self.entry = entry
+        self.reader = reader
+        self.name = entry.name
+        self.shape = geometry.shape
+        self.stride = geometry.stride()
+        self.dtype = entry.dtype
+
+    def lend(self, geometry: torch.Tensor) -> torch.Tensor | None:
+        return None
+
+    def is_mapped(self) -> bool:
+        """Whether the stored tensor itself is mapped, not read."""
+        aligned = self.entry.offset % item_bytes(self.dtype) == 0
+        return self.reader.maps is not None and aligned
+
+    def whole(self) -> torch.Tensor:
+        """The stored tensor itself: mapped if files may be mapped, else read."""
+        geometry = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
+        if self.is_mapped() and self.reader.maps is not None:
+            return self.reader.maps.view(self.entry, geometry)
+        out = torch.empty(self.shape, dtype=self.dtype, device="cpu")
+        self.read_into(out, geometry, ())
+        return out
+
+    def read_into(
+        self, out: torch.Tensor, geometry: torch.Tensor, casts: tuple[torch.dtype, ...]
+    ) -> None:
+        if out.numel() == 0:
+            return
+        if is_dense(geometry) and out.stride() == geometry.stride():
+            self._read_dense(out, geometry, casts)
+        else:
+            self._read_strided(out, geometry, casts)
+
+    def _read_dense(
+        self, out: torch.Tensor, geometry: torch.Tensor, casts: tuple[torch.dtype, ...]
+    ) -> None:
+        start, stop = byte_span(self.entry, geometry)
+        flat = out.as_strided((out.numel(),), (1,), out.storage_offset())
+        if not casts and out.device.type == "cpu":
+            self.reader.read(self.entry.path, start, flat.view(torch.uint8))
+            return
+        step = CHUNK_BYTES
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            piece = self.reader.scratch(self.entry.path, first, last).view(self.dtype)
+            at = (first - start) // item_bytes(self.dtype)
+            flat[at : at + piece.numel()].copy_(_cast(piece, casts[:-1]))
+
+    def _read_strided(
+        self, out: torch.Tensor, geometry: torch.Tensor, casts: tuple[torch.dtype, ...]
+    ) -> None:
+        start, stop = byte_span(self.entry, geometry)
+        long = [dim for dim in range(geometry.dim()) if geometry.shape[dim] > 1]
+        slowest = max(long, key=geometry.stride, default=None)
+        if slowest is not None:
+            piece = geometry.select(slowest, 0)
+            if is_dense(piece) and piece.numel() * item_bytes(self.dtype) >= DENSE_PIECE_BYTES:
+                # The heads of a fused matrix: each lies in one piece, nothing else need be read.
+                for index in range(geometry.shape[slowest]):
+                    target = out.select(slowest, index)
+                    self.read_into(target, geometry.select(slowest, index), casts)
+                return
+            if stop - start > HELD_SPAN_BYTES:
+                half = geometry.shape[slowest] // 2
+                sizes = [half, geometry.shape[slowest] - half]
+                parts = torch.split(geometry, sizes, slowest)
+                for part, target in zip(parts, torch.split(out, sizes, slowest), strict=True):
+                    self.read_into(target, part, casts)
+                return
+        held = self.reader.scratch(self.entry.path, start, stop).view(self.dtype)
+        view = held.as_strided(geometry.shape, geometry.stride(), 0)
+        out.copy_(_cast(view, casts[:-1]))
+
+
+def _cast(tensor: torch.Tensor, casts: tuple[torch.dtype, ...]) -> torch.Tensor:
+    for dtype in casts:
+        tensor = tensor.to(dtype)
+    return tensor
+
+
+def is_dense(geometry: torch.Tensor) -> bool:
+    """Whether a view covers one unbroken range of its source, each element once."""
+    expected = 1
+    dims = [(s, n) for s, n in zip(geometry.stride(), geometry.shape, strict=True) if n != 1]
+    for stride, size in sorted(dims):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def has_overlap(geometry: torch.Tensor) -> bool:
+    """Whether a view shows some element twice (an expanded dimension)."""
+    return any(s == 0 and n > 1 for s, n in zip(geometry.stride(), geometry.shape, strict=True))
+
+
+def byte_span(entry: TensorEntry, geometry: torch.Tensor) -> tuple[int, int]:
+    """First byte, and the byte after the last, of the file range that a view touches."""
+    size = item_bytes(entry.dtype)
+    first = int(geometry.storage_offset())
+    last = first + sum(
+        (length - 1) * stride
+        for length, stride in zip(geometry.shape, geometry.stride(), strict=True)
+    )
+    return entry.offset + first * size, entry.offset + (last + 1) * size
