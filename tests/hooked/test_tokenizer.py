@@ -172,7 +172,7 @@ def test_a_copys_json_switches_nothing_on(
     assert lean_model("copy").tokenizer is not None
     # A folder that is not there would be a name on the hub.
     rewritten(copy, tokenizer={**manifest.tokenizer, "folder": "nothing", "files": {}})
-    with pytest.warns(UserWarning, match="could not be loaded"):
+    with pytest.warns(UserWarning, match="No tokenizer could be loaded"):
         assert lean_model("copy").tokenizer is None
     rewritten(copy, tokenizer=None)
     assert lean_model("copy").tokenizer is None

@@ -86,7 +86,8 @@ def test_other_things_that_a_part_may_say(folder: Path) -> None:
     plain = for_an_empty_model(config, torch.float32)
     assert len(parts_of(plain)) >= 3
     for part in parts_of(plain):
-        assert getattr(part, CONFIG_DTYPE_NAME) == torch.float32
+        # A part that named one would be made under another default dtype, for all threads.
+        assert getattr(part, CONFIG_DTYPE_NAME) == (torch.float32 if part is plain else None)
         assert part._attn_implementation == "eager"
         assert getattr(part, "quantization_config", None) is None
     assert config.text_config.quantization_config

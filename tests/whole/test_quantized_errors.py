@@ -213,7 +213,7 @@ def test_quantizing_what_is_quantized(asked: Any, folder: Path) -> None:
     ("asked", "message"),
     [
         ({"quantize": "int4"}, "'int4' is none of"),
-        ({"quantize": 8}, "neither load_in_8bit nor load_in_4bit"),
+        ({"quantize": 8}, "quantize=8 is none of"),
         ({"quantize": BitsAndBytesConfig()}, "neither load_in_8bit nor load_in_4bit"),
         ({"quantization_config": {**NF4, "bnb_4bit_quant_type": "af4"}}, "neither 'nf4' nor"),
         ({"load_in_8bit": True, "load_in_4bit": True}, "several ways to say one thing"),
