@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module, metadata
 from types import FunctionType, SimpleNamespace
@@ -23,6 +24,8 @@ def _version(distribution: str) -> Version:
 TORCH = _version("torch")
 TRANSFORMERS = _version("transformers")
 TRANSFORMER_LENS = _version("transformer_lens")
+
+__version__ = "0.1.0"
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -175,4 +178,15 @@ def device_of_block(index: int, cfg: Any) -> Any:
     return module.get_device_for_block_index(index, cfg)
 
 
-__version__ = "0.1.0"
+@contextmanager
+def no_autocast() -> Iterator[None]:
+    """No autocasting in this thread, whatever the caller is in."""
+    guard: Any = import_module("torch")._C._DisableAutocast()
+    if hasattr(guard, "__enter__"):
+        with guard:
+            yield
+        return
+    try:
+        yield  # torch 2.0: as long as the guard lives
+    finally:
+        del guard

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn, overrides
 
+from tl_fastload.ground.compat import no_autocast
+
 
 def _named(*names: str) -> frozenset[Any]:
     found = (getattr(torch, name, None) for name in names)
@@ -137,7 +139,7 @@ def own_defaults(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Ite
     count = torch._C._len_torch_function_stack()
     held: list[Any] = [overrides._pop_mode() for _ in range(count)]  # type: ignore[no-untyped-call]
     try:
-        with torch._C._DisableAutocast(), Defaults(dtype, device):
+        with no_autocast(), Defaults(dtype, device):
             yield
     finally:
         for mode in reversed(held):
