@@ -78,7 +78,8 @@ LACKS: tuple[Lack, ...] = (
         tests=(
             "whole/test_versions.py::test_assign_where_torch_can",
             "whole/test_versions.py::test_quantized_while_loading",
-            "test_quantized",
+            "whole/test_quantized",
+            "quantized/",
             "hooked/test_processing.py::test_processing_a_mapped_model",
         ),
     ),

@@ -32,7 +32,6 @@ from tl_fastload.source.schemas import (
 
 _DTYPE = Rule("a dtype", lambda v: isinstance(v, torch.dtype))
 _SIDE = Rule('"left" or "right"', lambda v: v in ("left", "right"))
-_TRUTH = Rule("true or false", lambda v: v in (True, False))
 _TOKENIZER: Mapping[str, Rule] = {"folder": TEXT, "is_fast": FLAG, "padding_side": _SIDE}
 _STORED = Rule(
     "a kind with its options",
@@ -124,7 +123,7 @@ def _configuration() -> dict[str, Rule]:
     rules: dict[str, Rule] = {}
     for item in fields(HookedTransformerConfig):
         words = set(re.findall(r"\w+", str(item.type)))
-        for kind, rule in (("bool", _TRUTH), ("str", TEXT), ("int", NUMBER), ("float", NUMBER)):
+        for kind, rule in (("bool", FLAG), ("str", TEXT), ("int", NUMBER), ("float", NUMBER)):
             if kind in words and not words & {"List", "Dict", "Callable", "Tuple"}:
                 rules.setdefault(item.name, rule | NOTHING)
     rules.update(dict.fromkeys(_COUNTS, COUNT | NOTHING))

@@ -60,6 +60,21 @@ OFFSET = Rule("a whole number from 0 on", lambda v: type(v) is int and v >= 0)
 OFFSETS = Rule("a list of whole numbers from 0 on", lambda v: _all(v, OFFSET.fits))
 TABLE = Rule("an object", lambda v: isinstance(v, dict))
 
+POSITIVE = Rule("a number above zero", lambda v: NUMBER.fits(v) and v > 0)
+_BASES = ("rope_theta", "rope_local_base_freq", "rotary_emb_base", "factor")
+
+
+def _is_rope(value: Any) -> bool:
+    """Whether rotary settings, or those of each kind of layer, have bases with powers."""
+    return TABLE.fits(value) and all(
+        _is_rope(inner) if isinstance(inner, dict) else name not in _BASES or POSITIVE.fits(inner)
+        for name, inner in value.items()
+        if inner is not None
+    )
+
+
+ROPE = Rule(f"an object whose {', '.join(_BASES)} are above zero", _is_rope)
+
 
 def table_of(rule: Rule) -> Rule:
     """An object whose values fit a rule."""
@@ -109,7 +124,7 @@ MODEL: Mapping[str, Rule] = {
     **_rules("architectures", TEXT | TEXTS | NOTHING),
     **_rules("model_type", TEXT | NOTHING),
     **_rules("auto_map quantization_config text_config vision_config", TABLE | NOTHING),
-    **_rules("rope_scaling rope_parameters", TABLE | NOTHING),
+    **_rules("rope_scaling rope_parameters", ROPE | NOTHING),
     **_rules("layer_types", TEXTS | NOTHING),
     **_rules(
         "hidden_size n_embd num_attention_heads n_head num_heads num_key_value_heads head_dim "
@@ -119,11 +134,12 @@ MODEL: Mapping[str, Rule] = {
     ),
     **_rules("num_hidden_layers n_layer num_layers num_local_experts num_experts", COUNT | NOTHING),
     **_rules(
-        "layer_norm_epsilon rms_norm_eps layer_norm_eps norm_epsilon initializer_range rope_theta "
-        "rotary_pct rotary_emb_base partial_rotary_factor final_logit_softcapping "
-        "attn_logit_softcapping query_pre_attn_scalar rope_local_base_freq",
+        "layer_norm_epsilon rms_norm_eps layer_norm_eps norm_epsilon initializer_range "
+        "rotary_pct partial_rotary_factor final_logit_softcapping "
+        "attn_logit_softcapping query_pre_attn_scalar",
         NUMBER | NOTHING,
     ),
+    **_rules(" ".join(_BASES), POSITIVE | NOTHING),
 }
 """Fields of a `config.json` that are calculated with, at its top and in its `text_config`."""
 
