@@ -34,11 +34,10 @@ from tl_fastload.errors import LeanLoadError, SaveError
 from tl_fastload.ground.boundary import guarded
 from tl_fastload.ground.own_defaults import own_defaults
 from tl_fastload.ground.words import format_bytes
-from tl_fastload.ground.wrappers import unwrapped
+from tl_fastload.ground.wrappers import plain_name, unwrapped
 from tl_fastload.hooked import layout
 from tl_fastload.hooked.already import is_processed
 from tl_fastload.hooked.steps import STEPS, reason_to_skip
-from tl_fastload.lightning.fingerprint import plain_name
 from tl_fastload.placement.half_written import require_whole
 from tl_fastload.placement.values_here import require_values
 from tl_fastload.quantized import QuantizedTensor
