@@ -43,8 +43,9 @@ from tl_fastload.errors import (
 )
 from tl_fastload.ground.boundary import boundary, guarded
 from tl_fastload.ground.words import printable
-from tl_fastload.loading import checks, load
+from tl_fastload.loading import load
 from tl_fastload.request.argument_types import checked
+from tl_fastload.request.contradictions import check_arguments
 from tl_fastload.request.options import DEFAULT_DTYPE, Options
 
 VARIABLE = "TL_FASTLOAD_CACHE"
@@ -251,7 +252,7 @@ def entry_for(
     home = folder_for(options.cache)
     if home is None or _why_not(arguments) is not None:
         return None
-    checks.check_arguments(arguments, keywords)
+    check_arguments(arguments, keywords)
     return home / entry_name(cls, options, arguments, keywords)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tl_fastload import quantized
-from tl_fastload.copies.check import check_arguments, check_names, check_steps
+from tl_fastload.copies.check import check_asked_for, check_names, check_steps
 from tl_fastload.copies.layout import layout_of, moved
 from tl_fastload.copies.manifest import (
     Manifest,
@@ -33,11 +33,11 @@ from tl_fastload.hooked.already import versions
 from tl_fastload.hooked.empty import build_empty, device_map, is_failure, lost_tokenizer
 from tl_fastload.hooked.tokenizer import named, read_tokenizer
 from tl_fastload.huggingface.config import hf_config_of
-from tl_fastload.loading import checks
 from tl_fastload.report.available import check_room, let_go_on_error
 from tl_fastload.report.load_report import LoadReport
 from tl_fastload.report.memory import PeakSampler, return_freed_memory
 from tl_fastload.report.progress import Progress
+from tl_fastload.request.contradictions import check_arguments
 from tl_fastload.request.keywords import Keywords, sort_keywords
 from tl_fastload.request.options import Options, is_on_network
 from tl_fastload.source.choose import stays_inside
@@ -88,7 +88,7 @@ def load_copy(
     """
     started = time.perf_counter()
     options.check()
-    checks.check_arguments(arguments, keywords)
+    check_arguments(arguments, keywords)
     if options.verify:
         verify_copy(folder)
     return_freed_memory()
@@ -190,7 +190,7 @@ def checked_configuration(
         arguments = {**arguments, "torch_dtype": keywords.pop("torch_dtype")}
     cfg = build_configuration(manifest, str(folder))
     sorted_keywords = sort_keywords(keywords)
-    check_arguments(manifest, cfg, options, arguments, sorted_keywords, folder)
+    check_asked_for(manifest, cfg, options, arguments, sorted_keywords, folder)
     check_steps(manifest, cfg, arguments, folder)
     given = arguments["device"]
     cfg.device = given if given is not None else compat.default_device()

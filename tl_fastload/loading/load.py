@@ -36,6 +36,7 @@ from tl_fastload.report.available import check_room, is_ample, let_go_on_error
 from tl_fastload.report.load_report import LoadReport
 from tl_fastload.report.memory import PeakSampler, return_freed_memory
 from tl_fastload.report.progress import Progress
+from tl_fastload.request.contradictions import check_arguments
 from tl_fastload.request.options import Options
 from tl_fastload.source.reader import FileReader
 
@@ -51,7 +52,7 @@ def load(cls: type, options: Options, arguments: dict[str, Any], keywords: dict[
     """
     started = time.perf_counter()
     options.check()
-    checks.check_arguments(arguments, keywords)
+    check_arguments(arguments, keywords)
     reader = FileReader()
     return_freed_memory()  # such as a model that was dropped before: glibc still holds its pages
     try:
@@ -88,7 +89,7 @@ def record(
     """
     options = replace(options, only_plan=True, progress=False)
     options.check()
-    checks.check_arguments(arguments, keywords)
+    check_arguments(arguments, keywords)
     reader = FileReader()
     try:
         with torch.inference_mode(False), own_defaults():

@@ -15,9 +15,9 @@ from tl_fastload.copies.manifest import Manifest, View, read_manifest
 from tl_fastload.copies.read import checked_configuration, may_map
 from tl_fastload.copies.verify import open_copy
 from tl_fastload.hooked.empty import build_outline, device_map
-from tl_fastload.loading import checks
 from tl_fastload.planning.dry_run import CODE_BYTES, CPU, OBJECTS_BYTES, Needs, Request
 from tl_fastload.planning.plan import KINDS, Choice, LoadPlan, kind_of
+from tl_fastload.request.contradictions import check_arguments
 from tl_fastload.source.reader import CHUNK_BYTES
 from tl_fastload.source.safetensors import TensorEntry
 
@@ -49,7 +49,7 @@ def plan_copy(request: Request, folder: Path) -> LoadPlan:
     Raises:
         ArgumentError, CheckpointError: what loading it would raise.
     """
-    checks.check_arguments(request.arguments, request.keywords)
+    check_arguments(request.arguments, request.keywords)
     manifest, entries = open_copy(folder)
     cfg, _ = checked_configuration(
         manifest, request.options, request.arguments, request.keywords, folder
