@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from transformer_lens import HookedTransformer
 
-from tl_fastload.cache import load_through_cache
 from tl_fastload.copies.write import MAX_SHARD_BYTES, save_lean
 from tl_fastload.errors import NotEnoughMemory
 from tl_fastload.ground.boundary import guarded
@@ -20,6 +19,7 @@ from tl_fastload.hooked.state_dicts import fill_missing_keys
 from tl_fastload.loading import live
 from tl_fastload.loading import load as sessions
 from tl_fastload.loading.relayout import put_in_layout
+from tl_fastload.loading.through_cache import load_through_cache
 from tl_fastload.placement.half_written import forgive
 from tl_fastload.planning import make
 from tl_fastload.planning.dry_run import Request

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tl_fastload import cache
+from tl_fastload.copies import cache
 from tl_fastload.copies.read import copy_folder
 from tl_fastload.errors import NotEnoughMemory
 from tl_fastload.ground.boundary import boundary
