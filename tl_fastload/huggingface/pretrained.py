@@ -14,6 +14,7 @@ import torch
 
 from tl_fastload.errors import ArgumentError, CheckpointError, UnsupportedArchitectureError
 from tl_fastload.ground.wrappers import without_wrappers
+from tl_fastload.hooked.observer import Observer
 from tl_fastload.hooked.official_names import official_name
 from tl_fastload.hooked.stock import is_toy_name, stock_name_for
 from tl_fastload.hooked.tokenizer import fetch_tokenizer
@@ -24,7 +25,6 @@ from tl_fastload.huggingface.lora.adapter import Adapter, open_adapters
 from tl_fastload.huggingface.lora.base_model import compare_bases
 from tl_fastload.huggingface.lora.live import adapters_of, merge_into_model
 from tl_fastload.huggingface.lora.merge import Weights, merge, merge_into_files, requantized
-from tl_fastload.planning.stock_memory import StockLedger
 from tl_fastload.quantized.assemble import spec_of_layers
 from tl_fastload.quantized.formats import of_checkpoint
 from tl_fastload.quantized.spec import Spec, as_dtype
@@ -91,7 +91,7 @@ class Origin:
     n_layers: int | None = None
     adapters: list[Adapter] = field(default_factory=list)
     is_recording: bool = False
-    stock_ledger: StockLedger | None = None
+    stock_ledger: Observer | None = None
     commit: str | None = None
 
     def hf_config_dict(self) -> dict[str, Any]:

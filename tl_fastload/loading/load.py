@@ -21,6 +21,7 @@ from tl_fastload.hooked import steps
 from tl_fastload.hooked.already import versions
 from tl_fastload.hooked.empty import build_empty, build_outline, device_map
 from tl_fastload.hooked.norms import kept_norms
+from tl_fastload.hooked.observer import Observer
 from tl_fastload.hooked.processing import Session, record_processing
 from tl_fastload.hooked.state_dicts import listed
 from tl_fastload.hooked.stock import run_from_pretrained
@@ -28,7 +29,6 @@ from tl_fastload.huggingface.pretrained import Origin, find_origin
 from tl_fastload.loading import checks
 from tl_fastload.placement.placer import Placer
 from tl_fastload.placement.rehearsal import forecast
-from tl_fastload.planning.stock_memory import StockLedger
 from tl_fastload.quantized import has_quantized, quantized_kinds
 from tl_fastload.quantized.quantizer import Quantizer
 from tl_fastload.recipes.promise import Promise
@@ -73,7 +73,7 @@ def record(
     options: Options,
     arguments: dict[str, Any],
     keywords: dict[str, Any],
-    ledger: StockLedger | None = None,
+    ledger: Observer | None = None,
 ) -> tuple[Any, Session]:
     """Do what comes before the weights are read, from the configuration and the headers alone.
 
@@ -107,7 +107,7 @@ def _load(
     keywords: dict[str, Any],
     reader: FileReader,
     sampler: PeakSampler | None = None,
-    ledger: StockLedger | None = None,
+    ledger: Observer | None = None,
 ) -> tuple[Any, Session]:
     model_name, hf_model = arguments.pop("model_name"), unwrapped(arguments.pop("hf_model"))
     move_to_device = arguments.pop("move_to_device")
