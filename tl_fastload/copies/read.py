@@ -105,12 +105,12 @@ def load_copy(
 
 def _load_whole(cls: type, *arguments: Any) -> tuple[Any, LoadReport]:
     """What `_load` returns; from the beginning if another process saved the copy meanwhile."""
-    *_, folder, _, _ = arguments
+    *_, folder, reader, _ = arguments
     manifest = read_manifest(folder)
     for _ in range(_TRIES):
         try:
             found = _load(cls, manifest, *arguments)
-            arguments[-1].files.check_all()
+            reader.files.check_all()
             return found
         except (CheckpointError, OSError) as error:
             failed = error
