@@ -30,7 +30,7 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 _is_inside: ContextVar[bool] = ContextVar("is_inside", default=False)
-_HERE = str(Path(__file__).parent)
+_HERE = str(Path(__file__).parents[1])
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 # Where transformers puts the code of checkpoints that may run.
 _OF_CHECKPOINTS = "transformers_modules"

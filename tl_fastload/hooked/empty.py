@@ -102,7 +102,7 @@ def build_outline(
     with torch.device("meta"):
         # Of a class with an `__init__` of its own, what it calls says what it says.
         silenced(model.__init__)(cfg, None, move_to_device=move_to_device)
-    _as_transformers(model, origin, origin.notes)
+    _as_transformers(model, origin, notes if origin is None else origin.notes)
     _give_experts_the_dtype(model)
     return model
 
