@@ -170,14 +170,15 @@ def explain(origin: Origin, error: Exception, arguments: dict[str, Any]) -> None
         error: what was raised.
         arguments: of the load.
     """
-    is_known = isinstance(error, (LeanLoadError, RecursionError)) or is_out_of_memory(error)
-    if is_known or is_callers(error):
+    if isinstance(error, LeanLoadError):
         return
     if is_out_of_memory(error):
         raise NotEnoughMemory(
             f"Memory ran out while the weights of {origin.label} were looked at ({error}). Nothing "
             "was loaded. Free some, or see tl_fastload.plan for what would fit."
         ) from error
+    if isinstance(error, RecursionError) or is_callers(error):
+        return
     if origin.root is None and isinstance(error, _OF_A_CONFIGURATION):
         given = [name for name in CHECKPOINT_ARGUMENTS if arguments.get(name) is not None]
         if given:
