@@ -34,8 +34,9 @@ from tl_fastload.errors import (
 )
 from tl_fastload.ground.boundary import boundary, guarded
 from tl_fastload.request.argument_types import checked
-from tl_fastload.request.contradictions import CHECKPOINT_ARGUMENTS, check_arguments
-from tl_fastload.request.options import DEFAULT_DTYPE, Options
+from tl_fastload.request.call import Request
+from tl_fastload.request.contradictions import CHECKPOINT_ARGUMENTS
+from tl_fastload.request.options import DEFAULT_DTYPE
 
 VARIABLE = "TL_FASTLOAD_CACHE"
 _ON = ("1", "true", "yes", "on")
@@ -190,28 +191,27 @@ def why_not_trusted(folder: Path) -> str | None:
     return None
 
 
-def entry_for(
-    cls: type, options: Options, arguments: dict[str, Any], keywords: dict[str, Any]
-) -> Path | None:
+def entry_for(request: Request) -> Path | None:
     """The folder of the cache entry that a load would use, whether it is there or not; None for a
-    load without a cache. The arguments are those of a load.
+    load without a cache.
     """
-    home = folder_for(options.cache)
-    if home is None or why_not_kept(arguments) is not None:
+    home = folder_for(request.options.cache)
+    if home is None or why_not_kept(request.arguments) is not None:
         return None
-    check_arguments(arguments, keywords)
-    return home / entry_name(cls, options, arguments, keywords)
+    request.check()
+    return home / entry_name(request)
 
 
-def hit_arguments(
-    options: Options, arguments: dict[str, Any], keywords: dict[str, Any]
-) -> tuple[Options, dict[str, Any], dict[str, Any]]:
+def hit_request(request: Request) -> Request:
     """How a load that hits the cache loads the entry: what its name stands for need not be
-    compared with what is in it. The arguments are those of a load.
+    compared with what is in it.
     """
-    arguments = {**arguments, "dtype": DEFAULT_DTYPE, "first_n_layers": None, "n_ctx": None}
-    keywords = {k: v for k, v in keywords.items() if k == "trust_remote_code"}
-    return replace(options, quantize=None, dequantize=False, adapter=()), arguments, keywords
+    return Request(
+        request.cls,
+        replace(request.options, quantize=None, dequantize=False, adapter=()),
+        {**request.arguments, "dtype": DEFAULT_DTYPE, "first_n_layers": None, "n_ctx": None},
+        {k: v for k, v in request.keywords.items() if k == "trust_remote_code"},
+    )
 
 
 def why_not_kept(arguments: dict[str, Any]) -> str | None:

@@ -36,30 +36,21 @@ from tl_fastload.report.available import check_room, is_ample, let_go_on_error
 from tl_fastload.report.load_report import LoadReport
 from tl_fastload.report.memory import PeakSampler, return_freed_memory
 from tl_fastload.report.progress import Progress
-from tl_fastload.request.contradictions import check_arguments
-from tl_fastload.request.options import Options
+from tl_fastload.request.call import Request
 from tl_fastload.source.reader import FileReader
 
 
-def load(cls: type, options: Options, arguments: dict[str, Any], keywords: dict[str, Any]) -> Any:
-    """Load a model.
-
-    Args:
-        cls: the model class, with `LeanLoadingMixin` among its bases.
-        options: strategy, mapping, progress.
-        arguments: of `from_pretrained`.
-        keywords: for Hugging Face.
-    """
+def load(request: Request) -> Any:
+    """Load a model from its checkpoint."""
     started = time.perf_counter()
-    options.check()
-    check_arguments(arguments, keywords)
+    request.check()
     reader = FileReader()
     return_freed_memory()  # such as a model that was dropped before: glibc still holds its pages
     try:
         # Parameters made in inference mode could never be trained or saved.
         with torch.inference_mode(False), own_defaults(), PeakSampler() as sampler:
             sampler.mark("configuration")
-            model, session = _load(cls, options, dict(arguments), dict(keywords), reader, sampler)
+            model, session = _load(request, reader, sampler)
             reader.files.check_all()
     finally:
         reader.close()
@@ -68,32 +59,22 @@ def load(cls: type, options: Options, arguments: dict[str, Any], keywords: dict[
     return model
 
 
-def record(
-    cls: type,
-    options: Options,
-    arguments: dict[str, Any],
-    keywords: dict[str, Any],
-    ledger: Observer | None = None,
-) -> tuple[Any, Session]:
+def record(request: Request, ledger: Observer | None = None) -> tuple[Any, Session]:
     """Do what comes before the weights are read, from the configuration and the headers alone.
 
     Args:
-        cls: as for `load`.
-        options: as for `load`.
-        arguments: as for `load`.
-        keywords: as for `load`.
+        request: the call.
         ledger: counts what stock would need.
 
     Returns:
         The model on the meta device, and the session with the recipes and their placer.
     """
-    options = replace(options, only_plan=True, progress=False)
-    options.check()
-    check_arguments(arguments, keywords)
+    request = request.with_options(only_plan=True, progress=False)
+    request.check()
     reader = FileReader()
     try:
         with torch.inference_mode(False), own_defaults():
-            found = _load(cls, options, dict(arguments), dict(keywords), reader, ledger=ledger)
+            found = _load(request, reader, ledger=ledger)
             reader.files.check_all()
             return found
     finally:
@@ -101,14 +82,12 @@ def record(
 
 
 def _load(
-    cls: type,
-    options: Options,
-    arguments: dict[str, Any],
-    keywords: dict[str, Any],
+    request: Request,
     reader: FileReader,
     sampler: PeakSampler | None = None,
     ledger: Observer | None = None,
 ) -> tuple[Any, Session]:
+    options, arguments, keywords = request.options, dict(request.arguments), dict(request.keywords)
     model_name, hf_model = arguments.pop("model_name"), unwrapped(arguments.pop("hf_model"))
     move_to_device = arguments.pop("move_to_device")
     if "torch_dtype" in keywords:
@@ -134,7 +113,7 @@ def _load(
         checks.check_refactor(cfg, session.requested)
         session.notes.extend(kept_norms(cfg, session.requested))
         origin.is_recording = False
-        model = build_model(cls, cfg, origin, session.notes, *args, **kwargs)
+        model = build_model(request.cls, cfg, origin, session.notes, *args, **kwargs)
         origin.is_recording = True
         if ledger is not None:
             ledger.prepare(model)

@@ -13,7 +13,7 @@ from tl_fastload.copies.cache import (
     BAD_ENTRY,
     entry_for,
     folder_for,
-    hit_arguments,
+    hit_request,
     why_not_kept,
     why_not_trusted,
 )
@@ -25,28 +25,20 @@ from tl_fastload.errors import LeanLoadError, SaveError
 from tl_fastload.ground.boundary import boundary
 from tl_fastload.ground.words import printable
 from tl_fastload.loading import load
-from tl_fastload.request.options import Options
+from tl_fastload.request.call import Request
 
 
-def load_through_cache(
-    cls: type, options: Options, arguments: dict[str, Any], keywords: dict[str, Any]
-) -> Any:
-    """Load a model: a processed copy as it is, anything else through the cache if there is one.
-
-    Args:
-        cls: the model class, with `LeanLoadingMixin` among its bases.
-        options: strategy, mapping, progress, cache.
-        arguments: of `from_pretrained`.
-        keywords: for Hugging Face.
-    """
-    options.check()
-    copy = copy_folder(arguments["model_name"], keywords)
+def load_through_cache(request: Request) -> Any:
+    """Load a model: a processed copy as it is, anything else through the cache if there is one."""
+    request.options.check()
+    copy = copy_folder(request.arguments["model_name"], request.keywords)
     if copy is not None:
-        return load_copy(cls, options, arguments, keywords, copy)
-    folder = entry_for(cls, options, arguments, keywords)
+        return load_copy(request, copy)
+    folder = entry_for(request)
     if folder is None:
-        model = load.load(cls, options, arguments, keywords)
-        reason = why_not_kept(arguments) if folder_for(options.cache) is not None else None
+        model = load.load(request)
+        is_wanted = folder_for(request.options.cache) is not None
+        reason = why_not_kept(request.arguments) if is_wanted else None
         return model if reason is None else _told(model, f"not filled: {reason}")
     suspect = why_not_trusted(folder)
     if suspect is not None:
@@ -54,11 +46,11 @@ def load_through_cache(
         warnings.warn(printable(f"{text} The model is loaded anew."), stacklevel=3)
         if _is_mine(folder):
             remove_whole(folder)
-    model = None if suspect else _hit(cls, options, arguments, keywords, folder)
+    model = None if suspect else _hit(request, folder)
     if model is None:
-        model = load.load(cls, options, arguments, keywords)
+        model = load.load(request)
         there = suspect is not None and os.path.lexists(folder)
-        _told(model, f"not filled: {suspect}" if there else _fill(model, folder, arguments))
+        _told(model, f"not filled: {suspect}" if there else _fill(request, model, folder))
     return model
 
 
@@ -69,19 +61,13 @@ def _is_mine(folder: Path) -> bool:
         return False
 
 
-def _hit(
-    cls: type,
-    options: Options,
-    arguments: dict[str, Any],
-    keywords: dict[str, Any],
-    folder: Path,
-) -> Any | None:
+def _hit(request: Request, folder: Path) -> Any | None:
     """The model from its entry; None if there is none, or a damaged one, which is removed."""
     if not (folder / MANIFEST).is_file():
         return None
     try:
         with boundary("while loading from the cache"):
-            model = load_copy(cls, *hit_arguments(options, arguments, keywords), folder)
+            model = load_copy(hit_request(request), folder)
     except BAD_ENTRY as error:
         warnings.warn(
             f"The cache entry {folder} cannot be used, and is filled again: {error}", stacklevel=2
@@ -94,9 +80,9 @@ def _hit(
     return _told(model, f"hit: {folder}")
 
 
-def _fill(model: Any, folder: Path, arguments: dict[str, Any]) -> str:
+def _fill(request: Request, model: Any, folder: Path) -> str:
     """Save a model as an entry; what the report says of it. A failure is no error of the load."""
-    own_tokenizer = arguments["tokenizer"] is None
+    own_tokenizer = request.arguments["tokenizer"] is None
     try:
         with boundary("while filling the cache", SaveError):
             made = write_copy(model, folder, tokenizer=own_tokenizer, for_cache=True)

@@ -19,7 +19,7 @@ from tl_fastload.planning.stock_memory import StockLedger
 from tl_fastload.quantized.quantizer import Quantizer
 from tl_fastload.recipes.promise import Promise
 from tl_fastload.report.available import available_bytes
-from tl_fastload.request.options import Options
+from tl_fastload.request.call import Request
 
 CPU = torch.device("cpu")
 # What a load leaves beside tensors: modules, tables, the interpreter's heap. Between 8 and 16 MB
@@ -33,25 +33,6 @@ _READ_AROUND_BYTES = 1 << 20
 # transformers holds a quantized model and its dequantized copy for a while.
 _DEQUANTIZING_COPIES = 2
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
-
-
-@dataclass(frozen=True)
-class Request:
-    """One call of `from_pretrained_lean`: the model class, and its arguments sorted by who takes
-    them, as `tl_fastload.loading.load.load` wants them.
-    """
-
-    cls: type
-    options: Options
-    arguments: dict[str, Any]
-    keywords: dict[str, Any]
-
-    def changed(self, **changes: Any) -> Request:
-        """The same call with other arguments of TransformerLens' `from_pretrained`."""
-        keywords = dict(self.keywords)
-        if "dtype" in changes:
-            keywords.pop("torch_dtype", None)
-        return replace(self, arguments={**self.arguments, **changes}, keywords=keywords)
 
 
 @dataclass
@@ -81,9 +62,7 @@ class Draft:
         Raises:
             LeanLoadError: what the load itself would raise.
         """
-        model, session = sessions.record(
-            request.cls, request.options, request.arguments, request.keywords, ledger
-        )
+        model, session = sessions.record(request, ledger)
         if session.placer is None or session.origin is None:
             raise RecordingError("TransformerLens' from_pretrained loaded no weights.")
         return cls(model, session, session.origin, session.placer, session.recipes, ledger)

@@ -19,9 +19,10 @@ from tl_fastload.ground.words import format_bytes
 from tl_fastload.loading import load as sessions
 from tl_fastload.placement.rehearsal import Forecast
 from tl_fastload.planning import advice, of_copy
-from tl_fastload.planning.dry_run import CODE_BYTES, CPU, OBJECTS_BYTES, Draft, Needs, Request
+from tl_fastload.planning.dry_run import CODE_BYTES, CPU, OBJECTS_BYTES, Draft, Needs
 from tl_fastload.planning.plan import KINDS, Choice, LoadPlan, kind_of
 from tl_fastload.planning.stock_memory import StockLedger
+from tl_fastload.request.call import Request
 
 
 def plan_load(request: Request) -> LoadPlan:
@@ -43,11 +44,10 @@ def _copy_of(request: Request) -> tuple[Request, Path] | None:
     folder = copy_folder(request.arguments["model_name"], request.keywords)
     if folder is not None:
         return request, folder
-    entry = cache.entry_for(request.cls, request.options, request.arguments, request.keywords)
+    entry = cache.entry_for(request)
     if entry is None or not cache.is_usable(entry):
         return None
-    hit = cache.hit_arguments(request.options, request.arguments, request.keywords)
-    return Request(request.cls, *hit), entry
+    return cache.hit_request(request), entry
 
 
 def _of_copy(request: Request, mapped: Request, folder: Path) -> LoadPlan:
@@ -64,7 +64,7 @@ def _of_copy(request: Request, mapped: Request, folder: Path) -> LoadPlan:
 def _of_checkpoint(request: Request) -> LoadPlan:
     draft = Draft.of(request, StockLedger())
     plan = _plan(draft)
-    entry = cache.entry_for(request.cls, request.options, request.arguments, request.keywords)
+    entry = cache.entry_for(request)
     if entry is not None:
         plan = _with_entry(plan, entry, _entry_bytes(plan, draft))
     return plan if plan.fits_memory else replace(plan, advise=_advise(request, draft))
