@@ -203,13 +203,20 @@ def _place(model: nn.Module, session: Session, origin: Origin) -> None:
     session.mapped_bytes = placer.mapped_bytes
     session.not_quantized = quantizer.not_quantized if quantizer is not None else {}
     session.recipes, session.shifts = {}, {}
+    session.notes += notes_on(placer)
+
+
+def notes_on(placer: Placer) -> list[str]:
+    """What a report says of values that were placed."""
+    notes = []
     if placer.unseen_bytes:
-        session.notes.append(
+        notes.append(
             f"{format_bytes(placer.unseen_bytes)} of mapped weights were not read, so not searched "
             "for NaN and infinite values."
         )
     if placer.not_finite:
-        session.notes.append(f"NaN or infinite values in {listed(placer.not_finite)}.")
+        notes.append(f"NaN or infinite values in {listed(placer.not_finite)}.")
+    return notes
 
 
 def _check_and_fill(model: nn.Module, session: Session, origin: Origin, placer: Placer) -> None:

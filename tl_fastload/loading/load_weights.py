@@ -23,9 +23,9 @@ from tl_fastload.hooked import steps
 from tl_fastload.hooked.already import versions
 from tl_fastload.hooked.state_dicts import is_norm, listed, table_problem
 from tl_fastload.loading.convert import Converted, converted, find_config, steps_of
+from tl_fastload.loading.live import write_recipes
 from tl_fastload.loading.sources import WeightSource, open_source, read_through
 from tl_fastload.placement.half_written import InPlaceStep, require_cover
-from tl_fastload.placement.placer import Placer
 from tl_fastload.placement.values_here import require_values
 from tl_fastload.placement.writer import InPlaceWriter, Write
 from tl_fastload.quantized import QuantizedTensor, views
@@ -315,24 +315,10 @@ def _load_converted(
     quantizer = _quantizer(model, recipes, result)
     require_cover(model, "load_weights_", recipes)
     read_through(weights.table, reader)
-    homes = {name: tensor.device for name, tensor in model.named_parameters()}
     with InPlaceStep(model, "load_weights_") as step:
-        placer = Placer(
-            model,
-            homes.__getitem__,
-            assign=False,
-            maps=None,
-            map_any_layout=False,
-            progress=bar,
-            quantizer=quantizer,
-            fresh=False,
-            writing=step.writes,
-        )
-        placer.place(recipes)
+        found.notes += write_recipes(model, recipes, step, quantizer, bar)
         reader.files.check_all()
         _remember(model, flags)
-    if placer.not_finite:
-        found.notes.append(f"NaN or infinite values in {listed(placer.not_finite)}.")
     return found
 
 
