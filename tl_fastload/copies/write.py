@@ -33,6 +33,7 @@ from tl_fastload.copies.verify import tokenizer_digests
 from tl_fastload.errors import LeanLoadError, SaveError
 from tl_fastload.ground.boundary import guarded
 from tl_fastload.ground.own_defaults import own_defaults
+from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.ground.words import format_bytes
 from tl_fastload.ground.wrappers import plain_name, unwrapped
 from tl_fastload.hooked import layout
@@ -131,7 +132,7 @@ class _Plan:
                 return value.permute(order).reshape(-1)
 
         shape = tuple(tensor.shape[dim] for dim in order)
-        nbytes = tensor.numel() * tensor.element_size()
+        nbytes = bytes_of(tensor)
         self.stored.append(_Stored(key, tensor.dtype, shape, nbytes, make))
         return View({"": key}, tuple(tensor.shape), strides, requires_grad=tensor.requires_grad)
 

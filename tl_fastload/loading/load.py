@@ -15,6 +15,7 @@ from torch import nn
 
 from tl_fastload.errors import MissingWeightsError
 from tl_fastload.ground.own_defaults import own_defaults
+from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.ground.words import format_bytes
 from tl_fastload.ground.wrappers import named_as, unwrapped
 from tl_fastload.hooked import steps
@@ -240,7 +241,7 @@ def _needed_bytes(placer: Placer, recipes: dict[str, Promise]) -> dict[torch.dev
     for name, buffer in placer.model.named_buffers():
         device = placer.device_of(name)
         if device != buffer.device and name not in found.held_bytes:
-            needed[device] = needed.get(device, 0) + buffer.numel() * buffer.element_size()
+            needed[device] = needed.get(device, 0) + bytes_of(buffer)
     return needed
 
 

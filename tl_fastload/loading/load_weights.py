@@ -18,6 +18,7 @@ from tl_fastload.errors import (
 )
 from tl_fastload.ground.boundary import guarded
 from tl_fastload.ground.own_defaults import own_defaults
+from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.ground.wrappers import named_as, own_names, unwrapped
 from tl_fastload.hooked import steps
 from tl_fastload.hooked.already import versions
@@ -217,11 +218,11 @@ def _load_hooked(
     given = {write.name: getattr(write.source, "tensor", None) for write in writes}
     require_cover(model, "load_weights_", given)
     read_through({write.name: write.source for write in writes}, reader)
-    bar.start(sum(_size_bytes(write.target) for write in writes))
+    bar.start(sum(bytes_of(write.target) for write in writes))
     with InPlaceStep(model, "load_weights_") as step:
         InPlaceWriter(
             writes,
-            wrote=lambda write: bar.advance(write.name, _size_bytes(write.target)),
+            wrote=lambda write: bar.advance(write.name, bytes_of(write.target)),
             writing=lambda write: step.writes(write.name),
         ).run()
         reader.files.check_all()
@@ -367,7 +368,3 @@ def _remember(model: Any, flags: Mapping[str, bool] | None) -> None:
     """Note for later steps how the weights that the model has now were processed."""
     if flags is not None and hasattr(model, "_session"):  # of the lean classes
         model._processed = ({step for step, on in flags.items() if on}, versions(model))
-
-
-def _size_bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tl_fastload.errors import RecordingError
+from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.hooked.processing import Session
 from tl_fastload.huggingface.pretrained import Origin
 from tl_fastload.loading import load as sessions
@@ -84,7 +85,7 @@ class Draft:
         for name, buffer in self.model.named_buffers():
             if is_within(name, n_layers):
                 device = self.placer.device_of(name)
-                sizes[device] = sizes.get(device, 0) + buffer.numel() * buffer.element_size()
+                sizes[device] = sizes.get(device, 0) + bytes_of(buffer)
         return sizes
 
 
@@ -110,7 +111,7 @@ class Needs:
         pages = CODE_BYTES + found.seen_bytes
         pages += _READ_AROUND_BYTES * found.seen_parameters
         if draft.origin.options.dequantize and draft.origin.hf_model is not None:
-            held = sum(t.numel() * t.element_size() for t in draft.origin.hf_model.parameters())
+            held = sum(map(bytes_of, draft.origin.hf_model.parameters()))
             host = max(host + held, OBJECTS_BYTES + _DEQUANTIZING_COPIES * held)
         checkpoint = draft.origin.checkpoint
         if checkpoint is not None and not checkpoint.entries:
