@@ -42,8 +42,8 @@ from tl_fastload.errors import (
     SaveError,
 )
 from tl_fastload.ground.boundary import boundary, guarded
-from tl_fastload.ground.words import printable
 from tl_fastload.loading import checks, load
+from tl_fastload.printable import printable
 from tl_fastload.request.argument_types import checked
 from tl_fastload.request.options import DEFAULT_DTYPE, Options
 

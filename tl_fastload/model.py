@@ -13,8 +13,8 @@ from tl_fastload.cache import load_through_cache
 from tl_fastload.copies.write import MAX_SHARD_BYTES, save_lean
 from tl_fastload.errors import NotEnoughMemory
 from tl_fastload.ground.boundary import guarded
+from tl_fastload.ground.memory_orders import FORWARD
 from tl_fastload.hooked.inheritance import check_bases
-from tl_fastload.hooked.layout import FORWARD
 from tl_fastload.hooked.processing import Session
 from tl_fastload.hooked.state_dicts import fill_missing_keys
 from tl_fastload.loading import live

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from tl_fastload.errors import RecordingError
+from tl_fastload.hooked.origin import Origin
 from tl_fastload.hooked.processing import Session
-from tl_fastload.huggingface.pretrained import Origin
 from tl_fastload.loading import load as sessions
 from tl_fastload.placement.placer import Placer
 from tl_fastload.placement.rehearsal import Forecast, forecast
