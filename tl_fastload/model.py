@@ -12,8 +12,8 @@ from transformer_lens import HookedTransformer
 from tl_fastload.copies.write import MAX_SHARD_BYTES, save_lean
 from tl_fastload.errors import NotEnoughMemory
 from tl_fastload.ground.boundary import guarded
+from tl_fastload.ground.memory_orders import FORWARD
 from tl_fastload.hooked.inheritance import check_bases
-from tl_fastload.hooked.layout import FORWARD
 from tl_fastload.hooked.processing import Session
 from tl_fastload.hooked.state_dicts import fill_missing_keys
 from tl_fastload.loading import live

@@ -17,6 +17,7 @@ from tl_fastload.quantized.spec import Spec, as_dtype
 from tl_fastload.request.contradictions import CHECKPOINT_ARGUMENTS, device_asked_for
 from tl_fastload.request.keywords import Keywords
 from tl_fastload.request.options import DEFAULT_DTYPE, Options
+from tl_fastload.request.steps import STEPS
 
 _PICKED = (*CHECKPOINT_ARGUMENTS, "hf_model")
 
@@ -79,12 +80,12 @@ def check_steps(manifest: Manifest, cfg: Any, arguments: dict[str, Any], folder:
     """
 
     def effective(flags: dict[str, Any]) -> list[str]:
-        return [s for s in steps.STEPS if flags[s] and steps.reason_to_skip(s, cfg) is None]
+        return [s for s in STEPS if flags[s] and steps.reason_to_skip(s, cfg) is None]
 
     wanted, done = effective(arguments), effective(manifest.flags)
     if wanted == done:
         return
-    flags = ", ".join(f"{step}={manifest.flags[step]}" for step in steps.STEPS)
+    flags = ", ".join(f"{step}={manifest.flags[step]}" for step in STEPS)
     remedy = f"Pass {flags}"
     if not done:
         remedy = (

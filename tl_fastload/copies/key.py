@@ -12,14 +12,15 @@ from typing import Any
 import torch
 
 from tl_fastload.copies.manifest import FORMAT_VERSION, versions
-from tl_fastload.hooked.layout import FORWARD
-from tl_fastload.hooked.steps import STEPS
+from tl_fastload.ground.memory_orders import FORWARD
+from tl_fastload.hooked.official_names import resolve_model
 from tl_fastload.huggingface.lora.adapter import locate_adapter
 from tl_fastload.quantized.spec import as_dtype
 from tl_fastload.request.call import Request
 from tl_fastload.request.contradictions import device_asked_for
 from tl_fastload.request.keywords import sort_keywords
-from tl_fastload.source.checkpoint import Location, resolve_config
+from tl_fastload.request.steps import STEPS
+from tl_fastload.source.checkpoint import Location
 from tl_fastload.source.choose import read_index
 from tl_fastload.source.links import check_link
 
@@ -48,7 +49,7 @@ def entry_name(request: Request) -> str:
     sorted_keywords = sort_keywords(keywords)
     torch_dtype = arguments.get("torch_dtype", keywords.get("torch_dtype"))
     overrides = {k: v for k, v in sorted_keywords.overrides.items() if k != "torch_dtype"}
-    location = resolve_config(arguments["model_name"], **sorted_keywords.hub)
+    location = resolve_model(arguments["model_name"], **sorted_keywords.hub)
     device = device_asked_for(arguments) if arguments["move_to_device"] else "cpu"
     known = {
         "format_version": FORMAT_VERSION,

@@ -26,13 +26,15 @@ from tl_fastload.copies.manifest import (
 )
 from tl_fastload.copies.verify import check_tokenizer, verify_copy
 from tl_fastload.errors import CheckpointError
-from tl_fastload.ground import compat
 from tl_fastload.ground.own_defaults import own_defaults
-from tl_fastload.hooked import layout, steps
+from tl_fastload.hooked import steps
 from tl_fastload.hooked.already import versions
+from tl_fastload.hooked.architectures import SUPPORTED_ARCHITECTURES
+from tl_fastload.hooked.devices import default_device
 from tl_fastload.hooked.empty import build_empty, device_map, is_failure, lost_tokenizer
 from tl_fastload.hooked.tokenizer import named, read_tokenizer
 from tl_fastload.huggingface.config import hf_config_of
+from tl_fastload.placement.strides import copied
 from tl_fastload.report.available import check_room, let_go_on_error
 from tl_fastload.report.load_report import LoadReport
 from tl_fastload.report.memory import PeakSampler, return_freed_memory
@@ -178,7 +180,7 @@ def checked_configuration(
     check_asked_for(manifest, cfg, request.options, arguments, sorted_keywords, folder)
     check_steps(manifest, cfg, arguments, folder)
     given = arguments["device"]
-    cfg.device = given if given is not None else compat.default_device()
+    cfg.device = given if given is not None else default_device()
     cfg.n_devices = arguments["n_devices"]
     return cfg, sorted_keywords
 
@@ -193,7 +195,7 @@ def _hf_config(manifest: Manifest) -> Any:
     if manifest.hf_config is None:
         return None
     try:
-        return hf_config_of(manifest.hf_config)
+        return hf_config_of(manifest.hf_config, SUPPORTED_ARCHITECTURES)
     except Exception:  # config classes raise anything for values of another version
         return None  # only `load_weights_` wants it, and says so
 
@@ -402,4 +404,4 @@ def _read_moved(
 ) -> torch.Tensor:
     entry = entries[view.tensors[""]]
     value = _read(entry, checked_geometry(view, entry), reader, device)
-    return layout.copied(value, strides, value.dtype)
+    return copied(value, strides, value.dtype)

@@ -20,9 +20,9 @@ from tl_fastload.errors import (
 )
 from tl_fastload.ground import compat
 from tl_fastload.ground.boundary import is_callers
-from tl_fastload.hooked.state_dicts import listed
+from tl_fastload.ground.words import listed
+from tl_fastload.hooked.origin import Origin
 from tl_fastload.hooked.steps import reason_to_skip
-from tl_fastload.huggingface.pretrained import Origin
 from tl_fastload.huggingface.tree import MissingSource
 from tl_fastload.quantized import QuantizedTensor, formats
 from tl_fastload.quantized.recipes import follow

@@ -12,14 +12,17 @@ import torch
 
 from tl_fastload.errors import MissingWeightsError
 from tl_fastload.ground import compat
+from tl_fastload.ground.mark import require_whole
 from tl_fastload.ground.own_defaults import own_defaults
+from tl_fastload.ground.words import listed
 from tl_fastload.hooked.already import is_already_processed, versions
+from tl_fastload.hooked.layout import strides_in
 from tl_fastload.hooked.processing import Session, record_processing
-from tl_fastload.hooked.state_dicts import is_norm, is_weight_matrix, listed, table_problem
+from tl_fastload.hooked.state_dicts import is_norm, is_weight_matrix, table_problem
 from tl_fastload.hooked.steps import reason_to_skip
 from tl_fastload.loading import checks
 from tl_fastload.loading.load import notes_on, report_of, under_own_names
-from tl_fastload.placement.half_written import InPlaceStep, require_cover, require_whole
+from tl_fastload.placement.half_written import InPlaceStep, require_cover
 from tl_fastload.placement.placer import Placer
 from tl_fastload.placement.values_here import require_given, require_values
 from tl_fastload.quantized import has_quantized
@@ -154,6 +157,7 @@ def write_recipes(
         maps=None,
         map_any_layout=False,
         progress=progress,
+        strides_of=strides_in,
         quantizer=quantizer,
         fresh=False,
         writing=step.writes,

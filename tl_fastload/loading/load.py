@@ -16,17 +16,17 @@ from torch import nn
 from tl_fastload.errors import MissingWeightsError
 from tl_fastload.ground.own_defaults import own_defaults
 from tl_fastload.ground.sizes import bytes_of
-from tl_fastload.ground.words import format_bytes
+from tl_fastload.ground.words import format_bytes, listed
 from tl_fastload.ground.wrappers import named_as, unwrapped
 from tl_fastload.hooked import steps
 from tl_fastload.hooked.already import versions
 from tl_fastload.hooked.empty import build_empty, build_outline, device_map
+from tl_fastload.hooked.layout import strides_in
 from tl_fastload.hooked.norms import kept_norms
 from tl_fastload.hooked.observer import Observer
+from tl_fastload.hooked.origin import Origin, find_origin
 from tl_fastload.hooked.processing import Session, record_processing
-from tl_fastload.hooked.state_dicts import listed
 from tl_fastload.hooked.stock import run_from_pretrained
-from tl_fastload.huggingface.pretrained import Origin, find_origin
 from tl_fastload.loading import checks
 from tl_fastload.placement.placer import Placer
 from tl_fastload.placement.rehearsal import forecast
@@ -38,6 +38,7 @@ from tl_fastload.report.load_report import LoadReport
 from tl_fastload.report.memory import PeakSampler, return_freed_memory
 from tl_fastload.report.progress import Progress
 from tl_fastload.request.call import Request
+from tl_fastload.request.steps import STEPS
 from tl_fastload.source.reader import FileReader
 
 
@@ -97,7 +98,7 @@ def _load(
     origin = find_origin(model_name, hf_model, keywords, reader, options, dtype)
     checks.check_quantization(origin, options, arguments)
     checks.check_adapters(origin, options)
-    requested = {step: bool(arguments[step]) for step in steps.STEPS}
+    requested = {step: bool(arguments[step]) for step in STEPS}
     session = Session(
         replace(options, move_to_device=move_to_device),
         requested,
@@ -192,6 +193,7 @@ def _place(model: nn.Module, session: Session, origin: Origin) -> None:
             maps=origin.reader.maps,
             map_any_layout=not any(session.requested.values()),
             progress=progress,
+            strides_of=strides_in,
             quantizer=quantizer,
             fresh=True,
             order=str(options.layout),

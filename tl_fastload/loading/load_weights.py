@@ -19,10 +19,11 @@ from tl_fastload.errors import (
 from tl_fastload.ground.boundary import guarded
 from tl_fastload.ground.own_defaults import own_defaults
 from tl_fastload.ground.sizes import bytes_of
+from tl_fastload.ground.words import listed
 from tl_fastload.ground.wrappers import named_as, own_names, unwrapped
 from tl_fastload.hooked import steps
 from tl_fastload.hooked.already import versions
-from tl_fastload.hooked.state_dicts import is_norm, listed, table_problem
+from tl_fastload.hooked.state_dicts import is_norm, table_problem
 from tl_fastload.loading.convert import Converted, converted, find_config, steps_of
 from tl_fastload.loading.live import write_recipes
 from tl_fastload.loading.sources import WeightSource, open_source, read_through

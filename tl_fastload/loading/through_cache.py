@@ -23,8 +23,8 @@ from tl_fastload.copies.read import copy_folder, load_copy
 from tl_fastload.copies.write import write_copy
 from tl_fastload.errors import LeanLoadError, SaveError
 from tl_fastload.ground.boundary import boundary
-from tl_fastload.ground.words import printable
 from tl_fastload.loading import load
+from tl_fastload.printable import printable
 from tl_fastload.request.call import Request
 
 

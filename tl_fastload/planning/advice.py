@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from tl_fastload.errors import LeanLoadError, QuantizationError
-from tl_fastload.hooked.layout import FORWARD
-from tl_fastload.hooked.steps import STEPS
+from tl_fastload.ground.memory_orders import FORWARD
 from tl_fastload.placement.rehearsal import Forecast
 from tl_fastload.planning.dry_run import Draft, Needs
 from tl_fastload.planning.plan import Choice
@@ -18,6 +17,7 @@ from tl_fastload.quantized import formats
 from tl_fastload.quantized.quantizer import Quantizer
 from tl_fastload.report.memory import cuda_is_in_use
 from tl_fastload.request.call import Request
+from tl_fastload.request.steps import STEPS
 
 _WIDE = (torch.float32, torch.float64)
 

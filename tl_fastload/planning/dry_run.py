@@ -10,8 +10,8 @@ import torch
 
 from tl_fastload.errors import RecordingError
 from tl_fastload.ground.sizes import bytes_of
+from tl_fastload.hooked.origin import Origin
 from tl_fastload.hooked.processing import Session
-from tl_fastload.huggingface.pretrained import Origin
 from tl_fastload.loading import load as sessions
 from tl_fastload.placement.placer import Placer
 from tl_fastload.placement.rehearsal import Forecast, forecast
