@@ -7,7 +7,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from tl_fastload.ground.words import printable
+from tl_fastload.printable import printable
 
 _NO_MEMORY = ("DefaultCPUAllocator", "Cannot allocate memory", "out of memory")
 _PACKAGE = str(Path(__file__).parent)

@@ -9,20 +9,19 @@ from typing import Any
 import torch
 from transformer_lens import HookedTransformer
 
-from tl_fastload.cache import load_through_cache
 from tl_fastload.copies.write import MAX_SHARD_BYTES, save_lean
 from tl_fastload.errors import NotEnoughMemory
 from tl_fastload.ground.boundary import guarded
+from tl_fastload.ground.memory_orders import FORWARD
 from tl_fastload.hooked.inheritance import check_bases
-from tl_fastload.hooked.layout import FORWARD
 from tl_fastload.hooked.processing import Session
 from tl_fastload.hooked.state_dicts import fill_missing_keys
 from tl_fastload.loading import live
 from tl_fastload.loading import load as sessions
 from tl_fastload.loading.relayout import put_in_layout
+from tl_fastload.loading.through_cache import load_through_cache
 from tl_fastload.placement.half_written import forgive
 from tl_fastload.planning import make
-from tl_fastload.planning.dry_run import Request
 from tl_fastload.planning.plan import LoadPlan
 from tl_fastload.quantized.formats import read_quantization
 from tl_fastload.quantized.spec import quantization_argument
@@ -30,6 +29,7 @@ from tl_fastload.report.load_report import LoadReport
 from tl_fastload.report.progress import ProgressOption
 from tl_fastload.request.adapters import read_adapter_argument
 from tl_fastload.request.argument_types import checked, checked_keywords
+from tl_fastload.request.call import Request
 from tl_fastload.request.options import DEFAULT_DTYPE, DEFAULT_LAYOUT, OWN_ARGUMENTS, Options
 
 
@@ -171,7 +171,7 @@ class LeanLoadingMixin:
         if check_memory and dequantize:  # transformers reads the weights early
             make.require_room(request)
         try:
-            return load_through_cache(cls, request.options, request.arguments, request.keywords)
+            return load_through_cache(request)
         except NotEnoughMemory as error:
             raise make.with_advice(request, error) from None
 

@@ -22,6 +22,7 @@ from tl_fastload.embedded_model import embedded_model_path
 from tl_fastload.errors import ArgumentError
 from tl_fastload.quantized.formats import read_quantization
 from tl_fastload.request.adapters import read_adapter_argument
+from tl_fastload.request.call import Request
 from tl_fastload.request.options import DEFAULT_DTYPE, Options
 
 
@@ -110,9 +111,8 @@ def entry_name(source: Path, adapter: Any = None, keywords: Any = None, **option
     arguments = dict.fromkeys((*key._IN_THE_COPY, "device", "tokenizer"))
     arguments |= {"model_name": source, "dtype": DEFAULT_DTYPE, "move_to_device": True}
     asked = Options(adapter=read_adapter_argument(adapter), **options)
-    return key.entry_name(
-        LeanHookedTransformer, asked, {"n_devices": 1, **arguments}, keywords or {}
-    )
+    arguments["n_devices"] = 1
+    return key.entry_name(Request(LeanHookedTransformer, asked, arguments, keywords or {}))
 
 
 def test_a_toy_models_weights_deeper_down(zoo: Any, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from tl_fastload import (
 from tl_fastload.copies import write
 from tl_fastload.ground import boundary
 from tl_fastload.loading import load as session
+from tl_fastload.request.options import Options
 from tl_fastload.source import json_files
 
 load = LeanHookedTransformer.from_pretrained_lean
@@ -59,9 +60,8 @@ def test_foreign_errors_are_translated_with_their_cause(
     code = compile("def check(self):\n    raise self.error", session.__file__, "exec")
     scope: dict[str, Any] = {}
     exec(code, scope)
-    options = type(session.Options())
-    monkeypatch.setattr(options, "error", error, raising=False)
-    monkeypatch.setattr(options, "check", scope["check"])
+    monkeypatch.setattr(Options, "error", error, raising=False)
+    monkeypatch.setattr(Options, "check", scope["check"])
     for function in (load, plan):
         with pytest.raises(kind, match=said) as caught:
             function(str(zoo("llama-gqa")), device="cpu")

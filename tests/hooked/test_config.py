@@ -28,8 +28,9 @@ from tests.support.tiny_configs import (
 from tl_fastload.errors import CheckpointError
 from tl_fastload.ground.borrow import borrow
 from tl_fastload.ground.compat import TRANSFORMER_LENS
+from tl_fastload.hooked.architectures import SUPPORTED_ARCHITECTURES
+from tl_fastload.hooked.config import config_dict, load_hf_config
 from tl_fastload.hooked.config_families import FAMILIES
-from tl_fastload.huggingface.config import SUPPORTED_ARCHITECTURES, config_dict, load_hf_config
 
 _ONLY_UNDER_THE_LOADERS_NAME = ("model_name", "tokenizer_name", "default_prepend_bos")
 _CURRENT = pytest.mark.skipif(

@@ -12,7 +12,8 @@ from packaging.version import Version
 from tl_fastload.errors import CheckpointError, LeanLoadError, UnsupportedArchitectureError
 from tl_fastload.ground.compat import TRANSFORMERS
 from tl_fastload.hooked import architectures as config_architectures
-from tl_fastload.huggingface.config import SUPPORTED_ARCHITECTURES, architecture_of, load_hf_config
+from tl_fastload.hooked.architectures import SUPPORTED_ARCHITECTURES, architecture_of
+from tl_fastload.hooked.config import load_hf_config
 
 
 def _write(folder: Path, content: Any) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tl_fastload.hooked.official_names import nearest_names, official_name
+from tl_fastload.hooked.official_names import aliases, official_name
 
 
 def test_official_names_and_aliases_in_any_case() -> None:
@@ -13,6 +13,7 @@ def test_official_names_and_aliases_in_any_case() -> None:
 
 
 def test_nearest_names_are_spelled_as_they_can_be_typed() -> None:
+    nearest_names = aliases().nearest
     assert "gpt2-small" in nearest_names("gpt2-smal")
     assert nearest_names("EleutherAI/pythia-70n", 1) == ["EleutherAI/pythia-70m"]
     assert nearest_names("xqzw") == []

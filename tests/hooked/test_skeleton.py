@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-from tl_fastload.hooked import empty
 from tl_fastload.hooked.empty import build_empty, device_map
+from tl_fastload.huggingface import empty as modules
 
 
 def config(**changes: Any) -> HookedTransformerConfig:
@@ -116,8 +116,8 @@ def test_memory_of_a_mask_is_given_back_before_parameters_take_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls: list[str] = []
-    monkeypatch.setattr(empty, "return_freed_memory", lambda: calls.append("given back"))
-    with empty.SkipRandomInit():
+    monkeypatch.setattr(modules, "return_freed_memory", lambda: calls.append("given back"))
+    with modules.SkipRandomInit():
         torch.empty(4)
         assert not calls
         torch.tril(torch.ones(3, 3))

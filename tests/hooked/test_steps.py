@@ -10,6 +10,7 @@ import pytest
 from tests.support import reference
 from tests.support.comparison import STEPS, changed, lean_model, log_probs, values
 from tl_fastload.hooked import steps
+from tl_fastload.request.steps import STEPS as ALL_STEPS
 
 # step -> cases that forbid it, a word of the reason
 FORBIDDEN: dict[str, dict[str, str]] = {
@@ -67,7 +68,7 @@ def test_an_allowed_step_is_done_and_keeps_the_function(step: str, case_id: str,
 
 def test_every_step_is_in_both_tables() -> None:
     assert set(FORBIDDEN) == set(ALLOWED) == set(STEPS)
-    assert [*STEPS, "refactor_factored_attn_matrices"] == list(steps.STEPS)
+    assert [*STEPS, "refactor_factored_attn_matrices"] == list(ALL_STEPS)
 
 
 def _cfg(**fields: Any) -> SimpleNamespace:
@@ -84,9 +85,9 @@ def _cfg(**fields: Any) -> SimpleNamespace:
 
 
 def test_a_plain_model_allows_everything() -> None:
-    assert [steps.reason_to_skip(step, _cfg()) for step in steps.STEPS] == [None] * 5
-    requested = dict.fromkeys(steps.STEPS, True)
-    assert steps.describe(requested, _cfg()) == dict.fromkeys(steps.STEPS, "done")
+    assert [steps.reason_to_skip(step, _cfg()) for step in ALL_STEPS] == [None] * 5
+    requested = dict.fromkeys(ALL_STEPS, True)
+    assert steps.describe(requested, _cfg()) == dict.fromkeys(ALL_STEPS, "done")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_a_plain_model_allows_everything() -> None:
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_each_reason_alone(fields: dict[str, Any], forbidden: set[str]) -> None:
-    found = {step for step in steps.STEPS if steps.reason_to_skip(step, _cfg(**fields))}
+    found = {step for step in ALL_STEPS if steps.reason_to_skip(step, _cfg(**fields))}
     assert found == forbidden
 
 

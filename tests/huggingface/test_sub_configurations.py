@@ -15,12 +15,9 @@ from tests.support.comparison import lean_model
 from tests.support.zoo import CASES
 from tl_fastload import load_weights_, plan
 from tl_fastload.ground.compat import CONFIG_DTYPE_NAME
-from tl_fastload.hooked.architectures import (
-    SUPPORTED_ARCHITECTURES,
-    declared_dtype,
-    for_an_empty_model,
-    parts_of,
-)
+from tl_fastload.ground.hf_configs import declared_dtype, parts_of
+from tl_fastload.hooked.architectures import SUPPORTED_ARCHITECTURES
+from tl_fastload.huggingface.empty import for_an_empty_model
 from tl_fastload.quantized.formats import of_checkpoint
 
 CASE = "gemma3-vision"

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tl_fastload.lightning.fingerprint import differing, fingerprint, plain_name
+from tl_fastload.ground.wrappers import plain_name
+from tl_fastload.lightning.fingerprint import differing, fingerprint
 from tl_fastload.quantized import quantize
 
 Tensors = dict[str, torch.Tensor]

@@ -20,8 +20,8 @@ from tl_fastload import (
     load_weights_,
     save_lean,
 )
+from tl_fastload.ground.mark import is_half_written
 from tl_fastload.lightning.record import record_of
-from tl_fastload.placement.half_written import is_half_written
 from tl_fastload.report.memory_map import memory_map
 
 ROADS = (

@@ -14,6 +14,7 @@ from tests.support.programs import assert_same, in_memory
 from tl_fastload.hooked import layout
 from tl_fastload.placement.placer import Placer, groups
 from tl_fastload.placement.rehearsal import forecast
+from tl_fastload.placement.strides import copied
 from tl_fastload.recipes.nodes import MemorySource
 from tl_fastload.recipes.promise import Promise
 from tl_fastload.report.progress import Progress
@@ -34,7 +35,13 @@ class Model(nn.Module):
 
 def placer(model: nn.Module, **options: Any) -> Placer:
     values: dict[str, Any] = {"assign": True, "maps": None, "map_any_layout": True, **options}
-    return Placer(model, lambda name: CPU, progress=Progress(False), **values)
+    return Placer(
+        model,
+        lambda name: CPU,
+        progress=Progress(False),
+        strides_of=layout.strides_in,
+        **values,
+    )
 
 
 def place(model: nn.Module, recipes: dict[str, Any], **options: Any) -> Placer:
@@ -267,7 +274,7 @@ def test_copies_in_any_memory_order(shape: tuple[int, ...], dtype: torch.dtype) 
             [order.index(i) for i in range(dims)]
         )
         for source in (x, x.mT.contiguous().mT if dims > 1 else x):
-            copy = layout.copied(source, strides.stride(), dtype)
+            copy = copied(source, strides.stride(), dtype)
             assert copy.stride() == strides.stride()
             assert_same(copy, x.to(dtype))
             assert copy.data_ptr() != source.data_ptr()

@@ -23,7 +23,7 @@ from tests.support.programs import (
     run,
 )
 from tl_fastload.errors import RecordingError
-from tl_fastload.hooked import layout
+from tl_fastload.placement.strides import same_layout
 from tl_fastload.recipes.evaluate import Evaluation, Value, evaluate, operands, sources
 from tl_fastload.recipes.nodes import MemorySource, SourceView
 from tl_fastload.recipes.promise import Promise, node_of
@@ -56,7 +56,7 @@ def taken(value: Value) -> torch.Tensor:
 
 def check_strides(actual: torch.Tensor, expected: torch.Tensor) -> None:
     if is_dense(expected):
-        assert layout.same_layout(expected.shape, actual.stride(), expected.stride())
+        assert same_layout(expected.shape, actual.stride(), expected.stride())
 
 
 @FEW

@@ -11,12 +11,14 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from transformer_lens.HookedTransformer import DTYPE_FROM_STRING
 
 from tests.support.comparison import changed, lean_model, values
 from tl_fastload import cache, load_weights_, plan, save_lean, verify_copy
 from tl_fastload.errors import ArgumentError, StrategyError
 from tl_fastload.ground import compat
 from tl_fastload.request import options
+from tl_fastload.request.argument_types import DTYPES_BY_NAME
 from tl_fastload.request.options import Options, is_on_network
 
 
@@ -247,3 +249,7 @@ def test_assigning_on_an_old_torch(zoo: Any, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(StrategyError, match=r'assign.*strategy="auto"'):
         lean_model(zoo("gpt2"), strategy="assign")
     assert lean_model(zoo("gpt2")).load_report.strategy == "copy"
+
+
+def test_names_of_dtypes_are_those_of_transformer_lens() -> None:
+    assert list(DTYPES_BY_NAME.items()) == list(DTYPE_FROM_STRING.items())

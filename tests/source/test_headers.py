@@ -12,7 +12,8 @@ from tests.support import quantized_zoo as qz
 from tests.support.fake_hub import FakeHub, Repo, forbid_network, point_at
 from tl_fastload import plan
 from tl_fastload.errors import CheckpointError, LeanLoadError, UnknownModelError
-from tl_fastload.source.checkpoint import open_weights, resolve_config
+from tl_fastload.hooked.official_names import resolve_model
+from tl_fastload.source.checkpoint import open_weights
 from tl_fastload.source.remote import open_headers
 
 LARGE: dict[str, Any] = {"vocab_size": 3000, "hidden_size": 192, "intermediate_size": 704}
@@ -62,7 +63,7 @@ def test_packing_that_only_tensors_tell(kind: str, zoo: Any, hub: FakeHub, tmp_p
 def test_what_is_cached_is_not_counted(zoo: Any, hub: FakeHub, tmp_path: Path) -> None:
     folder = zoo("llama-gqa", **LARGE, shards=True)
     hub.repos["org/name"] = Repo(files_of(folder))
-    location = resolve_config("org/name", cache_dir=tmp_path)
+    location = resolve_model("org/name", cache_dir=tmp_path)
     whole = open_headers(location)
     first = min(path.name for path in whole.files)
     open_weights(location, weights_file=first)

@@ -24,8 +24,9 @@ from tests.support.fake_hub import (
     resolve,
 )
 from tl_fastload.errors import CheckpointError, LeanLoadError, UnknownModelError
+from tl_fastload.hooked.official_names import resolve_model
 from tl_fastload.source import hub
-from tl_fastload.source.checkpoint import open_weights, resolve_config
+from tl_fastload.source.checkpoint import open_weights
 from tl_fastload.source.hub import HubOptions
 
 
@@ -60,7 +61,7 @@ def refusal(name: str, kind: type[LeanLoadError] = UnknownModelError, **argument
 def test_only_what_is_needed_is_downloaded(cache: Path, server: FakeHub) -> None:
     files = {**SHARDED, "README.md": b"x", "pytorch_model.bin": b"x", "model.gguf": b"x"}
     server.repos["org/name"] = Repo(files)
-    location = resolve_config("org/name", cache_dir=cache)
+    location = resolve_model("org/name", cache_dir=cache)
     assert server.downloads() == ["config.json"]
     checkpoint = open_weights(location)
     assert sorted(server.downloads()) == sorted(SHARDED)
@@ -90,7 +91,7 @@ def test_what_was_downloaded_is_found_offline(
 def test_a_push_between_config_and_weights_does_not_mix_commits(
     cache: Path, server: FakeHub
 ) -> None:
-    location = resolve_config("org/name", cache_dir=cache)
+    location = resolve_model("org/name", cache_dir=cache)
     server.repos["org/name"] = Repo({"config.json": b"{}"}, commit=OTHER_COMMIT)
     with pytest.raises(LeanLoadError, match=COMMIT):
         open_weights(location)

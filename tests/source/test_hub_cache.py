@@ -23,8 +23,9 @@ from tests.support.fake_hub import (
     resolve,
 )
 from tl_fastload.errors import ArgumentError, CheckpointError, LeanLoadError, UnknownModelError
+from tl_fastload.hooked.official_names import resolve_model
 from tl_fastload.source import hub
-from tl_fastload.source.checkpoint import open_weights, resolve_config
+from tl_fastload.source.checkpoint import open_weights
 from tl_fastload.source.hub import HubOptions
 
 
@@ -53,7 +54,8 @@ def test_the_environment_variable_in_a_fresh_process(cache: Path) -> None:
     """huggingface_hub reads it at import, so this is the only honest test of it."""
     fill_cache(cache / "hub", "gpt2", SINGLE)
     program = (
-        "from tl_fastload.source.checkpoint import open_weights, resolve_config as find\n"
+        "from tl_fastload.hooked.official_names import resolve_model as find\n"
+        "from tl_fastload.source.checkpoint import open_weights\n"
         "def resolve(name): return open_weights(find(name))\n"
         "print(sorted(resolve('gpt2-small').entries), resolve('gpt2-small').label)\n"
         "try: resolve('distilgpt2')\n"
@@ -187,7 +189,7 @@ def test_a_link_whose_blob_is_gone_is_not_cached(cache: Path) -> None:
 def test_a_token_is_not_shown(cache: Path) -> None:
     fill_cache(cache, "org/name", SINGLE)
     options = HubOptions(cache_dir=cache, token="hf_secret")
-    location = resolve_config("org/name", cache_dir=cache, token="hf_secret")
+    location = resolve_model("org/name", cache_dir=cache, token="hf_secret")
     assert "hf_secret" not in repr(options) + repr(location) + repr(open_weights(location))
 
 

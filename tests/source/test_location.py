@@ -11,7 +11,8 @@ import pytest
 from tests.support.fake_hub import resolve
 from tests.support.folders import STATE, folder_with
 from tl_fastload.errors import ArgumentError, CheckpointError, UnknownModelError
-from tl_fastload.source.checkpoint import open_weights, resolve_config
+from tl_fastload.hooked.official_names import resolve_model
+from tl_fastload.source.checkpoint import open_weights
 
 
 def refusal(folder: Path | str, **arguments: Any) -> str:
@@ -82,7 +83,7 @@ def test_an_unreadable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_configuration_comes_first_and_alone(tmp_path: Path) -> None:
-    location = resolve_config(folder_with(tmp_path / "m", {}))
+    location = resolve_model(folder_with(tmp_path / "m", {}))
     assert location.folder == tmp_path / "m"
     with pytest.raises(CheckpointError, match="holds no weights"):
         open_weights(location)

@@ -17,7 +17,8 @@ import torch
 from huggingface_hub import constants, file_download
 from safetensors.torch import save
 
-from tl_fastload.source.checkpoint import Checkpoint, open_weights, resolve_config
+from tl_fastload.hooked.official_names import resolve_model
+from tl_fastload.source.checkpoint import Checkpoint, open_weights
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER_COMMIT = "fedcba9876543210fedcba9876543210fedcba98"
@@ -37,7 +38,7 @@ def resolve(name: str | Path, **options: Any) -> Checkpoint:
     """Find a model and its weights."""
     choice = {"weights_file", "variant", "use_safetensors"} & options.keys()
     chosen = {option: options.pop(option) for option in choice}
-    return open_weights(resolve_config(name, **options), **chosen)
+    return open_weights(resolve_model(name, **options), **chosen)
 
 
 def forbid_network(monkeypatch: pytest.MonkeyPatch) -> None:

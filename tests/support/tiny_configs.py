@@ -13,8 +13,9 @@ from transformer_lens import loading_from_pretrained as loading
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from tl_fastload.ground.borrow import borrow
+from tl_fastload.hooked.architectures import SUPPORTED_ARCHITECTURES
+from tl_fastload.hooked.config import config_dict
 from tl_fastload.hooked.rope_tables import put_rope_tables
-from tl_fastload.huggingface.config import SUPPORTED_ARCHITECTURES, config_dict
 
 _SIZES = {
     "vocab_size": 61,

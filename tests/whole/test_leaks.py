@@ -22,8 +22,8 @@ from tests.support import reference
 from tests.support import zoo as bed
 from tl_fastload import LeanHookedTransformer
 from tl_fastload.errors import LeanLoadError
+from tl_fastload.hooked.origin import Origin
 from tl_fastload.hooked.processing import Session
-from tl_fastload.huggingface.pretrained import Origin
 from tl_fastload.recipes.evaluate import Evaluation
 from tl_fastload.recipes.nodes import Node, Source
 from tl_fastload.recipes.promise import Promise

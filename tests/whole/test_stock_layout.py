@@ -22,8 +22,10 @@ from tests.support.comparison import differences, lean_model, memory_apart, stoc
 from tests.support.counting import AllocatedBytes
 from tests.support.zoo import tokens
 from tl_fastload import ArgumentError, LeanHookedTransformer
+from tl_fastload.ground.memory_orders import LAYOUTS
 from tl_fastload.hooked import layout
 from tl_fastload.hooked.already import versions
+from tl_fastload.placement.strides import same_layout
 from tl_fastload.planning.dry_run import OBJECTS_BYTES
 from tl_fastload.quantized import QuantizedTensor
 
@@ -69,8 +71,7 @@ def is_in_forward_order(model: nn.Module) -> bool:
         return layout.forward_strides(model.get_submodule(parent), leaf, parameter.shape)
 
     return all(
-        layout.same_layout(p.shape, p.stride(), wanted(name, p))
-        for name, p in model.named_parameters()
+        same_layout(p.shape, p.stride(), wanted(name, p)) for name, p in model.named_parameters()
     )
 
 
@@ -230,7 +231,7 @@ def test_a_model_in_either_order_is_copied_pickled_and_filled(zoo: Any) -> None:
 def test_copies_keep_their_order_or_get_the_one_asked_for(
     how: dict[str, Any], zoo: Any, tmp_path: Path
 ) -> None:
-    models = {order: lean_model(zoo("gpt2"), layout=order) for order in layout.LAYOUTS}
+    models = {order: lean_model(zoo("gpt2"), layout=order) for order in LAYOUTS}
     for order, model in models.items():
         model.save_lean(tmp_path / order)
         # The usual order is not named: versions that know no other read such copies.
@@ -238,7 +239,7 @@ def test_copies_keep_their_order_or_get_the_one_asked_for(
         assert said == (order == "stock")
     whole = sum(p.nbytes for p in models["stock"].parameters())
     moved = [p.nbytes for p in models["forward"].parameters() if not p.is_contiguous()]
-    for saved, asked in itertools.product(layout.LAYOUTS, (*layout.LAYOUTS, None)):
+    for saved, asked in itertools.product(LAYOUTS, (*LAYOUTS, None)):
         given = how if asked is None else {**how, "layout": asked}
         copied, order = lean_model(tmp_path / saved, **given), asked or saved
         planned = tl_fastload.plan(tmp_path / saved, device="cpu", **given)

@@ -32,9 +32,10 @@ from tl_fastload.cli import console
 from tl_fastload.cli.bench.synthetic import write_hub_layout
 from tl_fastload.copies import folders as store_files
 from tl_fastload.errors import MissingFileError
-from tl_fastload.ground.words import html_table, printable, text_table
+from tl_fastload.ground.words import html_table, text_table
+from tl_fastload.hooked.official_names import resolve_model
 from tl_fastload.huggingface.lora.adapter import locate_adapter
-from tl_fastload.source.checkpoint import resolve_config
+from tl_fastload.printable import printable
 
 ESCAPE = "\x1b[31mred\x9b1m\r\u202e\udc80"
 WRITTEN_OUT = r"\x1b[31mred\x9b1m\x0d\u202e\udc80"
@@ -80,11 +81,11 @@ def test_what_cannot_be_had_is_an_os_error(tmp_path: Path, monkeypatch: pytest.M
     fill_cache(tmp_path, "org/model", {"README.md": b""})
     for name, keywords in (("org/none", {}), ("org/model", {"revision": "v9"}), ("./none", {})):
         with pytest.raises(OSError, match=r"none|v9") as caught:
-            resolve_config(name, cache_dir=tmp_path, **keywords)
+            resolve_model(name, cache_dir=tmp_path, **keywords)
         assert isinstance(caught.value, UnknownModelError)
         assert isinstance(caught.value, ValueError)
     with pytest.raises(OSError, match=r"config\.json") as caught:
-        resolve_config("org/model", cache_dir=tmp_path)
+        resolve_model("org/model", cache_dir=tmp_path)
     assert isinstance(caught.value, CheckpointError)
 
 
@@ -126,16 +127,16 @@ def test_links_out_of_a_folder(name: str, zoo: Any, tmp_path: Path) -> None:
 def test_links_of_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forbid_network(monkeypatch)
     snapshot = fill_cache(tmp_path / "cache", "org/model", SINGLE)
-    assert resolve_config("org/model", cache_dir=tmp_path / "cache").repo == "org/model"
+    assert resolve_model("org/model", cache_dir=tmp_path / "cache").repo == "org/model"
     (snapshot / "config.json").unlink()
     (tmp_path / "outside.json").write_bytes(SINGLE["config.json"])
     (snapshot / "config.json").symlink_to(tmp_path / "outside.json")
     for name in ("org/model", str(snapshot)):
         with pytest.raises(CheckpointError, match="leads out of its folder"):
-            resolve_config(name, cache_dir=tmp_path / "cache")
+            resolve_model(name, cache_dir=tmp_path / "cache")
     folder = folder_with(tmp_path / "plain", {})
     write_hub_layout(folder, "org/other", tmp_path / "home")  # as benchmarks make it
-    assert resolve_config("org/other", cache_dir=tmp_path / "home" / "hub").repo == "org/other"
+    assert resolve_model("org/other", cache_dir=tmp_path / "home" / "hub").repo == "org/other"
 
 
 def test_an_adapters_link_and_name(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tl_fastload.errors import ArgumentError
-from tl_fastload.ground.words import one_line, printable
+from tl_fastload.ground.words import one_line
+from tl_fastload.printable import printable
 
 _PIPE_WIDTH = 120
 

@@ -12,16 +12,17 @@ from tl_fastload.copies.manifest import Manifest
 from tl_fastload.errors import ArgumentError, CheckpointError
 from tl_fastload.ground import compat
 from tl_fastload.hooked import steps
-from tl_fastload.loading import checks
 from tl_fastload.quantized import formats
 from tl_fastload.quantized.spec import Spec, as_dtype
+from tl_fastload.request.contradictions import CHECKPOINT_ARGUMENTS, device_asked_for
 from tl_fastload.request.keywords import Keywords
 from tl_fastload.request.options import DEFAULT_DTYPE, Options
+from tl_fastload.request.steps import STEPS
 
-_PICKED = ("checkpoint_index", "checkpoint_value", "checkpoint_label", "hf_model")
+_PICKED = (*CHECKPOINT_ARGUMENTS, "hf_model")
 
 
-def check_arguments(
+def check_asked_for(
     manifest: Manifest,
     cfg: Any,
     options: Options,
@@ -59,9 +60,7 @@ def check_arguments(
                 "Quantized weights are put into the model as they are, which a copying load cannot "
                 f'do: use strategy="auto" with torch {compat.ASSIGN_NEEDS_TORCH} or newer.'
             )
-        formats.of_kind(manifest.quantization.kind).require_device(
-            checks.device_asked_for(arguments)
-        )
+        formats.of_kind(manifest.quantization.kind).require_device(device_asked_for(arguments))
 
 
 def _shown(value: Any) -> str:
@@ -81,12 +80,12 @@ def check_steps(manifest: Manifest, cfg: Any, arguments: dict[str, Any], folder:
     """
 
     def effective(flags: dict[str, Any]) -> list[str]:
-        return [s for s in steps.STEPS if flags[s] and steps.reason_to_skip(s, cfg) is None]
+        return [s for s in STEPS if flags[s] and steps.reason_to_skip(s, cfg) is None]
 
     wanted, done = effective(arguments), effective(manifest.flags)
     if wanted == done:
         return
-    flags = ", ".join(f"{step}={manifest.flags[step]}" for step in steps.STEPS)
+    flags = ", ".join(f"{step}={manifest.flags[step]}" for step in STEPS)
     remedy = f"Pass {flags}"
     if not done:
         remedy = (

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 
 from tl_fastload.copies.manifest import FORMAT_VERSION, versions
-from tl_fastload.hooked.layout import FORWARD
-from tl_fastload.hooked.steps import STEPS
+from tl_fastload.ground.memory_orders import FORWARD
+from tl_fastload.hooked.official_names import resolve_model
 from tl_fastload.huggingface.lora.adapter import locate_adapter
-from tl_fastload.loading import checks
 from tl_fastload.quantized.spec import as_dtype
+from tl_fastload.request.call import Request
+from tl_fastload.request.contradictions import device_asked_for
 from tl_fastload.request.keywords import sort_keywords
-from tl_fastload.request.options import Options
-from tl_fastload.source.checkpoint import Location, resolve_config
+from tl_fastload.request.steps import STEPS
+from tl_fastload.source.checkpoint import Location
 from tl_fastload.source.choose import read_index
 from tl_fastload.source.links import check_link
 
@@ -34,31 +35,27 @@ _NOT_IN_THE_NUMBERS = (
 _IN_THE_COPY = ("first_n_layers", "n_ctx", "default_prepend_bos", "default_padding_side", *STEPS)
 
 
-def entry_name(
-    cls: type, options: Options, arguments: Mapping[str, Any], keywords: dict[str, Any]
-) -> str:
+def entry_name(request: Request) -> str:
     """The name of the cache entry that holds what a load returns.
 
     Args:
-        cls: the model class.
-        options: all but how the load goes is part of the name; an adapter is known by its files,
-            or its commit on the hub.
-        arguments: of `from_pretrained`, without `hf_model`.
-        keywords: for Hugging Face.
+        request: the call, without `hf_model`. All of its options but how the load goes are part of
+            the name; an adapter is known by its files, or its commit on the hub.
 
     Raises:
         UnknownModelError, CheckpointError, ArgumentError: the model or an adapter cannot be found.
     """
+    options, arguments, keywords = request.options, request.arguments, request.keywords
     sorted_keywords = sort_keywords(keywords)
     torch_dtype = arguments.get("torch_dtype", keywords.get("torch_dtype"))
     overrides = {k: v for k, v in sorted_keywords.overrides.items() if k != "torch_dtype"}
-    location = resolve_config(arguments["model_name"], **sorted_keywords.hub)
-    device = checks.device_asked_for(arguments) if arguments["move_to_device"] else "cpu"
+    location = resolve_model(arguments["model_name"], **sorted_keywords.hub)
+    device = device_asked_for(arguments) if arguments["move_to_device"] else "cpu"
     known = {
         "format_version": FORMAT_VERSION,
         "versions": versions(),
         "numbers": _NUMBERS,
-        "class": f"{cls.__module__}.{cls.__qualname__}",
+        "class": f"{request.cls.__module__}.{request.cls.__qualname__}",
         "source": _source(location),
         "files": sorted_keywords.files,
         "overrides": overrides,

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from tl_fastload.copies.manifest import Manifest
-from tl_fastload.hooked import layout
+from tl_fastload.hooked.layout import strides_in
+from tl_fastload.placement.strides import same_layout
 from tl_fastload.request.options import DEFAULT_LAYOUT, Options
 
 
@@ -28,7 +29,7 @@ def moved(model: nn.Module, manifest: Manifest, options: Options) -> dict[str, t
         if order != manifest.layout and view.quantized is None:
             parent, _, leaf = name.rpartition(".")
             shape = torch.Size(view.shape)
-            strides = layout.strides_in(order, model.get_submodule(parent), leaf, shape)
-            if not layout.same_layout(shape, view.strides, strides):
+            strides = strides_in(order, model.get_submodule(parent), leaf, shape)
+            if not same_layout(shape, view.strides, strides):
                 found[name] = strides
     return found

@@ -22,7 +22,7 @@ from tl_fastload.copies.schema import check_manifest
 from tl_fastload.errors import CheckpointError, SaveError
 from tl_fastload.ground import compat
 from tl_fastload.ground.compat import __version__
-from tl_fastload.hooked.layout import FORWARD, check_layout
+from tl_fastload.ground.memory_orders import FORWARD, check_layout
 from tl_fastload.quantized import formats
 from tl_fastload.quantized.spec import Spec
 from tl_fastload.source.choose import stays_inside

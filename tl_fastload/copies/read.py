@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tl_fastload import quantized
-from tl_fastload.copies.check import check_arguments, check_names, check_steps
+from tl_fastload.copies.check import check_asked_for, check_names, check_steps
 from tl_fastload.copies.layout import layout_of, moved
 from tl_fastload.copies.manifest import (
     Manifest,
@@ -26,18 +26,20 @@ from tl_fastload.copies.manifest import (
 )
 from tl_fastload.copies.verify import check_tokenizer, verify_copy
 from tl_fastload.errors import CheckpointError
-from tl_fastload.ground import compat
 from tl_fastload.ground.own_defaults import own_defaults
-from tl_fastload.hooked import layout, steps
+from tl_fastload.hooked import steps
 from tl_fastload.hooked.already import versions
+from tl_fastload.hooked.architectures import SUPPORTED_ARCHITECTURES
+from tl_fastload.hooked.devices import default_device
 from tl_fastload.hooked.empty import build_empty, device_map, is_failure, lost_tokenizer
 from tl_fastload.hooked.tokenizer import named, read_tokenizer
 from tl_fastload.huggingface.config import hf_config_of
-from tl_fastload.loading import checks
+from tl_fastload.placement.strides import copied
 from tl_fastload.report.available import check_room, let_go_on_error
 from tl_fastload.report.load_report import LoadReport
 from tl_fastload.report.memory import PeakSampler, return_freed_memory
 from tl_fastload.report.progress import Progress
+from tl_fastload.request.call import Request
 from tl_fastload.request.keywords import Keywords, sort_keywords
 from tl_fastload.request.options import Options, is_on_network
 from tl_fastload.source.choose import stays_inside
@@ -66,20 +68,11 @@ def copy_folder(model_name: Any, keywords: dict[str, Any]) -> Path | None:
     return folder if is_copy(folder) else None
 
 
-def load_copy(
-    cls: type,
-    options: Options,
-    arguments: dict[str, Any],
-    keywords: dict[str, Any],
-    folder: Path,
-) -> Any:
+def load_copy(request: Request, folder: Path) -> Any:
     """Load a processed copy.
 
     Args:
-        cls: the model class, with `LeanLoadingMixin` among its bases.
-        options: strategy, mapping, progress, quantization.
-        arguments: of `from_pretrained`.
-        keywords: for Hugging Face.
+        request: the call.
         folder: of the copy.
 
     Raises:
@@ -87,29 +80,29 @@ def load_copy(
         ArgumentError: arguments that contradict what was saved.
     """
     started = time.perf_counter()
-    options.check()
-    checks.check_arguments(arguments, keywords)
-    if options.verify:
+    request.check()
+    if request.options.verify:
         verify_copy(folder)
     return_freed_memory()
     reader = FileReader()
     try:
         with torch.inference_mode(False), own_defaults(), PeakSampler() as sampler:
             sampler.mark("placing")
-            model, report = _load_whole(cls, options, arguments, keywords, folder, reader, sampler)
+            model, report = _load_whole(request, folder, reader, sampler)
     finally:
         reader.close()
     model.load_report = report.measured(sampler, time.perf_counter() - started)
     return model
 
 
-def _load_whole(cls: type, *arguments: Any) -> tuple[Any, LoadReport]:
+def _load_whole(
+    request: Request, folder: Path, reader: FileReader, sampler: PeakSampler
+) -> tuple[Any, LoadReport]:
     """What `_load` returns; from the beginning if another process saved the copy meanwhile."""
-    *_, folder, reader, _ = arguments
     manifest = read_manifest(folder)
     for _ in range(_TRIES):
         try:
-            found = _load(cls, manifest, *arguments)
+            found = _load(request, manifest, folder, reader, sampler)
             reader.files.check_all()
             return found
         except (CheckpointError, OSError) as error:
@@ -126,20 +119,18 @@ def _load_whole(cls: type, *arguments: Any) -> tuple[Any, LoadReport]:
 
 
 def _load(
-    cls: type,
+    request: Request,
     manifest: Manifest,
-    options: Options,
-    arguments: dict[str, Any],
-    keywords: dict[str, Any],
     folder: Path,
     reader: FileReader,
     sampler: PeakSampler,
 ) -> tuple[Any, LoadReport]:
+    options = request.options
     entries = stored_tensors(folder, manifest)
-    cfg, sorted_keywords = checked_configuration(manifest, options, arguments, keywords, folder)
+    cfg, keywords = checked_configuration(manifest, request, folder)
     notes: list[str] = []
-    model = _build(cls, cfg, manifest, arguments, sorted_keywords, folder, notes, options.assigns)
-    device_of = device_map(model, arguments["move_to_device"])
+    model = _build(request, cfg, manifest, keywords, folder, notes)
+    device_of = device_map(model, request.arguments["move_to_device"])
     check_names(model, manifest, folder)
     if may_map(options, folder):
         reader.maps = FileMaps(reader.files)
@@ -172,11 +163,7 @@ def _load(
 
 
 def checked_configuration(
-    manifest: Manifest,
-    options: Options,
-    arguments: dict[str, Any],
-    keywords: dict[str, Any],
-    folder: Path,
+    manifest: Manifest, request: Request, folder: Path
 ) -> tuple[Any, Keywords]:
     """The configuration that was saved, with the devices that are asked for, and the keywords by
     who takes them.
@@ -185,15 +172,15 @@ def checked_configuration(
         ArgumentError: arguments that contradict what was saved.
         CheckpointError: this TransformerLens lacks a field of the configuration.
     """
-    keywords = dict(keywords)
+    arguments, keywords = request.arguments, dict(request.keywords)
     if "torch_dtype" in keywords:
         arguments = {**arguments, "torch_dtype": keywords.pop("torch_dtype")}
     cfg = build_configuration(manifest, str(folder))
     sorted_keywords = sort_keywords(keywords)
-    check_arguments(manifest, cfg, options, arguments, sorted_keywords, folder)
+    check_asked_for(manifest, cfg, request.options, arguments, sorted_keywords, folder)
     check_steps(manifest, cfg, arguments, folder)
     given = arguments["device"]
-    cfg.device = given if given is not None else compat.default_device()
+    cfg.device = given if given is not None else default_device()
     cfg.n_devices = arguments["n_devices"]
     return cfg, sorted_keywords
 
@@ -208,22 +195,21 @@ def _hf_config(manifest: Manifest) -> Any:
     if manifest.hf_config is None:
         return None
     try:
-        return hf_config_of(manifest.hf_config)
+        return hf_config_of(manifest.hf_config, SUPPORTED_ARCHITECTURES)
     except Exception:  # config classes raise anything for values of another version
         return None  # only `load_weights_` wants it, and says so
 
 
 def _build(
-    cls: type,
+    request: Request,
     cfg: Any,
     manifest: Manifest,
-    arguments: dict[str, Any],
     keywords: Keywords,
     folder: Path,
     notes: list[str],
-    assigns: bool,
 ) -> Any:
     """The empty model, with its tokenizer."""
+    cls, arguments = request.cls, request.arguments
     if arguments["default_prepend_bos"] is not None:
         cfg.default_prepend_bos = arguments["default_prepend_bos"]
     side, tokenizer = arguments["default_padding_side"], arguments["tokenizer"]
@@ -249,7 +235,7 @@ def _build(
         return model
 
     earlier = list(notes)
-    model = _build_without_values(build, manifest) if assigns else None
+    model = _build_without_values(build, manifest) if request.options.assigns else None
     model = build() if model is None else model
     cfg.tokenizer_name, cfg.init_weights = as_saved
     return model
@@ -418,4 +404,4 @@ def _read_moved(
 ) -> torch.Tensor:
     entry = entries[view.tensors[""]]
     value = _read(entry, checked_geometry(view, entry), reader, device)
-    return layout.copied(value, strides, value.dtype)
+    return copied(value, strides, value.dtype)

@@ -11,7 +11,7 @@ import torch
 from transformer_lens import HookedTransformerConfig
 
 from tl_fastload.errors import CheckpointError
-from tl_fastload.hooked.steps import STEPS
+from tl_fastload.request.steps import STEPS
 from tl_fastload.source import schemas
 from tl_fastload.source.json_files import short
 from tl_fastload.source.safetensors import MAX_DIMENSIONS

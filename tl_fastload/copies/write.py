@@ -32,18 +32,21 @@ from tl_fastload.copies.manifest import (
 from tl_fastload.copies.verify import tokenizer_digests
 from tl_fastload.errors import LeanLoadError, SaveError
 from tl_fastload.ground.boundary import guarded
+from tl_fastload.ground.mark import require_whole
+from tl_fastload.ground.memory_orders import FORWARD
 from tl_fastload.ground.own_defaults import own_defaults
+from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.ground.words import format_bytes
-from tl_fastload.ground.wrappers import unwrapped
+from tl_fastload.ground.wrappers import plain_name, unwrapped
 from tl_fastload.hooked import layout
 from tl_fastload.hooked.already import is_processed
-from tl_fastload.hooked.steps import STEPS, reason_to_skip
-from tl_fastload.lightning.fingerprint import plain_name
-from tl_fastload.placement.half_written import require_whole
+from tl_fastload.hooked.steps import reason_to_skip
+from tl_fastload.placement.strides import copied, same_layout
 from tl_fastload.placement.values_here import require_values
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.report.progress import Progress, ProgressOption
 from tl_fastload.request.argument_types import checked
+from tl_fastload.request.steps import STEPS
 from tl_fastload.source.safetensors import DTYPES, header_of
 
 MAX_SHARD_BYTES = 4 << 30
@@ -74,7 +77,7 @@ class _Plan:
     @property
     def order(self) -> str:
         """The memory order in which the parameters are written."""
-        return str(getattr(self.model, "_layout", layout.FORWARD))
+        return str(getattr(self.model, "_layout", FORWARD))
 
     def add_parameters(self) -> None:
         seen: dict[int, View] = {}
@@ -123,16 +126,16 @@ class _Plan:
 
     def _plain(self, key: str, tensor: torch.Tensor, strides: tuple[int, ...]) -> View:
         order = sorted(range(tensor.dim()), key=lambda dim: -strides[dim])
-        same = layout.same_layout(tensor.shape, tuple(tensor.stride()), strides)
+        same = same_layout(tensor.shape, tuple(tensor.stride()), strides)
 
         def make() -> torch.Tensor:
             with torch.no_grad():
                 value = tensor.detach()
-                value = value if same else layout.copied(value, strides, value.dtype)
+                value = value if same else copied(value, strides, value.dtype)
                 return value.permute(order).reshape(-1)
 
         shape = tuple(tensor.shape[dim] for dim in order)
-        nbytes = tensor.numel() * tensor.element_size()
+        nbytes = bytes_of(tensor)
         self.stored.append(_Stored(key, tensor.dtype, shape, nbytes, make))
         return View({"": key}, tuple(tensor.shape), strides, requires_grad=tensor.requires_grad)
 

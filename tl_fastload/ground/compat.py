@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module, metadata
@@ -63,15 +63,15 @@ def not_compiled(function: Function) -> Function:
     return made
 
 
-def load_torch_file(path: Any, allowed: Callable[..., Any], **arguments: Any) -> Any:
-    """`torch.load(path, map_location="cpu", weights_only=True)` of a file that may name one more
-    function; torch's own list of such functions is that of all threads, and stays as it is.
+def load_torch_file(path: Any, allowed: Collection[Callable[..., Any]], **arguments: Any) -> Any:
+    """`torch.load(path, map_location="cpu", weights_only=True)` of a file that may name more
+    functions; torch's own list of such functions is that of all threads, and stays as it is.
 
     Torch before 2.5 has no such list, and refuses such files.
 
     Args:
         path: the file.
-        allowed: the function.
+        allowed: the functions.
         **arguments: for `torch.load`.
     """
     from torch import serialization
@@ -85,12 +85,12 @@ def load_torch_file(path: Any, allowed: Callable[..., Any], **arguments: Any) ->
     return load(path, map_location="cpu", weights_only=True, **arguments)
 
 
-def _unpickler_allowing(unpickler: Any, allowed: Callable[..., Any]) -> Any:
-    """Torch's unpickler module with one more function on its list."""
-    name = f"{allowed.__module__}.{allowed.__qualname__}"
+def _unpickler_allowing(unpickler: Any, allowed: Collection[Callable[..., Any]]) -> Any:
+    """Torch's unpickler module with more functions on its list."""
+    named = {f"{one.__module__}.{one.__qualname__}": one for one in allowed}
 
     def user_allowed() -> dict[str, Any]:
-        return {**unpickler._get_user_allowed_globals(), name: allowed}
+        return {**unpickler._get_user_allowed_globals(), **named}
 
     run = borrow(unpickler.Unpickler.load, _get_user_allowed_globals=user_allowed)
     own = type("Unpickler", (unpickler.Unpickler,), {"load": run})
@@ -156,12 +156,6 @@ GEMMA_1_HAS_HIDDEN_ACTIVATION = Version("4.48") > TRANSFORMERS
 CONFIG_DTYPE_NAME = "dtype" if Version("4.56") <= TRANSFORMERS else "torch_dtype"
 
 
-def default_device() -> str:
-    """The device on which TransformerLens puts a model if none is asked for."""
-    home = "utilities" if TRANSFORMER_LENS.major >= 3 else "utils"
-    return str(import_module(f"transformer_lens.{home}").get_device())
-
-
 def require_hooked_transformer() -> None:
     """Raise ImportError on a TransformerLens that has no HookedTransformer any more."""
     if TRANSFORMER_LENS >= HOOKED_TRANSFORMER_GONE_IN:
@@ -169,13 +163,6 @@ def require_hooked_transformer() -> None:
             f"TransformerLens {TRANSFORMER_LENS} has no HookedTransformer, which tl_fastload loads "
             'into: pip install "transformer-lens>=2.8,<4".'
         )
-
-
-def device_of_block(index: int, cfg: Any) -> Any:
-    """Where the forward pass looks for a block: TransformerLens' `get_device_for_block_index`."""
-    home = "multi_gpu" if TRANSFORMER_LENS.major >= 3 else "devices"
-    module = import_module(f"transformer_lens.utilities.{home}")
-    return module.get_device_for_block_index(index, cfg)
 
 
 @contextmanager

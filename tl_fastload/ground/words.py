@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import html
-import re
 from collections.abc import Sequence
 
-# What a terminal obeys instead of showing it (escapes, C1, a carriage return), what turns the
-# reading direction round, and halves of pairs, which cannot be written at all.
-_NOT_SHOWN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
-)
+from tl_fastload.printable import printable
+
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -24,21 +20,15 @@ def format_bytes(size_bytes: float) -> str:
     return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
 
 
-def printable(text: str) -> str:
-    """A text with its control characters written out: names in checkpoints are anybody's, and a
-    terminal must not obey them. Tabs and line ends stay.
-    """
-    return _NOT_SHOWN.sub(_written_out, text)
-
-
-def _written_out(found: re.Match[str]) -> str:
-    code = ord(found[0])
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
-
-
 def one_line(text: str) -> str:
     """`printable` without line ends, which would begin a row of their own."""
     return printable(text).replace("\n", "\\n")
+
+
+def listed(names: list[str], most: int = 10) -> str:
+    """The first names of a list, and how many there are beyond them."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 def text_table(title: str, rows: Sequence[tuple[str, str]]) -> str:

@@ -179,3 +179,8 @@ def unwrapped(model: Any) -> Any:
         else:
             break
     return model
+
+
+def plain_name(name: str) -> str:
+    """The name that a module, parameter or buffer has when nothing around it is compiled."""
+    return ".".join(part for part in name.split(".") if part != _COMPILED)

@@ -14,7 +14,7 @@ from transformer_lens.utilities.activation_functions import SUPPORTED_ACTIVATION
 
 from tl_fastload.errors import UnsupportedArchitectureError, warn_numbers
 from tl_fastload.ground.compat import TRANSFORMER_LENS
-from tl_fastload.hooked.architectures import text_config
+from tl_fastload.ground.hf_configs import text_config
 from tl_fastload.hooked.config_families import head_dim
 from tl_fastload.hooked.config_rope import (
     RopeContext,

@@ -8,38 +8,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from tl_fastload.ground import compat
 from tl_fastload.ground.borrow import silenced
 from tl_fastload.ground.boundary import is_panic
-from tl_fastload.ground.words import printable
 from tl_fastload.hooked.config_repairs import differences
+from tl_fastload.hooked.devices import device_of_block
 from tl_fastload.hooked.rope_tables import put_rope_tables
 from tl_fastload.hooked.tokenizer import own_tokenizer, warn_of_ids, with_bos
-from tl_fastload.recipes.nodes import aten
-from tl_fastload.report.memory import return_freed_memory
-
-
-class SkipRandomInit(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Leaves fresh memory untouched instead of filling it with random numbers, so that it costs
-    nothing.
-
-    Everything else runs, so that buffers (rotary tables, masks) are what TransformerLens computes.
-    """
-
-    _made_mask = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (aten.uniform_.default, aten.normal_.default):
-            return args[0]
-        if self._made_mask and func is aten.empty.memory_format:
-            # What TransformerLens 2 computes each layer's mask from is freed memory with pages
-            # behind it: a parameter that took it would cost its size after all.
-            return_freed_memory()
-            self._made_mask = False
-        self._made_mask |= func is aten.tril.default
-        return func(*args, **(kwargs or {}))
+from tl_fastload.huggingface.empty import SkipRandomInit
+from tl_fastload.printable import printable
 
 
 def build_empty(
@@ -56,7 +33,7 @@ def build_empty(
     Args:
         cls: the model class.
         cfg: its HookedTransformerConfig.
-        origin: where the model comes from (`tl_fastload.huggingface.pretrained.Origin`).
+        origin: where the model comes from (`tl_fastload.hooked.origin.Origin`).
         notes: gets a sentence if no tokenizer was found.
         tokenizer: the caller's tokenizer, or None.
         *args: for the class.
@@ -197,6 +174,6 @@ def device_map(model: Any, move_to_device: bool) -> Callable[[str], torch.device
         index = 0 if parts[0] in ("embed", "pos_embed") else cfg.n_layers - 1
         if parts[0] == "blocks":
             index = int(parts[1])
-        return torch.device(compat.device_of_block(index, cfg))
+        return torch.device(device_of_block(index, cfg))
 
     return device_of

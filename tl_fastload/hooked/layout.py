@@ -15,10 +15,8 @@ from transformer_lens.components.abstract_attention import AbstractAttention
 from transformer_lens.components.mlps.gated_mlp import GatedMLP
 from transformer_lens.components.unembed import Unembed
 
-from tl_fastload.errors import ArgumentError
-
-FORWARD, STOCK = "forward", "stock"
-LAYOUTS = (FORWARD, STOCK)
+from tl_fastload.ground.memory_orders import STOCK
+from tl_fastload.placement.strides import strides_of_order
 
 _HEADS_IN = ("W_Q", "W_K", "W_V", "_W_K", "_W_V")
 
@@ -28,14 +26,8 @@ _HEADS_OUT_ORDER = (2, 0, 1)  # [head, d_head, d_model] stored as [d_model, (hea
 _TRANSPOSED_ORDER = (1, 0)  # [in, out] stored as [out, in]
 
 
-def check_layout(value: object) -> None:
-    """Raise ArgumentError for what is no memory order."""
-    if not isinstance(value, str) or value not in LAYOUTS:
-        raise ArgumentError(f"layout={value!r} is none of {', '.join(LAYOUTS)}.")
-
-
 def strides_in(order: str, module: nn.Module, name: str, shape: torch.Size) -> tuple[int, ...]:
-    """Dense strides of a parameter in one of `LAYOUTS`.
+    """Dense strides of a parameter in one of `ground.memory_orders.LAYOUTS`.
 
     Args:
         order: "forward" as the forward pass multiplies, "stock" row-major.
@@ -47,7 +39,7 @@ def strides_in(order: str, module: nn.Module, name: str, shape: torch.Size) -> t
         Strides in elements.
     """
     if order == STOCK:
-        return _strides_of_order(shape, tuple(range(len(shape))))
+        return strides_of_order(shape, tuple(range(len(shape))))
     return forward_strides(module, name, shape)
 
 
@@ -70,42 +62,4 @@ def forward_strides(module: nn.Module, name: str, shape: torch.Size) -> tuple[in
             order = _HEADS_OUT_ORDER
     elif isinstance(module, (GatedMLP, Unembed)) and len(shape) == 2:
         order = _TRANSPOSED_ORDER
-    return _strides_of_order(shape, order)
-
-
-def _strides_of_order(shape: torch.Size, order: tuple[int, ...]) -> tuple[int, ...]:
-    strides = [0] * len(shape)
-    step = 1
-    for dim in reversed(order):
-        strides[dim] = step
-        step *= max(shape[dim], 1)
-    return tuple(strides)
-
-
-def same_layout(shape: torch.Size, one: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Whether two strides mean the same memory order; the stride of a dimension of size one means
-    nothing.
-    """
-    return all(n == 1 or a == b for n, a, b in zip(shape, one, other, strict=True))
-
-
-def copied(tensor: torch.Tensor, strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A copy of a tensor in another memory order.
-
-    Args:
-        tensor: the values.
-        strides: dense strides of the copy.
-        dtype: dtype of the copy.
-    """
-    copy = torch.empty_strided(tensor.shape, strides, dtype=dtype, device=tensor.device)
-    order = sorted(range(tensor.dim()), key=lambda dim: -strides[dim])
-    source, target = tensor.permute(order), copy.permute(order)
-    for split in range(1, tensor.dim()):
-        # torch transposes matrices in blocks, and walks other shapes element by element.
-        rows = source.shape[:split].numel()
-        try:
-            target.view(rows, -1).copy_(source.view(rows, -1))
-        except RuntimeError:  # these dimensions do not merge
-            continue
-        return copy
-    return copy.copy_(tensor)
+    return strides_of_order(shape, order)

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import difflib
+import os
+from typing import Any
 
 from transformer_lens import loading_from_pretrained
 
-# Official names whose weights the hub does not have.
-NOT_ON_THE_HUB = frozenset(loading_from_pretrained.NON_HF_HOSTED_MODEL_NAMES)
+from tl_fastload.source.aliases import Aliases
+from tl_fastload.source.checkpoint import Location, resolve_config
+
+
+def aliases() -> Aliases:
+    """The names that TransformerLens has for models."""
+    return Aliases(
+        library="TransformerLens",
+        known=loading_from_pretrained.make_model_alias_map(),
+        not_on_the_hub=frozenset(loading_from_pretrained.NON_HF_HOSTED_MODEL_NAMES),
+    )
 
 
 def official_name(name: str) -> str | None:
     """The hub name behind a TransformerLens name or alias (any case); None when it has none."""
-    return loading_from_pretrained.make_model_alias_map().get(name.lower())
+    return aliases().official(name)
 
 
-def nearest_names(name: str, count: int = 3) -> list[str]:
-    """Up to `count` official names and aliases that resemble `name`, best first."""
-    known = loading_from_pretrained.make_model_alias_map()
-    # Official names are shown as they are spelled; aliases are known in lower case only.
-    return [
-        known[key] if known[key].lower() == key else key
-        for key in difflib.get_close_matches(name.lower(), known, n=count)
-    ]
+def resolve_model(name: str | os.PathLike[str], **hub: Any) -> Location:
+    """`tl_fastload.source.checkpoint.resolve_config` that knows TransformerLens' names as well."""
+    return resolve_config(name, aliases=aliases(), **hub)

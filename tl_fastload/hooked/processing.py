@@ -14,12 +14,12 @@ from tl_fastload.ground import compat
 from tl_fastload.ground.borrow import silenced
 from tl_fastload.hooked import steps
 from tl_fastload.hooked.norms import unit_norms
+from tl_fastload.hooked.observer import Observer
+from tl_fastload.hooked.origin import Origin
 from tl_fastload.hooked.shifts import kernel_shifts
 from tl_fastload.hooked.square import run_on_sides
 from tl_fastload.hooked.state_dicts import as_promise, own_values_apart
-from tl_fastload.huggingface.pretrained import Origin
 from tl_fastload.placement.placer import Placer
-from tl_fastload.planning.stock_memory import StockLedger
 from tl_fastload.quantized import has_quantized
 from tl_fastload.recipes.evaluate import evaluate
 from tl_fastload.recipes.promise import Promise
@@ -55,7 +55,7 @@ class Session:
     not_quantized: dict[str, str] = field(default_factory=dict)
     mark: Callable[[str], None] = lambda phase: None
     watch: Callable[[Iterable[torch.device]], None] = lambda devices: None
-    ledger: StockLedger | None = None
+    ledger: Observer | None = None
     placer: Placer | None = None
 
     def collect(self, state_dict: dict[str, Any]) -> _IncompatibleKeys:

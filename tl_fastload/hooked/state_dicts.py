@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from tl_fastload.errors import MissingWeightsError
+from tl_fastload.ground.words import listed
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.quantized.recipes import promise_of_tensor
 from tl_fastload.recipes.nodes import MemorySource
@@ -115,9 +116,3 @@ def is_weight_matrix(name: str) -> bool:
     return any(part.lstrip("_").startswith("W_") for part in name.split(".")[-2:]) and not (
         name.endswith(".bias")
     )
-
-
-def listed(names: list[str], most: int = 10) -> str:
-    """The first names of a list, and how many there are beyond them."""
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

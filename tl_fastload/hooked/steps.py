@@ -5,14 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tl_fastload.ground import compat
-
-STEPS = (
-    "fold_ln",
-    "center_writing_weights",
-    "center_unembed",
-    "fold_value_biases",
-    "refactor_factored_attn_matrices",
-)
+from tl_fastload.request.steps import STEPS
 
 # Their norms act on a sublayer's output, where neither folding nor centring is valid.
 _POST_NORM = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
@@ -22,7 +15,7 @@ def reason_to_skip(step: str, cfg: Any) -> str | None:
     """Why a step does not apply to a model, or None if it does.
 
     Args:
-        step: one of `STEPS`.
+        step: one of `request.steps.STEPS`.
         cfg: the model's HookedTransformerConfig.
     """
     norm = cfg.normalization_type

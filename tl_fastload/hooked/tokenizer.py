@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tl_fastload.errors import MissingFileError
 from tl_fastload.ground.borrow import borrow
-from tl_fastload.ground.words import printable
+from tl_fastload.printable import printable
 from tl_fastload.source.links import check_all_links
 from tl_fastload.source.location import Location, fetch, file_names
 

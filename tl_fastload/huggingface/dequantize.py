@@ -12,8 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from tl_fastload.errors import ArgumentError, MissingWeightsError, UnsupportedArchitectureError
 from tl_fastload.ground import compat
+from tl_fastload.ground.hf_configs import declared_quantization, parts_of
 from tl_fastload.ground.own_defaults import Defaults
-from tl_fastload.hooked.architectures import declared_quantization, for_an_empty_model, parts_of
+from tl_fastload.huggingface.empty import for_an_empty_model
 from tl_fastload.huggingface.keys import is_conv1d
 from tl_fastload.quantized.formats import method_of
 

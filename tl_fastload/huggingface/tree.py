@@ -9,42 +9,25 @@ is run.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformer_lens import HookedTransformer
 
 from tl_fastload.errors import CheckpointError, UnsupportedArchitectureError
-from tl_fastload.ground.own_defaults import Defaults
+from tl_fastload.ground.hf_configs import declared_dtype
 from tl_fastload.ground.wrappers import without_wrappers
-from tl_fastload.hooked.architectures import declared_dtype, for_an_empty_model
-from tl_fastload.hooked.empty import SkipRandomInit
+from tl_fastload.huggingface.empty import empty_model
 from tl_fastload.huggingface.keys import Ledger, is_conv1d, rename_to_model, tied_groups
 from tl_fastload.quantized.assemble import combine, promise_of_layer, refuse_undeclared
 from tl_fastload.quantized.recipes import reads_quantized
 from tl_fastload.quantized.spec import Spec
-from tl_fastload.recipes.nodes import MemorySource, Source, SourceView, aten
+from tl_fastload.recipes.nodes import MemorySource, Source, SourceView
 from tl_fastload.recipes.promise import Promise
 from tl_fastload.source.checkpoint import Checkpoint
 from tl_fastload.source.reader import FileReader, FileSource
-
-
-class _NoValues(SkipRandomInit):  # type: ignore[no-untyped-call]
-    """Lets a module that is built on the meta device ask for a value, as xIELU of transformers 4
-    does: it gets zero, and never runs.
-    """
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if args and isinstance(args[0], torch.Tensor) and args[0].is_meta:
-            if func is aten._to_copy.default:
-                kwargs = {**kwargs, "device": args[0].device}
-            elif func is aten._local_scalar_dense.default:
-                return 0
-        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 class MissingSource(Source):
@@ -136,7 +119,7 @@ def outline_promises(
             f"{checkpoint.label} has torch files, whose headers cannot be read by themselves, and "
             f"transformers has no {architecture} to take their shapes from. Download it first."
         )
-    model = _empty_model(model_class, hf_config, torch.float32)
+    model = empty_model(model_class, hf_config, torch.float32)
     weights = {id(tensor): (name, tensor) for name, tensor in model.named_parameters()}
     dtype = declared_dtype(hf_config)
     if dtype is None:
@@ -145,16 +128,6 @@ def outline_promises(
     return {
         name: Promise.of(MemorySource(torch.empty(tensor.shape, dtype=dtype, device="meta"), name))
         for name, tensor in weights.values()
-    }
-
-
-def outline_of_toy(cfg: Any) -> dict[str, Promise]:
-    """Promises for a toy model's file that is not looked into: its names are TransformerLens'."""
-    with torch.device("meta"):
-        model = HookedTransformer(copy.deepcopy(cfg), move_to_device=False)
-    return {
-        name: Promise.of(MemorySource(tensor.detach(), name))
-        for name, tensor in model.named_parameters()
     }
 
 
@@ -189,26 +162,8 @@ def tree_from_checkpoint(
         renaming = without_wrappers(promises)
         ledger.note(renaming)
         return _bare_tree(renaming.apply(promises), hf_config, dtype), ledger
-    model = _empty_model(model_class, hf_config, dtype)
+    model = empty_model(model_class, hf_config, dtype)
     return model, fill_tree(model, promises, dtype)
-
-
-def _empty_model(model_class: Any, hf_config: Any, dtype: torch.dtype) -> Any:
-    config = for_an_empty_model(hf_config, dtype)
-    with Defaults(dtype), torch.device("meta"), _NoValues():  # type: ignore[no-untyped-call]
-        model = _not_generating(model_class)(config)
-    model.__class__ = model_class
-    model.tie_weights()
-    return model
-
-
-def _not_generating(model_class: Any) -> Any:
-    """The class without settings for generation: of a model that is never run they are no news,
-    and transformers would log what it thinks of them.
-    """
-    never = classmethod(lambda cls: False)
-    place = {"__module__": model_class.__module__, "__qualname__": model_class.__qualname__}
-    return type(model_class.__name__, (model_class,), {**place, "can_generate": never})
 
 
 def fill_tree(model: Any, promises: Mapping[str, Promise], dtype: torch.dtype) -> Ledger:

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from tl_fastload.errors import ArgumentError, DifferentModelError, MissingWeightsError
-from tl_fastload.hooked.state_dicts import listed
+from tl_fastload.ground.words import listed
+from tl_fastload.ground.wrappers import plain_name
 from tl_fastload.lightning import record as frozen
-from tl_fastload.lightning.fingerprint import plain_name
 from tl_fastload.lightning.untouched import Baseline
 
 if TYPE_CHECKING:

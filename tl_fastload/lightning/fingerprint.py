@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tl_fastload.ground.wrappers import plain_name
 from tl_fastload.quantized import QuantizedTensor
 
 _VALUES_EACH = 16
@@ -46,11 +47,6 @@ def parameters_of(module: nn.Module) -> dict[str, torch.Tensor]:
     """
     named = module.named_parameters(remove_duplicate=False)
     return {plain_name(name): parameter for name, parameter in named}
-
-
-def plain_name(name: str) -> str:
-    """The name that a module, parameter or buffer has when nothing around it is compiled."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def differing(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:

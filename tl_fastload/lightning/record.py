@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from tl_fastload.errors import CheckpointError
-from tl_fastload.hooked.state_dicts import listed
-from tl_fastload.lightning.fingerprint import differing, fingerprint, parameters_of, plain_name
-from tl_fastload.placement.half_written import require_whole
+from tl_fastload.ground.mark import require_whole
+from tl_fastload.ground.words import listed
+from tl_fastload.ground.wrappers import plain_name
+from tl_fastload.lightning.fingerprint import differing, fingerprint, parameters_of
 from tl_fastload.placement.values_here import require_here
 from tl_fastload.report.load_report import LoadReport
 

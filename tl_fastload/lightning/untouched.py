@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tl_fastload.lightning.fingerprint import changed_values, fingerprint, plain_name
+from tl_fastload.ground.wrappers import plain_name
+from tl_fastload.lightning.fingerprint import changed_values, fingerprint
 from tl_fastload.placement.values_here import why_not_here
 
 

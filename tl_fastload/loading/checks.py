@@ -1,15 +1,13 @@
-"""Checks of what fits together: arguments, state dicts, recipes. All that is wrong is told at
-once.
+"""Checks of what fits together: arguments and checkpoint, state dicts, recipes. All that is wrong
+is told at once.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformer_lens.HookedTransformer import DTYPE_FROM_STRING
 
 from tl_fastload.errors import (
     ArgumentError,
@@ -22,17 +20,17 @@ from tl_fastload.errors import (
 )
 from tl_fastload.ground import compat
 from tl_fastload.ground.boundary import is_callers
-from tl_fastload.hooked.state_dicts import listed
+from tl_fastload.ground.words import listed
+from tl_fastload.hooked.origin import Origin
 from tl_fastload.hooked.steps import reason_to_skip
-from tl_fastload.huggingface.pretrained import Origin
 from tl_fastload.huggingface.tree import MissingSource
 from tl_fastload.quantized import QuantizedTensor, formats
 from tl_fastload.quantized.recipes import follow
 from tl_fastload.recipes.evaluate import sources
 from tl_fastload.recipes.promise import Promise
+from tl_fastload.request.contradictions import CHECKPOINT_ARGUMENTS, device_asked_for
 from tl_fastload.request.options import Options
 
-_CHECKPOINT_ARGUMENTS = ("checkpoint_index", "checkpoint_value", "checkpoint_label")
 # What TransformerLens raises for fields that make no sense.
 _OF_A_CONFIGURATION = (
     *(ArithmeticError, LookupError, ValueError, AssertionError, TypeError, AttributeError),
@@ -41,83 +39,6 @@ _OF_A_CONFIGURATION = (
 _LAYER = re.compile(r"\.(?:h|layers|blocks)\.(\d+)\.")
 # Parts of multimodal checkpoints that the text model does not have.
 _NOT_TEXT = re.compile(r"(vision_tower|vision_model|multi_modal_projector|audio_tower)")
-
-
-def check_arguments(arguments: dict[str, Any], keywords: dict[str, Any]) -> None:
-    """Raise ArgumentError for arguments that contradict each other or this machine.
-
-    What each may be by itself, `tl_fastload.request.argument_types` has asked.
-    """
-    _check_checkpoint(arguments, keywords)
-    _check_device(arguments)
-    _check_dtype(arguments, keywords)
-
-
-def _check_dtype(arguments: dict[str, Any], keywords: dict[str, Any]) -> None:
-    if "torch_dtype" not in keywords:
-        return
-    one, other = (
-        DTYPE_FROM_STRING.get(d, d) for d in (keywords["torch_dtype"], arguments["dtype"])
-    )
-    if one != other and other != torch.float32:
-        raise ArgumentError(f"torch_dtype={one} and dtype={other} contradict each other.")
-
-
-def _check_checkpoint(arguments: dict[str, Any], keywords: dict[str, Any]) -> None:
-    given = [name for name in _CHECKPOINT_ARGUMENTS if arguments[name] is not None]
-    if given[-2:] == ["checkpoint_value", "checkpoint_label"]:
-        raise ArgumentError("checkpoint_value and checkpoint_label are aliases: pass one of them.")
-    if len(given) > 1:
-        raise ArgumentError(
-            f"{' and '.join(given)} each pick a training checkpoint: pass one of them."
-        )
-    if given and arguments["hf_model"] is not None:
-        raise ArgumentError(
-            f"{given[0]}= picks a checkpoint on the hub, but hf_model= already has weights: "
-            "pass one of them."
-        )
-    if given and keywords.get("revision") is not None:
-        raise ArgumentError(
-            f"{given[0]}= and revision= both name a version of the weights: pass one of them."
-        )
-
-
-def _check_device(arguments: dict[str, Any]) -> None:
-    n_devices = arguments["n_devices"]
-    device = device_asked_for(arguments)
-    if device.type != "cuda":
-        if n_devices > 1:
-            raise ArgumentError(f"n_devices={n_devices} spreads over CUDA devices, not {device}.")
-        _check_usable(device)
-        return
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if (device.index or 0) + n_devices > count:
-        raise ArgumentError(
-            f"device={arguments['device']!r} with n_devices={n_devices} needs "
-            f"{(device.index or 0) + n_devices} CUDA devices, torch sees {count}."
-        )
-
-
-def device_asked_for(arguments: Mapping[str, Any]) -> torch.device:
-    """The device that `device=` means.
-
-    Raises:
-        ArgumentError: it is none.
-    """
-    if arguments["device"] is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(arguments["device"])
-    except (RuntimeError, TypeError) as error:
-        raise ArgumentError(f"device={arguments['device']!r} is no device: {error}") from error
-
-
-def _check_usable(device: torch.device) -> None:
-    try:
-        torch.empty(1, device=device).add(1).cpu()
-    except (RuntimeError, NotImplementedError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ArgumentError(f"device={str(device)!r} cannot hold weights here: {reason}") from error
 
 
 def check_quantization(origin: Origin, options: Options, arguments: dict[str, Any]) -> None:
@@ -259,7 +180,7 @@ def explain(origin: Origin, error: Exception, arguments: dict[str, Any]) -> None
     if isinstance(error, RecursionError) or is_callers(error):
         return
     if origin.root is None and isinstance(error, _OF_A_CONFIGURATION):
-        given = [name for name in _CHECKPOINT_ARGUMENTS if arguments.get(name) is not None]
+        given = [name for name in CHECKPOINT_ARGUMENTS if arguments.get(name) is not None]
         if given:
             raise ArgumentError(
                 f"{given[0]}={arguments[given[0]]!r} does not name a training checkpoint of "

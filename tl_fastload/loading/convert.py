@@ -21,18 +21,21 @@ from tl_fastload.errors import (
     HalfWrittenError,
     UnsupportedArchitectureError,
 )
+from tl_fastload.ground.mark import is_half_written
+from tl_fastload.ground.words import listed
 from tl_fastload.hooked.already import is_processed
+from tl_fastload.hooked.architectures import architecture_of
+from tl_fastload.hooked.config import load_hf_config
+from tl_fastload.hooked.official_names import resolve_model
+from tl_fastload.hooked.origin import Origin
 from tl_fastload.hooked.processing import Session, record_processing
-from tl_fastload.hooked.state_dicts import as_promise, listed
-from tl_fastload.hooked.steps import STEPS, reason_to_skip
+from tl_fastload.hooked.state_dicts import as_promise
+from tl_fastload.hooked.steps import reason_to_skip
 from tl_fastload.hooked.stock import convert
-from tl_fastload.huggingface import config as configs
 from tl_fastload.huggingface import tree
-from tl_fastload.huggingface.pretrained import Origin
 from tl_fastload.huggingface.tree import MissingSource
 from tl_fastload.loading import checks
 from tl_fastload.loading.sources import WeightSource
-from tl_fastload.placement.half_written import is_half_written
 from tl_fastload.quantized.assemble import is_quantized
 from tl_fastload.quantized.formats import of_checkpoint
 from tl_fastload.recipes.evaluate import sources
@@ -40,7 +43,7 @@ from tl_fastload.recipes.nodes import MemorySource
 from tl_fastload.recipes.promise import Promise
 from tl_fastload.request.keywords import Keywords
 from tl_fastload.request.options import Options
-from tl_fastload.source.checkpoint import resolve_config
+from tl_fastload.request.steps import STEPS
 from tl_fastload.source.reader import FileReader
 
 
@@ -55,7 +58,7 @@ class _Given(Origin):
         self.root, self.ledger = tree.tree_from_checkpoint(
             self.promises or {},
             self.hf_config,
-            configs.architecture_of(self.hf_config),
+            architecture_of(self.hf_config),
             dtype,
             self.spec,
         )
@@ -110,7 +113,7 @@ def find_config(given: Any, weights: WeightSource, model: Any) -> Any:
         CheckpointError, UnsupportedArchitectureError: the one that is given cannot be used.
     """
     if isinstance(given, (str, os.PathLike)):
-        given = configs.load_hf_config(resolve_config(given).folder, trust_remote_code=False)
+        given = load_hf_config(resolve_model(given).folder, trust_remote_code=False)
     elif given is not None and not isinstance(given, PretrainedConfig):
         raise ArgumentError(
             f"config={given!r} is neither a transformers configuration nor the name of a model."
@@ -122,7 +125,7 @@ def find_config(given: Any, weights: WeightSource, model: Any) -> Any:
             "pass config= (a transformers configuration, or the name or folder of the model): it "
             f"says what they mean. The keys are {listed(sorted(weights.table), 5)}."
         )
-    configs.architecture_of(found)
+    architecture_of(found)
     return found
 
 
@@ -130,7 +133,7 @@ def _beside(folder: Path | None) -> Any:
     if folder is None or not (folder / "config.json").is_file():
         return None
     try:
-        return configs.load_hf_config(folder, trust_remote_code=False)
+        return load_hf_config(folder, trust_remote_code=False)
     except (CheckpointError, UnsupportedArchitectureError):
         return None
 
@@ -241,7 +244,7 @@ def _with_architecture(cfg: Any, hf_config: Any) -> Any:
     if cfg.original_architecture is not None:
         return cfg
     known = copy.copy(cfg)
-    known.original_architecture = configs.architecture_of(hf_config)
+    known.original_architecture = architecture_of(hf_config)
     return known
 
 

@@ -12,18 +12,22 @@ import torch
 
 from tl_fastload.errors import MissingWeightsError
 from tl_fastload.ground import compat
+from tl_fastload.ground.mark import require_whole
 from tl_fastload.ground.own_defaults import own_defaults
+from tl_fastload.ground.words import listed
 from tl_fastload.hooked.already import is_already_processed, versions
+from tl_fastload.hooked.layout import strides_in
 from tl_fastload.hooked.processing import Session, record_processing
-from tl_fastload.hooked.state_dicts import is_norm, is_weight_matrix, listed, table_problem
+from tl_fastload.hooked.state_dicts import is_norm, is_weight_matrix, table_problem
 from tl_fastload.hooked.steps import reason_to_skip
 from tl_fastload.loading import checks
-from tl_fastload.loading.load import report_of, under_own_names
-from tl_fastload.placement.half_written import InPlaceStep, require_cover, require_whole
+from tl_fastload.loading.load import notes_on, report_of, under_own_names
+from tl_fastload.placement.half_written import InPlaceStep, require_cover
 from tl_fastload.placement.placer import Placer
 from tl_fastload.placement.values_here import require_given, require_values
 from tl_fastload.quantized import has_quantized
 from tl_fastload.quantized.quantizer import Quantizer
+from tl_fastload.recipes.promise import Promise
 from tl_fastload.report.memory import PeakSampler
 from tl_fastload.report.progress import Progress
 from tl_fastload.request.options import Options
@@ -119,27 +123,52 @@ def _run(
 
 
 def _write(model: Any, session: Session, step: InPlaceStep) -> None:
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    homes = {name: tensor.device for name, tensor in tensors.items()}
     quantizer = Quantizer(None, session.shifts) if has_quantized(model) else None
-    session.watch(set(homes.values()))
+    session.watch(set(_homes(model).values()))
     with Progress(session.options.progress) as progress:
-        placer = Placer(
-            model,
-            homes.__getitem__,
-            assign=False,
-            maps=None,
-            map_any_layout=False,
-            progress=progress,
-            quantizer=quantizer,
-            fresh=False,
-            writing=step.writes,
-        )
-        placer.place(session.recipes)
+        session.notes += write_recipes(model, session.recipes, step, quantizer, progress)
     session.not_quantized = quantizer.not_quantized if quantizer is not None else {}
     session.recipes, session.shifts = {}, {}
-    if placer.not_finite:
-        session.notes.append(f"NaN or infinite values in {listed(placer.not_finite)}.")
+
+
+def write_recipes(
+    model: Any,
+    recipes: dict[str, Promise],
+    step: InPlaceStep,
+    quantizer: Quantizer | None,
+    progress: Progress,
+) -> list[str]:
+    """Write into the tensors of a live model, one at a time.
+
+    Args:
+        model: keeps its Parameter objects.
+        recipes: name -> what its values become.
+        step: that has begun on the model.
+        quantizer: makes the quantized ones; None for a model without.
+        progress: told how far it is.
+
+    Returns:
+        Notes for the report.
+    """
+    placer = Placer(
+        model,
+        _homes(model).__getitem__,
+        assign=False,
+        maps=None,
+        map_any_layout=False,
+        progress=progress,
+        strides_of=strides_in,
+        quantizer=quantizer,
+        fresh=False,
+        writing=step.writes,
+    )
+    placer.place(recipes)
+    return notes_on(placer)
+
+
+def _homes(model: Any) -> dict[str, torch.device]:
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: tensor.device for name, tensor in tensors.items()}
 
 
 def _shadow(model: Any, **attributes: Any) -> Any:

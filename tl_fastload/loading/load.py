@@ -15,20 +15,21 @@ from torch import nn
 
 from tl_fastload.errors import MissingWeightsError
 from tl_fastload.ground.own_defaults import own_defaults
-from tl_fastload.ground.words import format_bytes
+from tl_fastload.ground.sizes import bytes_of
+from tl_fastload.ground.words import format_bytes, listed
 from tl_fastload.ground.wrappers import named_as, unwrapped
 from tl_fastload.hooked import steps
 from tl_fastload.hooked.already import versions
 from tl_fastload.hooked.empty import build_empty, build_outline, device_map
+from tl_fastload.hooked.layout import strides_in
 from tl_fastload.hooked.norms import kept_norms
+from tl_fastload.hooked.observer import Observer
+from tl_fastload.hooked.origin import Origin, find_origin
 from tl_fastload.hooked.processing import Session, record_processing
-from tl_fastload.hooked.state_dicts import listed
 from tl_fastload.hooked.stock import run_from_pretrained
-from tl_fastload.huggingface.pretrained import Origin, find_origin
 from tl_fastload.loading import checks
 from tl_fastload.placement.placer import Placer
 from tl_fastload.placement.rehearsal import forecast
-from tl_fastload.planning.stock_memory import StockLedger
 from tl_fastload.quantized import has_quantized, quantized_kinds
 from tl_fastload.quantized.quantizer import Quantizer
 from tl_fastload.recipes.promise import Promise
@@ -36,29 +37,22 @@ from tl_fastload.report.available import check_room, is_ample, let_go_on_error
 from tl_fastload.report.load_report import LoadReport
 from tl_fastload.report.memory import PeakSampler, return_freed_memory
 from tl_fastload.report.progress import Progress
-from tl_fastload.request.options import Options
+from tl_fastload.request.call import Request
+from tl_fastload.request.steps import STEPS
 from tl_fastload.source.reader import FileReader
 
 
-def load(cls: type, options: Options, arguments: dict[str, Any], keywords: dict[str, Any]) -> Any:
-    """Load a model.
-
-    Args:
-        cls: the model class, with `LeanLoadingMixin` among its bases.
-        options: strategy, mapping, progress.
-        arguments: of `from_pretrained`.
-        keywords: for Hugging Face.
-    """
+def load(request: Request) -> Any:
+    """Load a model from its checkpoint."""
     started = time.perf_counter()
-    options.check()
-    checks.check_arguments(arguments, keywords)
+    request.check()
     reader = FileReader()
     return_freed_memory()  # such as a model that was dropped before: glibc still holds its pages
     try:
         # Parameters made in inference mode could never be trained or saved.
         with torch.inference_mode(False), own_defaults(), PeakSampler() as sampler:
             sampler.mark("configuration")
-            model, session = _load(cls, options, dict(arguments), dict(keywords), reader, sampler)
+            model, session = _load(request, reader, sampler)
             reader.files.check_all()
     finally:
         reader.close()
@@ -67,32 +61,22 @@ def load(cls: type, options: Options, arguments: dict[str, Any], keywords: dict[
     return model
 
 
-def record(
-    cls: type,
-    options: Options,
-    arguments: dict[str, Any],
-    keywords: dict[str, Any],
-    ledger: StockLedger | None = None,
-) -> tuple[Any, Session]:
+def record(request: Request, ledger: Observer | None = None) -> tuple[Any, Session]:
     """Do what comes before the weights are read, from the configuration and the headers alone.
 
     Args:
-        cls: as for `load`.
-        options: as for `load`.
-        arguments: as for `load`.
-        keywords: as for `load`.
+        request: the call.
         ledger: counts what stock would need.
 
     Returns:
         The model on the meta device, and the session with the recipes and their placer.
     """
-    options = replace(options, only_plan=True, progress=False)
-    options.check()
-    checks.check_arguments(arguments, keywords)
+    request = request.with_options(only_plan=True, progress=False)
+    request.check()
     reader = FileReader()
     try:
         with torch.inference_mode(False), own_defaults():
-            found = _load(cls, options, dict(arguments), dict(keywords), reader, ledger=ledger)
+            found = _load(request, reader, ledger=ledger)
             reader.files.check_all()
             return found
     finally:
@@ -100,14 +84,12 @@ def record(
 
 
 def _load(
-    cls: type,
-    options: Options,
-    arguments: dict[str, Any],
-    keywords: dict[str, Any],
+    request: Request,
     reader: FileReader,
     sampler: PeakSampler | None = None,
-    ledger: StockLedger | None = None,
+    ledger: Observer | None = None,
 ) -> tuple[Any, Session]:
+    options, arguments, keywords = request.options, dict(request.arguments), dict(request.keywords)
     model_name, hf_model = arguments.pop("model_name"), unwrapped(arguments.pop("hf_model"))
     move_to_device = arguments.pop("move_to_device")
     if "torch_dtype" in keywords:
@@ -116,7 +98,7 @@ def _load(
     origin = find_origin(model_name, hf_model, keywords, reader, options, dtype)
     checks.check_quantization(origin, options, arguments)
     checks.check_adapters(origin, options)
-    requested = {step: bool(arguments[step]) for step in steps.STEPS}
+    requested = {step: bool(arguments[step]) for step in STEPS}
     session = Session(
         replace(options, move_to_device=move_to_device),
         requested,
@@ -133,7 +115,7 @@ def _load(
         checks.check_refactor(cfg, session.requested)
         session.notes.extend(kept_norms(cfg, session.requested))
         origin.is_recording = False
-        model = build_model(cls, cfg, origin, session.notes, *args, **kwargs)
+        model = build_model(request.cls, cfg, origin, session.notes, *args, **kwargs)
         origin.is_recording = True
         if ledger is not None:
             ledger.prepare(model)
@@ -211,6 +193,7 @@ def _place(model: nn.Module, session: Session, origin: Origin) -> None:
             maps=origin.reader.maps,
             map_any_layout=not any(session.requested.values()),
             progress=progress,
+            strides_of=strides_in,
             quantizer=quantizer,
             fresh=True,
             order=str(options.layout),
@@ -223,13 +206,20 @@ def _place(model: nn.Module, session: Session, origin: Origin) -> None:
     session.mapped_bytes = placer.mapped_bytes
     session.not_quantized = quantizer.not_quantized if quantizer is not None else {}
     session.recipes, session.shifts = {}, {}
+    session.notes += notes_on(placer)
+
+
+def notes_on(placer: Placer) -> list[str]:
+    """What a report says of values that were placed."""
+    notes = []
     if placer.unseen_bytes:
-        session.notes.append(
+        notes.append(
             f"{format_bytes(placer.unseen_bytes)} of mapped weights were not read, so not searched "
             "for NaN and infinite values."
         )
     if placer.not_finite:
-        session.notes.append(f"NaN or infinite values in {listed(placer.not_finite)}.")
+        notes.append(f"NaN or infinite values in {listed(placer.not_finite)}.")
+    return notes
 
 
 def _check_and_fill(model: nn.Module, session: Session, origin: Origin, placer: Placer) -> None:
@@ -253,7 +243,7 @@ def _needed_bytes(placer: Placer, recipes: dict[str, Promise]) -> dict[torch.dev
     for name, buffer in placer.model.named_buffers():
         device = placer.device_of(name)
         if device != buffer.device and name not in found.held_bytes:
-            needed[device] = needed.get(device, 0) + buffer.numel() * buffer.element_size()
+            needed[device] = needed.get(device, 0) + bytes_of(buffer)
     return needed
 
 

@@ -18,14 +18,16 @@ from tl_fastload.errors import (
 )
 from tl_fastload.ground.boundary import guarded
 from tl_fastload.ground.own_defaults import own_defaults
+from tl_fastload.ground.sizes import bytes_of
+from tl_fastload.ground.words import listed
 from tl_fastload.ground.wrappers import named_as, own_names, unwrapped
 from tl_fastload.hooked import steps
 from tl_fastload.hooked.already import versions
-from tl_fastload.hooked.state_dicts import is_norm, listed, table_problem
+from tl_fastload.hooked.state_dicts import is_norm, table_problem
 from tl_fastload.loading.convert import Converted, converted, find_config, steps_of
+from tl_fastload.loading.live import write_recipes
 from tl_fastload.loading.sources import WeightSource, open_source, read_through
 from tl_fastload.placement.half_written import InPlaceStep, require_cover
-from tl_fastload.placement.placer import Placer
 from tl_fastload.placement.values_here import require_values
 from tl_fastload.placement.writer import InPlaceWriter, Write
 from tl_fastload.quantized import QuantizedTensor, views
@@ -217,11 +219,11 @@ def _load_hooked(
     given = {write.name: getattr(write.source, "tensor", None) for write in writes}
     require_cover(model, "load_weights_", given)
     read_through({write.name: write.source for write in writes}, reader)
-    bar.start(sum(_size_bytes(write.target) for write in writes))
+    bar.start(sum(bytes_of(write.target) for write in writes))
     with InPlaceStep(model, "load_weights_") as step:
         InPlaceWriter(
             writes,
-            wrote=lambda write: bar.advance(write.name, _size_bytes(write.target)),
+            wrote=lambda write: bar.advance(write.name, bytes_of(write.target)),
             writing=lambda write: step.writes(write.name),
         ).run()
         reader.files.check_all()
@@ -315,24 +317,10 @@ def _load_converted(
     quantizer = _quantizer(model, recipes, result)
     require_cover(model, "load_weights_", recipes)
     read_through(weights.table, reader)
-    homes = {name: tensor.device for name, tensor in model.named_parameters()}
     with InPlaceStep(model, "load_weights_") as step:
-        placer = Placer(
-            model,
-            homes.__getitem__,
-            assign=False,
-            maps=None,
-            map_any_layout=False,
-            progress=bar,
-            quantizer=quantizer,
-            fresh=False,
-            writing=step.writes,
-        )
-        placer.place(recipes)
+        found.notes += write_recipes(model, recipes, step, quantizer, bar)
         reader.files.check_all()
         _remember(model, flags)
-    if placer.not_finite:
-        found.notes.append(f"NaN or infinite values in {listed(placer.not_finite)}.")
     return found
 
 
@@ -381,7 +369,3 @@ def _remember(model: Any, flags: Mapping[str, bool] | None) -> None:
     """Note for later steps how the weights that the model has now were processed."""
     if flags is not None and hasattr(model, "_session"):  # of the lean classes
         model._processed = ({step for step, on in flags.items() if on}, versions(model))
-
-
-def _size_bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

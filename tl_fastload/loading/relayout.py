@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from tl_fastload.errors import ArgumentError
+from tl_fastload.ground.memory_orders import check_layout
 from tl_fastload.hooked.already import versions
-from tl_fastload.hooked.layout import check_layout, copied, same_layout, strides_in
+from tl_fastload.hooked.layout import strides_in
+from tl_fastload.placement.strides import copied, same_layout
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.report.memory import return_freed_memory
 
@@ -49,7 +51,7 @@ def put_in_layout(model: Any, order: str) -> None:
 
     Args:
         model: a lean HookedTransformer; its Parameter objects stay.
-        order: of `layout.LAYOUTS`.
+        order: of `ground.memory_orders.LAYOUTS`.
 
     Raises:
         ArgumentError: `order`, or parameters that cannot be moved; nothing has changed.

@@ -8,57 +8,17 @@ the model's weights here asks for it first.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from tl_fastload.errors import HalfWrittenError, LeanLoadError, NotEnoughMemory, is_out_of_memory
-from tl_fastload.hooked.state_dicts import listed
+from tl_fastload.ground.mark import MARK, REMEDY, Mark
+from tl_fastload.ground.words import listed
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.recipes.evaluate import sources
 from tl_fastload.recipes.promise import Promise
-
-_MARK = "_half_written"
-_REMEDY = (
-    "Load all of its weights again (load_weights_, or load_and_process_state_dict of a complete "
-    "state dict that is not this model's own), or load the model anew."
-)
-
-
-@dataclass
-class _Mark:
-    """What stands on a model that is being written to, or was left so.
-
-    Attributes:
-        step: what was being done.
-        written: names of the tensors that may hold new values.
-    """
-
-    step: str
-    written: set[str] = field(default_factory=set)
-
-
-def require_whole(model: nn.Module, doing: str) -> None:
-    """Raise HalfWrittenError if a step in place was interrupted in a model or in a part of it.
-
-    Args:
-        model: any module.
-        doing: what is refused, as a noun: "save_lean".
-    """
-    for name, module in model.named_modules():
-        mark = module.__dict__.get(_MARK)
-        if mark is not None:
-            raise HalfWrittenError(
-                f"{doing}: {name or 'the model'} is half-written, as {mark.step} was stopped in "
-                f"the middle: some of its weights are new and others are not. {_REMEDY}"
-            )
-
-
-def is_half_written(model: nn.Module) -> bool:
-    """Whether a step in place was stopped in the middle of this model."""
-    return _MARK in model.__dict__
 
 
 def require_cover(model: nn.Module, doing: str, given: Mapping[str, Any]) -> None:
@@ -70,7 +30,7 @@ def require_cover(model: nn.Module, doing: str, given: Mapping[str, Any]) -> Non
         given: what it brings, by the model's own names: values in memory, recipes, or anything
             else for values that come from elsewhere.
     """
-    mark = model.__dict__.get(_MARK)
+    mark = model.__dict__.get(MARK)
     if mark is None:
         return
     needed = {name for name, _ in model.named_parameters()} | mark.written
@@ -80,7 +40,7 @@ def require_cover(model: nn.Module, doing: str, given: Mapping[str, Any]) -> Non
         raise HalfWrittenError(
             f"{doing}: the model is half-written, as {mark.step} was stopped in the middle, and "
             f"these weights do not make it whole: {listed(lacking, 5)} would stay or come from "
-            f"itself. Nothing was written. {_REMEDY}"
+            f"itself. Nothing was written. {REMEDY}"
         )
 
 
@@ -91,12 +51,12 @@ def forgive(model: nn.Module, given: Mapping[str, Any]) -> None:
         model: the model.
         given: what it was loaded from.
     """
-    mark = model.__dict__.get(_MARK)
+    mark = model.__dict__.get(MARK)
     if mark is None:
         return
     needed = {name for name, _ in model.named_parameters()} | mark.written
     if needed <= given.keys() - set(_shared(model, given)):
-        model.__dict__.pop(_MARK, None)
+        model.__dict__.pop(MARK, None)
 
 
 def _shared(model: nn.Module, given: Mapping[str, Any]) -> Iterable[str]:
@@ -136,8 +96,8 @@ class InPlaceStep:
 
     def __init__(self, model: Any, step: str) -> None:
         self.model, self.step = model, step
-        self._before = model.__dict__.get(_MARK)
-        self._mark = _Mark(step)
+        self._before = model.__dict__.get(MARK)
+        self._mark = Mark(step)
         self._left = set() if self._before is None else set(self._before.written)
         self._norms = getattr(model.cfg, "normalization_type", None)
         self._attributes = dict(model.__dict__)
@@ -148,7 +108,7 @@ class InPlaceStep:
         return self._mark.written
 
     def __enter__(self) -> InPlaceStep:
-        self.model.__dict__[_MARK] = self._mark
+        self.model.__dict__[MARK] = self._mark
         return self
 
     def writes(self, name: str) -> None:
@@ -157,10 +117,10 @@ class InPlaceStep:
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if error is None:
-            self.model.__dict__.pop(_MARK, None)
+            self.model.__dict__.pop(MARK, None)
             return
         self.model.__dict__.update(self._attributes)
-        self.model.__dict__[_MARK] = self._mark
+        self.model.__dict__[MARK] = self._mark
         self.model.cfg.normalization_type = self._norms
         for parent, children in self._children:
             if parent._modules != children:
@@ -168,9 +128,9 @@ class InPlaceStep:
                 parent._modules.update(children)
         if not self._mark.written:
             if self._before is None:
-                self.model.__dict__.pop(_MARK, None)
+                self.model.__dict__.pop(MARK, None)
             else:
-                self.model.__dict__[_MARK] = self._before
+                self.model.__dict__[MARK] = self._before
             return
         written = sorted(self._mark.written)
         self._mark.written |= self._left
@@ -182,5 +142,5 @@ class InPlaceStep:
         kind: type[LeanLoadError] = found
         raise kind(
             f"{self.step} stopped in the middle ({type(error).__name__}: {error}). The model is "
-            f"not as it was: {listed(written)} hold new values, and the others do not. {_REMEDY}"
+            f"not as it was: {listed(written)} hold new values, and the others do not. {REMEDY}"
         ) from error

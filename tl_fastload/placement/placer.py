@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from tl_fastload.ground import compat
-from tl_fastload.hooked import layout
+from tl_fastload.ground.memory_orders import FORWARD
+from tl_fastload.placement.strides import copied, same_layout
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.quantized.quantizer import Quantizer
 from tl_fastload.quantized.recipes import QuantizedSource
@@ -41,9 +42,11 @@ class Placer:
         map_any_layout: map a range even if the forward pass would want other strides, as long as
             it has no gaps.
         progress: told of every placed parameter.
+        strides_of: dense strides of a parameter in an order, from the order, the module that owns
+            it, its name there, and its shape.
         quantizer: makes quantized tensors, or None.
         fresh: nobody holds the model's tensors yet, so that their memory may be replaced.
-        order: memory order of the parameters, of `layout.LAYOUTS`.
+        order: memory order of the parameters, of `ground.memory_orders.LAYOUTS`.
         map_gaps: map views into fused matrices, too: parameters that are not dense.
         writing: told of every tensor before it is written to or replaced.
 
@@ -59,9 +62,10 @@ class Placer:
     maps: FileMaps | None
     map_any_layout: bool
     progress: Progress
+    strides_of: Callable[[str, nn.Module, str, torch.Size], tuple[int, ...]]
     quantizer: Quantizer | None = None
     fresh: bool = True
-    order: str = layout.FORWARD
+    order: str = FORWARD
     map_gaps: bool = False
     writing: Callable[[str], None] = lambda name: None
     mapped_bytes: int = 0
@@ -193,8 +197,8 @@ class Placer:
         if node.geometry.shape != target.shape or not aligned:
             return None
         strides, wanted = node.geometry.stride(), self.strides(name, target.shape)
-        fits = layout.same_layout(target.shape, strides, wanted)
-        if self.map_any_layout and self.order == layout.FORWARD:
+        fits = same_layout(target.shape, strides, wanted)
+        if self.map_any_layout and self.order == FORWARD:
             # Fused optimizers walk a parameter's memory without its strides, and saving one that
             # has gaps saves what lies in them.
             fits = fits or self.map_gaps or is_dense(node.geometry)
@@ -202,7 +206,7 @@ class Placer:
 
     def strides(self, name: str, shape: torch.Size) -> tuple[int, ...]:
         parent, _, leaf = name.rpartition(".")
-        return layout.strides_in(self.order, self.model.get_submodule(parent), leaf, shape)
+        return self.strides_of(self.order, self.model.get_submodule(parent), leaf, shape)
 
     @property
     def _copies(self) -> bool:
@@ -238,11 +242,11 @@ class Placer:
             value.buffer.owned
             and tensor.dtype == target.dtype
             and tensor.untyped_storage().nbytes() == size
-            and layout.same_layout(tensor.shape, tensor.stride(), strides)
+            and same_layout(tensor.shape, tensor.stride(), strides)
         ):
             value.buffer.owned = False  # this parameter owns it from now on
             return tensor
-        return layout.copied(tensor, strides, target.dtype)
+        return copied(tensor, strides, target.dtype)
 
     def _put_all(self, done: list[tuple[str, torch.Tensor]]) -> None:
         while done:

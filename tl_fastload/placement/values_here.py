@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tl_fastload.errors import ArgumentError, LeanLoadError
-from tl_fastload.hooked.state_dicts import listed
+from tl_fastload.ground.words import listed
 from tl_fastload.quantized import QuantizedTensor
 
 _PLAIN = (torch.Tensor, nn.Parameter)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from tl_fastload.errors import LeanLoadError, QuantizationError
-from tl_fastload.hooked.layout import FORWARD
-from tl_fastload.hooked.steps import STEPS
+from tl_fastload.ground.memory_orders import FORWARD
 from tl_fastload.placement.rehearsal import Forecast
-from tl_fastload.planning.dry_run import Draft, Needs, Request
+from tl_fastload.planning.dry_run import Draft, Needs
 from tl_fastload.planning.plan import Choice
 from tl_fastload.quantized import formats
 from tl_fastload.quantized.quantizer import Quantizer
 from tl_fastload.report.memory import cuda_is_in_use
+from tl_fastload.request.call import Request
+from tl_fastload.request.steps import STEPS
 
 _WIDE = (torch.float32, torch.float64)
 
@@ -34,7 +34,7 @@ def choices(request: Request, draft: Draft) -> Iterator[Choice]:
         yield from _tried(request, arguments)
     mmap = _more_mapping(request, draft)
     if mmap is not None:
-        mapped = _drafted(replace(request, options=replace(request.options, mmap=mmap)))
+        mapped = _drafted(request.with_options(mmap=mmap))
         if mapped is not None:
             yield from _fitting(mapped, {"mmap": mmap}, mapped.forecast())
     narrow: Draft | None = None

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from tl_fastload.errors import RecordingError
+from tl_fastload.ground.sizes import bytes_of
+from tl_fastload.hooked.origin import Origin
 from tl_fastload.hooked.processing import Session
-from tl_fastload.huggingface.pretrained import Origin
 from tl_fastload.loading import load as sessions
 from tl_fastload.placement.placer import Placer
 from tl_fastload.placement.rehearsal import Forecast, forecast
@@ -19,7 +20,7 @@ from tl_fastload.planning.stock_memory import StockLedger
 from tl_fastload.quantized.quantizer import Quantizer
 from tl_fastload.recipes.promise import Promise
 from tl_fastload.report.available import available_bytes
-from tl_fastload.request.options import Options
+from tl_fastload.request.call import Request
 
 CPU = torch.device("cpu")
 # What a load leaves beside tensors: modules, tables, the interpreter's heap. Between 8 and 16 MB
@@ -33,25 +34,6 @@ _READ_AROUND_BYTES = 1 << 20
 # transformers holds a quantized model and its dequantized copy for a while.
 _DEQUANTIZING_COPIES = 2
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
-
-
-@dataclass(frozen=True)
-class Request:
-    """One call of `from_pretrained_lean`: the model class, and its arguments sorted by who takes
-    them, as `tl_fastload.loading.load.load` wants them.
-    """
-
-    cls: type
-    options: Options
-    arguments: dict[str, Any]
-    keywords: dict[str, Any]
-
-    def changed(self, **changes: Any) -> Request:
-        """The same call with other arguments of TransformerLens' `from_pretrained`."""
-        keywords = dict(self.keywords)
-        if "dtype" in changes:
-            keywords.pop("torch_dtype", None)
-        return replace(self, arguments={**self.arguments, **changes}, keywords=keywords)
 
 
 @dataclass
@@ -81,9 +63,7 @@ class Draft:
         Raises:
             LeanLoadError: what the load itself would raise.
         """
-        model, session = sessions.record(
-            request.cls, request.options, request.arguments, request.keywords, ledger
-        )
+        model, session = sessions.record(request, ledger)
         if session.placer is None or session.origin is None:
             raise RecordingError("TransformerLens' from_pretrained loaded no weights.")
         return cls(model, session, session.origin, session.placer, session.recipes, ledger)
@@ -105,7 +85,7 @@ class Draft:
         for name, buffer in self.model.named_buffers():
             if is_within(name, n_layers):
                 device = self.placer.device_of(name)
-                sizes[device] = sizes.get(device, 0) + buffer.numel() * buffer.element_size()
+                sizes[device] = sizes.get(device, 0) + bytes_of(buffer)
         return sizes
 
 
@@ -131,7 +111,7 @@ class Needs:
         pages = CODE_BYTES + found.seen_bytes
         pages += _READ_AROUND_BYTES * found.seen_parameters
         if draft.origin.options.dequantize and draft.origin.hf_model is not None:
-            held = sum(t.numel() * t.element_size() for t in draft.origin.hf_model.parameters())
+            held = sum(map(bytes_of, draft.origin.hf_model.parameters()))
             host = max(host + held, OBJECTS_BYTES + _DEQUANTIZING_COPIES * held)
         checkpoint = draft.origin.checkpoint
         if checkpoint is not None and not checkpoint.entries:

@@ -8,20 +8,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
-from tl_fastload import cache
+from tl_fastload.copies import cache
 from tl_fastload.copies.read import copy_folder
 from tl_fastload.errors import NotEnoughMemory
 from tl_fastload.ground.boundary import boundary
 from tl_fastload.ground.own_defaults import own_defaults
+from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.ground.words import format_bytes
 from tl_fastload.loading import load as sessions
 from tl_fastload.placement.rehearsal import Forecast
 from tl_fastload.planning import advice, of_copy
-from tl_fastload.planning.dry_run import CODE_BYTES, CPU, OBJECTS_BYTES, Draft, Needs, Request
+from tl_fastload.planning.dry_run import CODE_BYTES, CPU, OBJECTS_BYTES, Draft, Needs
 from tl_fastload.planning.plan import KINDS, Choice, LoadPlan, kind_of
 from tl_fastload.planning.stock_memory import StockLedger
+from tl_fastload.request.call import Request
 
 
 def plan_load(request: Request) -> LoadPlan:
@@ -43,11 +43,10 @@ def _copy_of(request: Request) -> tuple[Request, Path] | None:
     folder = copy_folder(request.arguments["model_name"], request.keywords)
     if folder is not None:
         return request, folder
-    entry = cache.entry_for(request.cls, request.options, request.arguments, request.keywords)
+    entry = cache.entry_for(request)
     if entry is None or not cache.is_usable(entry):
         return None
-    hit = cache.hit_arguments(request.options, request.arguments, request.keywords)
-    return Request(request.cls, *hit), entry
+    return cache.hit_request(request), entry
 
 
 def _of_copy(request: Request, mapped: Request, folder: Path) -> LoadPlan:
@@ -64,7 +63,7 @@ def _of_copy(request: Request, mapped: Request, folder: Path) -> LoadPlan:
 def _of_checkpoint(request: Request) -> LoadPlan:
     draft = Draft.of(request, StockLedger())
     plan = _plan(draft)
-    entry = cache.entry_for(request.cls, request.options, request.arguments, request.keywords)
+    entry = cache.entry_for(request)
     if entry is not None:
         plan = _with_entry(plan, entry, _entry_bytes(plan, draft))
     return plan if plan.fits_memory else replace(plan, advise=_advise(request, draft))
@@ -81,7 +80,7 @@ def _advise(request: Request, draft: Draft) -> Callable[[], tuple[Choice, ...]]:
 def _entry_bytes(plan: LoadPlan, draft: Draft) -> int:
     """What a processed copy takes; the tables that every layer has are written once."""
     tables = {
-        (name.rpartition(".")[2], buffer.shape, buffer.dtype): _bytes(buffer)
+        (name.rpartition(".")[2], buffer.shape, buffer.dtype): bytes_of(buffer)
         for name, buffer in draft.model.named_buffers()
     }
     return plan.total_bytes - plan.parameter_bytes["buffers"] + sum(tables.values())
@@ -168,15 +167,11 @@ def _by_kind(draft: Draft, found: Forecast) -> dict[str, int]:
     for name, parameter in draft.model.named_parameters():
         quantized_bytes = found.quantized_bytes.get(name)
         if quantized_bytes is None:
-            sizes[kind_of(name)] += _bytes(parameter)
+            sizes[kind_of(name)] += bytes_of(parameter)
         else:
             sizes["quantized"] += quantized_bytes
     sizes["buffers"] = sum(draft.buffer_bytes().values())
     return sizes
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 @dataclass(frozen=True)
@@ -197,7 +192,7 @@ class _Stock:
         device = None
         if any(draft.placer.device_of(name).type != "cpu" for name in draft.recipes):
             # The model is built on the host and moved when it is filled.
-            whole = sum(_bytes(parameter) for parameter in draft.model.parameters())
+            whole = sum(bytes_of(parameter) for parameter in draft.model.parameters())
             device = max(ledger.peak_device_bytes, whole) + buffers
         note = None
         if options.quantize is not None:

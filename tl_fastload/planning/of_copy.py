@@ -15,9 +15,9 @@ from tl_fastload.copies.manifest import Manifest, View, read_manifest
 from tl_fastload.copies.read import checked_configuration, may_map
 from tl_fastload.copies.verify import open_copy
 from tl_fastload.hooked.empty import build_outline, device_map
-from tl_fastload.loading import checks
-from tl_fastload.planning.dry_run import CODE_BYTES, CPU, OBJECTS_BYTES, Needs, Request
+from tl_fastload.planning.dry_run import CODE_BYTES, CPU, OBJECTS_BYTES, Needs
 from tl_fastload.planning.plan import KINDS, Choice, LoadPlan, kind_of
+from tl_fastload.request.call import Request
 from tl_fastload.source.reader import CHUNK_BYTES
 from tl_fastload.source.safetensors import TensorEntry
 
@@ -49,11 +49,9 @@ def plan_copy(request: Request, folder: Path) -> LoadPlan:
     Raises:
         ArgumentError, CheckpointError: what loading it would raise.
     """
-    checks.check_arguments(request.arguments, request.keywords)
+    request.check()
     manifest, entries = open_copy(folder)
-    cfg, _ = checked_configuration(
-        manifest, request.options, request.arguments, request.keywords, folder
-    )
+    cfg, _ = checked_configuration(manifest, request, folder)
     cfg.init_weights = False  # no seed is to be set
     model = build_outline(request.cls, cfg, None, [])
     check_names(model, manifest, folder)
@@ -97,12 +95,12 @@ def choices(request: Request, folder: Path) -> Iterator[Choice]:
         folder: of the copy.
     """
     ways: list[tuple[dict[str, Any], Request]] = []
-    mapping = replace(request, options=replace(request.options, mmap="auto", strategy="auto"))
+    mapping = request.with_options(mmap="auto", strategy="auto")
     if not may_map(request.options, folder) and may_map(mapping.options, folder):
         ways.append(({"mmap": "auto", "strategy": "auto"}, mapping))
     manifest = read_manifest(folder)
     if layout_of(manifest, request.options) != manifest.layout:
-        as_saved = replace(request, options=replace(request.options, layout=manifest.layout))
+        as_saved = request.with_options(layout=manifest.layout)
         ways.append(({"layout": manifest.layout}, as_saved))
     ways.append(({"device": "cpu", "n_devices": 1}, request.changed(device="cpu", n_devices=1)))
     for arguments, changed in ways:

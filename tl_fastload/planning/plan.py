@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from tl_fastload.ground.memory_orders import FORWARD
 from tl_fastload.ground.words import format_bytes, html_table, text_table
-from tl_fastload.hooked.layout import FORWARD
 
 KINDS = ("embedding", "attention", "MLP", "norms and other", "quantized", "buffers")
 

@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from tl_fastload.ground import compat
+from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.recipes.nodes import Node, SourceView
 from tl_fastload.recipes.promise import Promise
 from tl_fastload.source.reader import FileSource
@@ -111,10 +112,7 @@ class StockLedger:
 
     def prepare(self, model: nn.Module) -> None:
         """Count what building the model touches: torch fills the weights of its linear layers."""
-        self._to_fill = {
-            name: parameter.numel() * parameter.element_size()
-            for name, parameter in model.named_parameters()
-        }
+        self._to_fill = {name: bytes_of(parameter) for name, parameter in model.named_parameters()}
         for prefix, module in model.named_modules():
             if isinstance(module, nn.Linear):
                 for name, parameter in module.named_parameters(recurse=False):
@@ -235,4 +233,4 @@ def _touch(value: Any) -> None:
 
 
 def _bytes(promise: Promise) -> int:
-    return promise.meta.numel() * promise.meta.element_size()
+    return bytes_of(promise.meta)

@@ -9,6 +9,9 @@ from tl_fastload.quantized.tensor import (
     quantized_kinds,
     rebuild,
 )
+from tl_fastload.source import torch_files
+
+torch_files.allow(rebuild)  # quantized tensors that we have saved are read as well
 
 __all__ = [
     "QuantizedTensor",

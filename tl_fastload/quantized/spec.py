@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tl_fastload.errors import ArgumentError
-from tl_fastload.hooked.architectures import declared_quantization
+from tl_fastload.ground.hf_configs import declared_quantization
 
 _SHORT = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from tl_fastload.ground import compat
+from tl_fastload.ground.memory_orders import FORWARD
 from tl_fastload.ground.words import format_bytes, html_table, text_table
-from tl_fastload.hooked.layout import FORWARD
 from tl_fastload.report.memory import PeakSampler, unique_bytes
 from tl_fastload.report.timeline import Timeline
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tl_fastload.placement.half_written import require_whole
+from tl_fastload.ground.mark import require_whole
 from tl_fastload.report.memory import stored_parts
 
 STATES = ("dense", "quantized", "mapped", "quantized and mapped", "on a device")

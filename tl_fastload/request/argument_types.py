@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformer_lens.HookedTransformer import DTYPE_FROM_STRING
 from transformers import PreTrainedTokenizerBase
 
 from tl_fastload.errors import ArgumentError
-from tl_fastload.hooked.steps import STEPS
+from tl_fastload.request.steps import STEPS
 
 Test = tuple[Callable[[Any], bool], str]
 
@@ -28,6 +27,16 @@ _FLAG_KEYWORDS = (
     *("local_files_only", "force_download", "trust_remote_code", "use_safetensors"),
     *("load_in_8bit", "load_in_4bit"),
 )
+DTYPES_BY_NAME = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+}
+"""The names of dtypes that TransformerLens takes."""
+
 _HINTS = {"tokenizer": " A name alone is not enough."}
 _MOST_SHOWN = 80
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -53,7 +62,7 @@ def _is_path(value: Any) -> bool:
 
 def _is_dtype(value: Any) -> bool:
     if isinstance(value, str):
-        return value in DTYPE_FROM_STRING
+        return value in DTYPES_BY_NAME
     return isinstance(value, torch.dtype) and value in _DTYPES
 
 
@@ -77,7 +86,7 @@ _TOKEN: Test = (_either(str, bool), "neither a text nor True or False")
 _NUMBER: Test = (_is_number, "no whole number")
 _DTYPE: Test = (
     _is_dtype,
-    "neither a floating torch.dtype of 16 bits or more nor one of " + ", ".join(DTYPE_FROM_STRING),
+    "neither a floating torch.dtype of 16 bits or more nor one of " + ", ".join(DTYPES_BY_NAME),
 )
 _SIDE: Test = (
     lambda value: isinstance(value, str) and value in ("left", "right"),
@@ -160,7 +169,7 @@ def checked_keywords(keywords: Mapping[str, Any]) -> dict[str, Any]:
         if found[name] is None:
             del found[name]
     if "torch_dtype" in found:  # TransformerLens takes it as it is, where it means a torch.dtype
-        found["torch_dtype"] = DTYPE_FROM_STRING.get(found["torch_dtype"], found["torch_dtype"])
+        found["torch_dtype"] = DTYPES_BY_NAME.get(found["torch_dtype"], found["torch_dtype"])
     return found
 
 

@@ -10,7 +10,7 @@ import psutil
 
 from tl_fastload.errors import ArgumentError, StrategyError
 from tl_fastload.ground import compat
-from tl_fastload.hooked.layout import FORWARD, check_layout
+from tl_fastload.ground.memory_orders import FORWARD, check_layout
 from tl_fastload.quantized.spec import Spec
 from tl_fastload.report.progress import Progress, ProgressOption
 from tl_fastload.request.adapters import Requests

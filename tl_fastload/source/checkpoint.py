@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from tl_fastload.errors import ArgumentError, CheckpointError
+from tl_fastload.source.aliases import NO_ALIASES, Aliases
 from tl_fastload.source.choose import (
     Choice,
     choose,
@@ -114,17 +115,19 @@ def resolve_config(
     local_files_only: bool = False,
     force_download: bool = False,
     subfolder: str = "",
+    aliases: Aliases = NO_ALIASES,
 ) -> Location:
     """Find a model and have its `config.json`, downloading nothing else.
 
     Args:
-        name: a folder, a TransformerLens name or alias, or a hub name. A folder wins.
+        name: a folder, a name or alias that `aliases` has, or a hub name. A folder wins.
         revision: branch, tag or commit on the hub.
         cache_dir: the hub's cache folder, if not the usual one.
         token: for the hub; None takes HF_TOKEN or the stored login.
         local_files_only: never use the network.
         force_download: download even what is cached.
         subfolder: where in the folder or repository the model lies.
+        aliases: names beside those on the hub.
 
     Raises:
         UnknownModelError: there is no such model; says what was tried and what has a similar name.
@@ -132,7 +135,7 @@ def resolve_config(
         ArgumentError: arguments that are no names or contradict each other.
     """
     options = HubOptions(revision, cache_dir, token, local_files_only, force_download)
-    return locate(name, options, subfolder.rstrip("/"))
+    return locate(name, options, subfolder.rstrip("/"), aliases)
 
 
 def open_weights(

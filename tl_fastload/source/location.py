@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tl_fastload.errors import ArgumentError, CheckpointError, UnknownModelError
-from tl_fastload.hooked.official_names import NOT_ON_THE_HUB, nearest_names, official_name
 from tl_fastload.source import hub
+from tl_fastload.source.aliases import NO_ALIASES, Aliases
 from tl_fastload.source.choose import stays_inside
 from tl_fastload.source.file_states import unreadable
 from tl_fastload.source.hub import HubOptions, Listing
@@ -44,13 +44,19 @@ class Location:
     notes: tuple[str, ...] = ()
 
 
-def locate(name: str | os.PathLike[str], options: HubOptions, subfolder: str = "") -> Location:
+def locate(
+    name: str | os.PathLike[str],
+    options: HubOptions,
+    subfolder: str = "",
+    aliases: Aliases = NO_ALIASES,
+) -> Location:
     """Find a model and have its `config.json`, and nothing else.
 
     Args:
-        name: a folder, a TransformerLens name or alias, or a hub name. A folder wins.
+        name: a folder, a name or alias that `aliases` has, or a hub name. A folder wins.
         options: how to reach the hub.
         subfolder: where in the folder or repository the model lies.
+        aliases: names beside those on the hub.
 
     Raises:
         UnknownModelError: there is no such model; says what was tried and what has a similar name.
@@ -69,13 +75,13 @@ def locate(name: str | os.PathLike[str], options: HubOptions, subfolder: str = "
         if not path.is_dir():
             raise UnknownModelError(f"{path} is a file. Pass its folder, where {CONFIG} lies too.")
         check_link(path, subfolder)
-        return _local(text, path / subfolder, options)
+        return _local(text, path / subfolder, options, aliases)
     if not isinstance(name, str) or _LOOKS_LIKE_PATH.match(text):
         raise UnknownModelError(
             f"There is no folder {path.absolute()}. Check the path; a hub name is written "
             "'name' or 'organisation/name'."
         )
-    return _on_hub(text, options, subfolder)
+    return _on_hub(text, options, subfolder, aliases)
 
 
 def file_names(location: Location) -> Listing:
@@ -172,22 +178,22 @@ def is_directory(path: Path) -> bool:
         return False
 
 
-def _local(name: str, folder: Path, options: HubOptions) -> Location:
+def _local(name: str, folder: Path, options: HubOptions, aliases: Aliases) -> Location:
     try:
         names = [path.name for path in folder.iterdir()]
     except OSError as error:
         raise unreadable(folder, error) from error
     if CONFIG not in names:
-        raise CheckpointError(_no_config_message(name, folder, names))
+        raise CheckpointError(_no_config_message(name, folder, names, aliases))
     check_link(folder, CONFIG)
     ignored = f"revision={options.revision!r} was ignored: {folder} is a folder"
     return Location(folder, str(folder), notes=(ignored,) if options.revision else ())
 
 
-def _no_config_message(name: str, folder: Path, names: Sequence[str]) -> str:
+def _no_config_message(name: str, folder: Path, names: Sequence[str], aliases: Aliases) -> str:
     message = f"{folder} has no {CONFIG}. "
     inner = sorted(entry for entry in names if (folder / entry / CONFIG).is_file())
-    official = official_name(name)
+    official = aliases.official(name)
     if inner:
         return message + f"Pass one of the folders in it that have one: {', '.join(inner[:10])}."
     if official is not None:
@@ -202,19 +208,19 @@ def _no_config_message(name: str, folder: Path, names: Sequence[str]) -> str:
     return message + "Save the model there with `save_pretrained`, or copy its config.json into it."
 
 
-def _on_hub(name: str, options: HubOptions, subfolder: str) -> Location:
-    official = official_name(name)
+def _on_hub(name: str, options: HubOptions, subfolder: str, aliases: Aliases) -> Location:
+    official = aliases.official(name)
     repo = official or name
-    if repo in NOT_ON_THE_HUB:
+    if repo in aliases.not_on_the_hub:
         raise UnknownModelError(
-            f"TransformerLens knows {name!r}, but its weights are not on the hub. Pass hf_model=, "
-            "or a local folder in Hugging Face's format."
+            f"{aliases.library} knows {name!r}, but its weights are not on the hub. Pass "
+            "hf_model=, or a local folder in Hugging Face's format."
         )
     config_name = f"{subfolder}/{CONFIG}" if subfolder else CONFIG
     try:
         config = hub.hub_file(repo, config_name, options)
     except UnknownModelError as error:
-        raise UnknownModelError(_unknown_message(name, official, error)) from error
+        raise UnknownModelError(_unknown_message(name, aliases, error)) from error
     folder = config.parent
     check_link(folder, CONFIG)
     commit = (folder, *folder.parents)[len(Path(subfolder).parts)].name
@@ -229,13 +235,14 @@ def _on_hub(name: str, options: HubOptions, subfolder: str) -> Location:
     )
 
 
-def _unknown_message(name: str, official: str | None, error: Exception) -> str:
+def _unknown_message(name: str, aliases: Aliases, error: Exception) -> str:
+    official, library = aliases.official(name), aliases.library
     parts = [f"Cannot find the model {name!r}.", f"There is no folder {Path(name).absolute()}."]
-    if official is None:
-        nearest = ", ".join(nearest_names(name)) or "none"
-        parts.append(f"TransformerLens has no such name or alias (nearest: {nearest}).")
-    elif official != name:
-        parts.append(f"It is TransformerLens' name for {official}.")
+    if official is None and aliases.known:
+        nearest = ", ".join(aliases.nearest(name)) or "none"
+        parts.append(f"{library} has no such name or alias (nearest: {nearest}).")
+    elif official is not None and official != name:
+        parts.append(f"It is {library}' name for {official}.")
     return " ".join([*parts, str(error)])
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from types import MappingProxyType
 
 from tl_fastload.errors import CheckpointError
-from tl_fastload.quantized import formats
 from tl_fastload.source import hub
 from tl_fastload.source.checkpoint import Checkpoint, choose_weights, open_weights, read_headers
 from tl_fastload.source.choose import read_index
@@ -22,6 +21,7 @@ def open_headers(
     weights_file: str | None = None,
     variant: str | None = None,
     use_safetensors: bool | None = None,
+    needs_values: tuple[str, ...] = (),
 ) -> Checkpoint:
     """`tl_fastload.source.checkpoint.open_weights` without downloading weights.
 
@@ -33,6 +33,7 @@ def open_headers(
         weights_file: as for `open_weights`.
         variant: as for `open_weights`.
         use_safetensors: as for `open_weights`.
+        needs_values: ends of names of tensors whose values say what the others are.
 
     Returns:
         The checkpoint. What is not cached is counted in `missing_bytes`, and its entries must not
@@ -61,7 +62,7 @@ def open_headers(
         entries = read_headers(local) if local else {}
         for name in missing:
             entries.update(_remote_entries(location, name))
-    _check_descriptions(location, entries)
+    _check_descriptions(location, entries, needs_values)
     missing_bytes = sum(sizes.values())
     return Checkpoint(
         folder=location.folder,
@@ -76,8 +77,10 @@ def open_headers(
     )
 
 
-def _check_descriptions(location: Location, names: Iterable[str]) -> None:
-    if any(name.endswith(formats.descriptions()) for name in names):
+def _check_descriptions(
+    location: Location, names: Iterable[str], needs_values: tuple[str, ...]
+) -> None:
+    if any(name.endswith(needs_values) for name in names):
         raise CheckpointError(
             f"{location.label} holds quantized weights, and how these are packed is written in "
             "tensors, not in headers. Download it first, or plan the unquantized model with "

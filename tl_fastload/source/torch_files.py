@@ -6,7 +6,7 @@ import os
 import re
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ import torch
 
 from tl_fastload.errors import CheckpointError
 from tl_fastload.ground import compat
-from tl_fastload.quantized import rebuild
 from tl_fastload.source.file_states import FileState, changed, state_of, unreadable
 from tl_fastload.source.json_files import open_regular
 from tl_fastload.source.safetensors import (
@@ -28,7 +27,14 @@ from tl_fastload.source.torch_records import check_records, inflated_bytes
 
 # Under these keys trainers put the state dict when they save other things beside it.
 NESTING_KEYS = ("state_dict", "model_state_dict", "module", "model")
+_ALLOWED: list[Callable[..., Any]] = []
 _REFUSED = re.compile(r"(?:GLOBAL|[Uu]nsupported class) ([\w.]+)")
+
+
+def allow(function: Callable[..., Any]) -> None:
+    """Let the files that are read here name a function of ours, which makes what we have saved."""
+    if function not in _ALLOWED:
+        _ALLOWED.append(function)
 
 
 @dataclass(frozen=True)
@@ -149,8 +155,7 @@ def _is_zip(path: Path) -> bool:
 
 def _load(path: Path, arguments: dict[str, Any]) -> Any:
     try:
-        # Quantized tensors that we have saved are among what is loaded.
-        return compat.load_torch_file(path, rebuild, **arguments)
+        return compat.load_torch_file(path, _ALLOWED, **arguments)
     except OSError as error:
         raise unreadable(path, error) from error
     except Exception as error:  # a corrupt pickle can raise anything at all

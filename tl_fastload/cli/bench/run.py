@@ -18,9 +18,9 @@ from tl_fastload.cli.bench.loads import Contender, torch_dtype
 from tl_fastload.cli.bench.process import Measurement, WorkerError, combine, read_ahead, run_action
 from tl_fastload.errors import LeanLoadError
 from tl_fastload.ground.words import format_bytes
-from tl_fastload.hooked.official_names import official_name
+from tl_fastload.hooked.official_names import official_name, resolve_model
 from tl_fastload.report.available import available_bytes
-from tl_fastload.source.checkpoint import Checkpoint, open_weights, resolve_config
+from tl_fastload.source.checkpoint import Checkpoint, open_weights
 
 _IMPORTS_BYTES = 1 << 30
 _STOCK_BYTES_A_NUMBER = 14  # its processing upcasts everything to float32, three and a half times
@@ -60,7 +60,7 @@ def named_subject(name: str) -> Iterator[Subject]:
     Args:
         name: a folder, a TransformerLens name or alias, or a hub name.
     """
-    location = resolve_config(name)
+    location = resolve_model(name)
     checkpoint = open_weights(location)
     files, numbers = checkpoint.files, _count_numbers(checkpoint)
     offline = {"HF_HUB_OFFLINE": "1"}

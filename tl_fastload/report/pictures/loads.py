@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from tl_fastload.cli.bench.process import Measurement
 from tl_fastload.errors import ArgumentError
 from tl_fastload.ground.words import format_bytes
 from tl_fastload.report.pictures.layers import plot_memory_map
@@ -72,6 +71,23 @@ class Loaded(Protocol):
     def parameter_bytes(self) -> int: ...
     @property
     def timeline(self) -> Timeline: ...
+
+
+class Measured(Protocol):
+    """What a bar needs of a measured load: a `Measurement` of the command line has it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def error(self) -> str | None: ...
+    @property
+    def peak_anonymous_bytes(self) -> int: ...
+    @property
+    def peak_resident_bytes(self) -> int: ...
+    @property
+    def parameter_bytes(self) -> int: ...
+    @property
+    def median_seconds(self) -> float: ...
 
 
 def plot_load(report: Loaded, stock: Any = None, path: str | Path | None = None) -> Any:
@@ -202,9 +218,7 @@ def _draw_phases(axes: Any, series: Sequence[Series]) -> None:
 
 
 @styled
-def plot_peaks(
-    measurements: Sequence[Measurement], title: str, path: str | Path | None = None
-) -> Any:
+def plot_peaks(measurements: Sequence[Measured], title: str, path: str | Path | None = None) -> Any:
     """Draw the peak memory of measured loads as bars, with the size of the parameters in each.
 
     Args:
@@ -232,7 +246,7 @@ def plot_peaks(
     return finish(figure, path)
 
 
-def _draw_peak(axes: Any, row: int, found: Measurement, unit_bytes: int) -> None:
+def _draw_peak(axes: Any, row: int, found: Measured, unit_bytes: int) -> None:
     anonymous = found.peak_anonymous_bytes / unit_bytes
     resident = max(found.peak_resident_bytes, found.peak_anonymous_bytes) / unit_bytes
     final = found.parameter_bytes / unit_bytes

@@ -14,9 +14,13 @@ import torch
 
 from tl_fastload.errors import ArgumentError, CheckpointError, UnsupportedArchitectureError
 from tl_fastload.ground.wrappers import without_wrappers
-from tl_fastload.hooked.official_names import official_name
+from tl_fastload.hooked.architectures import architecture_of
+from tl_fastload.hooked.config import config_dict, load_hf_config
+from tl_fastload.hooked.observer import Observer
+from tl_fastload.hooked.official_names import official_name, resolve_model
 from tl_fastload.hooked.stock import is_toy_name, stock_name_for
 from tl_fastload.hooked.tokenizer import fetch_tokenizer
+from tl_fastload.hooked.toy import outline_of_toy
 from tl_fastload.huggingface import config, tree
 from tl_fastload.huggingface.dequantize import load_dequantized, outline_dequantized
 from tl_fastload.huggingface.keys import Ledger
@@ -24,9 +28,8 @@ from tl_fastload.huggingface.lora.adapter import Adapter, open_adapters
 from tl_fastload.huggingface.lora.base_model import compare_bases
 from tl_fastload.huggingface.lora.live import adapters_of, merge_into_model
 from tl_fastload.huggingface.lora.merge import Weights, merge, merge_into_files, requantized
-from tl_fastload.planning.stock_memory import StockLedger
 from tl_fastload.quantized.assemble import spec_of_layers
-from tl_fastload.quantized.formats import of_checkpoint
+from tl_fastload.quantized.formats import descriptions, of_checkpoint
 from tl_fastload.quantized.spec import Spec, as_dtype
 from tl_fastload.recipes.promise import Promise
 from tl_fastload.report.available import check_room
@@ -37,7 +40,6 @@ from tl_fastload.source.checkpoint import (
     Location,
     names_at_hand,
     open_weights,
-    resolve_config,
 )
 from tl_fastload.source.hub import repo_files
 from tl_fastload.source.links import check_all_links
@@ -91,7 +93,7 @@ class Origin:
     n_layers: int | None = None
     adapters: list[Adapter] = field(default_factory=list)
     is_recording: bool = False
-    stock_ledger: StockLedger | None = None
+    stock_ledger: Observer | None = None
     commit: str | None = None
 
     def hf_config_dict(self) -> dict[str, Any]:
@@ -102,7 +104,7 @@ class Origin:
         return values
 
     def config_dict(self, **kwargs: Any) -> dict[str, Any]:
-        fields, notes = config.config_dict(
+        fields, notes = config_dict(
             self.hf_config,
             official_name=self.official,
             tokenizer_name=self._tokenizer_name(),
@@ -156,7 +158,7 @@ class Origin:
             return root
         checkpoint = self._open(revision)
         if checkpoint.is_outline:
-            architecture = config.architecture_of(self.hf_config)
+            architecture = architecture_of(self.hf_config)
             promises = tree.outline_promises(architecture, self.hf_config, checkpoint)
         else:
             promises = self._promises(checkpoint)
@@ -181,7 +183,7 @@ class Origin:
         return compare_bases(self.adapters, names, aliases, check=self.options.check_base)
 
     def _grow(self, promises: dict[str, Promise], dtype: torch.dtype) -> tuple[Any, Ledger]:
-        architecture = config.architecture_of(self.hf_config)
+        architecture = architecture_of(self.hf_config)
         return tree.tree_from_checkpoint(promises, self.hf_config, architecture, dtype, self.spec)
 
     def missing(self) -> list[str]:
@@ -194,10 +196,13 @@ class Origin:
             raise ArgumentError(f"{self.label}: there is no checkpoint to read, pass hf_model.")
         if revision is not None and location.repo is not None:
             hub = {**self.keywords.hub, "revision": revision}
-            location = resolve_config(location.repo, **hub)
+            location = resolve_model(location.repo, **hub)
             self.label, self.commit = location.label, location.commit
-        open_files = open_headers if self.options.only_plan else open_weights
-        self.checkpoint = open_files(location, **self.keywords.files)
+        if self.options.only_plan:
+            files = {**self.keywords.files, "needs_values": descriptions()}
+            self.checkpoint = open_headers(location, **files)
+        else:
+            self.checkpoint = open_weights(location, **self.keywords.files)
         self.notes.extend(self.checkpoint.notes)
         self._prepare(self.checkpoint)
         return self.checkpoint
@@ -224,7 +229,7 @@ class Origin:
         if not found:
             return None
         self.checkpoint = open_headers(self.location, weights_file=found[0])
-        return tree.outline_of_toy(cfg) if self.checkpoint.is_outline else None
+        return outline_of_toy(cfg) if self.checkpoint.is_outline else None
 
     def list_repo_files(self, *args: Any, **kwargs: Any) -> list[str]:
         return repo_names(self._place())
@@ -297,7 +302,7 @@ def find_origin(
         origin = _from_model(model_name, official, hf_model, sorted_keywords, reader, options)
         origin.adapters += adapters
         return origin
-    location = resolve_config(model_name, **sorted_keywords.hub)
+    location = resolve_model(model_name, **sorted_keywords.hub)
     reader.files.see(location.folder / "config.json")
     is_toy = is_toy_name(official) or _is_toy_folder(location)
     stock_name = stock_name_for(official, location.repo or location.label)
@@ -306,7 +311,7 @@ def find_origin(
         stock_name = _toy_name(location)
     if not is_toy:
         trust = sorted_keywords.trust_remote_code
-        hf_config = config.load_hf_config(location.folder, trust_remote_code=trust)
+        hf_config = load_hf_config(location.folder, trust_remote_code=trust)
         hf_config = override(hf_config, sorted_keywords.overrides)
         if options.dequantize:
             check_all_links(location.folder)  # transformers reads what it likes
@@ -346,7 +351,7 @@ def _from_model(
         )
     hf_model, adapters = adapters_of(hf_model)
     try:
-        config.architecture_of(hf_model.config)
+        architecture_of(hf_model.config)
     except UnsupportedArchitectureError as error:
         raise UnsupportedArchitectureError(
             f"hf_model is a {type(hf_model).__name__}. {error}"
@@ -358,7 +363,7 @@ def _from_model(
         is_toy=False,
         hf_config=hf_model.config,
         hf_model=hf_model,
-        location=resolve_config(name) if is_directory(Path(name)) else None,
+        location=resolve_model(name) if is_directory(Path(name)) else None,
         keywords=keywords,
         reader=reader,
         options=options,

@@ -1,0 +1,89 @@
+"""Arguments that contradict each other or this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from tl_fastload.errors import ArgumentError
+from tl_fastload.quantized.spec import as_dtype
+
+CHECKPOINT_ARGUMENTS = ("checkpoint_index", "checkpoint_value", "checkpoint_label")
+"""Each picks a training checkpoint on the hub."""
+
+
+def check_arguments(arguments: dict[str, Any], keywords: dict[str, Any]) -> None:
+    """Raise ArgumentError for arguments that contradict each other or this machine.
+
+    What each may be by itself, `tl_fastload.request.argument_types` has asked.
+    """
+    _check_checkpoint(arguments, keywords)
+    _check_device(arguments)
+    _check_dtype(arguments, keywords)
+
+
+def _check_dtype(arguments: dict[str, Any], keywords: dict[str, Any]) -> None:
+    if "torch_dtype" not in keywords:
+        return
+    one, other = as_dtype(keywords["torch_dtype"]), as_dtype(arguments["dtype"])
+    if one != other and other != torch.float32:
+        raise ArgumentError(f"torch_dtype={one} and dtype={other} contradict each other.")
+
+
+def _check_checkpoint(arguments: dict[str, Any], keywords: dict[str, Any]) -> None:
+    given = [name for name in CHECKPOINT_ARGUMENTS if arguments[name] is not None]
+    if given[-2:] == ["checkpoint_value", "checkpoint_label"]:
+        raise ArgumentError("checkpoint_value and checkpoint_label are aliases: pass one of them.")
+    if len(given) > 1:
+        raise ArgumentError(
+            f"{' and '.join(given)} each pick a training checkpoint: pass one of them."
+        )
+    if given and arguments["hf_model"] is not None:
+        raise ArgumentError(
+            f"{given[0]}= picks a checkpoint on the hub, but hf_model= already has weights: "
+            "pass one of them."
+        )
+    if given and keywords.get("revision") is not None:
+        raise ArgumentError(
+            f"{given[0]}= and revision= both name a version of the weights: pass one of them."
+        )
+
+
+def _check_device(arguments: dict[str, Any]) -> None:
+    n_devices = arguments["n_devices"]
+    device = device_asked_for(arguments)
+    if device.type != "cuda":
+        if n_devices > 1:
+            raise ArgumentError(f"n_devices={n_devices} spreads over CUDA devices, not {device}.")
+        _check_usable(device)
+        return
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (device.index or 0) + n_devices > count:
+        raise ArgumentError(
+            f"device={arguments['device']!r} with n_devices={n_devices} needs "
+            f"{(device.index or 0) + n_devices} CUDA devices, torch sees {count}."
+        )
+
+
+def device_asked_for(arguments: Mapping[str, Any]) -> torch.device:
+    """The device that `device=` means.
+
+    Raises:
+        ArgumentError: it is none.
+    """
+    if arguments["device"] is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(arguments["device"])
+    except (RuntimeError, TypeError) as error:
+        raise ArgumentError(f"device={arguments['device']!r} is no device: {error}") from error
+
+
+def _check_usable(device: torch.device) -> None:
+    try:
+        torch.empty(1, device=device).add(1).cpu()
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ArgumentError(f"device={str(device)!r} cannot hold weights here: {reason}") from error
