@@ -108,7 +108,7 @@ def test_without_matplotlib_it_says_what_to_install(
 
     report = lean_model(zoo("gpt2")).load_report
     monkeypatch.delitem(sys.modules, "tl_fastload.report.pictures.canvas", raising=False)
-    monkeypatch.delattr(tl_fastload, "picture", raising=False)
+    monkeypatch.delattr(tl_fastload.report.pictures, "canvas", raising=False)
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(MissingPackageError, match=r'pip install "tl-fastload\[plots\]"'):
         report.plot()
