@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import os
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from tests.support.comparison import lean_model
-from tests.support.store_helpers import embedded, only_file
+from tests.support.store_helpers import embedded, only_file, rewritten
 from tl_fastload import LeanHookedTransformer, save_lean, verify_copy
 from tl_fastload.copies import manifest as store_format
 from tl_fastload.copies import write
@@ -92,10 +91,16 @@ def test_another_class_or_version_is_named(tmp_path: Path) -> None:
         model.save_lean(tmp_path / "copy")
 
 
-def rewritten(folder: Path, **fields: Any) -> None:
-    """Make a copy one that other versions wrote."""
-    manifest = dataclasses.replace(read_manifest(folder), **fields)
-    (folder / MANIFEST).write_text(manifest.dumps())
+def test_another_models_json_beside_the_weights(tmp_path: Path) -> None:
+    """With a checksum that fits: the weight files say which model they belong to."""
+    folder = embedded().save_lean(tmp_path / "copy")
+    path = folder / MANIFEST
+    body = json.loads(path.read_text())
+    del body["checksum"]
+    body["configuration"]["attn_scale"] *= 2
+    path.write_text(json.dumps({**body, "checksum": store_format._checksum(body)}))
+    with pytest.raises(CheckpointError, match="is not the file that"):
+        lean_model(folder)
 
 
 def test_a_field_that_another_transformer_lens_has(tmp_path: Path) -> None:

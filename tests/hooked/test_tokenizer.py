@@ -17,8 +17,9 @@ from tests.support import zoo as bed
 from tests.support.comparison import lean_model
 from tests.support.fake_hub import COMMIT, FakeHub, Repo, point_at
 from tests.support.reference import stock_model
+from tests.support.store_helpers import rewritten
 from tl_fastload.cache import entries
-from tl_fastload.copies.manifest import MANIFEST, Manifest, read_manifest
+from tl_fastload.copies.manifest import read_manifest
 from tl_fastload.hooked.tokenizer import with_bos
 
 TEXTS = ["w5 w7", "w9 w8 w3", ""]
@@ -142,13 +143,6 @@ def test_a_tokenizers_json_runs_no_code(folder: Path, tmp_path: Path) -> None:
     if model.tokenizer is not None:
         assert not model.tokenizer.init_kwargs.get("trust_remote_code")
         assert model.to_tokens("w5").tolist() == [[0, 5]]
-
-
-def rewritten(copy: Path, **changes: Any) -> None:
-    """Another JSON in a copy, with a checksum that fits."""
-    manifest = read_manifest(copy)
-    values = {name: getattr(manifest, name) for name in manifest.__dataclass_fields__}
-    (copy / MANIFEST).write_text(Manifest(**{**values, **changes}).dumps())
 
 
 def test_a_copys_json_switches_nothing_on(

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,12 @@ from tl_fastload.source.safetensors import LENGTH_BYTES, TensorEntry, read_heade
 
 MANIFEST = "tl_fastload.json"
 FORMAT_VERSION = 1
+MODEL_KEY = "tl_fastload_model"
+"""Where the metadata of a weight file has the checksum of the model that it belongs to."""
+_OF_THE_MODEL = (
+    *("model_class", "configuration", "optional", "flags", "quantization", "not_quantized"),
+    *("parameters", "buffers", "layout", "hf_config"),
+)
 _REMEDY = "Save the copy again, or load the original"
 
 
@@ -84,6 +90,7 @@ class Manifest:
         files: name of a weight file -> its size "bytes", and "header", the SHA-256 of its header.
         versions: of the libraries that wrote it.
         layout: memory order of the parameters; in the JSON where it is not "forward".
+        read_checksum: `model_checksum` of the JSON that this was read from; None for a new copy.
     """
 
     copy_id: str
@@ -104,6 +111,7 @@ class Manifest:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: versions())
     layout: str = FORWARD
+    read_checksum: str | None = field(default=None, compare=False)
 
     @property
     def payload(self) -> list[str]:
@@ -112,14 +120,22 @@ class Manifest:
 
     def dumps(self) -> str:
         """The text of the JSON file, with a checksum of itself."""
+        body = self._body()
+        return json.dumps({**body, "checksum": _checksum(body)}, indent=1)
+
+    def model_checksum(self) -> str:
+        """SHA-256 of what says which model the bytes are; the weight files carry it."""
+        return _model_checksum(self._body())
+
+    def _body(self) -> dict[str, Any]:
         values = {item.name: getattr(self, item.name) for item in fields(self)}
+        del values["read_checksum"]
         values |= {"parameters": _views(self.parameters), "buffers": _views(self.buffers)}
         if self.quantization is not None:
             values["quantization"] = asdict(self.quantization)
         if self.layout == FORWARD:  # earlier versions, which know no other, read such copies
             del values["layout"]
-        body = {"format_version": FORMAT_VERSION, **_encode(values)}
-        return json.dumps({**body, "checksum": _checksum(body)}, indent=1)
+        return {"format_version": FORMAT_VERSION, **_encode(values)}
 
 
 def versions() -> dict[str, str]:
@@ -161,7 +177,7 @@ def read_manifest(folder: Path) -> Manifest:
     if checksum != _checksum(body):
         raise CheckpointError(f"{path} was altered: its checksum does not fit. {_REMEDY}.")
     try:
-        return _manifest(body, path)
+        return replace(_manifest(body, path), read_checksum=_model_checksum(body))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path} is damaged ({type(error).__name__}: {error}). {_REMEDY}."
@@ -213,7 +229,10 @@ def stored_tensors(folder: Path, manifest: Manifest) -> dict[str, TensorEntry]:
                 f"{path} has {size:,} bytes, {facts['bytes']:,} were written: it was cut off or "
                 f"altered. {_REMEDY}."
             )
-        if header_checksum(path) != facts["header"]:
+        checksum, metadata = _header(path)
+        # Copies of earlier versions do not say whose they are.
+        model = metadata.get(MODEL_KEY, manifest.read_checksum)
+        if checksum != facts["header"] or model != manifest.read_checksum:
             raise CheckpointError(
                 f"{path} is not the file that {MANIFEST} was written with. {_REMEDY}."
             )
@@ -224,12 +243,17 @@ def stored_tensors(folder: Path, manifest: Manifest) -> dict[str, TensorEntry]:
     return entries
 
 
-def header_checksum(path: Path) -> str:
-    """SHA-256 of a safetensors file's header, its length included."""
+def _header(path: Path) -> tuple[str, dict[str, Any]]:
+    """SHA-256 of a safetensors file's header, its length included, and its metadata."""
     with path.open("rb") as file:
         length = file.read(LENGTH_BYTES)
         text = file.read(min(int.from_bytes(length, "little"), path.stat().st_size))
-    return hashlib.sha256(length + text).hexdigest()
+    try:
+        metadata = json.loads(text)["__metadata__"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        metadata = None  # the checksum tells
+    checksum = hashlib.sha256(length + text).hexdigest()
+    return checksum, metadata if isinstance(metadata, dict) else {}
 
 
 def checked_geometry(view: View, entry: TensorEntry) -> torch.Tensor:
@@ -333,6 +357,10 @@ def _decode(value: Any) -> Any:
     if isinstance(value, list):
         return [_decode(inner) for inner in value]
     return value
+
+
+def _model_checksum(body: Mapping[str, Any]) -> str:
+    return _checksum({name: body.get(name) for name in _OF_THE_MODEL})
 
 
 def _checksum(body: Mapping[str, Any]) -> str:

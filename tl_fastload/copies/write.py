@@ -23,6 +23,7 @@ from tl_fastload.copies.folders import (
 )
 from tl_fastload.copies.manifest import (
     MANIFEST,
+    MODEL_KEY,
     Manifest,
     View,
     configuration_fields,
@@ -343,10 +344,11 @@ def _save_tokenizer(model: Any, home: Path | None, copy_id: str) -> dict[str, An
 def _write_shards(
     stored: list[_Stored], manifest: Manifest, folder: Path, most_bytes: int, progress: Progress
 ) -> None:
+    metadata = {"tl_fastload": manifest.copy_id, MODEL_KEY: manifest.model_checksum()}
     for number, shard in enumerate(_shards(stored, most_bytes), start=1):
         name = f"weights-{manifest.copy_id}-{number:05d}.safetensors"
         entries = {one.key: (one.dtype, one.shape) for one in shard}
-        header = header_of(entries, {"tl_fastload": manifest.copy_id}, ALIGNMENT_BYTES)
+        header = header_of(entries, metadata, ALIGNMENT_BYTES)
         with (folder / name).open("xb") as file:  # "x" follows no link
             file.write(header)
             for one in shard:

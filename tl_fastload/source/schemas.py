@@ -60,6 +60,11 @@ OFFSET = Rule("a whole number from 0 on", lambda v: type(v) is int and v >= 0)
 OFFSETS = Rule("a list of whole numbers from 0 on", lambda v: _all(v, OFFSET.fits))
 TABLE = Rule("an object", lambda v: isinstance(v, dict))
 
+NOT_NEGATIVE = Rule("a number from 0 on", lambda v: NUMBER.fits(v) and v >= 0)
+FRACTION = Rule("a number above 0, and at most 1", lambda v: NUMBER.fits(v) and 0 < v <= 1)
+WINDOW = Rule(
+    "a whole number that fits a tensor", lambda v: is_number(v) and v == int(v) and abs(v) < 2**31
+)
 POSITIVE = Rule("a number above zero", lambda v: NUMBER.fits(v) and v > 0)
 _BASES = ("rope_theta", "rope_local_base_freq", "rotary_emb_base", "factor")
 
@@ -67,13 +72,20 @@ _BASES = ("rope_theta", "rope_local_base_freq", "rotary_emb_base", "factor")
 def _is_rope(value: Any) -> bool:
     """Whether rotary settings, or those of each kind of layer, have bases with powers."""
     return TABLE.fits(value) and all(
-        _is_rope(inner) if isinstance(inner, dict) else name not in _BASES or POSITIVE.fits(inner)
+        _is_rope(inner)
+        if isinstance(inner, dict)
+        else (name not in _BASES or POSITIVE.fits(inner))
+        and (name != "partial_rotary_factor" or FRACTION.fits(inner))
         for name, inner in value.items()
         if inner is not None
     )
 
 
-ROPE = Rule(f"an object whose {', '.join(_BASES)} are above zero", _is_rope)
+ROPE = Rule(
+    f"an object whose {', '.join(_BASES)} are above zero, and whose partial_rotary_factor is at "
+    "most 1",
+    _is_rope,
+)
 
 
 def table_of(rule: Rule) -> Rule:
@@ -134,11 +146,12 @@ MODEL: Mapping[str, Rule] = {
     ),
     **_rules("num_hidden_layers n_layer num_layers num_local_experts num_experts", COUNT | NOTHING),
     **_rules(
-        "layer_norm_epsilon rms_norm_eps layer_norm_eps norm_epsilon initializer_range "
-        "rotary_pct partial_rotary_factor final_logit_softcapping "
-        "attn_logit_softcapping query_pre_attn_scalar",
+        "initializer_range final_logit_softcapping attn_logit_softcapping query_pre_attn_scalar",
         NUMBER | NOTHING,
     ),
+    **_rules("layer_norm_epsilon rms_norm_eps layer_norm_eps norm_epsilon", NOT_NEGATIVE | NOTHING),
+    **_rules("rotary_pct partial_rotary_factor", FRACTION | NOTHING),
+    **_rules("sliding_window window_size", WINDOW | NOTHING),
     **_rules(" ".join(_BASES), POSITIVE | NOTHING),
 }
 """Fields of a `config.json` that are calculated with, at its top and in its `text_config`."""
