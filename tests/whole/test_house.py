@@ -29,7 +29,8 @@ SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("
 ROOMS = (
     *("printable", "errors", "ground", "report", "recipes", "source", "quantized", "request"),
     *("huggingface", "placement", "hooked", "copies", "loading", "planning", "cache", "model"),
-    *("lightning", "embedded_model", "quantization", "timeline", "cli", "__main__"),
+    *("lightning", "embedded_model", "memory_map", "plots", "quantization", "timeline"),
+    *("cli", "__main__"),
 )
 """In the order of the data: a room imports only rooms before it."""
 
