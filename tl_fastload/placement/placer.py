@@ -13,6 +13,7 @@ from torch import nn
 
 from tl_fastload.ground import compat
 from tl_fastload.ground.memory_orders import FORWARD
+from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.placement.strides import copied, same_layout
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.quantized.quantizer import Quantizer
@@ -87,7 +88,7 @@ class Placer:
             for name in self.parameters & recipes.keys() - todo.keys():
                 self.quantizer.stays_dense(name, recipes[name])  # the report says why
         recipes.clear()
-        total_bytes = sum(_size_bytes(targets[name]) for name in todo)
+        total_bytes = sum(bytes_of(targets[name]) for name in todo)
         self._trim_bytes = max(_TRIM_LEAST_BYTES, int(total_bytes * _TRIM_FRACTION))
         self.progress.start(total_bytes)
         self._waiting = _Waiting(todo, targets, self.assign)
@@ -155,14 +156,14 @@ class Placer:
             return quantizer.keep(name, promise, target.dtype, self.device_of(name))
         mapped = self._map(name, promise, target)
         if mapped is not None:
-            self.mapped_bytes += _size_bytes(mapped)
+            self.mapped_bytes += bytes_of(mapped)
             self._search(name, mapped)
         return mapped
 
     def _search(self, name: str, mapped: torch.Tensor) -> None:
         # Reading all pages of a big unprocessed model would undo what mapping it saves.
         if self.leaves_unseen(self.mapped_bytes):
-            self.unseen_bytes += _size_bytes(mapped)
+            self.unseen_bytes += bytes_of(mapped)
         elif not _is_finite(mapped):
             self.not_finite.append(name)
 
@@ -237,7 +238,7 @@ class Placer:
         if not self.assign:
             return tensor
         strides = self.strides(name, tensor.shape)
-        size = tensor.numel() * tensor.element_size()
+        size = bytes_of(tensor)
         if (
             value.buffer.owned
             and tensor.dtype == target.dtype
@@ -279,7 +280,7 @@ class Placer:
                     tensor = target
                     if self._copies and not _is_finite(target):
                         self.not_finite.append(name)
-        size_bytes = _size_bytes(tensor)
+        size_bytes = bytes_of(tensor)
         del tensor
         self.progress.advance(name, size_bytes)
         self._passed_bytes += size_bytes
@@ -333,7 +334,7 @@ def groups(recipes: dict[str, Promise]) -> list[list[str]]:
     them), so that scratch memory falls when little has been allocated. Small parameters that read
     the same weight (a folded bias) are evaluated just before it, so that the weight is read once.
     """
-    size = {name: _size_bytes(promise) for name, promise in recipes.items()}
+    size = {name: bytes_of(promise) for name, promise in recipes.items()}
     names = sorted(recipes, key=lambda name: -size[name])
     big = {
         id(view.source): name for name in reversed(names) for view in _large_sources(recipes[name])
@@ -394,7 +395,3 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     if tensor.numel() and tensor.dtype == torch.float16:  # where sums overflow easily
         return compat.halves_are_finite(flat)
     return bool(torch.isfinite(flat.sum())) or bool(torch.isfinite(tensor).all())
-
-
-def _size_bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

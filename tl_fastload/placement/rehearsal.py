@@ -15,6 +15,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.placement.placer import Placer, groups
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.quantized.content import Content
@@ -95,7 +96,7 @@ class _Rehearsal:
         target = self.targets[name]
         if self.placer.mappable(name, promise, target) is None:
             return False
-        size = _bytes(target)
+        size = bytes_of(target)
         self.found.mapped_bytes[name] = size
         self._mapped += size
         if not self.placer.leaves_unseen(self._mapped):
@@ -299,7 +300,7 @@ class _StandIn(Source):
         self, out: torch.Tensor, geometry: torch.Tensor, casts: tuple[torch.dtype, ...]
     ) -> None:
         """Nothing to read; what it would take is a piece of the file, and that piece cast."""
-        size = geometry.numel() * geometry.element_size()
+        size = bytes_of(geometry)
         held = 0
         if self._is_file:
             dense = out.stride() == geometry.stride()
@@ -389,7 +390,3 @@ def _quantized_as(name: str) -> tuple[str, bool]:
 
 def _quantized_bytes(tensor: torch.Tensor) -> int | None:
     return tensor.nbytes_stored() if isinstance(tensor, QuantizedTensor) else None
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 
 from tl_fastload.errors import QuantizationError
 from tl_fastload.ground.compat import not_compiled
+from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.quantized import formats, views
 from tl_fastload.quantized.content import Content
 from tl_fastload.quantized.formats.base import QuantizedBytes
@@ -84,7 +85,7 @@ class QuantizedTensor(torch.Tensor):
 
     def nbytes_stored(self) -> int:
         """Bytes of everything that this tensor holds, also of rows that its view does not show."""
-        return sum(t.numel() * t.element_size() for t in self.content.tensors().values())
+        return sum(bytes_of(t) for t in self.content.tensors().values())
 
     def dequantize(self) -> torch.Tensor:
         """The values as an ordinary tensor of the same shape, strides and dtype."""

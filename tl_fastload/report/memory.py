@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import torch
 
+from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.report.timeline import Phase, Recorder, StockPhases, Timeline
 
 SAMPLE_SECONDS = 0.005
@@ -221,7 +222,7 @@ def unique_bytes(tensors: Iterable[torch.Tensor]) -> int:
     total = 0
     parts = [part for tensor in tensors for part in stored_parts(tensor)]
     for tensor in parts:
-        size = tensor.numel() * tensor.element_size()
+        size = bytes_of(tensor)
         if (tensor.data_ptr(), size) not in seen:
             seen.add((tensor.data_ptr(), size))
             total += size

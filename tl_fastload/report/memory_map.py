@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tl_fastload.ground.mark import require_whole
+from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.report.memory import stored_parts
 
 STATES = ("dense", "quantized", "mapped", "quantized and mapped", "on a device")
@@ -57,7 +58,7 @@ def memory_map(model: Any) -> list[Part]:
         pieces = stored_parts(tensor)
         is_quantized = not (len(pieces) == 1 and pieces[0] is tensor)
         for piece in pieces:
-            size_bytes = piece.numel() * piece.element_size()
+            size_bytes = bytes_of(piece)
             if size_bytes == 0 or (piece.data_ptr(), size_bytes) in seen:
                 continue
             seen.add((piece.data_ptr(), size_bytes))

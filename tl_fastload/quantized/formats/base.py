@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from tl_fastload.errors import QuantizationError
+from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.quantized.spec import Spec
 from tl_fastload.quantized.views import runs_untraced
 
@@ -135,7 +136,7 @@ class QuantizedBytes(Declared, ABC):
 
     def nbytes(self) -> int:
         """Bytes that the elements of all tensors occupy."""
-        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+        return sum(bytes_of(t) for t in self.tensors().values())
 
 
 class Format(ABC):
