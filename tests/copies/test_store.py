@@ -116,8 +116,8 @@ def test_tensors_lie_aligned_in_the_order_of_the_forward_pass(zoo: Any, tmp_path
     manifest = read_manifest(tmp_path / "copy")
     with safe_open(only_file(tmp_path / "copy"), "pt") as file:
         for name, parameter in copy.named_parameters():
-            parent, _, leaf = name.rpartition(".")
-            wanted = layout.forward_strides(copy.get_submodule(parent), leaf, parameter.shape)
+            module = copy.get_submodule(name.rpartition(".")[0])
+            wanted = layout.forward_strides(module, name, parameter.shape)
             assert parameter.stride() == wanted
             assert parameter.data_ptr() % 64 == 0
             stored = file.get_tensor(manifest.parameters[name].tensors[""])

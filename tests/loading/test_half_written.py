@@ -22,7 +22,7 @@ from tl_fastload import (
 )
 from tl_fastload.ground.mark import is_half_written
 from tl_fastload.lightning.record import record_of
-from tl_fastload.report.memory_map import memory_map
+from tl_fastload.memory_map import memory_map
 
 ROADS = (
     "process_weights_",

@@ -9,6 +9,7 @@ import torch
 
 from tests.support.quantized_kinds import dense_matrix
 from tl_fastload import quantized
+from tl_fastload.hooked.names import role
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.quantized.formats.bitsandbytes import BitsAndBytesSpec
 from tl_fastload.quantized.quantizer import Quantizer
@@ -48,7 +49,7 @@ def test_projections_are_quantized_as_matrices(name: str, kind: str) -> None:
     shape, matrix = SHAPES[name]
     blocksize = 32 if "W_O" in name else 64
     tensor, promise = _dense(*shape)
-    quantizer = Quantizer(BitsAndBytesSpec(kind, blocksize=blocksize))
+    quantizer = Quantizer(BitsAndBytesSpec(kind, blocksize=blocksize), role)
     assert quantizer.keep(name, promise, torch.float32, CPU) is None
     made = quantizer.quantize(name, tensor)
     assert made is not None
@@ -77,7 +78,7 @@ def test_projections_are_quantized_as_matrices(name: str, kind: str) -> None:
 )
 def test_what_stays_dense_is_told(name: str, shape: tuple[int, ...], reason: str) -> None:
     tensor, promise = _dense(*shape)
-    quantizer = Quantizer(BitsAndBytesSpec("nf4", skip=("W_out",)))
+    quantizer = Quantizer(BitsAndBytesSpec("nf4", skip=("W_out",)), role)
     assert quantizer.stays_dense(name, promise)
     assert quantizer.keep(name, promise, torch.float32, CPU) is None
     assert quantizer.quantize(name, tensor) is None
@@ -91,7 +92,7 @@ def test_what_stays_dense_is_told(name: str, shape: tuple[int, ...], reason: str
 def test_what_is_no_matrix_is_not_told(name: str, shape: tuple[int, ...]) -> None:
     tensor, promise = _dense(*shape)
     for spec in (None, BitsAndBytesSpec("int8")):
-        quantizer = Quantizer(spec)
+        quantizer = Quantizer(spec, role)
         assert quantizer.stays_dense(name, promise)
         assert quantizer.quantize(name, tensor) is None
         assert quantizer.not_quantized == {}
@@ -100,17 +101,17 @@ def test_what_is_no_matrix_is_not_told(name: str, shape: tuple[int, ...]) -> Non
 def test_skipped_by_the_name_in_the_checkpoint() -> None:
     tensor, promise = _dense(64, 64, name="model.layers.0.mlp.down_proj.weight")
     for skip in ("down_proj", "mlp.down_proj", "model.layers.0"):
-        quantizer = Quantizer(BitsAndBytesSpec("int8", skip=(skip,)))
+        quantizer = Quantizer(BitsAndBytesSpec("int8", skip=(skip,)), role)
         assert quantizer.stays_dense("blocks.0.mlp.W_out", promise.t())  # type: ignore[arg-type]
         assert quantizer.quantize("blocks.0.mlp.W_out", tensor.t()) is None
-    quantizer = Quantizer(BitsAndBytesSpec("int8", skip=("down", "proj")))
+    quantizer = Quantizer(BitsAndBytesSpec("int8", skip=("down", "proj")), role)
     assert not quantizer.stays_dense("blocks.0.mlp.W_out", promise.t())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_bytes_are_kept(kind: str) -> None:
     tensor, promise = _quantized(192, D_MODEL, kind)
-    quantizer = Quantizer(None)
+    quantizer = Quantizer(None, role)
     kept = quantizer.keep("blocks.0.mlp.W_in", promise.t(), torch.bfloat16, CPU)
     assert kept is not None
     assert kept.dtype == torch.bfloat16
@@ -124,7 +125,7 @@ def test_bytes_are_kept(kind: str) -> None:
 def test_a_shift_is_for_kernels_that_round_activations(kind: str) -> None:
     _, promise = _quantized(192, D_MODEL, kind)
     bias, shift = _dense(D_MODEL)
-    quantizer = Quantizer(None, {"blocks.0.mlp.W_in": shift})
+    quantizer = Quantizer(None, role, {"blocks.0.mlp.W_in": shift})
     kept = quantizer.keep("blocks.0.mlp.W_in", promise.t(), torch.float32, CPU)
     assert kept is not None
     assert (kept.content.in_shift is None) == (kind == "nf4")
@@ -137,7 +138,7 @@ def test_a_shift_is_for_kernels_that_round_activations(kind: str) -> None:
 def test_what_bytes_cannot_follow_is_dense_and_told() -> None:
     _, promise = _quantized(192, D_MODEL)
     name = "blocks.0.mlp.W_in"
-    quantizer = Quantizer(None)
+    quantizer = Quantizer(None, role)
     assert quantizer.keep(name, promise.t() + 1, torch.float32, CPU) is None
     assert "needs its values" in quantizer.not_quantized[name]
     assert not quantizer.stays_dense(name, promise.t())  # type: ignore[arg-type]

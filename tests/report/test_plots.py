@@ -12,9 +12,10 @@ import torch
 
 import tl_fastload
 from tests.support.comparison import lean_model
+from tl_fastload import plots
 from tl_fastload.cli.bench.process import Measurement
 from tl_fastload.errors import ArgumentError, MissingPackageError
-from tl_fastload.report.memory_map import memory_map
+from tl_fastload.memory_map import memory_map
 from tl_fastload.report.pictures import loads
 from tl_fastload.report.timeline import Phase, Timeline
 
@@ -156,7 +157,7 @@ def test_the_memory_map_tells_mapped_and_quantized(zoo: Any) -> None:
 
 def test_the_memory_map_is_drawn(zoo: Any) -> None:
     model = lean_model(zoo("llama-gqa"), quantize="8bit", mmap=False)
-    written = texts(loads.plot_memory_map(model))
+    written = texts(plots.plot_memory_map(model))
     assert "quantized:" in written
     assert "dense:" in written
     assert "unembed" in written

@@ -67,8 +67,8 @@ def is_row_major(model: nn.Module) -> bool:
 
 def is_in_forward_order(model: nn.Module) -> bool:
     def wanted(name: str, parameter: nn.Parameter) -> tuple[int, ...]:
-        parent, _, leaf = name.rpartition(".")
-        return layout.forward_strides(model.get_submodule(parent), leaf, parameter.shape)
+        module = model.get_submodule(name.rpartition(".")[0])
+        return layout.forward_strides(module, name, parameter.shape)
 
     return all(
         same_layout(p.shape, p.stride(), wanted(name, p)) for name, p in model.named_parameters()

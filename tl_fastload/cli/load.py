@@ -64,7 +64,7 @@ def load(
         loaded.load_report.plot(path=plot)
         say(f"Written: {plot}")
     if map is not None:
-        from tl_fastload.report.pictures.loads import plot_memory_map
+        from tl_fastload.plots import plot_memory_map
 
         plot_memory_map(loaded, map)
         say(f"Written: {map}")

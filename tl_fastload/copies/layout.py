@@ -27,9 +27,9 @@ def moved(model: nn.Module, manifest: Manifest, options: Options) -> dict[str, t
     order, found = layout_of(manifest, options), {}
     for name, view in manifest.parameters.items():
         if order != manifest.layout and view.quantized is None:
-            parent, _, leaf = name.rpartition(".")
+            module = model.get_submodule(name.rpartition(".")[0])
             shape = torch.Size(view.shape)
-            strides = strides_in(order, model.get_submodule(parent), leaf, shape)
+            strides = strides_in(order, module, name, shape)
             if not same_layout(shape, view.strides, strides):
                 found[name] = strides
     return found

@@ -107,9 +107,8 @@ class _Plan:
     def _view(self, name: str, parameter: torch.Tensor) -> View:
         if not isinstance(parameter, QuantizedTensor):
             _check_dtype(name, parameter)
-            parent, _, leaf = name.rpartition(".")
-            module = self.model.get_submodule(parent)
-            strides = layout.strides_in(self.order, module, leaf, parameter.shape)
+            module = self.model.get_submodule(name.rpartition(".")[0])
+            strides = layout.strides_in(self.order, module, name, parameter.shape)
             return self._plain(name, parameter, strides)
         tensors, quantized = parameter.content.parts()
         keys = {}

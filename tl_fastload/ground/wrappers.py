@@ -91,28 +91,7 @@ def own_names(model: nn.Module) -> dict[str, str]:
     """Every name of a model's state dict by its name without wrappers' parts, which compiled
     submodules bring in.
     """
-    return {_without_wrapper_parts(name): name for name in model.state_dict(keep_vars=True)}
-
-
-def named_as(model: Any, state_dict: Mapping[str, Value]) -> tuple[dict[str, Value], Renaming]:
-    """A state dict in TransformerLens' naming, without any wrapper's part in its keys.
-
-    Args:
-        model: a HookedTransformer. The weights of norms that it has folded away fit, too.
-        state_dict: any values by name.
-    """
-    own = own_names(model)
-    own.update({name: name for name in own.values()})
-    for name, module in model.named_modules():
-        if type(module).__name__ in ("LayerNormPre", "RMSNormPre"):
-            bare = _without_wrapper_parts(name)
-            own.update({f"{bare}.{leaf}": f"{name}.{leaf}" for leaf in ("w", "b")})
-    renaming = without_prefixes(state_dict, own.get)
-    named = {
-        _without_wrapper_parts(key) if key in own else key: value
-        for key, value in renaming.apply(state_dict).items()
-    }
-    return named, renaming
+    return {without_wrapper_parts(name): name for name in model.state_dict(keep_vars=True)}
 
 
 def _first_fit(key: str, fits: Fits) -> tuple[str, Hashable | None]:
@@ -132,13 +111,14 @@ def _rests(key: str) -> Iterator[str]:
         yield from (".".join(bare[start:]) for start in range(len(bare)))
 
 
-def _without_wrapper_parts(name: str) -> str:
+def without_wrapper_parts(name: str) -> str:
+    """A name without what compiled and parallel models put into it."""
     return ".".join(part for part in name.split(".") if part not in WRAPPER_PARTS)
 
 
 def _attribute(key: str, rest: str) -> str:
     """What of a key is neither the rest of it nor a wrapper's part."""
-    bare_key, bare_rest = _without_wrapper_parts(key), _without_wrapper_parts(rest)
+    bare_key, bare_rest = without_wrapper_parts(key), without_wrapper_parts(rest)
     return bare_key[: len(bare_key) - len(bare_rest)]
 
 

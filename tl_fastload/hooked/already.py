@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from tl_fastload.ground.role import Role
+from tl_fastload.hooked.names import role
 from tl_fastload.hooked.steps import reason_to_skip
 from tl_fastload.quantized import QuantizedTensor, has_quantized
 
@@ -54,34 +55,25 @@ def is_processed(model: Any, flags: dict[str, bool]) -> bool:
         return False
     if "fold_ln" in asked and not str(model.cfg.normalization_type).endswith("Pre"):
         return False
-    if "fold_value_biases" in asked and any(bool(b.any()) for b in _value_biases(model)):
-        return False
-    if "center_writing_weights" in asked and not all(map(_is_centred, _writing(model))):
-        return False
-    return "center_unembed" not in asked or _is_centred(model.unembed.W_U)
+    return not any(
+        _changes(step, role(name), parameter)
+        for name, parameter in model.named_parameters()
+        for step in asked
+    )
 
 
-def _value_biases(model: Any) -> Iterator[torch.Tensor]:
-    for block in model.blocks:
-        attention = dict(block.attn.named_parameters(recurse=False))
-        yield attention["_b_V"] if "_b_V" in attention else attention["b_V"]
-
-
-def _writing(model: Any) -> Iterator[torch.Tensor]:
-    """What writes to the residual stream, with d_model last."""
-    yield model.embed.W_E
-    if hasattr(model, "pos_embed"):
-        yield model.pos_embed.W_pos
-    for block in model.blocks:
-        yield block.attn.W_O
-        yield block.attn.b_O
-        for name, parameter in block.named_parameters():
-            if name in ("mlp.W_out", "mlp.b_out"):
-                yield parameter
+def _changes(step: str, role: Role, parameter: torch.Tensor) -> bool:
+    """Whether a step would change a parameter, by its values."""
+    if step == "fold_value_biases":
+        return role.what == "value" and role.is_bias and bool(parameter.any())
+    dim = role.writes if step == "center_writing_weights" else None
+    if step == "center_unembed" and role.what == "unembedding" and not role.is_bias:
+        dim = role.order[0]
+    return dim is not None and not _is_centred(parameter, dim)
 
 
 @torch.no_grad()
-def _is_centred(weight: torch.Tensor) -> bool:
-    """Whether the mean over the last dimension is no more than rounding leaves."""
-    mean = weight.mean(-1, dtype=torch.float32).abs().max()
+def _is_centred(weight: torch.Tensor, dim: int) -> bool:
+    """Whether the mean over a dimension is no more than rounding leaves."""
+    mean = weight.mean(dim, dtype=torch.float32).abs().max()
     return bool(mean <= torch.finfo(weight.dtype).eps * weight.abs().max().float())

@@ -13,6 +13,7 @@ from tl_fastload.ground.borrow import silenced
 from tl_fastload.ground.boundary import is_panic
 from tl_fastload.hooked.config_repairs import differences
 from tl_fastload.hooked.devices import device_of_block
+from tl_fastload.hooked.names import role
 from tl_fastload.hooked.rope_tables import put_rope_tables
 from tl_fastload.hooked.tokenizer import own_tokenizer, warn_of_ids, with_bos
 from tl_fastload.huggingface.empty import SkipRandomInit
@@ -170,10 +171,8 @@ def device_map(model: Any, move_to_device: bool) -> Callable[[str], torch.device
         return lambda name: torch.device(cfg.device)
 
     def device_of(name: str) -> torch.device:
-        parts = name.split(".")
-        index = 0 if parts[0] in ("embed", "pos_embed") else cfg.n_layers - 1
-        if parts[0] == "blocks":
-            index = int(parts[1])
+        place = role(name)
+        index = cfg.n_layers - 1 if place.is_last else place.layer or 0
         return torch.device(device_of_block(index, cfg))
 
     return device_of

@@ -16,14 +16,11 @@ from transformer_lens.components.mlps.gated_mlp import GatedMLP
 from transformer_lens.components.unembed import Unembed
 
 from tl_fastload.ground.memory_orders import STOCK
+from tl_fastload.hooked.names import role
 from tl_fastload.placement.strides import strides_of_order
 
-_HEADS_IN = ("W_Q", "W_K", "W_V", "_W_K", "_W_V")
-
-# Memory order of the dimensions, slowest first, of the matrix that the forward pass multiplies by.
-_HEADS_IN_ORDER = (0, 2, 1)  # [head, d_model, d_head] stored as [(head d_head), d_model]
-_HEADS_OUT_ORDER = (2, 0, 1)  # [head, d_head, d_model] stored as [d_model, (head d_head)]
-_TRANSPOSED_ORDER = (1, 0)  # [in, out] stored as [out, in]
+# What copies a matrix on each call if it does not lie in the order [out, in].
+_COPYING = (AbstractAttention, GatedMLP, Unembed)
 
 
 def strides_in(order: str, module: nn.Module, name: str, shape: torch.Size) -> tuple[int, ...]:
@@ -32,7 +29,7 @@ def strides_in(order: str, module: nn.Module, name: str, shape: torch.Size) -> t
     Args:
         order: "forward" as the forward pass multiplies, "stock" row-major.
         module: the component that owns the parameter.
-        name: the parameter's name in it, such as "W_Q".
+        name: the parameter's name in the model.
         shape: the parameter's logical shape.
 
     Returns:
@@ -48,18 +45,13 @@ def forward_strides(module: nn.Module, name: str, shape: torch.Size) -> tuple[in
 
     Args:
         module: the component that owns the parameter.
-        name: the parameter's name in it, such as "W_Q".
+        name: the parameter's name in the model.
         shape: the parameter's logical shape.
 
     Returns:
         Strides in elements; contiguous ones where the forward pass wants nothing else.
     """
-    order: tuple[int, ...] = tuple(range(len(shape)))
-    if isinstance(module, AbstractAttention) and len(shape) == 3:
-        if name in _HEADS_IN:
-            order = _HEADS_IN_ORDER
-        elif name == "W_O":
-            order = _HEADS_OUT_ORDER
-    elif isinstance(module, (GatedMLP, Unembed)) and len(shape) == 2:
-        order = _TRANSPOSED_ORDER
+    order = role(name).order
+    if not isinstance(module, _COPYING) or len(order) != len(shape):
+        order = tuple(range(len(shape)))
     return strides_of_order(shape, order)

@@ -9,6 +9,7 @@ import torch
 
 from tl_fastload.ground import compat
 from tl_fastload.hooked import steps
+from tl_fastload.hooked.names import folded_norms, role
 from tl_fastload.hooked.state_dicts import as_promise
 from tl_fastload.recipes.promise import Promise
 
@@ -42,19 +43,11 @@ def unit_norms(model: Any, promises: dict[str, Promise]) -> dict[str, Promise]:
         model: the model; norms that it has need no stand-in.
         promises: the state dict.
     """
-    cfg, own = model.cfg, model.state_dict(keep_vars=True)
-    blocks = [f"blocks.{layer}" for layer in range(cfg.n_layers)]
-    widths = {f"{block}.ln1": cfg.d_model for block in blocks}
-    if not cfg.attn_only:
-        widths |= {f"{block}.ln2": cfg.d_model for block in blocks}
-        if cfg.is_layer_norm_activation():
-            widths |= {f"{block}.mlp.ln": cfg.d_mlp for block in blocks}
-    widths["ln_final"] = cfg.d_model
+    own = model.state_dict(keep_vars=True)
     missing: dict[str, Promise] = {}
-    for norm, width in widths.items():
-        for leaf, value in (("w", 1.0), ("b", 0.0)):
-            name = f"{norm}.{leaf}"
-            if name not in promises and name not in own:
-                filled = torch.full((width,), value, dtype=cfg.dtype, device="cpu")
-                missing[name] = as_promise(filled, name)
+    for name, width in folded_norms(model.cfg):
+        if name not in promises and name not in own:
+            value = role(name).default
+            filled = torch.full((width,), value, dtype=model.cfg.dtype, device="cpu")
+            missing[name] = as_promise(filled, name)
     return missing

@@ -13,6 +13,7 @@ from tl_fastload.errors import warn_numbers
 from tl_fastload.ground import compat
 from tl_fastload.ground.borrow import silenced
 from tl_fastload.hooked import steps
+from tl_fastload.hooked.names import role
 from tl_fastload.hooked.norms import unit_norms
 from tl_fastload.hooked.observer import Observer
 from tl_fastload.hooked.origin import Origin
@@ -110,7 +111,7 @@ def record_processing(
         session.shifts = kernel_shifts(promises, model.cfg, allowed)
     is_given = session.origin is not None and not session.options.only_plan
     if compat.REPLACES_NORMS and not is_given and allowed["fold_ln"]:
-        if session.origin is None and "ln_final.w" in dict(model.named_parameters()):
+        if session.origin is None and any(role(n).is_folded for n, _ in model.named_parameters()):
             session.notes.append(
                 warn_numbers(
                     f"TransformerLens {compat.TRANSFORMER_LENS} folds the norms of the state dict "

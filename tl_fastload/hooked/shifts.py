@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 
+from tl_fastload.ground.role import by_place
+from tl_fastload.hooked.names import ATTENTION_NORM, MLP_NORM, role
 from tl_fastload.recipes.promise import Promise
-
-_READ_LN1 = ("attn.W_Q", "attn.W_K", "attn.W_V", "attn._W_K", "attn._W_V")
-_READ_LN2 = ("mlp.W_in", "mlp.W_gate")
 
 
 def kernel_shifts(
@@ -29,28 +28,36 @@ def kernel_shifts(
         cfg: the model's configuration.
         flags: the processing steps that will run.
     """
-    shifts: dict[str, Promise] = {}
-    for layer in range(cfg.n_layers):
-        prefix = f"blocks.{layer}."
-        ln1_b = promises.get(prefix + "ln1.b") if flags["fold_ln"] else None
-        ln2_b = promises.get(prefix + "ln2.b", ln1_b) if flags["fold_ln"] else None
-        for names, bias in ((_READ_LN1, ln1_b), (_READ_LN2, ln2_b)):
-            if bias is not None and bias.shape == (cfg.d_model,):
-                shifts.update({prefix + name: bias for name in names if prefix + name in promises})
-        value_bias = _value_bias(promises, prefix, ln1_b)
-        if flags["fold_value_biases"] and value_bias is not None:
-            groups = cfg.n_heads // value_bias.shape[0]
-            spread = torch.repeat_interleave(value_bias, groups, dim=0)
-            shifts[prefix + "attn.W_O"] = spread.reshape(-1)  # type: ignore[assignment]
+    at = by_place(promises, role)
+
+    def find(layer: int | None, what: str, is_bias: bool) -> Any:
+        return promises.get(at.get((layer, what, is_bias), ""))
+
+    def norm_bias(layer: int | None, norm: str) -> Any:
+        found = find(layer, norm, True) if flags["fold_ln"] else None
+        # A block with one norm has it in front of both.
+        return norm_bias(layer, ATTENTION_NORM) if found is None and norm == MLP_NORM else found
+
+    shifts: dict[str, Any] = {}
+    for name, promise in promises.items():
+        matrix = role(name)
+        if not matrix.is_projection:
+            continue
+        bias = norm_bias(matrix.layer, matrix.reads)
+        if bias is not None and bias.shape == (promise.shape[matrix.order[-1]],):
+            shifts[name] = bias
+        if matrix.what == "output" and flags["fold_value_biases"]:
+            values, weight = (find(matrix.layer, "value", is_bias) for is_bias in (True, False))
+            value_bias = _value_bias(values, weight, norm_bias(matrix.layer, ATTENTION_NORM))
+            if value_bias is not None:
+                groups = cfg.n_heads // value_bias.shape[0]
+                shifts[name] = torch.repeat_interleave(value_bias, groups, dim=0).reshape(-1)
     return shifts
 
 
-def _value_bias(promises: Mapping[str, Promise], prefix: str, ln1_b: Any) -> Any:
+def _value_bias(bias: Any, weight: Any, norm_bias: Any) -> Any:
     """The bias [head, d_head] of the values, with what the norm's bias adds to it."""
-    underscore = "_" if prefix + "attn._W_V" in promises else ""
-    bias: Any = promises.get(f"{prefix}attn.{underscore}b_V")
-    weight = promises.get(f"{prefix}attn.{underscore}W_V")
-    if ln1_b is None or weight is None or ln1_b.shape != weight.shape[1:2]:
+    if norm_bias is None or weight is None or norm_bias.shape != weight.shape[1:2]:
         return bias
-    folded = (weight.float() * ln1_b.float()[None, :, None]).sum(-2)
+    folded = (weight.float() * norm_bias.float()[None, :, None]).sum(-2)
     return folded if bias is None else bias.float() + folded

@@ -9,22 +9,18 @@ recorded once more on the matrices as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from tl_fastload.ground import compat
+from tl_fastload.hooked import steps
+from tl_fastload.hooked.names import role
 from tl_fastload.hooked.state_dicts import as_promise
 from tl_fastload.recipes.nodes import Call, Node, Pick, dtype_of, meta_of, shape_of
 from tl_fastload.recipes.promise import Promise
-
-# Which dimension of a parameter has the side that gets another length. No two groups meet in one
-# operation, so that each can have it alone.
-_HIDDEN = {"W_in": 1, "W_gate": 1, "b_in": 0, "b_gate": 0, "W_out": 0, "ln.w": 0, "ln.b": 0}
-_READ_BY_UNEMBEDDING = {"unembed.W_U": 0, "ln_final.w": 0, "ln_final.b": 0}
-_CENTRED = ("unembed.W_U", "unembed.b_U")
 
 
 @dataclass(eq=False)
@@ -61,8 +57,9 @@ def run_on_sides(
         return notes
     promises = model.fill_missing_keys(promises)  # with the lengths that the model has
     # Told nothing of the lengths, TransformerLens takes its own order of the sides.
-    alone = "unembed.W_U" in sides and flags["center_unembed"]
-    dtypes = {name: promises[name].dtype for name in _CENTRED if alone and name in promises}
+    unembedding = {n: p for n, p in promises.items() if role(n).what == "unembedding"}
+    alone = not sides.keys().isdisjoint(unembedding) and flags["center_unembed"]
+    dtypes = {name: value.dtype for name, value in unembedding.items() if alone}
     # Not rounded between folding and centring.
     promises.update({name: promises[name].float() for name in dtypes})  # type: ignore[misc]
     for name, dim in sides.items():
@@ -88,22 +85,26 @@ def _mistaken(
     centres = flags["center_unembed"] or (folds and cfg.normalization_type in ("LN", "LNPre"))
     found: dict[str, int] = {}
     notes: list[str] = []
-    if folds and not cfg.attn_only and cfg.d_mlp == cfg.d_model:
-        for layer in range(cfg.n_layers):
-            found |= {f"blocks.{layer}.mlp.{leaf}": dim for leaf, dim in _HIDDEN.items()}
-        found = {name: dim for name, dim in found.items() if name in promises}
+    if folds and not cfg.attn_only and cfg.d_mlp == cfg.d_model and not steps.experts(cfg):
+        found = _running_over("d_mlp", promises)
         if found:
-            notes.append(_note("d_mlp", cfg.d_mlp, "mlp.W_in"))
+            notes.append(_note("d_mlp", cfg.d_mlp, "the MLP's matrices"))
     out, inside = cfg.d_vocab_out, cfg.d_vocab
     if (folds and out == cfg.d_model) or (centres and out != inside == cfg.d_model):
-        found |= {name: dim for name, dim in _READ_BY_UNEMBEDDING.items() if name in promises}
-        notes.append(_note("the vocabulary", cfg.d_model, "unembed.W_U"))
+        found |= _running_over("d_model", (name for name in promises if role(name).is_last))
+        notes.append(_note("the vocabulary", cfg.d_model, "the unembedding matrix"))
     return found, notes
 
 
-def _note(what: str, length: int, name: str) -> str:
+def _running_over(side: str, names: Iterable[str]) -> dict[str, int]:
+    """The parameters that have a side, with the dimension that it is."""
+    found = {name: role(name).dim(side) for name in names}
+    return {name: dim for name, dim in found.items() if dim is not None}
+
+
+def _note(what: str, length: int, matrix: str) -> str:
     return (
-        f"TransformerLens {compat.TRANSFORMER_LENS} takes one side of {name} for the other where "
+        f"TransformerLens {compat.TRANSFORMER_LENS} takes one side of {matrix} for the other where "
         f"{what} and d_model are both {length}, and its processed numbers are wrong. Here the "
         "norms are folded into the right side."
     )

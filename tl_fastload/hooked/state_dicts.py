@@ -9,6 +9,7 @@ from torch import nn
 
 from tl_fastload.errors import MissingWeightsError
 from tl_fastload.ground.words import listed
+from tl_fastload.hooked.names import is_unread, role
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.quantized.recipes import promise_of_tensor
 from tl_fastload.recipes.nodes import MemorySource
@@ -32,12 +33,11 @@ def fill_missing_keys(model: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     """
     own = model.state_dict(keep_vars=True)
     missing = [name for name in own if name not in state_dict]
-    lost = [name for name in missing if is_weight_matrix(name)]
-    if model.cfg.positional_embedding_type == "alibi" and "pos_embed.W_pos" in lost:
-        # ALiBi models have no position embedding; TransformerLens never reads this parameter.
-        lost.remove("pos_embed.W_pos")
-        if not own["pos_embed.W_pos"].is_meta:  # a live model is not written to yet
-            own["pos_embed.W_pos"] = torch.zeros_like(own["pos_embed.W_pos"])
+    lost = [name for name in missing if role(name).kind == "matrix"]
+    for name in [name for name in lost if is_unread(name, model.cfg)]:
+        lost.remove(name)
+        if not own[name].is_meta:  # a live model is not written to yet
+            own[name] = torch.zeros_like(own[name])
     if lost:
         raise MissingWeightsError(
             f"The weights lack {listed(lost)}. Nothing was loaded. Check that the checkpoint is "
@@ -82,11 +82,6 @@ def has_memory(tensor: torch.Tensor) -> bool:
     return not isinstance(tensor, (Promise, QuantizedTensor)) and tensor.numel() > 0
 
 
-def is_norm(name: str) -> bool:
-    """Whether a parameter is a weight or bias of one of the norms that `fold_ln` folds."""
-    return name.endswith(("ln1.w", "ln1.b", "ln2.w", "ln2.b", "ln_final.w", "ln_final.b"))
-
-
 def table_problem(
     name: str, shape: torch.Size, dtype: torch.dtype, buffer: torch.Tensor
 ) -> str | None:
@@ -108,11 +103,3 @@ def table_problem(
 
 def _bits(dtype: torch.dtype) -> int:
     return torch.finfo(dtype).bits if dtype.is_floating_point else 0
-
-
-def is_weight_matrix(name: str) -> bool:
-    """Whether a parameter is one that no default can stand for, by its name."""
-    # A leaf such as W_Q or _W_K, or the weight of an expert's linear layer such as W_in.weight.
-    return any(part.lstrip("_").startswith("W_") for part in name.split(".")[-2:]) and not (
-        name.endswith(".bias")
-    )

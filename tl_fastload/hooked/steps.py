@@ -27,7 +27,7 @@ def reason_to_skip(step: str, cfg: Any) -> str | None:
         return "the model has no normalisation weights"
     if step == "fold_ln" and drops_norms(cfg):
         return f"TransformerLens {compat.TRANSFORMER_LENS} folds no norms in front of experts"
-    if step in STEPS[:2] and norm in ("LN", "LNPre") and _experts(cfg):
+    if step in STEPS[:2] and norm in ("LN", "LNPre") and experts(cfg):
         # Neither the norm's bias nor the side of the experts' matrices that writes is seen to.
         return "TransformerLens folds and centres experts behind an RMSNorm only"
     if step == "center_writing_weights" and norm in ("RMS", "RMSPre"):
@@ -59,10 +59,11 @@ def drops_norms(cfg: Any) -> bool:
     Args:
         cfg: the model's HookedTransformerConfig.
     """
-    return compat.REPLACES_NORMS and _experts(cfg) > 1
+    return compat.REPLACES_NORMS and experts(cfg) > 1
 
 
-def _experts(cfg: Any) -> int:
+def experts(cfg: Any) -> int:
+    """How many experts each layer of a model has; none has zero."""
     return getattr(cfg, "num_experts", None) or 0
 
 

@@ -25,6 +25,7 @@ _NOT_WEIGHTS = re.compile(
     r"(\.attn\.(masked_)?bias|\.attention\.(masked_)?bias|masked_bias|rotary_emb\.(inv_freq|cos_cached|sin_cached)"
     r"|rotary_pos_emb\.inv_freq|position_ids)$"
 )
+_LAYER = re.compile(r"(?:^|\.)(?:h|layers|blocks)\.(\d+)\.")
 
 
 @dataclass
@@ -209,6 +210,12 @@ def _dtype_plan(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
         if match is not None and match.lastgroup is not None:
             plan[name] = rules[by_group[match.lastgroup]]
     return plan
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a weight of a transformers model belongs to; None outside."""
+    found = _LAYER.search(name)
+    return None if found is None else int(found.group(1))
 
 
 def is_conv1d(cls: Any) -> bool:

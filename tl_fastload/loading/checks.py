@@ -23,6 +23,7 @@ from tl_fastload.ground.boundary import is_callers
 from tl_fastload.ground.words import listed
 from tl_fastload.hooked.origin import Origin
 from tl_fastload.hooked.steps import reason_to_skip
+from tl_fastload.huggingface.keys import layer_of
 from tl_fastload.huggingface.tree import MissingSource
 from tl_fastload.quantized import QuantizedTensor, formats
 from tl_fastload.quantized.recipes import follow
@@ -36,7 +37,6 @@ _OF_A_CONFIGURATION = (
     *(ArithmeticError, LookupError, ValueError, AssertionError, TypeError, AttributeError),
     RuntimeError,
 )
-_LAYER = re.compile(r"\.(?:h|layers|blocks)\.(\d+)\.")
 # Parts of multimodal checkpoints that the text model does not have.
 _NOT_TEXT = re.compile(r"(vision_tower|vision_model|multi_modal_projector|audio_tower)")
 
@@ -245,8 +245,8 @@ def _unread(origin: Origin, read: set[int], cfg: Any) -> list[str]:
         return []
     unread = []
     for name, promise in origin.root.named_parameters():
-        layer = _LAYER.search("." + name)
-        beyond = layer is not None and int(layer.group(1)) >= cfg.n_layers
+        layer = layer_of(name)
+        beyond = layer is not None and layer >= cfg.n_layers
         if not hasattr(cfg, "use_attention_sinks") and name.endswith(".sinks"):
             continue  # this TransformerLens has none, which the report says
         if beyond or _NOT_TEXT.search(name) or not isinstance(promise, Promise):

@@ -26,6 +26,7 @@ from tl_fastload.ground.words import listed
 from tl_fastload.hooked.already import is_processed
 from tl_fastload.hooked.architectures import architecture_of
 from tl_fastload.hooked.config import load_hf_config
+from tl_fastload.hooked.names import is_unread, role
 from tl_fastload.hooked.official_names import resolve_model
 from tl_fastload.hooked.origin import Origin
 from tl_fastload.hooked.processing import Session, record_processing
@@ -252,11 +253,9 @@ def _zeros(model: Any, state_dict: Mapping[str, Any]) -> dict[str, Promise]:
     """Zeros for missing biases, and for the positions of ALiBi models, which no weights tell but
     TransformerLens 2 centres.
     """
-    unread = "pos_embed.W_pos" if model.cfg.positional_embedding_type == "alibi" else None
     zeros = {}
     for name, parameter in model.named_parameters():
-        is_bias = name.rpartition(".")[2].lstrip("_").startswith("b")
-        if name not in state_dict and (is_bias or name == unread):
+        if name not in state_dict and (role(name).is_bias or is_unread(name, model.cfg)):
             zero = torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
             zeros[name] = as_promise(zero, name)
     return zeros

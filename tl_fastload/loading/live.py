@@ -17,8 +17,9 @@ from tl_fastload.ground.own_defaults import own_defaults
 from tl_fastload.ground.words import listed
 from tl_fastload.hooked.already import is_already_processed, versions
 from tl_fastload.hooked.layout import strides_in
+from tl_fastload.hooked.names import role
 from tl_fastload.hooked.processing import Session, record_processing
-from tl_fastload.hooked.state_dicts import is_norm, is_weight_matrix, table_problem
+from tl_fastload.hooked.state_dicts import table_problem
 from tl_fastload.hooked.steps import reason_to_skip
 from tl_fastload.loading import checks
 from tl_fastload.loading.load import notes_on, report_of, under_own_names
@@ -123,7 +124,7 @@ def _run(
 
 
 def _write(model: Any, session: Session, step: InPlaceStep) -> None:
-    quantizer = Quantizer(None, session.shifts) if has_quantized(model) else None
+    quantizer = Quantizer(None, role, session.shifts) if has_quantized(model) else None
     session.watch(set(_homes(model).values()))
     with Progress(session.options.progress) as progress:
         session.notes += write_recipes(model, session.recipes, step, quantizer, progress)
@@ -217,11 +218,11 @@ def _check_norms_and_biases(
         name
         for name, parameter in own.items()
         if name not in state_dict
-        and not is_weight_matrix(name)
+        and role(name).kind != "matrix"
         and not _is_default(name, parameter)
     ]
     if missing:
-        folded = any(is_norm(name) for name in missing)
+        folded = any(role(name).is_folded for name in missing)
         raise MissingWeightsError(
             f"The state dict lacks {listed(missing)}, and the model's own are trained: they belong "
             "to other weights. The model is unchanged. "
@@ -237,7 +238,7 @@ def _check_norms_and_biases(
     lost = [
         name
         for name, value in state_dict.items()
-        if is_norm(name) and name not in own and not _is_default(name, value)
+        if role(name).is_folded and name not in own and not _is_default(name, value)
     ]
     if lost:
         raise MissingWeightsError(
@@ -250,4 +251,4 @@ def _check_norms_and_biases(
 @torch.no_grad()
 def _is_default(name: str, value: torch.Tensor) -> bool:
     """Whether norm weights are one, or a bias is zero."""
-    return bool((value == (1 if name.endswith(".w") else 0)).all())
+    return bool((value == role(name).default).all())

@@ -17,11 +17,12 @@ from tl_fastload.errors import MissingWeightsError
 from tl_fastload.ground.own_defaults import own_defaults
 from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.ground.words import format_bytes, listed
-from tl_fastload.ground.wrappers import named_as, unwrapped
+from tl_fastload.ground.wrappers import unwrapped
 from tl_fastload.hooked import steps
 from tl_fastload.hooked.already import versions
 from tl_fastload.hooked.empty import build_empty, build_outline, device_map
 from tl_fastload.hooked.layout import strides_in
+from tl_fastload.hooked.names import named_as, role
 from tl_fastload.hooked.norms import kept_norms
 from tl_fastload.hooked.observer import Observer
 from tl_fastload.hooked.origin import Origin, find_origin
@@ -184,7 +185,7 @@ def _place(model: nn.Module, session: Session, origin: Origin) -> None:
     device_of = device_map(model, options.move_to_device)
     quantizer = None
     if origin.spec is not None or options.quantize is not None or has_quantized(model):
-        quantizer = Quantizer(options.quantize, session.shifts)
+        quantizer = Quantizer(options.quantize, role, session.shifts)
     with Progress(options.progress) as progress:
         placer = Placer(
             model,

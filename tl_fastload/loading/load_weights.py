@@ -20,10 +20,11 @@ from tl_fastload.ground.boundary import guarded
 from tl_fastload.ground.own_defaults import own_defaults
 from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.ground.words import listed
-from tl_fastload.ground.wrappers import named_as, own_names, unwrapped
+from tl_fastload.ground.wrappers import own_names, unwrapped
 from tl_fastload.hooked import steps
 from tl_fastload.hooked.already import versions
-from tl_fastload.hooked.state_dicts import is_norm, table_problem
+from tl_fastload.hooked.names import has_folded_norms, named_as, role
+from tl_fastload.hooked.state_dicts import table_problem
 from tl_fastload.loading.convert import Converted, converted, find_config, steps_of
 from tl_fastload.loading.live import write_recipes
 from tl_fastload.loading.sources import WeightSource, open_source, read_through
@@ -39,10 +40,6 @@ from tl_fastload.report.memory import PeakSampler, return_freed_memory
 from tl_fastload.report.progress import Progress, ProgressOption
 from tl_fastload.request.argument_types import checked
 from tl_fastload.source.reader import FileReader
-
-# Tables that TransformerLens computes from the configuration; other versions have others.
-_TABLES = ("mask", "IGNORE", "rotary_sin", "rotary_cos", "alibi")
-_FOLDED_NORMS = ("LayerNormPre", "RMSNormPre")
 
 
 @dataclass
@@ -144,7 +141,7 @@ def load_weights_(
                     "one model."
                 )
             own = own_names(model)
-            if not named or any(name in own or is_norm(name) for name in named):
+            if not named or any(name in own or role(name).is_folded for name in named):
                 if processing is not None:
                     raise ArgumentError(
                         "processing= is for weights in Hugging Face's naming. These have "
@@ -193,7 +190,7 @@ def _load_hooked(
     writes = []
     for name, source in named.items():
         if name not in own:
-            if name.rpartition(".")[2] not in _TABLES and name not in buffers:
+            if role(name).kind != "table" and name not in buffers:
                 found.unexpected.append(name)
             continue
         target = state[own[name]]
@@ -253,14 +250,13 @@ def _may_be_missing(model: nn.Module, name: str, parameters: Mapping[str, Any]) 
 
 def _hints(model: Any, found: _Found) -> list[str]:
     """What is probably wrong when norm weights are too many or too few."""
-    norms = [name for name in found.unexpected if is_norm(name)]
-    folded = any(type(module).__name__ in _FOLDED_NORMS for module in model.modules())
-    if norms and folded:
+    norms = [name for name in found.unexpected if role(name).is_folded]
+    if norms and has_folded_norms(model):
         return [
             "These weights are not processed, and the model is: its norms are folded into the "
             "layers behind them. model.load_and_process_state_dict(state_dict) folds them."
         ]
-    if any(is_norm(name) for name in found.missing):
+    if any(role(name).is_folded for name in found.missing):
         return [
             "These weights seem to come from a processed model, whose norms are folded away; this "
             "model has norm weights of its own."
@@ -337,7 +333,7 @@ def _quantizer(model: Any, recipes: Mapping[str, Promise], result: Converted) ->
     targets = {n: p for n, p in model.named_parameters() if isinstance(p, QuantizedTensor)}
     if not targets:
         return None
-    quantizer = Quantizer(None, result.session.shifts)
+    quantizer = Quantizer(None, role, result.session.shifts)
     for name, target in targets.items():
         if name in recipes:
             made = quantizer.keep(name, recipes[name], target.dtype, target.device)

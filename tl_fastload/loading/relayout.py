@@ -78,8 +78,8 @@ def _moves(model: nn.Module, order: str) -> list[_Move]:
         if isinstance(parameter, QuantizedTensor):
             continue
         _check_plain(name, parameter)
-        parent, _, leaf = name.rpartition(".")
-        strides = strides_in(order, model.get_submodule(parent), leaf, parameter.shape)
+        module = model.get_submodule(name.rpartition(".")[0])
+        strides = strides_in(order, module, name, parameter.shape)
         move = _Move(name, parameter, strides)
         other = found.setdefault(id(parameter), move)
         if not same_layout(parameter.shape, other.strides, strides):

@@ -44,7 +44,7 @@ class Placer:
             it has no gaps.
         progress: told of every placed parameter.
         strides_of: dense strides of a parameter in an order, from the order, the module that owns
-            it, its name there, and its shape.
+            it, its name, and its shape.
         quantizer: makes quantized tensors, or None.
         fresh: nobody holds the model's tensors yet, so that their memory may be replaced.
         order: memory order of the parameters, of `ground.memory_orders.LAYOUTS`.
@@ -206,8 +206,8 @@ class Placer:
         return node if fits else None
 
     def strides(self, name: str, shape: torch.Size) -> tuple[int, ...]:
-        parent, _, leaf = name.rpartition(".")
-        return self.strides_of(self.order, self.model.get_submodule(parent), leaf, shape)
+        module = self.model.get_submodule(name.rpartition(".")[0])
+        return self.strides_of(self.order, module, name, shape)
 
     @property
     def _copies(self) -> bool:

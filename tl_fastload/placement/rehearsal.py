@@ -110,6 +110,14 @@ class _Rehearsal:
             return False
         return not quantizer.stays_dense(name, promise)
 
+    def _quantized_as(self, name: str, promise: Promise) -> tuple[tuple[int, ...], int] | None:
+        """The form of the matrix that is quantized; None if none is."""
+        quantizer = self.placer.quantizer
+        if quantizer is None or not self._is_quantized(name, promise):
+            return None
+        role = quantizer.role(name)
+        return role.order, role.n_outputs
+
     def _place(self, recipes: dict[str, Promise], device: torch.device) -> None:
         outline = _Outline(device)
         facts = []
@@ -122,7 +130,7 @@ class _Rehearsal:
                     target.dtype,
                     target.shape,
                     self.placer.strides(name, target.shape),
-                    self._is_quantized(name, promise) and _quantized_as(name),
+                    self._quantized_as(name, promise),
                 )
             )
         key = (device.type, tuple(facts), tuple(outline.steps))
@@ -175,7 +183,7 @@ class _Rehearsal:
             return None
         shift = self._shift(name)
         shifts = {} if shift is None else {name: _promise_of(stage.copy(shift.node), shift)}
-        own = type(quantizer)(quantizer.spec, shifts)
+        own = type(quantizer)(quantizer.spec, quantizer.role, shifts)
         kept = own.keep(name, _promise_of(node, promise), self.targets[name].dtype, META)
         quantizer.not_quantized.update(own.not_quantized)
         return kept
@@ -381,11 +389,6 @@ class _Counter(TorchDispatchMode):
         parts = [tensor] if content is None else list(content.tensors().values())
         keys = {part.untyped_storage()._cdata for part in parts}
         return sum(self._alive[key][1] for key in keys if key in self._alive)
-
-
-def _quantized_as(name: str) -> tuple[str, bool]:
-    """What of a name decides how its parameter is quantized (`tl_fastload.quantized.quantizer`)."""
-    return (name.rsplit(".", 1)[-1], ".experts." in name)
 
 
 def _quantized_bytes(tensor: torch.Tensor) -> int | None:

@@ -10,6 +10,7 @@ import torch
 
 from tl_fastload.errors import LeanLoadError, QuantizationError
 from tl_fastload.ground.memory_orders import FORWARD
+from tl_fastload.hooked.names import role
 from tl_fastload.placement.rehearsal import Forecast
 from tl_fastload.planning.dry_run import Draft, Needs
 from tl_fastload.planning.plan import Choice
@@ -108,7 +109,7 @@ def _quantized(draft: Draft, arguments: dict[str, Any]) -> Iterator[Choice]:
         except QuantizationError:
             continue
         for kind in format.advised:
-            found = draft.forecast(Quantizer(formats.read_quantization(kind)))
+            found = draft.forecast(Quantizer(formats.read_quantization(kind), role))
             yield from _fitting(draft, {**arguments, "quantize": kind}, found)
 
 

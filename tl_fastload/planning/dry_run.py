@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 
 from tl_fastload.errors import RecordingError
 from tl_fastload.ground.sizes import bytes_of
+from tl_fastload.hooked.names import role
 from tl_fastload.hooked.origin import Origin
 from tl_fastload.hooked.processing import Session
 from tl_fastload.loading import load as sessions
@@ -33,7 +33,6 @@ CODE_BYTES = 12 << 20
 _READ_AROUND_BYTES = 1 << 20
 # transformers holds a quantized model and its dequantized copy for a while.
 _DEQUANTIZING_COPIES = 2
-_BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
 @dataclass
@@ -138,5 +137,5 @@ class Needs:
 
 def is_within(name: str, n_layers: int | None) -> bool:
     """Whether a parameter is in the first layers, or in none."""
-    block = _BLOCK.match(name)
-    return n_layers is None or block is None or int(block.group(1)) < n_layers
+    layer = role(name).layer
+    return n_layers is None or layer is None or layer < n_layers

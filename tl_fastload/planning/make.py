@@ -15,6 +15,7 @@ from tl_fastload.ground.boundary import boundary
 from tl_fastload.ground.own_defaults import own_defaults
 from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.ground.words import format_bytes
+from tl_fastload.hooked.names import role
 from tl_fastload.loading import load as sessions
 from tl_fastload.placement.rehearsal import Forecast
 from tl_fastload.planning import advice, of_copy
@@ -167,7 +168,7 @@ def _by_kind(draft: Draft, found: Forecast) -> dict[str, int]:
     for name, parameter in draft.model.named_parameters():
         quantized_bytes = found.quantized_bytes.get(name)
         if quantized_bytes is None:
-            sizes[kind_of(name)] += bytes_of(parameter)
+            sizes[kind_of(role(name))] += bytes_of(parameter)
         else:
             sizes["quantized"] += quantized_bytes
     sizes["buffers"] = sum(draft.buffer_bytes().values())

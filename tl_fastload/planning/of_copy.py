@@ -15,6 +15,7 @@ from tl_fastload.copies.manifest import Manifest, View, read_manifest
 from tl_fastload.copies.read import checked_configuration, may_map
 from tl_fastload.copies.verify import open_copy
 from tl_fastload.hooked.empty import build_outline, device_map
+from tl_fastload.hooked.names import role
 from tl_fastload.planning.dry_run import CODE_BYTES, CPU, OBJECTS_BYTES, Needs
 from tl_fastload.planning.plan import KINDS, Choice, LoadPlan, kind_of
 from tl_fastload.request.call import Request
@@ -145,7 +146,7 @@ def _sizes(
         size = place(name, view)
         is_read = name in moves or device_of(name).type != "cpu"
         mapped += size if is_mapped and not is_read else 0
-        sizes.by_kind[kind_of(name) if view.quantized is None else "quantized"] += size
+        sizes.by_kind[kind_of(role(name)) if view.quantized is None else "quantized"] += size
     for name, view in manifest.buffers.items():
         sizes.by_kind["buffers"] += place(name, view)
     return replace(sizes, mapped=mapped)

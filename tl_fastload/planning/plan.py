@@ -11,18 +11,15 @@ from typing import Any
 import torch
 
 from tl_fastload.ground.memory_orders import FORWARD
+from tl_fastload.ground.role import Role
 from tl_fastload.ground.words import format_bytes, html_table, text_table
 
 KINDS = ("embedding", "attention", "MLP", "norms and other", "quantized", "buffers")
 
 
-def kind_of(name: str) -> str:
+def kind_of(role: Role) -> str:
     """Which of `KINDS` a parameter that is not quantized belongs to."""
-    if name.startswith(("embed.", "pos_embed.", "unembed.")):
-        return "embedding"
-    if ".attn." in name:
-        return "attention"
-    return "MLP" if ".mlp." in name else "norms and other"
+    return role.part if role.part in KINDS else "norms and other"
 
 
 @dataclass(frozen=True)

@@ -11,26 +11,13 @@ from dataclasses import dataclass, field
 import torch
 
 from tl_fastload.errors import QuantizationError
+from tl_fastload.ground.role import Role, RoleOf
 from tl_fastload.quantized import views
 from tl_fastload.quantized.recipes import follow, reads_quantized
 from tl_fastload.quantized.spec import Spec
 from tl_fastload.quantized.tensor import QuantizedTensor, quantize
 from tl_fastload.recipes.evaluate import evaluate, sources
 from tl_fastload.recipes.promise import Promise
-
-# The memory order of a parameter's dimensions as the matrix [out, in], and how many are outputs.
-_Form = tuple[tuple[int, ...], int]
-_AS_MATRIX: dict[str, _Form] = {
-    **dict.fromkeys(("W_Q", "W_K", "W_V", "_W_K", "_W_V"), ((0, 2, 1), 2)),
-    "W_O": ((2, 0, 1), 1),
-    **dict.fromkeys(("W_in", "W_gate", "W_out"), ((1, 0), 1)),
-}
-_EXPERT: _Form = ((0, 1), 1)
-_ROLES = {
-    "embed.W_E": "embedding",
-    "pos_embed.W_pos": "position embedding",
-    "unembed.W_U": "unembedding",
-}
 
 
 @dataclass
@@ -39,14 +26,15 @@ class Quantizer:
 
     Args:
         spec: how to quantize dense weights, or None to keep those that come dense.
-        shifts: what processing took out of the input of each matrix
-            (`tl_fastload.hooked.shifts`).
+        role: what each parameter of the model is.
+        shifts: what processing took out of the input of each matrix.
 
     Attributes:
         not_quantized: parameter name -> why it is dense.
     """
 
     spec: Spec | None
+    role: RoleOf
     shifts: Mapping[str, Promise] = field(default_factory=dict)
     not_quantized: dict[str, str] = field(default_factory=dict)
 
@@ -76,13 +64,15 @@ class Quantizer:
 
     def stays_dense(self, name: str, promise: Promise) -> bool:
         """Whether a parameter is placed as its recipe says, and may be mapped; notes why."""
-        if promise.dim() < 2 or not promise.is_floating_point() or not _is_matrix(name):
+        role = self.role(name)
+        # Biases of heads have two dimensions, too.
+        if promise.dim() < 2 or not promise.is_floating_point() or role.kind != "matrix":
             return True
         if reads_quantized(promise.node):
             return False
         reason: str | None = "not quantized in the checkpoint"
         if self.spec is not None:
-            reason = _why_dense(name, promise, self.spec)
+            reason = _why_dense(name, role, promise, self.spec)
         if reason is not None:
             self._note(name, reason)
         return reason is not None
@@ -91,45 +81,30 @@ class Quantizer:
         """A dense parameter, which `keep` has seen, quantized as asked for; None if it stays
         dense.
         """
-        form = _form(name)
-        if self.spec is None or form is None or name in self.not_quantized:
+        role = self.role(name)
+        if self.spec is None or not role.is_projection or name in self.not_quantized:
             return None
-        order, outputs = form
+        order = role.order
         matrix = tensor.permute(order)
-        rows = matrix.reshape(matrix.shape[:outputs].numel(), -1).contiguous()
+        rows = matrix.reshape(matrix.shape[: role.n_outputs].numel(), -1).contiguous()
         made = quantize(rows, self.spec)
         whole = views.whole(made.content.stored.shape).view(matrix.shape)
         back = [order.index(dim) for dim in range(len(order))]
         return QuantizedTensor(made.content, whole.permute(back), tensor.dtype)
 
     def _note(self, name: str, reason: str) -> None:
-        role = _ROLES.get(name, "router" if name.endswith(".mlp.W_gate.weight") else "")
-        self.not_quantized[name] = f"{role}: {reason}" if role else reason
+        role = self.role(name)
+        self.not_quantized[name] = reason if role.is_projection else f"{role.what}: {reason}"
 
 
-def _form(name: str) -> _Form | None:
-    """How a parameter is a matrix [out, in]; None if it is no projection."""
-    leaf = name.rsplit(".", 1)[-1]
-    return _EXPERT if ".experts." in name and leaf == "weight" else _AS_MATRIX.get(leaf)
-
-
-def _why_dense(name: str, promise: Promise, spec: Spec) -> str | None:
-    """Why a parameter is not quantized; None if it is."""
-    form = _form(name)
-    if form is None:
+def _why_dense(name: str, role: Role, promise: Promise, spec: Spec) -> str | None:
+    """Why a matrix is not quantized; None if it is."""
+    if not role.is_projection:
         return "not a projection"
     # Configurations name modules as transformers does, or as TransformerLens does.
     read = [v.source for v in sources(promise.node) if v.source.shape.numel() >= promise.numel()]
     names = [name, *(getattr(source, "name", "") for source in read)]
     if any(f".{part}." in f".{one}." for part in spec.skip for one in names):
         return "skipped, as the configuration asks"
-    order, outputs = form
-    row = torch.Size(promise.shape[dim] for dim in order[outputs:]).numel()
+    row = torch.Size(promise.shape[dim] for dim in role.order[role.n_outputs :]).numel()
     return spec.why_dense(promise.numel() // max(row, 1), row)
-
-
-def _is_matrix(name: str) -> bool:
-    """Whether a parameter is a weight matrix by its name; per-head biases have two dimensions
-    too.
-    """
-    return name.rsplit(".", 1)[-1].lstrip("_").startswith(("W_", "weight"))

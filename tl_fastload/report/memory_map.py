@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,12 +11,11 @@ from typing import Any
 import torch
 
 from tl_fastload.ground.mark import require_whole
+from tl_fastload.ground.role import Role, RoleOf
 from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.report.memory import stored_parts
 
 STATES = ("dense", "quantized", "mapped", "quantized and mapped", "on a device")
-_BLOCK = re.compile(r"blocks\.(\d+)\.(\w+)\.")
-_COMPONENTS = {"attn": "attention", "mlp": "MLP"}
 
 
 @dataclass(frozen=True)
@@ -38,14 +36,12 @@ class Part:
     size_bytes: int
 
 
-def memory_map(model: Any) -> list[Part]:
-    """Where the memory of a model's parameters and buffers lies, in the order of the layers.
-
-    Mapped memory is told by the system's own table (`/proc/self/maps`); where there is none (other
-    systems than Linux), it counts as dense.
+def memory_map(model: Any, role: RoleOf) -> list[Part]:
+    """`tl_fastload.memory_map.memory_map`, for models of any names.
 
     Args:
-        model: a `HookedTransformer`.
+        model: any model.
+        role: what each of its parameters and buffers is.
 
     Raises:
         HalfWrittenError: a step in place was interrupted in it.
@@ -63,7 +59,7 @@ def memory_map(model: Any) -> list[Part]:
                 continue
             seen.add((piece.data_ptr(), size_bytes))
             state = _state(piece, is_quantized, is_mapped(piece.data_ptr()))
-            layer, component = _place(name, is_buffer)
+            layer, component = _place(role(name), is_buffer)
             key = (layer, component, state)
             sizes[key] = sizes.get(key, 0) + size_bytes
     parts = [Part(*key, size_bytes) for key, size_bytes in sizes.items()]
@@ -83,15 +79,11 @@ def _state(piece: torch.Tensor, is_quantized: bool, is_mapped: bool) -> str:
     return "mapped" if is_mapped else "dense"
 
 
-def _place(name: str, is_buffer: bool) -> tuple[str, str]:
+def _place(role: Role, is_buffer: bool) -> tuple[str, str]:
     """Layer and component of a parameter."""
-    block = _BLOCK.match(name)
-    layer = block.group(1) if block else "unembed" if name.startswith(("un", "ln_f")) else "embed"
-    if is_buffer:
-        return layer, "buffers"
-    if block is None:
-        return layer, "norms" if name.startswith("ln") else "embedding"
-    return layer, _COMPONENTS.get(block.group(2), "norms")
+    layer = "unembed" if role.is_last else "embed" if role.layer is None else str(role.layer)
+    component = "norms" if role.part == "other" else role.part
+    return layer, "buffers" if is_buffer else component
 
 
 def _rank(layer: str) -> tuple[int, int]:

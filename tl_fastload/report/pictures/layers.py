@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tl_fastload.ground.role import RoleOf
 from tl_fastload.ground.words import format_bytes
 from tl_fastload.report.memory_map import STATES, memory_map
 from tl_fastload.report.pictures.style import (
@@ -32,16 +33,15 @@ _STATE_STYLES = {
 
 
 @styled
-def plot_memory_map(model: Any, path: str | Path | None = None) -> Any:
-    """Draw where the memory of a loaded model lies, layer by layer: mapped, quantized or dense.
-
-    In each bar attention lies at the bottom, the MLP above it, norms and buffers on top.
+def plot_memory_map(model: Any, role: RoleOf, path: str | Path | None = None) -> Any:
+    """`tl_fastload.plots.plot_memory_map`, for models of any names.
 
     Args:
-        model: a `HookedTransformer`.
+        model: any model.
+        role: what each of its parameters and buffers is.
         path: a file to write as well.
     """
-    parts = memory_map(model)
+    parts = memory_map(model, role)
     figure = figure_of()
     axes = figure.subplots()
     layers = list(dict.fromkeys(part.layer for part in parts))

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 from tl_fastload.errors import ArgumentError
 from tl_fastload.ground.words import format_bytes
-from tl_fastload.report.pictures.layers import plot_memory_map
 from tl_fastload.report.pictures.plan import plot_plan
 from tl_fastload.report.pictures.style import (
     BLACK,
@@ -35,7 +34,7 @@ from tl_fastload.report.pictures.style import (
 )
 from tl_fastload.report.timeline import Phase, Timeline
 
-__all__ = ["Series", "plot_load", "plot_memory_map", "plot_peaks", "plot_plan", "plot_timelines"]
+__all__ = ["Series", "plot_load", "plot_peaks", "plot_plan", "plot_timelines"]
 
 _LINES = (
     {"color": BLUE, "linestyle": "-"},
