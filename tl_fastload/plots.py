@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from tl_fastload.hooked.names import role
+from tl_fastload.memory_map import role_in
 from tl_fastload.report.pictures import layers
 from tl_fastload.report.pictures.loads import (
     Series,
@@ -25,4 +25,4 @@ def plot_memory_map(model: Any, path: str | Path | None = None) -> Any:
         model: a `HookedTransformer`.
         path: a file to write as well.
     """
-    return layers.plot_memory_map(model, role, path)
+    return layers.plot_memory_map(model, role_in(model), path)

@@ -16,8 +16,7 @@ from torch import nn
 from tests.support import zoo as bed
 from tests.support.comparison import lean_model
 from tl_fastload import LeanHookedTransformer, MissingWeightsError, load_weights_
-from tl_fastload.ground.wrappers import unwrapped, without_prefixes, without_wrappers
-from tl_fastload.hooked.names import named_as
+from tl_fastload.ground.wrappers import named_as, unwrapped, without_prefixes, without_wrappers
 
 WANTED = ("embed.W_E", "blocks.0.attn.W_Q", "blocks.0.attn.W_K")
 RAW = {

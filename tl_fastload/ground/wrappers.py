@@ -11,7 +11,7 @@ is tied to a weight that is there: an auxiliary head is not the model's own.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -92,6 +92,28 @@ def own_names(model: nn.Module) -> dict[str, str]:
     submodules bring in.
     """
     return {without_wrapper_parts(name): name for name in model.state_dict(keep_vars=True)}
+
+
+def named_as(
+    model: nn.Module, state_dict: Mapping[str, Value], others: Iterable[str] = ()
+) -> tuple[dict[str, Value], Renaming]:
+    """A state dict in a model's naming, without any wrapper's part in its keys.
+
+    Args:
+        model: the model.
+        state_dict: any values by name.
+        others: names that would fit the model as well, such as those of norms that it has folded
+            away.
+    """
+    own = own_names(model)
+    own.update({name: name for name in own.values()})
+    own.update({without_wrapper_parts(name): name for name in others})
+    renaming = without_prefixes(state_dict, own.get)
+    named = {
+        without_wrapper_parts(key) if key in own else key: value
+        for key, value in renaming.apply(state_dict).items()
+    }
+    return named, renaming
 
 
 def _first_fit(key: str, fits: Fits) -> tuple[str, Hashable | None]:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
 from tl_fastload.ground.role import Part, Role
-from tl_fastload.ground.wrappers import Renaming, own_names, without_prefixes, without_wrapper_parts
-
-Value = TypeVar("Value")
+from tl_fastload.ground.wrappers import without_wrapper_parts
 
 _NUMBER = re.compile(r"(?<=\.)\d+\.")
 _LAYER = re.compile(r"blocks\.(\d+)\.")
@@ -61,7 +59,6 @@ _MLP = {
         (f"experts.W_{name}.bias", _bias("MLP", f"expert's {what}", sides[1])),
     )
 }
-_TABLE = Role("attention", "table")
 _ROLES = {
     "embed.W_E": _matrix("embedding", "embedding", "d_vocab d_model", "d_vocab"),
     **_norm("embed.ln", "embedding", "embedding norm", "d_model", is_folded=False),
@@ -77,8 +74,11 @@ _ROLES = {
     "blocks.attn.sinks": Role("attention", "other", "attention sinks", ("head",)),
     # Which of these there are depends on TransformerLens' version.
     **{
-        f"blocks.attn.{leaf}": _TABLE
-        for leaf in ("mask", "IGNORE", "rotary_sin", "rotary_cos", "alibi")
+        f"blocks.attn.{leaf}": Role("attention", "table", what)
+        for leaf, what in (
+            *(("mask", "mask"), ("IGNORE", "mask"), ("alibi", "position table")),
+            *(("rotary_sin", "rotary table"), ("rotary_cos", "rotary table")),
+        )
     },
     **_norm("blocks.ln2", "norms", MLP_NORM, "d_model", is_folded=True),
     **_norm("blocks.ln2_post", "norms", "norm behind the MLP", "d_model", is_folded=False),
@@ -142,27 +142,7 @@ def is_unread(name: str, cfg: Any) -> bool:
     return cfg.positional_embedding_type == "alibi" and role(name).what == "position embedding"
 
 
-def has_folded_norms(model: nn.Module) -> bool:
-    """Whether a model's norms have no weights, which are folded into what reads them."""
-    return any(type(module).__name__ in _FOLDED_NORMS for module in model.modules())
-
-
-def named_as(model: Any, state_dict: Mapping[str, Value]) -> tuple[dict[str, Value], Renaming]:
-    """A state dict in TransformerLens' naming, without any wrapper's part in its keys.
-
-    Args:
-        model: a HookedTransformer. The weights of norms that it has folded away fit, too.
-        state_dict: any values by name.
-    """
-    own = own_names(model)
-    own.update({name: name for name in own.values()})
-    for name, module in model.named_modules():
-        if type(module).__name__ in _FOLDED_NORMS:
-            bare = without_wrapper_parts(name)
-            own.update({f"{bare}.{leaf}": f"{name}.{leaf}" for leaf in "wb"})
-    renaming = without_prefixes(state_dict, own.get)
-    named = {
-        without_wrapper_parts(key) if key in own else key: value
-        for key, value in renaming.apply(state_dict).items()
-    }
-    return named, renaming
+def folded_names(model: nn.Module) -> list[str]:
+    """The weights and biases of norms that a model has folded into what reads them."""
+    norms = [n for n, module in model.named_modules() if type(module).__name__ in _FOLDED_NORMS]
+    return [f"{norm}.{leaf}" for norm in norms for leaf in "wb"]

@@ -18,7 +18,7 @@ import torch
 from tl_fastload.ground import compat
 from tl_fastload.hooked import steps
 from tl_fastload.hooked.names import role
-from tl_fastload.hooked.state_dicts import as_promise
+from tl_fastload.placement.own_values import as_promise
 from tl_fastload.recipes.nodes import Call, Node, Pick, dtype_of, meta_of, shape_of
 from tl_fastload.recipes.promise import Promise
 
@@ -83,6 +83,7 @@ def _mistaken(
     """
     folds = flags["fold_ln"]
     centres = flags["center_unembed"] or (folds and cfg.normalization_type in ("LN", "LNPre"))
+    # No two groups meet in one operation, so that each can have another length alone.
     found: dict[str, int] = {}
     notes: list[str] = []
     if folds and not cfg.attn_only and cfg.d_mlp == cfg.d_model and not steps.experts(cfg):

@@ -1,10 +1,16 @@
-"""The processing steps: which of them a model allows, and why not."""
+"""The processing steps: which of them a model allows and why not, and whether they were done."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
+
+from tl_fastload.errors import ArgumentError
 from tl_fastload.ground import compat
+from tl_fastload.ground.role import Role
+from tl_fastload.hooked.names import role
 from tl_fastload.request.steps import STEPS
 
 # Their norms act on a sublayer's output, where neither folding nor centring is valid.
@@ -67,13 +73,45 @@ def experts(cfg: Any) -> int:
     return getattr(cfg, "num_experts", None) or 0
 
 
-def describe(requested: dict[str, bool], cfg: Any) -> dict[str, str]:
-    """What becomes of each step, for the report."""
-    outcome: dict[str, str] = {}
-    for step in STEPS:
-        reason = reason_to_skip(step, cfg)
-        if not requested.get(step, False):
-            outcome[step] = "skipped: not asked for"
-        else:
-            outcome[step] = "done" if reason is None else f"skipped: {reason}"
-    return outcome
+def check_refactor(cfg: Any, flags: Mapping[str, bool]) -> None:
+    """Raise ArgumentError if matrices are to be refactored that rotary embeddings stand between."""
+    step = "refactor_factored_attn_matrices"
+    reason = reason_to_skip(step, cfg)
+    if flags[step] and reason is not None:
+        raise ArgumentError(f"{step}=True cannot be done: {reason}. Leave it out.")
+
+
+def is_processed(model: Any, flags: Mapping[str, bool]) -> bool:
+    """Whether every step that is asked for, and that the model allows, would change nothing.
+
+    Args:
+        model: a HookedTransformer.
+        flags: the processing steps.
+    """
+    asked = [step for step, on in flags.items() if on and reason_to_skip(step, model.cfg) is None]
+    if "refactor_factored_attn_matrices" in asked:
+        return False
+    if "fold_ln" in asked and not str(model.cfg.normalization_type).endswith("Pre"):
+        return False
+    return not any(
+        _changes(step, role(name), parameter)
+        for name, parameter in model.named_parameters()
+        for step in asked
+    )
+
+
+def _changes(step: str, role: Role, parameter: torch.Tensor) -> bool:
+    """Whether a step would change a parameter, by its values."""
+    if step == "fold_value_biases":
+        return role.what == "value" and role.is_bias and bool(parameter.any())
+    dim = role.writes if step == "center_writing_weights" else None
+    if step == "center_unembed" and role.what == "unembedding" and not role.is_bias:
+        dim = role.order[0]
+    return dim is not None and not _is_centred(parameter, dim)
+
+
+@torch.no_grad()
+def _is_centred(weight: torch.Tensor, dim: int) -> bool:
+    """Whether the mean over a dimension is no more than rounding leaves."""
+    mean = weight.mean(dim, dtype=torch.float32).abs().max()
+    return bool(mean <= torch.finfo(weight.dtype).eps * weight.abs().max().float())

@@ -14,11 +14,10 @@ from tl_fastload.copies.layout import layout_of, moved
 from tl_fastload.copies.manifest import Manifest, View, read_manifest
 from tl_fastload.copies.read import checked_configuration, may_map
 from tl_fastload.copies.verify import open_copy
-from tl_fastload.hooked.empty import build_outline, device_map
-from tl_fastload.hooked.names import role
+from tl_fastload.ground.role import RoleOf
 from tl_fastload.planning.dry_run import CODE_BYTES, CPU, OBJECTS_BYTES, Needs
 from tl_fastload.planning.plan import KINDS, Choice, LoadPlan, kind_of
-from tl_fastload.request.call import Request
+from tl_fastload.roads.road import Request
 from tl_fastload.source.reader import CHUNK_BYTES
 from tl_fastload.source.safetensors import TensorEntry
 
@@ -50,16 +49,16 @@ def plan_copy(request: Request, folder: Path) -> LoadPlan:
     Raises:
         ArgumentError, CheckpointError: what loading it would raise.
     """
-    request.check()
     manifest, entries = open_copy(folder)
-    cfg, _ = checked_configuration(manifest, request, folder)
+    cfg = checked_configuration(manifest, request, folder)
     cfg.init_weights = False  # no seed is to be set
-    model = build_outline(request.cls, cfg, None, [])
+    model = request.road.model_on_meta(request.cls, cfg)
     check_names(model, manifest, folder)
-    device_of = device_map(model, request.arguments["move_to_device"])
-    moves = moved(model, manifest, request.options)
+    device_of = request.road.device_map(model, request.arguments["move_to_device"])
+    moves = moved(request.road, model, manifest, request.options)
     mapped = may_map(request.options, folder)
-    sizes = _sizes(manifest, entries, device_of, moves, is_mapped=mapped)
+    role = request.road.role
+    sizes = _sizes(manifest, entries, role, device_of, moves, is_mapped=mapped)
     needs = _needs(sizes, reads=request.options.verify)
     kind = None if manifest.quantization is None else f"{manifest.quantization.kind}, as saved"
     plan = LoadPlan(
@@ -118,6 +117,7 @@ def choices(request: Request, folder: Path) -> Iterator[Choice]:
 def _sizes(
     manifest: Manifest,
     entries: dict[str, TensorEntry],
+    role: RoleOf,
     device_of: Any,
     moves: Container[str],
     *,
