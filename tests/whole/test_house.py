@@ -164,6 +164,33 @@ def test_one_home_for_each_library(library: str) -> None:
     assert homes <= HOMES[library]
 
 
+# Spelt in a text that names something: TransformerLens' names for parameters and their parts.
+NAME_OF_A_PARAMETER = re.compile(
+    r"\b_?[Wb]_(Q|K|V|O|E|U|in|out|gate|pos)\b|\bln(1|2|_f|_final)\b|\bblocks(\\?\.|$)"
+    r"|\b(pos_|un)embed\.|\bembed\.|\.[wb]$|\brotary_(sin|cos)\b|\bIGNORE\b"
+)
+# Puts tables of its own into attention layers, which have to be called as they are there.
+MAKES_PARAMETERS = {"hooked.rope_tables"}
+
+
+def named_parameters(path: Path) -> Iterator[str]:
+    """Where code spells a parameter's name: in a text without spaces, or as an attribute."""
+    told = {id(n.value) for n in ast.walk(syntax(path)) if isinstance(n, ast.Expr)}
+    for node in ast.walk(syntax(path)):
+        text = getattr(node, "attr", "") if isinstance(node, ast.Attribute) else ""
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in told:
+            text = node.value if " " not in node.value else ""
+        if NAME_OF_A_PARAMETER.search(text):
+            yield f"{path.name}:{node.lineno} {text}"
+
+
+def test_one_place_knows_the_names_of_parameters() -> None:
+    found = {name: set(named_parameters(path)) for name, path in MODULES.items()}
+    known = {name for name, spelt in found.items() if spelt}
+    assert "hooked.names" in known  # they are found at all
+    assert {name: found[name] for name in known - {"hooked.names"} - MAKES_PARAMETERS} == {}
+
+
 def asked_of_torch(path: Path) -> Iterator[str]:
     """Where a file asks what the installed torch has, or compares versions."""
     for node in ast.walk(syntax(path)):
