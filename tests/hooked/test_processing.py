@@ -275,6 +275,18 @@ def test_norms_are_folded_on_both_sides_or_on_neither(case_id: str, zoo: Any) ->
     assert (log_probs(processed, case_id) - wanted).abs().max() < 1e-4
 
 
+def test_the_norm_inside_an_mlp_is_folded_or_refused(zoo: Any) -> None:
+    """SoLU's MLP has a norm of its own, which is lost as any other where it is not folded."""
+    _, raw = raw_pair("solu", zoo)
+    _reset_norms_and_biases(raw)
+    raw.blocks[0].mlp.ln.w.data += 1
+    processed = lean_model(zoo("solu"))
+    before = values(processed)
+    with pytest.raises(MissingWeightsError, match=r"no place for blocks\.0\.mlp\.ln\.w:"):
+        processed.load_and_process_state_dict(values(raw), fold_ln=False)
+    assert changed(before, processed) == []
+
+
 def test_tables_of_another_length_are_left_out(zoo: Any) -> None:
     """Rotary tables grow with long prompts; other versions have masks of other shapes."""
     _, lean = raw_pair("llama-gqa", zoo)
