@@ -13,7 +13,7 @@ from transformer_lens import HookedTransformer
 from tests.support import reference
 from tests.support.comparison import lean_model, stock_model
 from tests.support.zoo import CASES, tokens
-from tl_fastload.placement import strides as strides_module
+from tl_fastload.ground import geometry
 
 _COPYING = ("clone", "_to_copy", "copy_", "contiguous", "_reshape_copy")
 
@@ -94,7 +94,7 @@ def test_copied_keeps_the_values_and_takes_the_strides(
     for source_order in itertools.permutations(range(3)):
         strides = torch.empty([shape[i] for i in order]).permute(_inverse(order)).stride()
         source = torch.randn([shape[i] for i in source_order]).permute(_inverse(source_order))
-        copy = strides_module.copied(source, strides, dtype)
+        copy = geometry.copied(source, strides, dtype)
         assert copy.stride() == strides
         assert copy.dtype == dtype
         assert torch.equal(copy, source.to(dtype))
@@ -113,4 +113,4 @@ def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
     ],
 )
 def test_same_layout(one: tuple[int, ...], other: tuple[int, ...], same: bool) -> None:
-    assert strides_module.same_layout(torch.Size((1, 3, 4)), one, other) is same
+    assert geometry.same_layout(torch.Size((1, 3, 4)), one, other) is same

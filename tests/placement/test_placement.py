@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tests.support.programs import assert_same, in_memory
+from tl_fastload.ground.geometry import copied
 from tl_fastload.hooked import layout
 from tl_fastload.placement.placer import Placer, groups
 from tl_fastload.placement.rehearsal import forecast
-from tl_fastload.placement.strides import copied
 from tl_fastload.recipes.nodes import MemorySource
 from tl_fastload.recipes.promise import Promise
 from tl_fastload.report.progress import Progress

@@ -23,11 +23,11 @@ from tests.support.programs import (
     run,
 )
 from tl_fastload.errors import RecordingError
-from tl_fastload.placement.strides import same_layout
+from tl_fastload.ground.geometry import is_dense, same_layout
 from tl_fastload.recipes.evaluate import Evaluation, Value, evaluate, operands, sources
 from tl_fastload.recipes.nodes import MemorySource, SourceView
 from tl_fastload.recipes.promise import Promise, node_of
-from tl_fastload.source.reader import FileReader, is_dense
+from tl_fastload.source.reader import FileReader
 
 SHAPES = ((4, 6), (6,), (2, 3, 4), (4, 6))
 KIB = 1 << 10

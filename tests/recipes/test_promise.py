@@ -10,6 +10,7 @@ from hypothesis import given, settings
 
 from tests.support.programs import CPU, DTYPES, STEPS, assert_same, in_memory, random_sources, run
 from tl_fastload.errors import LeanLoadError, RecordingError
+from tl_fastload.ground.geometry import dense_strides
 from tl_fastload.recipes.evaluate import evaluate
 from tl_fastload.recipes.nodes import (
     Call,
@@ -17,7 +18,6 @@ from tl_fastload.recipes.nodes import (
     Pick,
     Source,
     SourceView,
-    dense_strides,
     dtype_of,
     shape_of,
 )

@@ -15,14 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.programs import AllocatedBytes, assert_same
 from tl_fastload.errors import CheckpointError
+from tl_fastload.ground.geometry import has_overlap, is_dense, span
 from tl_fastload.source import reader as reading
 from tl_fastload.source.reader import (
     FileMaps,
     FileReader,
     FileSource,
     byte_span,
-    has_overlap,
-    is_dense,
 )
 from tl_fastload.source.safetensors import DTYPES, TensorEntry, read_header
 
@@ -321,5 +320,10 @@ def test_forms_of_views() -> None:
     assert not is_dense(x[:1].expand(4, 6))
     assert has_overlap(x[:1].expand(4, 6))
     assert not has_overlap(x[:1].expand(1, 6))
+    assert [span(view) for view in (x, x.T, x[:, :3], x[1:2], x[:0], x[:, :0])] == [
+        *(24, 24, 21, 6, 0, 0),
+    ]
+    assert all(is_dense(view) for view in (x[:0], x[:, :0], x[0, 0]))
     entry = TensorEntry("x", torch.float32, (4, 6), Path("f"), offset=10, nbytes=96)
+    assert byte_span(entry, x[:, 6:]) == (10 + 6 * 4, 10 + 6 * 4)
     assert byte_span(entry, x[1:3, 2:4]) == (10 + 8 * 4, 10 + 16 * 4)

@@ -12,8 +12,8 @@ from transformer_lens import HookedTransformer
 from tests.support import reference
 from tests.support.zoo import tokens
 from tl_fastload import LeanHookedTransformer
+from tl_fastload.ground.geometry import is_dense
 from tl_fastload.quantized import QuantizedTensor
-from tl_fastload.source.reader import is_dense
 
 STEPS = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
 NAMES = ("model_name", "tokenizer_name")

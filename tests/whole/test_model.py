@@ -29,7 +29,7 @@ from tests.support.zoo import CASES, tokens
 from tl_fastload import LeanHookedTransformer, LeanLoadingMixin, LoadReport
 from tl_fastload.errors import ArgumentError, StrategyError, UnsupportedArchitectureError
 from tl_fastload.ground import compat
-from tl_fastload.source.reader import is_dense
+from tl_fastload.ground.geometry import is_dense
 
 RAW = reference.NO_PROCESSING
 SEVERAL = ("gpt2", "neox", "llama-gqa1-tied", "gemma3-vision", "mixtral", "phi3-gqa", "qwen")

@@ -22,10 +22,10 @@ from tests.support.comparison import differences, lean_model, memory_apart, stoc
 from tests.support.counting import AllocatedBytes
 from tests.support.zoo import tokens
 from tl_fastload import ArgumentError, LeanHookedTransformer
+from tl_fastload.ground.geometry import same_layout
 from tl_fastload.ground.memory_orders import LAYOUTS
 from tl_fastload.hooked import layout
 from tl_fastload.placement.own_values import parameter_versions as versions
-from tl_fastload.placement.strides import same_layout
 from tl_fastload.planning.dry_run import OBJECTS_BYTES
 from tl_fastload.quantized import QuantizedTensor
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from tl_fastload.copies.manifest import Manifest
-from tl_fastload.placement.strides import same_layout
+from tl_fastload.ground.geometry import same_layout
 from tl_fastload.request.options import DEFAULT_LAYOUT, Options
 from tl_fastload.roads.road import Road
 

@@ -21,6 +21,7 @@ from tl_fastload.copies.schema import check_configuration, check_manifest
 from tl_fastload.errors import CheckpointError, SaveError
 from tl_fastload.ground import compat
 from tl_fastload.ground.compat import __version__
+from tl_fastload.ground.geometry import is_unbroken
 from tl_fastload.ground.memory_orders import FORWARD, check_layout
 from tl_fastload.quantized import formats
 from tl_fastload.quantized.spec import Spec
@@ -262,15 +263,11 @@ def checked_geometry(view: View, entry: TensorEntry) -> torch.Tensor:
         CheckpointError: strides that leave the stored tensor, or miss a part of it.
     """
     view_elements = math.prod(view.shape)
-    pairs = sorted((s, n) for s, n in zip(view.strides, view.shape, strict=True) if n != 1)
-    expected = 1
-    for stride, size in pairs:
-        if stride != expected and view_elements:
-            raise CheckpointError(
-                f"{entry.path}: strides {list(view.strides)} of shape {list(view.shape)} do not "
-                f"cover tensor {entry.name!r}. {_REMEDY}."
-            )
-        expected *= size
+    if not is_unbroken(view.shape, view.strides):
+        raise CheckpointError(
+            f"{entry.path}: strides {list(view.strides)} of shape {list(view.shape)} do not cover "
+            f"tensor {entry.name!r}. {_REMEDY}."
+        )
     if view_elements != math.prod(entry.shape):
         raise CheckpointError(
             f"{entry.path}: tensor {entry.name!r} has not the {view_elements:,} elements "

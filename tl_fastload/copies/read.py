@@ -25,11 +25,11 @@ from tl_fastload.copies.manifest import (
 )
 from tl_fastload.copies.verify import check_tokenizer, verify_copy
 from tl_fastload.errors import CheckpointError
+from tl_fastload.ground.geometry import copied
 from tl_fastload.ground.own_defaults import own_defaults
 from tl_fastload.huggingface.config import hf_config_of
 from tl_fastload.huggingface.tokenizer import is_failure, lost_tokenizer, named, read_tokenizer
 from tl_fastload.placement.own_values import parameter_versions
-from tl_fastload.placement.strides import copied
 from tl_fastload.report.available import check_room, let_go_on_error
 from tl_fastload.report.load_report import LoadReport
 from tl_fastload.report.memory import PeakSampler, return_freed_memory

@@ -33,13 +33,13 @@ from tl_fastload.copies.manifest import (
 from tl_fastload.copies.verify import tokenizer_digests
 from tl_fastload.errors import LeanLoadError, SaveError
 from tl_fastload.ground.boundary import guarded
+from tl_fastload.ground.geometry import copied, same_layout
 from tl_fastload.ground.mark import require_whole
 from tl_fastload.ground.memory_orders import FORWARD
 from tl_fastload.ground.own_defaults import own_defaults
 from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.ground.words import format_bytes
 from tl_fastload.ground.wrappers import plain_name, unwrapped
-from tl_fastload.placement.strides import copied, same_layout
 from tl_fastload.placement.values_here import require_values
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.report.progress import Progress, ProgressOption

@@ -15,9 +15,9 @@ from transformer_lens.components.abstract_attention import AbstractAttention
 from transformer_lens.components.mlps.gated_mlp import GatedMLP
 from transformer_lens.components.unembed import Unembed
 
+from tl_fastload.ground.geometry import strides_of_order
 from tl_fastload.ground.memory_orders import STOCK
 from tl_fastload.hooked.names import role
-from tl_fastload.placement.strides import strides_of_order
 
 # What copies a matrix on each call if it does not lie in the order [out, in].
 _COPYING = (AbstractAttention, GatedMLP, Unembed)

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from tl_fastload.errors import ArgumentError
+from tl_fastload.ground.geometry import copied, same_layout
 from tl_fastload.ground.memory_orders import check_layout
 from tl_fastload.placement.own_values import parameter_versions
-from tl_fastload.placement.strides import copied, same_layout
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.report.memory import return_freed_memory
 from tl_fastload.roads.road import Road

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from tl_fastload.ground import compat
+from tl_fastload.ground.geometry import copied, has_overlap, is_dense, same_layout
 from tl_fastload.ground.memory_orders import FORWARD
 from tl_fastload.ground.sizes import bytes_of
-from tl_fastload.placement.strides import copied, same_layout
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.quantized.quantizer import Quantizer
 from tl_fastload.quantized.recipes import QuantizedSource
@@ -23,7 +23,7 @@ from tl_fastload.recipes.nodes import Call, MemorySource, Node, SourceView, aten
 from tl_fastload.recipes.promise import Promise
 from tl_fastload.report.memory import return_freed_memory
 from tl_fastload.report.progress import Progress
-from tl_fastload.source.reader import FileMaps, FileSource, has_overlap, is_dense
+from tl_fastload.source.reader import FileMaps, FileSource
 
 # Freed scratch memory is given back each time that this part of the model has passed through it.
 _TRIM_FRACTION = 0.01

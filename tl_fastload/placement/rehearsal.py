@@ -15,6 +15,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tl_fastload.ground.geometry import span
 from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.placement.placer import Placer, groups
 from tl_fastload.quantized import QuantizedTensor
@@ -312,20 +313,14 @@ class _StandIn(Source):
         held = 0
         if self._is_file:
             dense = out.stride() == geometry.stride()
-            span = size if dense else _span_bytes(geometry)
-            size = min(span, CHUNK_BYTES if dense else HELD_SPAN_BYTES)
+            touched = size if dense else span(geometry) * geometry.element_size()
+            size = min(touched, CHUNK_BYTES if dense else HELD_SPAN_BYTES)
             held = 0 if dense and not casts and self._on_host else size
         count = size // geometry.element_size()
         if self._on_host:
             for dtype in casts[:-1]:
                 torch.empty(count, dtype=dtype, device=META)  # counted, and gone
         self._scratch.read(held)
-
-
-def _span_bytes(geometry: torch.Tensor) -> int:
-    """From the first byte of a view to its last."""
-    steps = zip(geometry.shape, geometry.stride(), strict=True)
-    return (1 + sum((n - 1) * stride for n, stride in steps)) * geometry.element_size()
 
 
 def _quantized_stand_in(source: QuantizedSource, is_lent: bool) -> QuantizedSource:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from tl_fastload.ground.geometry import span
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.recipes.nodes import MemorySource, Source
 from tl_fastload.source.reader import FileSource
@@ -122,8 +123,8 @@ def _is_done(write: Write) -> bool:
 def _readers(writes: list[Write]) -> dict[str, list[str]]:
     """For each target, the other writes whose source lies in its memory."""
     spans = sorted(
-        ((*span, write.name) for write in writes if (span := _span(write.target)) is not None),
-        key=lambda span: (str(span[0]), span[1], span[2]),
+        ((*own, write.name) for write in writes if (own := _span(write.target)) is not None),
+        key=lambda one: (str(one[0]), one[1], one[2]),
     )
     starts = [(str(device), start) for device, start, _, _ in spans]
     # The farthest byte that targets up to here reach: some may lie in others.
@@ -133,10 +134,10 @@ def _readers(writes: list[Write]) -> dict[str, list[str]]:
         reach.append(max(stop, reach[-1]) if same else stop)
     found: dict[str, list[str]] = {}
     for write in writes:
-        span = _source_span(write.source)
-        if span is None:
+        read = _source_span(write.source)
+        if read is None:
             continue
-        device, start, stop = span
+        device, start, stop = read
         number = bisect_left(starts, (str(device), stop)) - 1
         while number >= 0 and spans[number][0] == device and reach[number] > start:
             if spans[number][2] > start and spans[number][3] != write.name:
@@ -160,6 +161,5 @@ def _span(tensor: torch.Tensor | None) -> tuple[torch.device, int, int] | None:
     """Device, first byte and the byte after the last; None where nothing can be overwritten."""
     if tensor is None or isinstance(tensor, QuantizedTensor) or tensor.numel() == 0:
         return None
-    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     start = tensor.data_ptr()
-    return tensor.device, start, start + (last + 1) * tensor.element_size()
+    return tensor.device, start, start + span(tensor) * tensor.element_size()

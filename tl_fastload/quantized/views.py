@@ -8,6 +8,7 @@ after the other.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
+
+from tl_fastload.ground.geometry import is_unbroken, same_layout
 
 Result = TypeVar("Result")
 
@@ -75,8 +78,7 @@ def is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
     """
     if one.shape != other.shape or one.storage_offset() != other.storage_offset():
         return False
-    strides = zip(one.shape, one.stride(), other.stride(), strict=True)
-    return all(size == 1 or a == b for size, a, b in strides)
+    return same_layout(one.shape, one.stride(), other.stride())
 
 
 @dataclass(frozen=True)
@@ -137,12 +139,9 @@ def row_view(geometry: torch.Tensor, columns: int) -> RowView | None:
     dims.sort(key=lambda dim: -strides[dim])
     row_dims = tuple(dim for dim in dims if strides[dim] % columns == 0)
     input_dims = tuple(dim for dim in dims if strides[dim] % columns)
-    covered = 1
-    for dim in reversed(input_dims):
-        if strides[dim] != covered:
-            return None
-        covered *= geometry.shape[dim]
-    return RowView(row_dims, input_dims, columns, geometry) if covered == columns else None
+    row = [geometry.shape[dim] for dim in input_dims]
+    is_whole = math.prod(row) == columns and is_unbroken(row, [strides[dim] for dim in input_dims])
+    return RowView(row_dims, input_dims, columns, geometry) if is_whole else None
 
 
 def linear_rows(geometry: torch.Tensor, columns: int) -> RowView | None:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from tl_fastload.ground import compat
-from tl_fastload.recipes.nodes import Call, Node, Pick, SourceView, aten, dense_strides
+from tl_fastload.ground.geometry import dense_strides, span
+from tl_fastload.recipes.nodes import Call, Node, Pick, SourceView, aten
 
 _IN_PLACE: dict[Any, Any] = {
     aten.mul.Tensor: aten.mul_.Tensor,
@@ -153,11 +154,7 @@ class Evaluation:
         were.
         """
         geometry = view.geometry
-        reach = sum(
-            (size - 1) * stride
-            for size, stride in zip(geometry.shape, geometry.stride(), strict=True)
-        )
-        run = geometry.as_strided((reach + 1,), (1,), geometry.storage_offset())
+        run = geometry.as_strided((span(geometry),), (1,), geometry.storage_offset())
         value = self._read_into_new(SourceView(view.source, run, view.casts), view.casts, (1,))
         value.tensor = value.tensor.as_strided(geometry.shape, geometry.stride(), 0)
         return value

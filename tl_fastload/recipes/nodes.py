@@ -142,8 +142,3 @@ def shape_of(node: Node) -> torch.Size:
 def dtype_of(node: Node) -> torch.dtype:
     """The dtype of a node's value."""
     return node.dtype if isinstance(node, SourceView) else meta_of(node).dtype
-
-
-def dense_strides(geometry: torch.Tensor) -> tuple[int, ...]:
-    """Strides of a dense tensor that keeps the memory order of `geometry`."""
-    return tuple(torch.empty_like(geometry, memory_format=torch.preserve_format).stride())

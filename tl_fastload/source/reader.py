@@ -16,6 +16,7 @@ import torch
 
 from tl_fastload.errors import CheckpointError
 from tl_fastload.ground.compat import item_bytes
+from tl_fastload.ground.geometry import is_dense, span
 from tl_fastload.recipes.nodes import Source
 from tl_fastload.source.checkpoint import TensorEntry
 from tl_fastload.source.file_states import OpenFiles, unreadable
@@ -234,28 +235,8 @@ def _cast(tensor: torch.Tensor, casts: tuple[torch.dtype, ...]) -> torch.Tensor:
     return tensor
 
 
-def is_dense(geometry: torch.Tensor) -> bool:
-    """Whether a view covers one unbroken range of its source, each element once."""
-    expected = 1
-    dims = [(s, n) for s, n in zip(geometry.stride(), geometry.shape, strict=True) if n != 1]
-    for stride, size in sorted(dims):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def has_overlap(geometry: torch.Tensor) -> bool:
-    """Whether a view shows some element twice (an expanded dimension)."""
-    return any(s == 0 and n > 1 for s, n in zip(geometry.stride(), geometry.shape, strict=True))
-
-
 def byte_span(entry: TensorEntry, geometry: torch.Tensor) -> tuple[int, int]:
     """First byte, and the byte after the last, of the file range that a view touches."""
     size = item_bytes(entry.dtype)
-    first = int(geometry.storage_offset())
-    last = first + sum(
-        (length - 1) * stride
-        for length, stride in zip(geometry.shape, geometry.stride(), strict=True)
-    )
-    return entry.offset + first * size, entry.offset + (last + 1) * size
+    start = entry.offset + int(geometry.storage_offset()) * size
+    return start, start + span(geometry) * size
