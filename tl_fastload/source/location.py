@@ -33,6 +33,7 @@ class Location:
         subfolder: where in the repository `folder` lies.
         options: how to reach the hub; pinned to `commit`, so that all files are of one state.
         notes: what the reader of a report should know, one sentence each.
+        listing: what the hub said that the commit has; None if it was not asked.
     """
 
     folder: Path
@@ -42,6 +43,7 @@ class Location:
     subfolder: str = ""
     options: HubOptions = field(default=HubOptions(), repr=False)
     notes: tuple[str, ...] = ()
+    listing: Listing | None = field(default=None, repr=False, compare=False)
 
 
 def locate(
@@ -96,7 +98,7 @@ def file_names(location: Location) -> Listing:
             return Listing(sorted(path.name for path in location.folder.iterdir()), complete=True)
         except OSError as error:
             raise unreadable(location.folder, error) from error
-    listing = hub.list_files(location.repo, location.options)
+    listing = location.listing or hub.list_files(location.repo, location.options)
     return Listing(_below(listing.files, location.subfolder), listing.complete)
 
 
@@ -118,7 +120,8 @@ def fetch(location: Location, name: str) -> Path:
         if not path.exists() and not path.is_symlink():
             raise CheckpointError(f"{location.folder} has no file {name!r}. Check its name.")
     else:
-        path = hub.hub_file(location.repo, inside_repo(location, name), location.options)
+        file = inside_repo(location, name)
+        path, _ = hub.hub_file(location.repo, file, location.options, location.listing)
     check_link(location.folder, name)
     return path
 
@@ -137,6 +140,10 @@ def fetch_shards(location: Location, names: Sequence[str]) -> dict[str, Path]:
         for name in names:
             check_link(location.folder, name)
         return {name: location.folder / name for name in names}
+    files = [inside_repo(location, name) for name in names]
+    hub.hub_files(location.repo, files, location.options, location.listing)
+    options = dataclasses.replace(location.options, force_download=False)  # has been done
+    location = dataclasses.replace(location, options=options)
     paths = {}
     for name in names:
         try:
@@ -216,22 +223,31 @@ def _on_hub(name: str, options: HubOptions, subfolder: str, aliases: Aliases) ->
             f"{aliases.library} knows {name!r}, but its weights are not on the hub. Pass "
             "hf_model=, or a local folder in Hugging Face's format."
         )
-    config_name = f"{subfolder}/{CONFIG}" if subfolder else CONFIG
     try:
-        config = hub.hub_file(repo, config_name, options)
+        return in_repo(repo, subfolder, CONFIG, options)
     except UnknownModelError as error:
         raise UnknownModelError(_unknown_message(name, aliases, error)) from error
-    folder = config.parent
-    check_link(folder, CONFIG)
-    commit = (folder, *folder.parents)[len(Path(subfolder).parts)].name
+
+
+def in_repo(repo: str, subfolder: str, file: str, options: HubOptions) -> Location:
+    """A folder of a hub repository, known by one file in it, which is fetched; all else that is
+    fetched from there is of the same commit.
+
+    Raises:
+        UnknownModelError, CheckpointError: as `tl_fastload.source.hub.hub_file`.
+    """
+    path, listing = hub.hub_file(repo, f"{subfolder}/{file}" if subfolder else file, options)
+    check_link(path.parent, file)
+    commit = path.parents[len(Path(subfolder).parts)].name
     return Location(
-        folder,
+        path.parent,
         label=f"{repo}@{options.revision_name}",
         repo=repo,
         commit=commit,
         subfolder=subfolder,
         options=dataclasses.replace(options, revision=commit),
         notes=(f"{repo} at commit {commit}",),
+        listing=listing if listing is not None and listing.commit == commit else None,
     )
 
 

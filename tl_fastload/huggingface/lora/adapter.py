@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,13 @@ from tl_fastload.huggingface.lora.patterns import matches
 from tl_fastload.recipes.nodes import MemorySource
 from tl_fastload.recipes.promise import Promise
 from tl_fastload.request.adapters import Requests
-from tl_fastload.source import hub, schemas
+from tl_fastload.source import schemas
 from tl_fastload.source.checkpoint import Location, open_weights
 from tl_fastload.source.choose import stays_inside
 from tl_fastload.source.hub import HubOptions
 from tl_fastload.source.json_files import read_object
 from tl_fastload.source.links import check_link
-from tl_fastload.source.location import file_names
+from tl_fastload.source.location import file_names, in_repo
 from tl_fastload.source.reader import FileReader, FileSource
 
 CONFIG = "adapter_config.json"
@@ -252,17 +252,13 @@ def locate_adapter(name: str, keywords: dict[str, Any]) -> Location:
     repo, subfolder = "/".join(parts[:2]), "/".join(parts[2:])
     if not stays_inside(subfolder):
         raise ArgumentError(f"The adapter {name!r} leaves its repository. Pass a folder inside it.")
-    file = f"{subfolder}/{CONFIG}" if subfolder else CONFIG
     try:
-        path = hub.hub_file(repo, file, options)
+        location = in_repo(repo, subfolder, CONFIG, options)
     except (UnknownModelError, CheckpointError) as error:
         message = f"Cannot find the adapter {name!r}. There is no folder {folder.absolute()}. "
         raise type(error)(message + str(error)) from error
-    check_link(path.parent, CONFIG)
-    commit = path.parents[len(Path(subfolder).parts)].name
-    pinned = HubOptions(revision=commit, **keywords)
     label = f"{repo}{f'/{subfolder}' if subfolder else ''}@{options.revision_name}"
-    return Location(path.parent, label, repo, commit, subfolder, pinned)
+    return replace(location, label=label)
 
 
 def read_config(folder: Path, label: str) -> Any:
