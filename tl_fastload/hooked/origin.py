@@ -35,15 +35,10 @@ from tl_fastload.recipes.promise import Promise
 from tl_fastload.report.available import check_room
 from tl_fastload.request.keywords import Keywords, override, sort_keywords
 from tl_fastload.request.options import Options
-from tl_fastload.source.checkpoint import (
-    Checkpoint,
-    Location,
-    names_at_hand,
-    open_weights,
-)
+from tl_fastload.source.checkpoint import Checkpoint, open_weights
 from tl_fastload.source.hub import repo_files
 from tl_fastload.source.links import check_all_links
-from tl_fastload.source.location import is_directory
+from tl_fastload.source.location import Location, is_directory, names_at_hand
 from tl_fastload.source.reader import FileMaps, FileReader
 from tl_fastload.source.remote import open_headers
 
@@ -217,7 +212,7 @@ class Origin:
     def _promises(self, checkpoint: Checkpoint) -> dict[str, Promise]:
         # A plan looks at the names and shapes in a torch file, which mapping gives it.
         mmap = self.reader.maps is not None or self.options.only_plan
-        promises, notes = tree.checkpoint_promises(checkpoint, self.reader, mmap)
+        promises, notes = checkpoint.promises(self.reader, mmap=mmap)
         self.notes.extend(notes)
         return promises
 

@@ -27,7 +27,6 @@ from tl_fastload.quantized.spec import Spec
 from tl_fastload.recipes.nodes import MemorySource, Source, SourceView
 from tl_fastload.recipes.promise import Promise
 from tl_fastload.source.checkpoint import Checkpoint
-from tl_fastload.source.reader import FileReader, FileSource
 
 
 class MissingSource(Source):
@@ -79,28 +78,6 @@ class Branch:
             return
         self.__dict__.setdefault(head, Branch())
         self.__dict__[head].place(rest, tensor)
-
-
-def checkpoint_promises(
-    checkpoint: Checkpoint, reader: FileReader, mmap: bool
-) -> tuple[dict[str, Promise], list[str]]:
-    """A promise for every tensor of a checkpoint, under the names of its files, and notes for the
-    report.
-
-    Args:
-        checkpoint: the opened files.
-        reader: reads them.
-        mmap: map torch files where that is possible.
-    """
-    promises: dict[str, Promise] = {
-        name: Promise.of(FileSource(entry, reader)) for name, entry in checkpoint.entries.items()
-    }
-    reader.files.hold(checkpoint.states)
-    contents = checkpoint.load_tensors(mmap=mmap)
-    reader.files.hold(contents.states)
-    for name, tensor in contents.tensors.items():
-        promises[name] = Promise.of(MemorySource(tensor, name))
-    return promises, list(contents.notes)
 
 
 def outline_promises(

@@ -18,7 +18,8 @@ from tl_fastload.errors import ArgumentError
 from tl_fastload.ground.wrappers import unwrapped
 from tl_fastload.recipes.nodes import MemorySource, Source
 from tl_fastload.request.options import is_on_network
-from tl_fastload.source.checkpoint import Location, open_weights
+from tl_fastload.source.checkpoint import open_weights
+from tl_fastload.source.location import Location
 from tl_fastload.source.reader import CHUNK_BYTES, FileMaps, FileReader, FileSource
 from tl_fastload.source.torch_files import unnested
 
@@ -127,18 +128,10 @@ def _of_path(path: Path, reader: FileReader) -> WeightSource:
             )
         return _of_copy(folder, reader)
     location = Location(folder, str(folder))
-    if path.is_dir():
-        checkpoint = open_weights(location)
-    else:
-        checkpoint = open_weights(location, weights_file=path.name)
-    notes = [*checkpoint.notes] if path.is_dir() else []
-    contents = checkpoint.load_tensors()
-    reader.files.hold({**checkpoint.states, **contents.states})
-    table: dict[str, Source] = {
-        name: FileSource(entry, reader) for name, entry in checkpoint.entries.items()
-    }
-    table.update({name: MemorySource(t, name) for name, t in contents.tensors.items()})
-    return WeightSource(str(path), table, folder=folder, notes=[*notes, *contents.notes])
+    checkpoint = open_weights(location, weights_file=None if path.is_dir() else path.name)
+    table, notes = checkpoint.sources(reader)
+    notes = [*checkpoint.notes, *notes] if path.is_dir() else notes
+    return WeightSource(str(path), table, folder=folder, notes=notes)
 
 
 def _of_copy(folder: Path, reader: FileReader) -> WeightSource:

@@ -86,7 +86,15 @@ _MEANINGS: tuple[tuple[type[Exception], type[LeanLoadError], str], ...] = (
 
 @dataclass(frozen=True)
 class HubOptions:
-    """How to reach the hub; the fields mean what they mean in `huggingface_hub.hf_hub_download`."""
+    """How to reach the hub, as for `huggingface_hub.hf_hub_download`.
+
+    Attributes:
+        revision: branch, tag or commit on the hub.
+        cache_dir: the hub's cache folder, if not the usual one.
+        token: for the hub; None takes HF_TOKEN or the stored login.
+        local_files_only: never use the network.
+        force_download: download even what is cached.
+    """
 
     revision: str | None = None
     cache_dir: str | Path | None = None

@@ -63,8 +63,9 @@ def locate(
     Raises:
         UnknownModelError: there is no such model; says what was tried and what has a similar name.
         CheckpointError: the model has no `config.json`.
-        ArgumentError: `name` is neither a string nor a path.
+        ArgumentError: `name` is neither a string nor a path, or `subfolder` leaves the model.
     """
+    subfolder = subfolder.rstrip("/")
     text = os.fspath(name) if isinstance(name, os.PathLike) else name
     if not isinstance(text, str) or not text:
         raise ArgumentError(

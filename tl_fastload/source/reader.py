@@ -17,8 +17,8 @@ import torch
 from tl_fastload.errors import CheckpointError
 from tl_fastload.ground.compat import item_bytes
 from tl_fastload.recipes.nodes import Source
-from tl_fastload.source.checkpoint import TensorEntry
 from tl_fastload.source.file_states import OpenFiles, unreadable
+from tl_fastload.source.safetensors import TensorEntry
 
 CHUNK_BYTES = 4 << 20
 HELD_SPAN_BYTES = 8 << 20

@@ -22,17 +22,16 @@ from tl_fastload.errors import (
 )
 from tl_fastload.ground.wrappers import WRAPPER_PARTS
 from tl_fastload.huggingface.lora.patterns import matches
-from tl_fastload.recipes.nodes import MemorySource
 from tl_fastload.recipes.promise import Promise
 from tl_fastload.request.adapters import Requests
 from tl_fastload.source import schemas
-from tl_fastload.source.checkpoint import Location, open_weights
+from tl_fastload.source.checkpoint import open_weights
 from tl_fastload.source.choose import stays_inside
 from tl_fastload.source.hub import HubOptions
 from tl_fastload.source.json_files import read_object
 from tl_fastload.source.links import check_link
-from tl_fastload.source.location import file_names, in_repo
-from tl_fastload.source.reader import FileReader, FileSource
+from tl_fastload.source.location import Location, file_names, in_repo
+from tl_fastload.source.reader import FileReader
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -352,14 +351,7 @@ def _tensors(location: Location, reader: FileReader) -> dict[str, Promise]:
             f"{location.label} has neither {' nor '.join(WEIGHTS)}: the adapter's weights are "
             "missing. Save it again with peft's save_pretrained, or download it again."
         )
-    checkpoint = open_weights(location, weights_file=found)
-    promises: dict[str, Promise] = {
-        name: Promise.of(FileSource(entry, reader)) for name, entry in checkpoint.entries.items()
-    }
-    contents = checkpoint.load_tensors()
-    reader.files.hold({**checkpoint.states, **contents.states})
-    for name, tensor in contents.tensors.items():
-        promises[name] = Promise.of(MemorySource(tensor, name))
+    promises, _ = open_weights(location, weights_file=found).promises(reader)
     return promises
 
 
