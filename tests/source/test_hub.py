@@ -151,8 +151,8 @@ def test_force_download(cache: Path, server: FakeHub) -> None:
     assert sorted(server.downloads()) == ["config.json", "model.safetensors"]
 
 
-def test_repo_files_online(cache: Path, server: FakeHub) -> None:
-    assert hub.repo_files("org/name", HubOptions(cache_dir=cache)) == list(SINGLE)
+def test_the_files_of_a_repository_online(cache: Path, server: FakeHub) -> None:
+    assert hub.list_files("org/name", HubOptions(cache_dir=cache)).files == list(SINGLE)
 
 
 @pytest.mark.parametrize("how", ["token", "HF_TOKEN"])
@@ -189,7 +189,7 @@ def test_a_revision_that_does_not_exist(cache: Path, server: FakeHub) -> None:
     assert "no revision 'step7'" in message
     assert "commits/main" in message
     with pytest.raises(UnknownModelError, match="no revision 'step7'"):
-        hub.repo_files("org/name", HubOptions("step7", cache))
+        hub.list_files("org/name", HubOptions("step7", cache))
 
 
 def test_a_repository_without_config_or_weights(cache: Path, server: FakeHub) -> None:
@@ -234,7 +234,7 @@ def test_a_cache_that_cannot_be_written(cache: Path, server: FakeHub) -> None:
 def test_an_unreachable_hub_leaves_the_cache(cache: Path) -> None:
     fill_cache(cache, "org/name", SHARDED)
     assert resolve("org/name", cache_dir=cache).entries.keys() == {"a", "b"}
-    assert hub.repo_files("org/name", HubOptions(cache_dir=cache)) == sorted(SHARDED)
+    assert hub.list_files("org/name", HubOptions(cache_dir=cache)).files == sorted(SHARDED)
 
 
 @pytest.mark.usefixtures("unreachable")
@@ -244,7 +244,7 @@ def test_an_unreachable_hub_without_a_cache_is_said_at_once(cache: Path) -> None
     assert "Check the connection" in message
     assert f"not in the cache {cache}" in message
     with pytest.raises(UnknownModelError, match="cannot be reached"):
-        hub.repo_files("org/name", HubOptions(cache_dir=cache))
+        hub.list_files("org/name", HubOptions(cache_dir=cache))
 
 
 @pytest.mark.usefixtures("unreachable")

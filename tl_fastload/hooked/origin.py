@@ -27,7 +27,7 @@ from tl_fastload.huggingface.keys import Ledger
 from tl_fastload.huggingface.lora.adapter import Adapter, open_adapters
 from tl_fastload.huggingface.lora.base_model import compare_bases
 from tl_fastload.huggingface.lora.live import adapters_of, merge_into_model
-from tl_fastload.huggingface.lora.merge import Weights, merge, merge_into_files, requantized
+from tl_fastload.huggingface.lora.merge import Weights, merge, merge_into_files
 from tl_fastload.quantized.assemble import spec_of_layers
 from tl_fastload.quantized.formats import descriptions, of_checkpoint
 from tl_fastload.quantized.spec import Spec, as_dtype
@@ -36,7 +36,7 @@ from tl_fastload.report.available import check_room
 from tl_fastload.request.keywords import Keywords, override, sort_keywords
 from tl_fastload.request.options import Options
 from tl_fastload.source.checkpoint import Checkpoint, open_weights
-from tl_fastload.source.hub import repo_files
+from tl_fastload.source.hub import list_files
 from tl_fastload.source.links import check_all_links
 from tl_fastload.source.location import Location, is_directory, names_at_hand
 from tl_fastload.source.reader import FileMaps, FileReader
@@ -163,7 +163,7 @@ class Origin:
             if merge_into_files(self.adapters, weights, promises, dtype):
                 root, self.ledger = self._grow(promises, dtype)
                 weights = Weights(root, self.ledger.tied)
-            merge(self.adapters, weights, requantized)
+            merge(self.adapters, weights)
         self.notes.extend(self.ledger.notes)
         return root
 
@@ -254,7 +254,7 @@ class Origin:
 def repo_names(location: Location) -> list[str]:
     """Names of all files of a location, those in its folders included."""
     if location.repo is not None:
-        return repo_files(location.repo, location.options)
+        return (location.listing or list_files(location.repo, location.options)).files
     return sorted(
         path.relative_to(location.folder).as_posix()
         for path in location.folder.rglob("*")

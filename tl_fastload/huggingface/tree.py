@@ -32,12 +32,6 @@ from tl_fastload.source.checkpoint import Checkpoint
 class MissingSource(Source):
     """Stands where the checkpoint has no tensor; an error only if some parameter needs it."""
 
-    def __init__(self, name: str, like: torch.Tensor) -> None:
-        self.name = name
-        self.shape = like.shape
-        self.stride = like.stride()
-        self.dtype = like.dtype
-
     def lend(self, geometry: torch.Tensor) -> torch.Tensor | None:
         raise CheckpointError(f"the checkpoint has no weight {self.name}")
 

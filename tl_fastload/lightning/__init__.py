@@ -104,13 +104,10 @@ class FrozenSubmodulesMixin(_Base):
         result = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         is_frozen = self._frozen_test()
-        for key in [key for key in result if key.startswith(prefix)]:
-            if is_frozen(key[len(prefix) :]):
-                del result[key]
-        metadata = getattr(result, "_metadata", {})
-        for key in [key for key in metadata if key.startswith(prefix)]:
-            if is_frozen(key[len(prefix) :]):
-                del metadata[key]
+        for table in (result, getattr(result, "_metadata", {})):
+            for key in [key for key in table if key.startswith(prefix)]:
+                if is_frozen(key[len(prefix) :]):
+                    del table[key]
         return result
 
     def load_state_dict(

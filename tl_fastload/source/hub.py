@@ -246,11 +246,6 @@ def safetensors_header(
         raise _explain(repo, filename, options, error) from error
 
 
-def repo_files(repo: str, options: HubOptions = HubOptions()) -> list[str]:
-    """The names that `list_files` finds."""
-    return list_files(repo, options).files
-
-
 def cached_files(repo: str, options: HubOptions) -> list[str]:
     """Names of the files that the cache holds whole at this revision.
 
