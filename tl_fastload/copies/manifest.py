@@ -24,7 +24,7 @@ from tl_fastload.ground import compat
 from tl_fastload.ground.compat import __version__
 from tl_fastload.ground.memory_orders import FORWARD, check_layout
 from tl_fastload.quantized import formats
-from tl_fastload.quantized.spec import Spec
+from tl_fastload.quantized.spec import Spec, as_dtype
 from tl_fastload.source.choose import stays_inside
 from tl_fastload.source.file_states import unreadable
 from tl_fastload.source.json_files import read_object
@@ -349,10 +349,7 @@ def _encode(value: Any) -> Any:
 def _decode(value: Any) -> Any:
     if isinstance(value, dict):
         if value.keys() == {"torch.dtype"}:
-            dtype = getattr(torch, value["torch.dtype"], None)
-            if not isinstance(dtype, torch.dtype):
-                raise ValueError(f"{value['torch.dtype']!r} is not a dtype")
-            return dtype
+            return as_dtype(value["torch.dtype"])
         return {name: _decode(inner) for name, inner in value.items()}
     if isinstance(value, list):
         return [_decode(inner) for inner in value]

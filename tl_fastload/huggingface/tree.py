@@ -160,7 +160,7 @@ def fill_tree(model: Any, promises: Mapping[str, Promise], dtype: torch.dtype) -
             promise = Promise.of(MissingSource(name, like))
         elif promise.shape != like.shape:
             ledger.misshapen[name] = (tuple(promise.shape), tuple(like.shape))
-        _put(model, name, promise)
+        put(model, name, promise)
     return ledger
 
 
@@ -238,11 +238,15 @@ def _bare_tree(promises: Mapping[str, Promise], hf_config: Any, dtype: torch.dty
     return tree
 
 
-def _put(model: nn.Module, name: str, promise: Promise) -> None:
+def put(tree: Any, name: str, promise: Promise) -> None:
+    """Put a promise at the dotted name of a parameter or buffer of a module tree."""
+    if isinstance(tree, Branch):
+        tree.place(name, _as_parameter(promise))
+        return
     parent_name, _, leaf = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
+    parent = tree.get_submodule(parent_name)
     holder = parent._parameters if leaf in parent._parameters else parent._buffers
-    holder[leaf] = _as_parameter(promise)  # type: ignore[assignment]
+    holder[leaf] = _as_parameter(promise)
 
 
 def _as_parameter(promise: Promise) -> Promise:

@@ -171,23 +171,20 @@ def open_weights(
 
 
 def choose_weights(
-    location: Location, weights_file: str | None, variant: str | None, use_safetensors: bool | None
+    location: Location,
+    weights_file: str | None = None,
+    variant: str | None = None,
+    use_safetensors: bool | None = None,
 ) -> Choice:
     """The weight file or index that `open_weights` opens; its arguments mean the same."""
-    return _named(weights_file) if weights_file else _chosen(location, variant, use_safetensors)
-
-
-def _named(weights_file: str) -> Choice:
-    if not stays_inside(weights_file):
-        raise ArgumentError(
-            f"weights_file={weights_file!r} is not inside the model's folder. Pass a path "
-            "relative to it."
-        )
-    return Choice(weights_file, f"weights from {weights_file}, as asked")
-
-
-def _chosen(location: Location, variant: str | None, use_safetensors: bool | None) -> Choice:
-    """The weights that a location has; what is cached as safetensors saves asking the hub."""
+    if weights_file:
+        if not stays_inside(weights_file):
+            raise ArgumentError(
+                f"weights_file={weights_file!r} is not inside the model's folder. Pass a path "
+                "relative to it."
+            )
+        return Choice(weights_file, f"weights from {weights_file}, as asked")
+    # What is cached as safetensors saves asking the hub.
     if use_safetensors is not False and not location.options.force_download:
         at_hand = choose(names_at_hand(location), variant=variant, use_safetensors=True)
         if at_hand is not None and at_hand.note is None:

@@ -22,6 +22,7 @@ from tl_fastload.huggingface.lora.update import (
     misfits,
     resized_hint,
 )
+from tl_fastload.huggingface.tree import put
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.quantized.content import Content
 from tl_fastload.quantized.recipes import QuantizedSource, reads_quantized
@@ -112,13 +113,8 @@ class Weights:
 
     def put(self, name: str, promise: Any) -> None:
         """Put a promise in place of one weight, whatever is tied to it."""
-        promise._is_param = True  # how nn.Parameter recognises tensor subclasses
         self.by_name[name] = promise
-        if not isinstance(self.root, torch.nn.Module):
-            self.root.place(name, promise)
-            return
-        parent, _, leaf = name.rpartition(".")
-        self.root.get_submodule(parent)._parameters[leaf] = promise
+        put(self.root, name, promise)
 
 
 def _named(root: Any) -> Iterable[tuple[str, Any]]:
