@@ -27,6 +27,7 @@ from tl_fastload.copies.manifest import (
 from tl_fastload.copies.verify import check_tokenizer, verify_copy
 from tl_fastload.errors import CheckpointError
 from tl_fastload.ground.own_defaults import own_defaults
+from tl_fastload.ground.paths import expanded
 from tl_fastload.hooked import steps
 from tl_fastload.hooked.already import versions
 from tl_fastload.hooked.architectures import SUPPORTED_ARCHITECTURES
@@ -58,14 +59,9 @@ def copy_folder(model_name: Any, keywords: dict[str, Any]) -> Path | None:
     subfolder = str(keywords.get("subfolder") or "")
     if not stays_inside(subfolder):
         return None  # the ordinary way says so
-    try:
-        root = Path(model_name).expanduser()
-        folder = root / subfolder
-        if leads_out(root, subfolder):
-            return None
-    except (RuntimeError, ValueError):  # "~somebody", who has no home here
-        return None
-    return folder if is_copy(folder) else None
+    root = expanded(Path(model_name))
+    folder = root / subfolder
+    return folder if is_copy(folder) and not leads_out(root, subfolder) else None
 
 
 def load_copy(request: Request, folder: Path) -> Any:

@@ -36,6 +36,7 @@ from tl_fastload.ground.boundary import guarded
 from tl_fastload.ground.mark import require_whole
 from tl_fastload.ground.memory_orders import FORWARD
 from tl_fastload.ground.own_defaults import own_defaults
+from tl_fastload.ground.paths import expanded_to_write
 from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.ground.words import format_bytes
 from tl_fastload.ground.wrappers import plain_name, unwrapped
@@ -205,7 +206,7 @@ def write_copy(
     """
     model = unwrapped(model)
     _check_model(model)
-    target = folder.expanduser().absolute()
+    target = expanded_to_write(folder, SaveError).absolute()
     check_target(target)
     plan = _Plan(model)
     plan.add_parameters()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tl_fastload.errors import ArgumentError, CheckpointError, UnsupportedArchitectureError
+from tl_fastload.ground.paths import is_directory
 from tl_fastload.ground.wrappers import without_wrappers
 from tl_fastload.hooked.architectures import architecture_of
 from tl_fastload.hooked.config import config_dict, load_hf_config
@@ -38,7 +39,7 @@ from tl_fastload.request.options import Options
 from tl_fastload.source.checkpoint import Checkpoint, open_weights
 from tl_fastload.source.hub import list_files
 from tl_fastload.source.links import check_all_links
-from tl_fastload.source.location import Location, is_directory, names_at_hand
+from tl_fastload.source.location import Location, names_at_hand
 from tl_fastload.source.reader import FileMaps, FileReader
 from tl_fastload.source.remote import open_headers
 

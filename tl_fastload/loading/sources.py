@@ -15,6 +15,7 @@ from tl_fastload.copies.manifest import MANIFEST, checked_geometry, is_copy
 from tl_fastload.copies.read import read_tensor
 from tl_fastload.copies.verify import open_copy
 from tl_fastload.errors import ArgumentError
+from tl_fastload.ground.paths import exists, expanded
 from tl_fastload.ground.wrappers import unwrapped
 from tl_fastload.recipes.nodes import MemorySource, Source
 from tl_fastload.request.options import is_on_network
@@ -68,7 +69,7 @@ def open_source(source: Any, reader: FileReader) -> WeightSource:
     if isinstance(source, Mapping):
         return _of_mapping(source, "a state dict")
     if isinstance(source, (str, os.PathLike)):
-        return _of_path(Path(source).expanduser(), reader)
+        return _of_path(expanded(source), reader)
     raise ArgumentError(
         f"Weights cannot come from a {type(source).__name__}. Pass a state dict, a model, or the "
         "path of a safetensors file, a torch file, an index or a folder."
@@ -114,7 +115,7 @@ def _why_unusable(value: Any) -> str | None:
 
 
 def _of_path(path: Path, reader: FileReader) -> WeightSource:
-    if not path.exists():
+    if not exists(path):
         raise ArgumentError(
             f"There is no file or folder {path.absolute()}. Check the path; weights on the hub are "
             "downloaded with huggingface_hub.snapshot_download first."

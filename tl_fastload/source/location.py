@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tl_fastload.errors import ArgumentError, CheckpointError, UnknownModelError
+from tl_fastload.ground.paths import exists, expanded
 from tl_fastload.source import hub
 from tl_fastload.source.aliases import NO_ALIASES, Aliases
 from tl_fastload.source.choose import stays_inside
@@ -73,8 +74,8 @@ def locate(
         )
     if not stays_inside(subfolder):
         raise ArgumentError(f"subfolder={subfolder!r} leaves the model. Pass a folder inside it.")
-    path = _expanded(text)
-    if _exists(path):
+    path = expanded(text)
+    if exists(path):
         if not path.is_dir():
             raise UnknownModelError(f"{path} is a file. Pass its folder, where {CONFIG} lies too.")
         check_link(path, subfolder)
@@ -162,28 +163,6 @@ def unfinished_downloads(folder: Path) -> list[str]:
     # The second place is where huggingface_hub downloads to when it is given a local folder.
     places = (folder.glob("*.incomplete"), (folder / ".cache/huggingface").rglob("*.incomplete"))
     return sorted(path.name for place in places for path in place)
-
-
-def _expanded(text: str) -> Path:
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:  # "~somebody", who has no home here
-        return Path(text)
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # too long or too odd to be a path
-        return False
-
-
-def is_directory(path: Path) -> bool:
-    """Whether a path, which may be none at all, is a folder."""
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):  # too long or too odd to be a path
-        return False
 
 
 def _local(name: str, folder: Path, options: HubOptions, aliases: Aliases) -> Location:

@@ -20,6 +20,7 @@ from tl_fastload.errors import (
     MissingPackageError,
     UnknownModelError,
 )
+from tl_fastload.ground.paths import exists, expanded, is_directory
 from tl_fastload.ground.wrappers import WRAPPER_PARTS
 from tl_fastload.huggingface.lora.patterns import matches
 from tl_fastload.recipes.promise import Promise
@@ -229,8 +230,8 @@ def locate_adapter(name: str, keywords: dict[str, Any]) -> Location:
     Raises:
         UnknownModelError, CheckpointError: it cannot be had, or is none.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = expanded(name)
+    if is_directory(folder):
         if not (folder / CONFIG).is_file():
             raise CheckpointError(
                 f"{folder} has no {CONFIG}: it holds no adapter. Pass the folder that peft's "
@@ -240,7 +241,8 @@ def locate_adapter(name: str, keywords: dict[str, Any]) -> Location:
         return Location(folder, str(folder))
     repo, _, revision = name.partition("@")
     parts = repo.split("/")
-    if folder.is_absolute() or parts[0] in (".", "..", "~", "") or folder.exists():
+    is_path = folder.is_absolute() or parts[0] in (".", "..", "") or name.startswith("~")
+    if is_path or exists(folder):
         raise UnknownModelError(
             f"There is no folder {folder.absolute()}. Check the path; an adapter on the hub is "
             "written 'organisation/name', 'organisation/name/subfolder' or "
