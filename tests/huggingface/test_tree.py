@@ -24,7 +24,7 @@ from tl_fastload.source.reader import FileReader
 
 
 def tree_of(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    promises, _ = tree.checkpoint_promises(resolve(folder), FileReader(), mmap=True)
+    promises, _ = resolve(folder).promises(FileReader())
     config = AutoConfig.from_pretrained(folder)
     return tree.tree_from_checkpoint(promises, config, config.architectures[0], dtype)
 
@@ -88,7 +88,7 @@ def test_settings_come_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_what_does_not_fit_is_in_the_ledger(zoo: Any) -> None:
     folder = zoo("llama")
-    promises, _ = tree.checkpoint_promises(resolve(folder), FileReader(), mmap=True)
+    promises, _ = resolve(folder).promises(FileReader())
     promises["extra"] = Promise.of(MemorySource(torch.ones(2), "extra"))
     promises["model.norm.weight"] = Promise.of(MemorySource(torch.ones(3), "model.norm.weight"))
     config = AutoConfig.from_pretrained(folder)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import tl_fastload
-from tests.support.quantized_kinds import layer_4bit, layer_8bit
+from tests.support.quantized_kinds import four_bit_bytes, int8_bytes, layer_4bit, layer_8bit
 from tl_fastload.errors import QuantizationError
 from tl_fastload.quantized import quantize as quantized_tensor
 from tl_fastload.quantized.formats import bitsandbytes_kernels as kernels
@@ -57,7 +57,7 @@ def test_int8_product_is_that_of_the_layer(
     dtype: torch.dtype, outliers: bool, threshold: float, shape: tuple[int, ...]
 ) -> None:
     layer = layer_8bit(_dense(), threshold, bias=True)
-    stored = Int8Bytes.of_layer(layer)
+    stored = int8_bytes(layer)
     x = _activations(*shape, outliers=outliers).to(dtype)
     found = stored.linear(x, layer.bias.detach().clone())
     assert found.dtype == dtype
@@ -70,7 +70,7 @@ def test_products_say_nothing_of_casts(
 ) -> None:
     """bitsandbytes logs a line each time, which floods notebooks; its own layers still do."""
     layer, x = layer_8bit(_dense()), _activations(4, 128).to(dtype)
-    stored = Int8Bytes.of_layer(layer)
+    stored = int8_bytes(layer)
     log = logging.getLogger("bitsandbytes.autograd._functions")
     filters = list(log.filters)
     caplog.set_level(logging.INFO, log.name)  # whatever the command line has set before
@@ -88,7 +88,7 @@ def test_4bit_product_is_that_of_the_layer(
     kind: str, double_quant: bool, blocksize: int, compute_dtype: Any, dtype: torch.dtype
 ) -> None:
     layer = layer_4bit(_dense(), kind, double_quant, blocksize, compute_dtype, bias=True)
-    stored = FourBitBytes.of_layer(layer)
+    stored = four_bit_bytes(layer)
     assert kernels.compute_dtype_of(layer) == compute_dtype
     bias = layer.bias.detach().clone()
     for x in (_activations(2, 5, 128).to(dtype), _activations(1, 128).to(dtype)):
@@ -101,7 +101,7 @@ def test_4bit_product_is_that_of_the_layer(
 def test_int8_dequantizes_as_transformers_does(dtype: torch.dtype) -> None:
     layer = layer_8bit(_dense())
     expected = bnb.functional.int8_vectorwise_dequant(layer.weight.data, layer.weight.SCB)
-    stored = Int8Bytes.of_layer(layer)
+    stored = int8_bytes(layer)
     assert torch.equal(stored.dense(dtype), expected.to(dtype))
 
 
@@ -112,7 +112,7 @@ def test_4bit_dequantizes_as_transformers_does(
 ) -> None:
     layer = layer_4bit(_dense().to(dtype), kind, double_quant, blocksize)
     expected = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    found = FourBitBytes.of_layer(layer).dense(dtype)
+    found = four_bit_bytes(layer).dense(dtype)
     assert expected.dtype == dtype
     assert torch.equal(found, expected)
 
@@ -125,7 +125,7 @@ def test_every_block_size(kind: str, double_quant: bool, blocksize: int) -> None
     for columns in (blocksize, max(blocksize, 4096)):
         dense = _dense(12, columns)
         layer = layer_4bit(dense, kind, double_quant, blocksize)
-        theirs = FourBitBytes.of_layer(layer)
+        theirs = four_bit_bytes(layer)
         stored = quantize(dense, kind, blocksize=blocksize, double_quant=double_quant)
         assert theirs.blocksize == blocksize
         for name, tensor in theirs.tensors().items():
@@ -183,7 +183,7 @@ def test_4bit_quantizes_as_bitsandbytes_does(
     dense = _dense().to(dtype)
     stored = quantize(dense, kind, blocksize=blocksize, double_quant=double_quant)
     weight = layer_4bit(dense, kind, double_quant, blocksize).weight
-    expected = FourBitBytes.of_layer(weight)
+    expected = four_bit_bytes(weight)
     assert isinstance(stored, FourBitBytes)
     assert stored.plain() == expected.plain()
     assert stored.is_nested == double_quant
@@ -228,21 +228,21 @@ def test_double_precision_activations(kind: str) -> None:
 
 def test_int8_bytes_are_shared_before_and_after_the_first_forward_pass() -> None:
     layer = layer_8bit(_dense(), threshold=3.0)
-    before = Int8Bytes.of_layer(layer)
+    before = int8_bytes(layer)
     layer(_activations(1, 128))
-    after = Int8Bytes.of_layer(layer)
+    after = int8_bytes(layer)
     for stored in (before, after):
         assert stored.codes.data_ptr() == layer.weight.data.data_ptr()
         assert stored.scales.data_ptr() == layer.state.SCB.data_ptr()
         assert stored.threshold == 3.0
         assert type(stored.codes) is torch.Tensor
-    assert Int8Bytes.of_layer(layer_8bit(_dense()).weight).threshold == 6.0
+    assert int8_bytes(layer_8bit(_dense()).weight).threshold == 6.0
 
 
 def test_4bit_bytes_are_shared() -> None:
     layer = layer_4bit(_dense(), "nf4", double_quant=True)
     for source in (layer, layer.weight):
-        stored = FourBitBytes.of_layer(source)
+        stored = four_bit_bytes(source)
         state = layer.weight.quant_state
         assert stored.packed.data_ptr() == layer.weight.data.data_ptr()
         assert stored.absmax.data_ptr() == state.absmax.data_ptr()
@@ -254,7 +254,7 @@ def test_4bit_bytes_stored_in_another_dtype() -> None:
     weight = bnb.nn.Params4bit(
         _dense(), requires_grad=False, quant_type="nf4", quant_storage=torch.bfloat16
     ).to("cpu")
-    stored = FourBitBytes.of_layer(weight)
+    stored = four_bit_bytes(weight)
     plain = quantize(_dense(), "nf4", double_quant=True)
     assert stored.packed.data_ptr() == weight.data.data_ptr()
     assert torch.equal(stored.packed, plain.tensors()["packed"])
@@ -266,14 +266,14 @@ def test_layer_repacked_for_avx512(double_quant: bool) -> None:
     """bitsandbytes re-orders a layer when it first runs; what was taken before must not notice."""
     dense = _dense(64)
     layer = layer_4bit(dense, "nf4", double_quant, avx512=True)
-    before = FourBitBytes.of_layer(layer)
+    before = four_bit_bytes(layer)
     values = before.dense(torch.float32)
     layer(_activations(1, 128))
     assert layer.weight.quant_state.packing_format_for_cpu
     assert torch.equal(before.dense(torch.float32), values)
 
     state = copy.deepcopy(layer.weight.quant_state)
-    after = FourBitBytes.of_layer(layer)
+    after = four_bit_bytes(layer)
     assert torch.equal(after.packed, before.packed)
     assert torch.equal(after.absmax, before.block_scales().bfloat16().float())
     assert layer.weight.quant_state.packing_format_for_cpu
@@ -296,16 +296,16 @@ def test_layer_repacked_for_avx512(double_quant: bool) -> None:
 )
 def test_8bit_layers_that_cannot_be_read(source: Any, message: str) -> None:
     with pytest.raises(QuantizationError, match=message):
-        Int8Bytes.of_layer(source())
+        int8_bytes(source())
 
 
 def test_4bit_layers_that_cannot_be_read() -> None:
     with pytest.raises(QuantizationError, match="quant_state"):
-        FourBitBytes.of_layer(bnb.nn.Linear4bit(64, 8))
+        four_bit_bytes(bnb.nn.Linear4bit(64, 8))
     layer = layer_4bit(_dense())
     layer.weight.quant_state.absmax = layer.weight.quant_state.absmax[:-1]
     with pytest.raises(QuantizationError, match="absmax"):
-        FourBitBytes.of_layer(layer)
+        four_bit_bytes(layer)
 
 
 @pytest.mark.parametrize(

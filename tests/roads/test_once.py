@@ -16,7 +16,7 @@ from tl_fastload import plan
 
 ASKED = {
     "keywords": ("model", "sort_keywords"),
-    "model": ("huggingface.pretrained", "resolve_config"),
+    "model": ("huggingface.pretrained", "_files_at"),
     "adapter": ("huggingface.pretrained", "locate_adapter"),
     "config": ("huggingface.config", "read_config_json"),
     "transformers": ("huggingface.config", "AutoConfig.from_pretrained"),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import constants
+from safetensors.torch import save
 
 from tests.support.fake_hub import (
     COMMIT,
@@ -69,6 +73,33 @@ def test_only_what_is_needed_is_downloaded(cache: Path, server: FakeHub) -> None
     assert checkpoint.commit == COMMIT
 
 
+def test_shards_are_downloaded_side_by_side_and_the_commit_is_asked_for_once(
+    cache: Path, server: FakeHub
+) -> None:
+    shards = {f"s-{n}.safetensors": save({f"w{n}": torch.ones(2)}) for n in range(6)}
+    homes = {f"w{n}": f"s-{n}.safetensors" for n in range(6)}
+    index = json.dumps({"weight_map": homes}).encode()
+    files = {"config.json": CONFIG, "model.safetensors.index.json": index, **shards}
+    server.repos["org/six"] = Repo(files)
+    server.together = threading.Barrier(2, timeout=10)
+    assert resolve("org/six", cache_dir=cache).entries.keys() == homes.keys()
+    assert not server.together.broken
+    asked = [line for line in server.requests if "api/models/" in line]
+    assert asked[0] == "GET api/models/org/six"
+    assert len(asked) == 2  # huggingface_hub asks for the sizes of what it downloads together
+    assert sorted(server.downloads()) == sorted(files)
+    assert len([line for line in server.requests if "/resolve/" in line]) == 2 * len(files)
+    server.requests.clear()
+    resolve("org/six", cache_dir=cache, force_download=True)
+    assert sorted(server.downloads()) == sorted(files)
+
+
+def test_only_shards_that_are_not_cached_are_downloaded(cache: Path, server: FakeHub) -> None:
+    fill_cache(cache, "org/shards", {k: v for k, v in SHARDED.items() if k != "s-2.safetensors"})
+    assert resolve("org/shards", cache_dir=cache).entries.keys() == {"a", "b"}
+    assert server.downloads() == ["s-2.safetensors"]
+
+
 def test_a_cached_model_costs_one_request(cache: Path, server: FakeHub) -> None:
     first = resolve("org/shards", cache_dir=cache)
     server.requests.clear()
@@ -120,8 +151,8 @@ def test_force_download(cache: Path, server: FakeHub) -> None:
     assert sorted(server.downloads()) == ["config.json", "model.safetensors"]
 
 
-def test_repo_files_online(cache: Path, server: FakeHub) -> None:
-    assert hub.repo_files("org/name", HubOptions(cache_dir=cache)) == list(SINGLE)
+def test_the_files_of_a_repository_online(cache: Path, server: FakeHub) -> None:
+    assert hub.list_files("org/name", HubOptions(cache_dir=cache)).files == list(SINGLE)
 
 
 @pytest.mark.parametrize("how", ["token", "HF_TOKEN"])
@@ -158,7 +189,7 @@ def test_a_revision_that_does_not_exist(cache: Path, server: FakeHub) -> None:
     assert "no revision 'step7'" in message
     assert "commits/main" in message
     with pytest.raises(UnknownModelError, match="no revision 'step7'"):
-        hub.repo_files("org/name", HubOptions("step7", cache))
+        hub.list_files("org/name", HubOptions("step7", cache))
 
 
 def test_a_repository_without_config_or_weights(cache: Path, server: FakeHub) -> None:
@@ -203,7 +234,7 @@ def test_a_cache_that_cannot_be_written(cache: Path, server: FakeHub) -> None:
 def test_an_unreachable_hub_leaves_the_cache(cache: Path) -> None:
     fill_cache(cache, "org/name", SHARDED)
     assert resolve("org/name", cache_dir=cache).entries.keys() == {"a", "b"}
-    assert hub.repo_files("org/name", HubOptions(cache_dir=cache)) == sorted(SHARDED)
+    assert hub.list_files("org/name", HubOptions(cache_dir=cache)).files == sorted(SHARDED)
 
 
 @pytest.mark.usefixtures("unreachable")
@@ -213,7 +244,7 @@ def test_an_unreachable_hub_without_a_cache_is_said_at_once(cache: Path) -> None
     assert "Check the connection" in message
     assert f"not in the cache {cache}" in message
     with pytest.raises(UnknownModelError, match="cannot be reached"):
-        hub.repo_files("org/name", HubOptions(cache_dir=cache))
+        hub.list_files("org/name", HubOptions(cache_dir=cache))
 
 
 @pytest.mark.usefixtures("unreachable")

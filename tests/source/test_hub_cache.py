@@ -128,7 +128,7 @@ def test_toy_models_with_a_final_pth(cache: Path, tmp_path: Path) -> None:
     final = resolve("solu-1l", cache_dir=cache)
     assert final.files[0].name == "model_final.pth"
     assert final.load_tensors().tensors["embed.W_E"].sum() == 2
-    assert hub.repo_files(repo, HubOptions(cache_dir=cache)) == sorted(files)
+    assert hub.list_files(repo, HubOptions(cache_dir=cache)).files == sorted(files)
     named = resolve("solu-1l", cache_dir=cache, weights_file="checkpoints/model_100.pth")
     assert named.load_tensors().tensors["embed.W_E"].sum() == 0
 

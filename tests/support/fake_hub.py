@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import threading
@@ -32,6 +33,10 @@ SHARDS = {
 }
 SINGLE = {"config.json": CONFIG, "model.safetensors": WEIGHTS}
 SHARDED = {"config.json": CONFIG, "model.safetensors.index.json": INDEX, **SHARDS}
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def resolve(name: str | Path, **options: Any) -> Checkpoint:
@@ -71,7 +76,7 @@ def fill_cache(
     snapshot.mkdir(parents=True, exist_ok=True)
     (store / "blobs").mkdir(exist_ok=True)
     for name, content in files.items():
-        blob = store / "blobs" / hashlib.sha256(content).hexdigest()
+        blob = store / "blobs" / _digest(content)
         blob.write_bytes(content)
         link = snapshot / name
         link.parent.mkdir(parents=True, exist_ok=True)
@@ -96,12 +101,13 @@ class Repo:
 @dataclass
 class FakeHub:
     """Serves `repos`; `requests` are the "METHOD path" of all requests so far, `sent_bytes` what
-    was sent of each file."""
+    was sent of each file. At `together` the downloads of shards wait for each other."""
 
     repos: dict[str, Repo]
     requests: list[str] = field(default_factory=list)
     status: int | None = None
     sent_bytes: dict[str, int] = field(default_factory=dict)
+    together: threading.Barrier | None = None
 
     def __enter__(self) -> FakeHub:
         hub = self
@@ -146,12 +152,20 @@ class FakeHub:
         return self._answer_file(handler, path)
 
     def _answer_listing(self, handler: BaseHTTPRequestHandler, path: str) -> None:
-        name, _, revision = path.partition("/revision/")
+        name, kind, revision = path.partition("/revision/")
+        if not kind:
+            name, kind, revision = path.partition("/tree/")
         repo = self.repos.get(name)
         if repo is None or not self._has_token(handler, repo):
             return self._send(handler, 404, error="RepoNotFound")
         if not self._has_revision(repo, revision or "main"):
             return self._send(handler, 404, error="RevisionNotFound")
+        if kind == "/tree/":
+            tree = [
+                {"type": "file", "path": file, "size": len(content), "oid": _digest(content)}
+                for file, content in repo.files.items()
+            ]
+            return self._send(handler, 200, json.dumps(tree).encode(), kind="application/json")
         siblings = [
             {"rfilename": file, "size": len(content)} if self._blobs else {"rfilename": file}
             for file, content in repo.files.items()
@@ -178,6 +192,9 @@ class FakeHub:
             self.sent_bytes[filename] = self.sent_bytes.get(filename, 0) + len(part)
             return self._send(handler, 206, part, commit=repo.commit)
         if handler.command == "GET":
+            if self.together is not None and filename.startswith("s-"):
+                with contextlib.suppress(threading.BrokenBarrierError):
+                    self.together.wait()
             self.sent_bytes[filename] = self.sent_bytes.get(filename, 0) + len(content)
         return self._send(handler, 200, content, commit=repo.commit)
 
@@ -203,7 +220,7 @@ class FakeHub:
         handler.send_response(status)
         handler.send_header("Content-Type", kind)
         handler.send_header("Content-Length", str(len(body)))
-        handler.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+        handler.send_header("ETag", f'"{_digest(body)}"')
         if error is not None:
             handler.send_header("X-Error-Code", error)
         if commit is not None:

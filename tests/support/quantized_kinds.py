@@ -13,10 +13,21 @@ import torch
 
 from tl_fastload import quantized
 from tl_fastload.quantized import QuantizedTensor
+from tl_fastload.quantized.formats import bitsandbytes_kernels as kernels
 from tl_fastload.quantized.formats.bitsandbytes_bytes import FourBitBytes, Int8Bytes
 
 HEADS, D_HEAD, COLUMNS = 3, 8, 128
 ROWS = HEADS * D_HEAD
+
+
+def int8_bytes(layer: Any) -> Int8Bytes:
+    """The bytes of an 8-bit layer or weight of bitsandbytes."""
+    return Int8Bytes(*kernels.parts_of_linear8bit(layer))
+
+
+def four_bit_bytes(layer: Any) -> FourBitBytes:
+    """The bytes of a 4-bit layer or weight of bitsandbytes."""
+    return FourBitBytes(**kernels.parts_of_linear4bit(layer))
 
 
 @dataclass(frozen=True)
@@ -44,8 +55,8 @@ class Kind:
 
     def tensor(self, layer: Any) -> QuantizedTensor:
         if self.kind == "int8":
-            return quantized.from_bytes(Int8Bytes.of_layer(layer), dtype=self.dtype)
-        blocks, compute_dtype = FourBitBytes.of_layer(layer), layer.compute_dtype
+            return quantized.from_bytes(int8_bytes(layer), dtype=self.dtype)
+        blocks, compute_dtype = four_bit_bytes(layer), layer.compute_dtype
         return quantized.from_bytes(blocks, dtype=self.dtype, compute_dtype=compute_dtype)
 
     def make(self, rows: int = ROWS, columns: int = COLUMNS, seed: int = 0) -> QuantizedTensor:

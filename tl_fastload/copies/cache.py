@@ -33,6 +33,7 @@ from tl_fastload.errors import (
     QuantizationError,
 )
 from tl_fastload.ground.boundary import boundary, guarded
+from tl_fastload.ground.paths import expanded_to_write
 from tl_fastload.request.argument_types import checked
 from tl_fastload.request.contradictions import CHECKPOINT_ARGUMENTS
 from tl_fastload.request.keywords import Keywords
@@ -76,7 +77,7 @@ def default_folder() -> Path:
     """The folder of `cache=True`: what TL_FASTLOAD_CACHE names, else the user's cache folder."""
     named = os.environ.get(VARIABLE, "")
     if named.lower() not in (*_ON, *_OFF):
-        return Path(named).expanduser()
+        return expanded_to_write(named)
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "tl_fastload"
 
@@ -92,7 +93,7 @@ def folder_for(cache: bool | str | Path | None) -> Path | None:
         return default_folder() if cache else None
     if not str(cache):
         raise ArgumentError('cache="" names no folder: pass True for the usual one.')
-    return Path(cache).expanduser()
+    return expanded_to_write(cache)
 
 
 @guarded("while looking after the cache")
@@ -227,7 +228,7 @@ def _home(folder: str | Path | None) -> Path:
     if folder is None:
         return default_folder()
     checked(folder=folder)
-    return Path(folder).expanduser()
+    return expanded_to_write(folder)
 
 
 def _ours(home: Path) -> Iterator[Path]:

@@ -17,9 +17,9 @@ from tl_fastload.ground.memory_orders import FORWARD
 from tl_fastload.request.contradictions import device_asked_for
 from tl_fastload.request.steps import STEPS
 from tl_fastload.roads.road import Request
-from tl_fastload.source.checkpoint import Location
 from tl_fastload.source.choose import read_index
 from tl_fastload.source.links import check_link
+from tl_fastload.source.location import Location
 
 # Raised when loads of one model give other numbers than those of an earlier tl_fastload.
 _NUMBERS = 2

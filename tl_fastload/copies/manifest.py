@@ -24,12 +24,12 @@ from tl_fastload.ground.compat import __version__
 from tl_fastload.ground.geometry import is_unbroken
 from tl_fastload.ground.memory_orders import FORWARD, check_layout
 from tl_fastload.quantized import formats
-from tl_fastload.quantized.spec import Spec
+from tl_fastload.quantized.spec import Spec, as_dtype
 from tl_fastload.source.choose import stays_inside
-from tl_fastload.source.file_states import unreadable
+from tl_fastload.source.file_states import state_of, unreadable
 from tl_fastload.source.json_files import read_object
 from tl_fastload.source.links import check_link
-from tl_fastload.source.safetensors import LENGTH_BYTES, TensorEntry, read_header
+from tl_fastload.source.safetensors import TensorEntry, header_text, parse_header
 
 MANIFEST = "tl_fastload.json"
 FORMAT_VERSION = 1
@@ -220,40 +220,27 @@ def stored_tensors(folder: Path, manifest: Manifest) -> dict[str, TensorEntry]:
     for name, facts in manifest.files.items():
         path = folder / name
         check_link(folder, name)
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise unreadable(path, error) from error
+        size = state_of(path).size_bytes
         if size != facts["bytes"]:
             raise CheckpointError(
                 f"{path} has {size:,} bytes, {facts['bytes']:,} were written: it was cut off or "
                 f"altered. {_REMEDY}."
             )
-        checksum, metadata = _header(path)
-        # Copies of earlier versions do not say whose they are.
-        model = metadata.get(MODEL_KEY, manifest.read_checksum)
-        if checksum != facts["header"] or model != manifest.read_checksum:
+        text, state = header_text(path)
+        is_ours = hashlib.sha256(text).hexdigest() == facts["header"]
+        if is_ours:
+            found, metadata = parse_header(path, text, state)
+            entries.update(found)
+            # Copies of earlier versions do not say whose they are.
+            is_ours = metadata.get(MODEL_KEY, manifest.read_checksum) == manifest.read_checksum
+        if not is_ours:
             raise CheckpointError(
                 f"{path} is not the file that {MANIFEST} was written with. {_REMEDY}."
             )
-        entries.update(read_header(path))
     absent = manifest.checksums.keys() - entries.keys()
     if absent:
         raise CheckpointError(f"{folder} lacks the tensor {min(absent)!r}. {_REMEDY}.")
     return entries
-
-
-def _header(path: Path) -> tuple[str, dict[str, Any]]:
-    """SHA-256 of a safetensors file's header, its length included, and its metadata."""
-    with path.open("rb") as file:
-        length = file.read(LENGTH_BYTES)
-        text = file.read(min(int.from_bytes(length, "little"), path.stat().st_size))
-    try:
-        metadata = json.loads(text)["__metadata__"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        metadata = None  # the checksum tells
-    checksum = hashlib.sha256(length + text).hexdigest()
-    return checksum, metadata if isinstance(metadata, dict) else {}
 
 
 def checked_geometry(view: View, entry: TensorEntry) -> torch.Tensor:
@@ -352,10 +339,7 @@ def _encode(value: Any) -> Any:
 def _decode(value: Any) -> Any:
     if isinstance(value, dict):
         if value.keys() == {"torch.dtype"}:
-            dtype = getattr(torch, value["torch.dtype"], None)
-            if not isinstance(dtype, torch.dtype):
-                raise ValueError(f"{value['torch.dtype']!r} is not a dtype")
-            return dtype
+            return as_dtype(value["torch.dtype"])
         return {name: _decode(inner) for name, inner in value.items()}
     if isinstance(value, list):
         return [_decode(inner) for inner in value]

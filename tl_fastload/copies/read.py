@@ -27,6 +27,7 @@ from tl_fastload.copies.verify import check_tokenizer, verify_copy
 from tl_fastload.errors import CheckpointError
 from tl_fastload.ground.geometry import copied
 from tl_fastload.ground.own_defaults import own_defaults
+from tl_fastload.ground.paths import expanded
 from tl_fastload.huggingface.config import hf_config_of
 from tl_fastload.huggingface.tokenizer import is_failure, lost_tokenizer, named, read_tokenizer
 from tl_fastload.placement.own_values import parameter_versions
@@ -53,14 +54,9 @@ def copy_folder(model_name: Any, keywords: Keywords) -> Path | None:
     subfolder = str(keywords.hub.get("subfolder") or "")
     if not stays_inside(subfolder):
         return None  # the ordinary way says so
-    try:
-        root = Path(model_name).expanduser()
-        folder = root / subfolder
-        if leads_out(root, subfolder):
-            return None
-    except (RuntimeError, ValueError):  # "~somebody", who has no home here
-        return None
-    return folder if is_copy(folder) else None
+    root = expanded(Path(model_name))
+    folder = root / subfolder
+    return folder if is_copy(folder) and not leads_out(root, subfolder) else None
 
 
 def load_copy(request: Request, folder: Path) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 from tl_fastload.copies.manifest import Manifest, read_manifest, stored_tensors
 from tl_fastload.errors import CheckpointError
 from tl_fastload.ground.boundary import guarded
+from tl_fastload.ground.paths import expanded
 from tl_fastload.request.argument_types import checked
 from tl_fastload.source.reader import FileReader
 from tl_fastload.source.safetensors import TensorEntry
@@ -75,7 +76,7 @@ def verify_copy(folder: str | os.PathLike[str]) -> None:
         ArgumentError: `folder` is no path.
     """
     checked(folder=folder)
-    place = Path(folder).expanduser()
+    place = expanded(Path(folder))
     manifest = read_manifest(place)
     entries = stored_tensors(place, manifest)
     reader = FileReader()

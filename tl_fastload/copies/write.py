@@ -37,6 +37,7 @@ from tl_fastload.ground.geometry import copied, same_layout
 from tl_fastload.ground.mark import require_whole
 from tl_fastload.ground.memory_orders import FORWARD
 from tl_fastload.ground.own_defaults import own_defaults
+from tl_fastload.ground.paths import expanded_to_write
 from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.ground.words import format_bytes
 from tl_fastload.ground.wrappers import plain_name, unwrapped
@@ -204,7 +205,7 @@ def write_copy(
     """
     model = unwrapped(model)
     road = _road_of(model)
-    target = folder.expanduser().absolute()
+    target = expanded_to_write(folder, SaveError).absolute()
     check_target(target)
     plan = _Plan(road, model)
     plan.add_parameters()

@@ -8,7 +8,8 @@ from typing import Any
 from transformer_lens import loading_from_pretrained
 
 from tl_fastload.source.aliases import Aliases
-from tl_fastload.source.checkpoint import Location, resolve_config
+from tl_fastload.source.hub import HubOptions
+from tl_fastload.source.location import Location, locate
 
 
 def aliases() -> Aliases:
@@ -26,5 +27,11 @@ def official_name(name: str) -> str | None:
 
 
 def resolve_model(name: str | os.PathLike[str], **hub: Any) -> Location:
-    """`tl_fastload.source.checkpoint.resolve_config` that knows TransformerLens' names as well."""
-    return resolve_config(name, aliases=aliases(), **hub)
+    """`tl_fastload.source.location.locate` that knows TransformerLens' names as well.
+
+    Args:
+        name: as for `locate`.
+        **hub: its subfolder, and the fields of `tl_fastload.source.hub.HubOptions`.
+    """
+    subfolder = hub.pop("subfolder", "")
+    return locate(name, HubOptions(**hub), subfolder, aliases())

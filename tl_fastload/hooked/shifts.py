@@ -3,7 +3,7 @@
 Hugging Face's quantized layer multiplies `norm(x) * w + b`, and an output projection the attention
 output with the value bias in it. Folding moves `b` and the value bias into other biases, so that
 the matrix meets an activation that lies elsewhere. The 8-bit kernel rounds activations: it gets
-them moved back (`Content.shifted_input`).
+them moved back (`QuantizedTensor.shift_input`).
 """
 
 from __future__ import annotations

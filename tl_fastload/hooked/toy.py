@@ -15,7 +15,8 @@ from tl_fastload.huggingface import config
 from tl_fastload.huggingface.pretrained import Pretrained
 from tl_fastload.recipes.nodes import MemorySource
 from tl_fastload.recipes.promise import Promise
-from tl_fastload.source.checkpoint import names_at_hand, open_weights
+from tl_fastload.source.checkpoint import open_weights
+from tl_fastload.source.location import names_at_hand
 
 _OWNERS = ("NeelNanda", "ArthurConmy", "Baidicoot")
 

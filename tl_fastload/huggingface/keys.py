@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,18 +85,30 @@ def rename_to_model(
         # Every name is the model's own: transformers' table, slow to build, has nothing to say.
         ledger = Ledger(notes=list(renaming.notes))
         return {name: cast(name, promise) for name, promise in bare.items()}, ledger
-    if compat.HAS_WEIGHT_CONVERSIONS:
-        return _rename_by_table(model, promises, wanted, cast, groups)
-    return _rename_by_prefix(model, promises, wanted, cast, groups)
+    rules = (
+        _rules_of_table(model, wanted)
+        if compat.HAS_WEIGHT_CONVERSIONS
+        else _rules_of_prefix(model, wanted)
+    )
+    return _rename(model, promises, wanted, cast, groups, rules)
 
 
-def _rename_by_table(
-    model: Any,
-    promises: Mapping[str, Promise],
-    wanted: dict[str, Any],
-    cast: Any,
-    groups: list[list[str]],
-) -> tuple[dict[str, Promise], Ledger]:
+@dataclass(frozen=True)
+class _Rules:
+    """How transformers renames and converts the tensors of a checkpoint.
+
+    Attributes:
+        renamed: name -> the model's name, and the pattern of the conversion that it is a part of.
+        converters: pattern -> the conversion.
+        order: the key of the order in which parts are collected.
+    """
+
+    renamed: Callable[[str], tuple[str, str | None]]
+    converters: Mapping[str, Any] = field(default_factory=dict)
+    order: Callable[[str], Any] = str
+
+
+def _rules_of_table(model: Any, wanted: dict[str, Any]) -> _Rules:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,
@@ -108,7 +120,6 @@ def _rename_by_table(
     table = get_model_conversion_mapping(model)
     renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in table if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     prefix = model.base_model_prefix
 
     def renamed(name: str) -> tuple[str, str | None]:
@@ -117,8 +128,37 @@ def _rename_by_table(
             target, pattern = rename_source_key(name, [], [], prefix, wanted)
         return target, pattern
 
+    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    return _Rules(renamed, by_pattern, dot_natural_key)
+
+
+def _rules_of_prefix(model: Any, wanted: dict[str, Any]) -> _Rules:
+    prefix = model.base_model_prefix + "."
+    renames = getattr(model, "_checkpoint_conversion_mapping", None) or {}
+
+    def renamed(name: str) -> tuple[str, str | None]:
+        for pattern, replacement in renames.items():
+            name, count = re.subn(pattern, replacement, name)
+            if count:
+                break
+        name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
+        name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
+        candidates = (name, prefix + name, name.removeprefix(prefix))
+        return next((c for c in candidates if c in wanted), name), None
+
+    return _Rules(renamed)
+
+
+def _rename(
+    model: Any,
+    promises: Mapping[str, Promise],
+    wanted: dict[str, Any],
+    cast: Any,
+    groups: list[list[str]],
+    rules: _Rules,
+) -> tuple[dict[str, Promise], Ledger]:
     def fits(name: str) -> str | None:
-        target, pattern = renamed(name)
+        target, pattern = rules.renamed(name)
         # Parts of a merged weight have one target, and are known by their own names.
         return None if target not in wanted else target if pattern is None else name
 
@@ -128,14 +168,14 @@ def _rename_by_table(
     renaming = without_prefixes(promises, fits, groups)
     ledger.note(renaming)
     promises = renaming.apply(promises)
-    for name in sorted(promises, key=dot_natural_key):
-        target, pattern = renamed(name)
+    for name in sorted(promises, key=rules.order):
+        target, pattern = rules.renamed(name)
         if target not in wanted:
             _note_unexpected(model, name, target, ledger)
         elif pattern is None:
             found[target] = cast(target, promises[name])
         else:
-            converter = collected.setdefault(target, copy.deepcopy(by_pattern[pattern]))
+            converter = collected.setdefault(target, copy.deepcopy(rules.converters[pattern]))
             value = cast(target, promises[name])
             converter.add_tensor(target, name, pattern, lambda value=value: value)
     for target, converter in collected.items():
@@ -146,42 +186,6 @@ def _rename_by_table(
             continue
         for name, value in converted.items():
             found[name] = value[0] if isinstance(value, list) else value
-    return found, ledger
-
-
-def _rename_by_prefix(
-    model: Any,
-    promises: Mapping[str, Promise],
-    wanted: dict[str, Any],
-    cast: Any,
-    groups: list[list[str]],
-) -> tuple[dict[str, Promise], Ledger]:
-    found: dict[str, Promise] = {}
-    ledger = Ledger()
-    prefix = model.base_model_prefix + "."
-    renames = getattr(model, "_checkpoint_conversion_mapping", None) or {}
-
-    def renamed(name: str) -> str:
-        for pattern, replacement in renames.items():
-            name, count = re.subn(pattern, replacement, name)
-            if count:
-                break
-        name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
-        return re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
-
-    def fits(name: str) -> str | None:
-        target = renamed(name)
-        candidates = (target, prefix + target, target.removeprefix(prefix))
-        return next((c for c in candidates if c in wanted), None)
-
-    renaming = without_prefixes(promises, fits, groups)
-    ledger.note(renaming)
-    for name, promise in renaming.apply(promises).items():
-        match = fits(name)
-        if match is None:
-            _note_unexpected(model, name, renamed(name), ledger)
-        else:
-            found[match] = cast(match, promise)
     return found, ledger
 
 

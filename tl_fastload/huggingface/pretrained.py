@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tl_fastload.errors import ArgumentError, UnsupportedArchitectureError
+from tl_fastload.ground.paths import is_directory
 from tl_fastload.huggingface import tree
 from tl_fastload.huggingface.config import Supported, architecture_of, read_config, read_config_json
 from tl_fastload.huggingface.dequantize import load_dequantized, outline_dequantized
@@ -19,7 +20,7 @@ from tl_fastload.huggingface.keys import Ledger
 from tl_fastload.huggingface.lora.adapter import Adapter, locate_adapter, open_adapters
 from tl_fastload.huggingface.lora.base_model import compare_bases
 from tl_fastload.huggingface.lora.live import adapters_of, merge_into_model
-from tl_fastload.huggingface.lora.merge import Weights, merge, merge_into_files, requantized
+from tl_fastload.huggingface.lora.merge import Weights, merge, merge_into_files
 from tl_fastload.huggingface.tokenizer import fetch_tokenizer, has_tokenizer
 from tl_fastload.quantized.assemble import is_quantized, spec_of_layers
 from tl_fastload.quantized.formats import descriptions, of_checkpoint
@@ -29,11 +30,12 @@ from tl_fastload.report.available import check_room
 from tl_fastload.request.adapters import Requests
 from tl_fastload.request.keywords import Keywords, override
 from tl_fastload.request.options import Options
-from tl_fastload.source.aliases import Aliases
-from tl_fastload.source.checkpoint import Checkpoint, Location, open_weights, resolve_config
-from tl_fastload.source.hub import repo_files
+from tl_fastload.source.aliases import NO_ALIASES, Aliases
+from tl_fastload.source.checkpoint import Checkpoint, open_weights
+from tl_fastload.source.hub import HubOptions, list_files
 from tl_fastload.source.links import check_all_links
-from tl_fastload.source.location import is_directory
+from tl_fastload.source.location import Location
+from tl_fastload.source.location import locate as locate_files
 from tl_fastload.source.reader import FileMaps, FileReader
 from tl_fastload.source.remote import open_headers
 
@@ -77,15 +79,20 @@ def locate(
     is_folder = isinstance(name, Path) or is_directory(Path(name))
     location = None
     if not in_memory:
-        location = resolve_config(name, aliases=aliases, **hub)
+        location = _files_at(name, hub, aliases)
     elif is_directory(Path(name)):
-        location = resolve_config(name, aliases=aliases)
+        location = _files_at(name, {}, aliases)
     return Located(
         name,
         None if is_folder else aliases.official(str(name)),  # a folder wins, as in transformers
         location,
         tuple(locate_adapter(one, dict(hub)) for one, _ in adapters),
     )
+
+
+def _files_at(name: str | Path, hub: Mapping[str, Any], aliases: Aliases = NO_ALIASES) -> Location:
+    options = {key: value for key, value in hub.items() if key != "subfolder"}
+    return locate_files(name, HubOptions(**options), hub.get("subfolder", ""), aliases)
 
 
 @dataclass
@@ -186,7 +193,7 @@ class Pretrained:
             if merge_into_files(self.adapters, weights, promises, dtype):
                 root = self._grow(promises, dtype)
                 weights = Weights(root, self.ledger.tied)
-            merge(self.adapters, weights, requantized)
+            merge(self.adapters, weights)
         self.notes.extend(self.ledger.notes)
         return root
 
@@ -238,7 +245,7 @@ class Pretrained:
         """
         location = self.place()
         if revision is not None and location.repo is not None:
-            location = resolve_config(location.repo, **{**self.keywords.hub, "revision": revision})
+            location = _files_at(location.repo, {**self.keywords.hub, "revision": revision})
             self.label, self.commit = location.label, location.commit
         files = {"weights_file": weights_file} if weights_file else dict(self.keywords.files)
         if self.headers_only:
@@ -259,7 +266,7 @@ class Pretrained:
         """A promise for every tensor of opened files, under the files' names."""
         # A plan looks at the names and shapes in a torch file, which mapping gives it.
         mmap = self.reader.maps is not None or self.headers_only
-        promises, notes = tree.checkpoint_promises(checkpoint, self.reader, mmap)
+        promises, notes = checkpoint.promises(self.reader, mmap=mmap)
         self.notes.extend(notes)
         return promises
 
@@ -267,7 +274,7 @@ class Pretrained:
         """Names of all files where it lies, those in folders included."""
         location = self.place()
         if location.repo is not None:
-            return repo_files(location.repo, location.options)
+            return (location.listing or list_files(location.repo, location.options)).files
         paths = (path for path in location.folder.rglob("*") if path.is_file())
         return sorted(path.relative_to(location.folder).as_posix() for path in paths)
 

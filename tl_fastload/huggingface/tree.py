@@ -27,17 +27,10 @@ from tl_fastload.quantized.spec import Spec
 from tl_fastload.recipes.nodes import MemorySource, Source, SourceView
 from tl_fastload.recipes.promise import Promise
 from tl_fastload.source.checkpoint import Checkpoint
-from tl_fastload.source.reader import FileReader, FileSource
 
 
 class MissingSource(Source):
     """Stands where the checkpoint has no tensor; an error only if some parameter needs it."""
-
-    def __init__(self, name: str, like: torch.Tensor) -> None:
-        self.name = name
-        self.shape = like.shape
-        self.stride = like.stride()
-        self.dtype = like.dtype
 
     def lend(self, geometry: torch.Tensor) -> torch.Tensor | None:
         raise CheckpointError(f"the checkpoint has no weight {self.name}")
@@ -79,28 +72,6 @@ class Branch:
             return
         self.__dict__.setdefault(head, Branch())
         self.__dict__[head].place(rest, tensor)
-
-
-def checkpoint_promises(
-    checkpoint: Checkpoint, reader: FileReader, mmap: bool
-) -> tuple[dict[str, Promise], list[str]]:
-    """A promise for every tensor of a checkpoint, under the names of its files, and notes for the
-    report.
-
-    Args:
-        checkpoint: the opened files.
-        reader: reads them.
-        mmap: map torch files where that is possible.
-    """
-    promises: dict[str, Promise] = {
-        name: Promise.of(FileSource(entry, reader)) for name, entry in checkpoint.entries.items()
-    }
-    reader.files.hold(checkpoint.states)
-    contents = checkpoint.load_tensors(mmap=mmap)
-    reader.files.hold(contents.states)
-    for name, tensor in contents.tensors.items():
-        promises[name] = Promise.of(MemorySource(tensor, name))
-    return promises, list(contents.notes)
 
 
 def outline_promises(
@@ -189,7 +160,7 @@ def fill_tree(model: Any, promises: Mapping[str, Promise], dtype: torch.dtype) -
             promise = Promise.of(MissingSource(name, like))
         elif promise.shape != like.shape:
             ledger.misshapen[name] = (tuple(promise.shape), tuple(like.shape))
-        _put(model, name, promise)
+        put(model, name, promise)
     return ledger
 
 
@@ -267,11 +238,15 @@ def _bare_tree(promises: Mapping[str, Promise], hf_config: Any, dtype: torch.dty
     return tree
 
 
-def _put(model: nn.Module, name: str, promise: Promise) -> None:
+def put(tree: Any, name: str, promise: Promise) -> None:
+    """Put a promise at the dotted name of a parameter or buffer of a module tree."""
+    if isinstance(tree, Branch):
+        tree.place(name, _as_parameter(promise))
+        return
     parent_name, _, leaf = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
+    parent = tree.get_submodule(parent_name)
     holder = parent._parameters if leaf in parent._parameters else parent._buffers
-    holder[leaf] = _as_parameter(promise)  # type: ignore[assignment]
+    holder[leaf] = _as_parameter(promise)
 
 
 def _as_parameter(promise: Promise) -> Promise:

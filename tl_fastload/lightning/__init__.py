@@ -104,13 +104,10 @@ class FrozenSubmodulesMixin(_Base):
         result = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         is_frozen = self._frozen_test()
-        for key in [key for key in result if key.startswith(prefix)]:
-            if is_frozen(key[len(prefix) :]):
-                del result[key]
-        metadata = getattr(result, "_metadata", {})
-        for key in [key for key in metadata if key.startswith(prefix)]:
-            if is_frozen(key[len(prefix) :]):
-                del metadata[key]
+        for table in (result, getattr(result, "_metadata", {})):
+            for key in [key for key in table if key.startswith(prefix)]:
+                if is_frozen(key[len(prefix) :]):
+                    del table[key]
         return result
 
     def load_state_dict(
@@ -286,35 +283,19 @@ class FrozenSubmodulesMixin(_Base):
     def _require_untouched(self) -> None:
         """Raise ArgumentError if a frozen submodule is not what was attached."""
         trainer = getattr(self, "_trainer", None)
-        changed, doubtful = self._training(getattr(trainer, "optimizers", None) or ())
-        if changed:
-            raise ArgumentError(f"{self._told(changed)} {_WAYS_OUT}")
-        self._warn_of_doubts(doubtful)
+        self._tell_of_training(getattr(trainer, "optimizers", None) or (), is_error=True)
 
     def _warn_of_training(self) -> None:
         baselines = self.__dict__.get("_baselines", {})
         # Counts alone, which cost nothing: a state dict may be asked for at every step.
-        if not any(
+        if any(
             name in baselines and baselines[name].written(module)
             for name, module in self._frozen_modules().items()
         ):
-            return
-        changed, doubtful = self._training(())
-        if changed:
-            warnings.warn(f"{self._told(changed)} {_WAYS_OUT}", stacklevel=3)
-        self._warn_of_doubts(doubtful)
+            self._tell_of_training((), is_error=False)
 
-    def _warn_of_doubts(self, doubtful: list[str]) -> None:
-        if doubtful:
-            warnings.warn(
-                f"{listed(doubtful, 5)} of {type(self).__name__} has been written to since it was "
-                "attached. The values that were compared are the same, so it counts as frozen; if "
-                f"it was trained all the same, that is not saved. {_WAYS_OUT}",
-                stacklevel=4,
-            )
-
-    def _training(self, optimizers: Iterable[Any]) -> tuple[list[str], list[str]]:
-        """Full names of what has changed in frozen submodules, and of what may have."""
+    def _tell_of_training(self, optimizers: Iterable[Any], *, is_error: bool) -> None:
+        """Raise or warn of what has changed in frozen submodules; warn of what may have."""
         changed: list[str] = []
         doubtful: list[str] = []
         for name, module in self._frozen_modules().items():
@@ -324,14 +305,22 @@ class FrozenSubmodulesMixin(_Base):
                     (changed, doubtful), baseline.trained(module, optimizers), strict=True
                 ):
                     names += [f"{name}.{key}" for key in found]
-        return changed, doubtful
-
-    def _told(self, changed: list[str]) -> str:
-        return (
-            f"{listed(changed, 5)} of {type(self).__name__} has changed since it was attached, and "
-            "frozen_submodules leaves it out of state dicts and checkpoints: its training would be "
-            "lost."
-        )
+        if changed:
+            message = (
+                f"{listed(changed, 5)} of {type(self).__name__} has changed since it was attached, "
+                "and frozen_submodules leaves it out of state dicts and checkpoints: its training "
+                f"would be lost. {_WAYS_OUT}"
+            )
+            if is_error:
+                raise ArgumentError(message)
+            warnings.warn(message, stacklevel=4)
+        if doubtful:
+            warnings.warn(
+                f"{listed(doubtful, 5)} of {type(self).__name__} has been written to since it was "
+                "attached. The values that were compared are the same, so it counts as frozen; if "
+                f"it was trained all the same, that is not saved. {_WAYS_OUT}",
+                stacklevel=4,
+            )
 
     def _frozen_tensors(self) -> list[str]:
         """Names of frozen parameters and buffers, also where another submodule shares them."""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tl_fastload.ground.wrappers import plain_name
-from tl_fastload.lightning.fingerprint import changed_values, fingerprint
+from tl_fastload.lightning.fingerprint import changed_values, fingerprint, parameters_of
 from tl_fastload.placement.values_here import why_not_here
 
 
@@ -58,7 +58,7 @@ class Baseline:
         """Names of parameters that have been written to, whatever with."""
         if self.home is None:
             return []
-        now = _counts(dict(_named_parameters(module)))
+        now = _counts(parameters_of(module))
         return [
             name
             for name, (identity, count) in now.items()
@@ -91,7 +91,7 @@ class Baseline:
         """
         changed, doubtful = self.changed(module), self.written(module)
         states = [optimizer.state for optimizer in optimizers]
-        own = dict(_named_parameters(module))
+        own = parameters_of(module)
         for name in doubtful:
             parameter = own[name]
             has_state = any(parameter in state for state in states)
@@ -100,14 +100,9 @@ class Baseline:
         return sorted(set(changed)), sorted(set(doubtful) - set(changed))
 
 
-def _named_parameters(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    named = module.named_parameters(remove_duplicate=False)
-    return [(plain_name(name), parameter) for name, parameter in named]
-
-
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     buffers = module.named_buffers(remove_duplicate=False)
-    return {**{plain_name(name): b for name, b in buffers}, **dict(_named_parameters(module))}
+    return {**{plain_name(name): b for name, b in buffers}, **parameters_of(module)}
 
 
 def _counts(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, int]]:

@@ -32,7 +32,8 @@ from tl_fastload.recipes.nodes import MemorySource
 from tl_fastload.recipes.promise import Promise
 from tl_fastload.request.steps import STEPS
 from tl_fastload.roads.road import Recording, Road
-from tl_fastload.source.checkpoint import resolve_config
+from tl_fastload.source.hub import HubOptions
+from tl_fastload.source.location import locate
 from tl_fastload.source.reader import FileReader
 
 
@@ -68,7 +69,7 @@ def find_config(road: Road, given: Any, weights: WeightSource, model: Any) -> An
         CheckpointError, UnsupportedArchitectureError: the one that is given cannot be used.
     """
     if isinstance(given, (str, os.PathLike)):
-        folder = resolve_config(given, aliases=road.aliases()).folder
+        folder = locate(given, HubOptions(), aliases=road.aliases()).folder
         given = read_config(folder, road.supported, trust_remote_code=False)
     elif given is not None and not isinstance(given, PretrainedConfig):
         raise ArgumentError(

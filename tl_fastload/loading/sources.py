@@ -15,10 +15,12 @@ from tl_fastload.copies.manifest import MANIFEST, checked_geometry, is_copy
 from tl_fastload.copies.read import read_tensor
 from tl_fastload.copies.verify import open_copy
 from tl_fastload.errors import ArgumentError
+from tl_fastload.ground.paths import exists, expanded
 from tl_fastload.ground.wrappers import unwrapped
 from tl_fastload.recipes.nodes import MemorySource, Source
 from tl_fastload.request.options import is_on_network
-from tl_fastload.source.checkpoint import Location, open_weights
+from tl_fastload.source.checkpoint import open_weights
+from tl_fastload.source.location import Location
 from tl_fastload.source.reader import CHUNK_BYTES, FileMaps, FileReader, FileSource
 from tl_fastload.source.torch_files import unnested
 
@@ -67,7 +69,7 @@ def open_source(source: Any, reader: FileReader) -> WeightSource:
     if isinstance(source, Mapping):
         return _of_mapping(source, "a state dict")
     if isinstance(source, (str, os.PathLike)):
-        return _of_path(Path(source).expanduser(), reader)
+        return _of_path(expanded(source), reader)
     raise ArgumentError(
         f"Weights cannot come from a {type(source).__name__}. Pass a state dict, a model, or the "
         "path of a safetensors file, a torch file, an index or a folder."
@@ -113,7 +115,7 @@ def _why_unusable(value: Any) -> str | None:
 
 
 def _of_path(path: Path, reader: FileReader) -> WeightSource:
-    if not path.exists():
+    if not exists(path):
         raise ArgumentError(
             f"There is no file or folder {path.absolute()}. Check the path; weights on the hub are "
             "downloaded with huggingface_hub.snapshot_download first."
@@ -127,18 +129,10 @@ def _of_path(path: Path, reader: FileReader) -> WeightSource:
             )
         return _of_copy(folder, reader)
     location = Location(folder, str(folder))
-    if path.is_dir():
-        checkpoint = open_weights(location)
-    else:
-        checkpoint = open_weights(location, weights_file=path.name)
-    notes = [*checkpoint.notes] if path.is_dir() else []
-    contents = checkpoint.load_tensors()
-    reader.files.hold({**checkpoint.states, **contents.states})
-    table: dict[str, Source] = {
-        name: FileSource(entry, reader) for name, entry in checkpoint.entries.items()
-    }
-    table.update({name: MemorySource(t, name) for name, t in contents.tensors.items()})
-    return WeightSource(str(path), table, folder=folder, notes=[*notes, *contents.notes])
+    checkpoint = open_weights(location, weights_file=None if path.is_dir() else path.name)
+    table, notes = checkpoint.sources(reader)
+    notes = [*checkpoint.notes, *notes] if path.is_dir() else notes
+    return WeightSource(str(path), table, folder=folder, notes=notes)
 
 
 def _of_copy(folder: Path, reader: FileReader) -> WeightSource:

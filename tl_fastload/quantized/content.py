@@ -70,36 +70,6 @@ class Content(Declared):
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
         return cls(formats.bytes_class(tag)(**options, **inner), **beside, **own)
 
-    def scaled_input(self, scale: torch.Tensor) -> Content:
-        """Its columns multiplied by `scale` [in]."""
-        if self.center_in:
-            raise QuantizationError(
-                "a quantized matrix that is centred over its input cannot be scaled exactly: scale "
-                "it first."
-            )
-        columns = self.stored.shape[1]
-        if scale.shape != (columns,):
-            raise QuantizationError(
-                f"a matrix with {columns} inputs needs as many scales, not {list(scale.shape)}."
-            )
-        scale = scale.detach().to(self.stored.device)
-        scale = scale.to(torch.promote_types(scale.dtype, torch.float32))
-        return replace(self, in_scale=scale if self.in_scale is None else self.in_scale * scale)
-
-    def shifted_input(self, shift: torch.Tensor) -> Content:
-        """The same linear map, with `shift` [in] added in front of the kernel and its image taken
-        off behind: `x W = (x + shift) W - shift W`.
-
-        Folding a norm's bias or a value bias takes it out of the activation. A kernel that rounds
-        activations has to see the one that the weights were quantized for.
-        """
-        shift = shift.detach().to(self.stored.device, torch.float32)
-        # No matrix product, whose exactness the process's settings decide.
-        image = self.stored.dense(torch.float32).mul_(shift).sum(1)
-        if self.in_shift is not None and self.out_shift is not None:
-            shift, image = self.in_shift + shift, self.out_shift + image
-        return replace(self, in_shift=shift, out_shift=image)
-
     def rows(self, index: torch.Tensor) -> Content:
         """Some rows of the matrix.
 

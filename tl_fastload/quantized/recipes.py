@@ -17,7 +17,7 @@ from tl_fastload.errors import QuantizationError
 from tl_fastload.quantized.formats.base import QuantizedBytes
 from tl_fastload.quantized.tensor import QuantizedTensor
 from tl_fastload.recipes.evaluate import evaluate, sources
-from tl_fastload.recipes.nodes import Call, Node, Source, SourceView, aten, meta_of
+from tl_fastload.recipes.nodes import Call, Node, Source, SourceView, aten, cast_but_last, meta_of
 from tl_fastload.recipes.promise import Promise
 
 _COPIES = (aten.clone.default, aten._to_copy.default, aten.detach.default)
@@ -56,14 +56,11 @@ class QuantizedSource(Source):
         outline: QuantizedBytes,
         home: torch.device | None,
     ) -> None:
+        super().__init__(name, torch.empty(shape, dtype=dtype, device="meta"))
         self._load = load
         self._matrix: QuantizedTensor | None = None
         self.outline = outline
         self.home = home
-        self.name = name
-        self.shape = torch.Size(shape)
-        self.stride = (shape[1], 1)
-        self.dtype = dtype
 
     def matrix(self) -> QuantizedTensor:
         """The matrix, read once for all recipes that need it."""
@@ -88,10 +85,7 @@ class QuantizedSource(Source):
     def read_into(
         self, out: torch.Tensor, geometry: torch.Tensor, casts: tuple[torch.dtype, ...]
     ) -> None:
-        values = self._view(geometry).dequantize()
-        for dtype in casts[:-1]:
-            values = values.to(dtype)
-        out.copy_(values)
+        out.copy_(cast_but_last(self._view(geometry).dequantize(), casts))
 
     def _view(self, geometry: torch.Tensor) -> QuantizedTensor:
         return QuantizedTensor(self.matrix().content, geometry, self.dtype)

@@ -124,13 +124,37 @@ class QuantizedTensor(torch.Tensor):
             QuantizationError: the matrix is centred over its input already, or `scale` has another
                 length.
         """
-        return type(self)(self.content.scaled_input(scale), self.geometry, self.dtype)
+        content = self.content
+        if content.center_in:
+            raise QuantizationError(
+                "a quantized matrix that is centred over its input cannot be scaled exactly: scale "
+                "it first."
+            )
+        columns = content.stored.shape[1]
+        if scale.shape != (columns,):
+            raise QuantizationError(
+                f"a matrix with {columns} inputs needs as many scales, not {list(scale.shape)}."
+            )
+        scale = scale.detach().to(content.stored.device)
+        scale = scale.to(torch.promote_types(scale.dtype, torch.float32))
+        scale = scale if content.in_scale is None else content.in_scale * scale
+        return type(self)(replace(content, in_scale=scale), self.geometry, self.dtype)
 
     def shift_input(self, shift: torch.Tensor) -> Self:
-        """The same map, whose kernel sees activations moved by `shift` [in]; values are the
-        same.
+        """The same linear map, with `shift` [in] added in front of the kernel and its image taken
+        off behind: `x W = (x + shift) W - shift W`.
+
+        Folding a norm's bias or a value bias takes it out of the activation. A kernel that rounds
+        activations has to see the one that the weights were quantized for.
         """
-        return type(self)(self.content.shifted_input(shift), self.geometry, self.dtype)
+        content = self.content
+        shift = shift.detach().to(content.stored.device, torch.float32)
+        # No matrix product, whose exactness the process's settings decide.
+        image = content.stored.dense(torch.float32).mul_(shift).sum(1)
+        if content.in_shift is not None and content.out_shift is not None:
+            shift, image = content.in_shift + shift, content.out_shift + image
+        moved = replace(content, in_shift=shift, out_shift=image)
+        return type(self)(moved, self.geometry, self.dtype)
 
     def center_input(self) -> Self:
         """The same view of the matrix less its mean over the input, bytes untouched and shared."""

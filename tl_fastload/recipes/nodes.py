@@ -21,12 +21,17 @@ PIECE_ELEMENTS = 2 << 20
 class Source(ABC):
     """A stored tensor that recipes start from: a range of a file, or a tensor that somebody else
     holds.
+
+    Args:
+        name: for messages.
+        like: has its shape, strides and dtype.
     """
 
-    name: str
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
+    def __init__(self, name: str, like: torch.Tensor) -> None:
+        self.name = name
+        self.shape = like.shape
+        self.stride = like.stride()
+        self.dtype = like.dtype
 
     @abstractmethod
     def read_into(
@@ -47,11 +52,8 @@ class MemorySource(Source):
     """A tensor in memory that belongs to somebody else: read, never written."""
 
     def __init__(self, tensor: torch.Tensor, name: str = "") -> None:
+        super().__init__(name, tensor)
         self.tensor = tensor.detach()
-        self.name = name
-        self.shape = tensor.shape
-        self.stride = tensor.stride()
-        self.dtype = tensor.dtype
 
     def lend(self, geometry: torch.Tensor) -> torch.Tensor | None:
         return self._view(geometry)
@@ -72,9 +74,14 @@ class MemorySource(Source):
             cut = max(least, 1), slowest
             pieces = list(zip(torch.split(value, *cut), torch.split(out, *cut), strict=True))
         for piece, target in pieces:
-            for dtype in casts[:-1]:
-                piece = piece.to(dtype)
-            target.copy_(piece)
+            target.copy_(cast_but_last(piece, casts))
+
+
+def cast_but_last(tensor: torch.Tensor, casts: tuple[torch.dtype, ...]) -> torch.Tensor:
+    """A tensor cast through all dtypes but the last, to which writing it casts."""
+    for dtype in casts[:-1]:
+        tensor = tensor.to(dtype)
+    return tensor
 
 
 class Node:

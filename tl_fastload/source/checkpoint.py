@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
 from tl_fastload.errors import ArgumentError, CheckpointError
-from tl_fastload.source.aliases import NO_ALIASES, Aliases
+from tl_fastload.recipes.nodes import MemorySource, Source
+from tl_fastload.recipes.promise import Promise
 from tl_fastload.source.choose import (
     Choice,
     choose,
@@ -19,16 +19,15 @@ from tl_fastload.source.choose import (
     stays_inside,
 )
 from tl_fastload.source.file_states import FileState, state_of
-from tl_fastload.source.hub import HubOptions
 from tl_fastload.source.location import (
     Location,
     fetch,
     fetch_shards,
     file_names,
-    locate,
     names_at_hand,
     unfinished_downloads,
 )
+from tl_fastload.source.reader import FileReader, FileSource
 from tl_fastload.source.safetensors import TensorEntry, read_header
 from tl_fastload.source.torch_files import (
     TorchContents,
@@ -36,15 +35,6 @@ from tl_fastload.source.torch_files import (
     read_torch_files,
     whole_bytes,
 )
-
-__all__ = [
-    "Checkpoint",
-    "Location",
-    "TensorEntry",
-    "names_at_hand",
-    "open_weights",
-    "resolve_config",
-]
 
 _NAMED_AT_MOST = 20
 
@@ -105,37 +95,30 @@ class Checkpoint:
             raise CheckpointError(_absent_message(self.label, absent))
         return contents
 
+    def sources(
+        self, reader: FileReader, *, mmap: bool = True
+    ) -> tuple[dict[str, Source], list[str]]:
+        """Where each tensor's values are, by its name in the files, and notes for the report.
 
-def resolve_config(
-    name: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
-    force_download: bool = False,
-    subfolder: str = "",
-    aliases: Aliases = NO_ALIASES,
-) -> Location:
-    """Find a model and have its `config.json`, downloading nothing else.
+        Args:
+            reader: reads the files later, and watches them from now on.
+            mmap: map torch files where that is possible.
 
-    Args:
-        name: a folder, a name or alias that `aliases` has, or a hub name. A folder wins.
-        revision: branch, tag or commit on the hub.
-        cache_dir: the hub's cache folder, if not the usual one.
-        token: for the hub; None takes HF_TOKEN or the stored login.
-        local_files_only: never use the network.
-        force_download: download even what is cached.
-        subfolder: where in the folder or repository the model lies.
-        aliases: names beside those on the hub.
+        Raises:
+            CheckpointError: as `load_tensors`, or a file is another one than it was.
+        """
+        table: dict[str, Source] = {n: FileSource(e, reader) for n, e in self.entries.items()}
+        contents = self.load_tensors(mmap=mmap)
+        reader.files.hold({**self.states, **contents.states})
+        table.update({name: MemorySource(t, name) for name, t in contents.tensors.items()})
+        return table, list(contents.notes)
 
-    Raises:
-        UnknownModelError: there is no such model; says what was tried and what has a similar name.
-        CheckpointError: the model has no `config.json`.
-        ArgumentError: arguments that are no names or contradict each other.
-    """
-    options = HubOptions(revision, cache_dir, token, local_files_only, force_download)
-    return locate(name, options, subfolder.rstrip("/"), aliases)
+    def promises(
+        self, reader: FileReader, *, mmap: bool = True
+    ) -> tuple[dict[str, Promise], list[str]]:
+        """`sources`, as promises."""
+        table, notes = self.sources(reader, mmap=mmap)
+        return {name: Promise.of(source) for name, source in table.items()}, notes
 
 
 def open_weights(
@@ -148,7 +131,7 @@ def open_weights(
     """Have the weight files of a located model, and check all headers before any data is read.
 
     Args:
-        location: from `resolve_config`.
+        location: from `tl_fastload.source.location.locate`.
         weights_file: read this file of the folder or repository and no other, such as
             "checkpoints/model_1000.pth".
         variant: "fp16" for `model.fp16.safetensors`, and so on.
@@ -188,23 +171,20 @@ def open_weights(
 
 
 def choose_weights(
-    location: Location, weights_file: str | None, variant: str | None, use_safetensors: bool | None
+    location: Location,
+    weights_file: str | None = None,
+    variant: str | None = None,
+    use_safetensors: bool | None = None,
 ) -> Choice:
     """The weight file or index that `open_weights` opens; its arguments mean the same."""
-    return _named(weights_file) if weights_file else _chosen(location, variant, use_safetensors)
-
-
-def _named(weights_file: str) -> Choice:
-    if not stays_inside(weights_file):
-        raise ArgumentError(
-            f"weights_file={weights_file!r} is not inside the model's folder. Pass a path "
-            "relative to it."
-        )
-    return Choice(weights_file, f"weights from {weights_file}, as asked")
-
-
-def _chosen(location: Location, variant: str | None, use_safetensors: bool | None) -> Choice:
-    """The weights that a location has; what is cached as safetensors saves asking the hub."""
+    if weights_file:
+        if not stays_inside(weights_file):
+            raise ArgumentError(
+                f"weights_file={weights_file!r} is not inside the model's folder. Pass a path "
+                "relative to it."
+            )
+        return Choice(weights_file, f"weights from {weights_file}, as asked")
+    # What is cached as safetensors saves asking the hub.
     if use_safetensors is not False and not location.options.force_download:
         at_hand = choose(names_at_hand(location), variant=variant, use_safetensors=True)
         if at_hand is not None and at_hand.note is None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi, ModelInfo, constants, hf_hub_download
+from huggingface_hub import HfApi, ModelInfo, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -17,7 +21,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     SafetensorsParsingError,
 )
-from huggingface_hub.utils import SafetensorsFileMetadata  # type: ignore[attr-defined]
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    SafetensorsFileMetadata,
+    validate_repo_id,
+)
 
 from tl_fastload.errors import (
     ArgumentError,
@@ -79,7 +86,15 @@ _MEANINGS: tuple[tuple[type[Exception], type[LeanLoadError], str], ...] = (
 
 @dataclass(frozen=True)
 class HubOptions:
-    """How to reach the hub; the fields mean what they mean in `huggingface_hub.hf_hub_download`."""
+    """How to reach the hub, as for `huggingface_hub.hf_hub_download`.
+
+    Attributes:
+        revision: branch, tag or commit on the hub.
+        cache_dir: the hub's cache folder, if not the usual one.
+        token: for the hub; None takes HF_TOKEN or the stored login.
+        local_files_only: never use the network.
+        force_download: download even what is cached.
+    """
 
     revision: str | None = None
     cache_dir: str | Path | None = None
@@ -93,6 +108,12 @@ class HubOptions:
         return bool(self.local_files_only or constants.HF_HUB_OFFLINE)
 
     @property
+    def download(self) -> dict[str, Any]:
+        """The arguments of huggingface_hub's functions that download."""
+        names = ("revision", "cache_dir", "token", "force_download")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def revision_name(self) -> str:
         return self.revision or constants.DEFAULT_REVISION
 
@@ -104,20 +125,31 @@ class Listing:
     Attributes:
         files: the names.
         complete: False when only the cached ones could be seen.
+        commit: the commit that has them; None when the hub did not say.
     """
 
     files: list[str]
     complete: bool
+    commit: str | None = None
 
 
-def hub_file(repo: str, filename: str, options: HubOptions = HubOptions()) -> Path:
-    """Return the local path of one file, downloading it if it is not cached.
-
-    When the hub cannot be reached, the cached file is used.
+def hub_file(
+    repo: str,
+    filename: str,
+    options: HubOptions = HubOptions(),
+    listing: Listing | None = None,
+) -> tuple[Path, Listing | None]:
+    """Have one file: from the cache if it is current or the hub cannot be reached, else downloaded.
 
     Args:
         repo: "name" or "organisation/name".
         filename: relative to the repository's root, with forward slashes.
+        options: how to reach the hub.
+        listing: what the hub said of the repository at this revision, if it was asked already.
+
+    Returns:
+        The local path, and what the hub says of the repository; None if it was not asked, or did
+        not answer.
 
     Raises:
         UnknownModelError: no such repository or revision, no access to it, or the hub cannot be
@@ -131,9 +163,38 @@ def hub_file(repo: str, filename: str, options: HubOptions = HubOptions()) -> Pa
             "it. Drop one of them."
         )
     try:
-        return _fetch(repo, filename, options)
+        validate_repo_id(repo)
+        held = None if options.force_download else cached_snapshot(repo, options)
+        held = held if held is not None and (held / filename).is_file() else None
+        is_settled = options.offline or (held is not None and held.name == options.revision)
+        # Left alone, huggingface_hub would retry for half a minute before it takes what is cached.
+        if listing is None and not is_settled:
+            listing = _ask(repo, options, held)
+        if held is not None and (listing is None or held.name == listing.commit):
+            return held / filename, listing
+        if not options.offline:
+            return Path(hf_hub_download(repo, filename, **options.download)), listing
     except _HUB_FAILURES as error:
         raise _explain(repo, filename, options, error) from error
+    raise _not_cached(repo, options, None, filename)
+
+
+def hub_files(
+    repo: str, filenames: Sequence[str], options: HubOptions, listing: Listing | None = None
+) -> None:
+    """Download those of several files that are not cached, eight at a time.
+
+    What cannot be had stays away, and `hub_file` says why; its arguments mean the same.
+    """
+    folder = None if options.force_download else cached_snapshot(repo, options)
+    missing = [name for name in filenames if folder is None or not (folder / name).is_file()]
+    if options.offline or not missing:
+        return
+    with contextlib.suppress(*_HUB_FAILURES):
+        if listing is None:
+            _ask(repo, options, None)
+        patterns = [glob.escape(name) for name in missing]
+        snapshot_download(repo, allow_patterns=patterns, **options.download)
 
 
 def list_files(repo: str, options: HubOptions = HubOptions()) -> Listing:
@@ -142,15 +203,13 @@ def list_files(repo: str, options: HubOptions = HubOptions()) -> Listing:
     Raises:
         UnknownModelError: as `hub_file`.
     """
+    listing = None
     if not options.offline:
         try:
-            siblings = _ask(repo, options).siblings or ()
-            return Listing([file.rfilename for file in siblings], complete=True)
+            listing = _ask(repo, options, cached_snapshot(repo, options))
         except _HUB_FAILURES as error:
-            folder = cached_snapshot(repo, options)
-            if folder is None or isinstance(error, RevisionNotFoundError):
-                raise _explain(repo, "", options, error) from error
-    return Listing(cached_files(repo, options), complete=False)
+            raise _explain(repo, "", options, error) from error
+    return listing or Listing(cached_files(repo, options), complete=False)
 
 
 def file_sizes(repo: str, options: HubOptions = HubOptions()) -> dict[str, int]:
@@ -162,7 +221,7 @@ def file_sizes(repo: str, options: HubOptions = HubOptions()) -> dict[str, int]:
     if options.offline:
         raise _not_cached(repo, options, None)
     try:
-        info = _ask(repo, options, files_metadata=True)
+        info = _info(repo, options, files_metadata=True)
     except _HUB_FAILURES as error:
         raise _explain(repo, "", options, error) from error
     return {file.rfilename: file.size or 0 for file in info.siblings or ()}
@@ -185,11 +244,6 @@ def safetensors_header(
         raise CheckpointError(f"{filename} of {repo} has a corrupt header: {error}") from error
     except _HUB_FAILURES as error:
         raise _explain(repo, filename, options, error) from error
-
-
-def repo_files(repo: str, options: HubOptions = HubOptions()) -> list[str]:
-    """The names that `list_files` finds."""
-    return list_files(repo, options).files
 
 
 def cached_files(repo: str, options: HubOptions) -> list[str]:
@@ -227,47 +281,18 @@ def _repo_folder(repo: str, options: HubOptions) -> Path:
     return cache / "--".join(["models", *repo.split("/")])
 
 
-def _fetch(repo: str, filename: str, options: HubOptions) -> Path:
-    """`hf_hub_download`, but with the cached file at once when it is current or the hub is away.
-
-    Left alone, huggingface_hub would retry for half a minute before it says or does either.
-    """
-    snapshot = None if options.force_download else _snapshot_with(repo, filename, options)
-    if options.offline or (snapshot is not None and snapshot.name == options.revision):
-        return _download(repo, filename, options, local_files_only=True)
-    newest = None
+def _ask(repo: str, options: HubOptions, held: Path | None) -> Listing | None:
+    """What the hub says of a repository; None if it does not, and what is `held` must do."""
     try:
-        newest = _ask(repo, options).sha
+        info = _info(repo, options)
     except _HUB_FAILURES as error:
-        if _is_out_of_reach(error):
-            if snapshot is None:
-                raise
-            return _download(repo, filename, options, local_files_only=True)
-        # Any other answer is left to the download, which knows what it means for this file.
-    is_current = snapshot is not None and snapshot.name == newest
-    return _download(repo, filename, options, local_files_only=is_current)
+        if held is None or isinstance(error, RevisionNotFoundError):
+            raise
+        return None
+    return Listing([file.rfilename for file in info.siblings or ()], True, info.sha)
 
 
-def _snapshot_with(repo: str, filename: str, options: HubOptions) -> Path | None:
-    snapshot = cached_snapshot(repo, options)
-    return snapshot if snapshot is not None and (snapshot / filename).is_file() else None
-
-
-def _download(repo: str, filename: str, options: HubOptions, *, local_files_only: bool) -> Path:
-    return Path(
-        hf_hub_download(
-            repo,
-            filename,
-            revision=options.revision,
-            cache_dir=options.cache_dir,
-            token=options.token,
-            force_download=options.force_download,
-            local_files_only=local_files_only,
-        )
-    )
-
-
-def _ask(repo: str, options: HubOptions, files_metadata: bool = False) -> ModelInfo:
+def _info(repo: str, options: HubOptions, files_metadata: bool = False) -> ModelInfo:
     """The commit and the files of a repository, in one request that does not retry."""
     return HfApi().model_info(
         repo,
@@ -276,13 +301,6 @@ def _ask(repo: str, options: HubOptions, files_metadata: bool = False) -> ModelI
         timeout=constants.DEFAULT_ETAG_TIMEOUT,
         files_metadata=files_metadata,
     )
-
-
-def _is_out_of_reach(error: Exception) -> bool:
-    """Whether there was no answer, or only that the hub is down."""
-    if isinstance(error, HfHubHTTPError):
-        return error.response is not None and error.response.status_code >= 500
-    return not isinstance(error, ValueError)
 
 
 def _explain(repo: str, filename: str, options: HubOptions, error: Exception) -> LeanLoadError:

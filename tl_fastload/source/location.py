@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tl_fastload.errors import ArgumentError, CheckpointError, UnknownModelError
+from tl_fastload.ground.paths import exists, expanded
 from tl_fastload.source import hub
 from tl_fastload.source.aliases import NO_ALIASES, Aliases
 from tl_fastload.source.choose import stays_inside
@@ -33,6 +34,7 @@ class Location:
         subfolder: where in the repository `folder` lies.
         options: how to reach the hub; pinned to `commit`, so that all files are of one state.
         notes: what the reader of a report should know, one sentence each.
+        listing: what the hub said that the commit has; None if it was not asked.
     """
 
     folder: Path
@@ -42,6 +44,7 @@ class Location:
     subfolder: str = ""
     options: HubOptions = field(default=HubOptions(), repr=False)
     notes: tuple[str, ...] = ()
+    listing: Listing | None = field(default=None, repr=False, compare=False)
 
 
 def locate(
@@ -61,8 +64,9 @@ def locate(
     Raises:
         UnknownModelError: there is no such model; says what was tried and what has a similar name.
         CheckpointError: the model has no `config.json`.
-        ArgumentError: `name` is neither a string nor a path.
+        ArgumentError: `name` is neither a string nor a path, or `subfolder` leaves the model.
     """
+    subfolder = subfolder.rstrip("/")
     text = os.fspath(name) if isinstance(name, os.PathLike) else name
     if not isinstance(text, str) or not text:
         raise ArgumentError(
@@ -70,8 +74,8 @@ def locate(
         )
     if not stays_inside(subfolder):
         raise ArgumentError(f"subfolder={subfolder!r} leaves the model. Pass a folder inside it.")
-    path = _expanded(text)
-    if _exists(path):
+    path = expanded(text)
+    if exists(path):
         if not path.is_dir():
             raise UnknownModelError(f"{path} is a file. Pass its folder, where {CONFIG} lies too.")
         check_link(path, subfolder)
@@ -96,7 +100,7 @@ def file_names(location: Location) -> Listing:
             return Listing(sorted(path.name for path in location.folder.iterdir()), complete=True)
         except OSError as error:
             raise unreadable(location.folder, error) from error
-    listing = hub.list_files(location.repo, location.options)
+    listing = location.listing or hub.list_files(location.repo, location.options)
     return Listing(_below(listing.files, location.subfolder), listing.complete)
 
 
@@ -118,7 +122,8 @@ def fetch(location: Location, name: str) -> Path:
         if not path.exists() and not path.is_symlink():
             raise CheckpointError(f"{location.folder} has no file {name!r}. Check its name.")
     else:
-        path = hub.hub_file(location.repo, inside_repo(location, name), location.options)
+        file = inside_repo(location, name)
+        path, _ = hub.hub_file(location.repo, file, location.options, location.listing)
     check_link(location.folder, name)
     return path
 
@@ -137,6 +142,10 @@ def fetch_shards(location: Location, names: Sequence[str]) -> dict[str, Path]:
         for name in names:
             check_link(location.folder, name)
         return {name: location.folder / name for name in names}
+    files = [inside_repo(location, name) for name in names]
+    hub.hub_files(location.repo, files, location.options, location.listing)
+    options = dataclasses.replace(location.options, force_download=False)  # has been done
+    location = dataclasses.replace(location, options=options)
     paths = {}
     for name in names:
         try:
@@ -154,28 +163,6 @@ def unfinished_downloads(folder: Path) -> list[str]:
     # The second place is where huggingface_hub downloads to when it is given a local folder.
     places = (folder.glob("*.incomplete"), (folder / ".cache/huggingface").rglob("*.incomplete"))
     return sorted(path.name for place in places for path in place)
-
-
-def _expanded(text: str) -> Path:
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:  # "~somebody", who has no home here
-        return Path(text)
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # too long or too odd to be a path
-        return False
-
-
-def is_directory(path: Path) -> bool:
-    """Whether a path, which may be none at all, is a folder."""
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):  # too long or too odd to be a path
-        return False
 
 
 def _local(name: str, folder: Path, options: HubOptions, aliases: Aliases) -> Location:
@@ -216,22 +203,31 @@ def _on_hub(name: str, options: HubOptions, subfolder: str, aliases: Aliases) ->
             f"{aliases.library} knows {name!r}, but its weights are not on the hub. Pass "
             "hf_model=, or a local folder in Hugging Face's format."
         )
-    config_name = f"{subfolder}/{CONFIG}" if subfolder else CONFIG
     try:
-        config = hub.hub_file(repo, config_name, options)
+        return in_repo(repo, subfolder, CONFIG, options)
     except UnknownModelError as error:
         raise UnknownModelError(_unknown_message(name, aliases, error)) from error
-    folder = config.parent
-    check_link(folder, CONFIG)
-    commit = (folder, *folder.parents)[len(Path(subfolder).parts)].name
+
+
+def in_repo(repo: str, subfolder: str, file: str, options: HubOptions) -> Location:
+    """A folder of a hub repository, known by one file in it, which is fetched; all else that is
+    fetched from there is of the same commit.
+
+    Raises:
+        UnknownModelError, CheckpointError: as `tl_fastload.source.hub.hub_file`.
+    """
+    path, listing = hub.hub_file(repo, f"{subfolder}/{file}" if subfolder else file, options)
+    check_link(path.parent, file)
+    commit = path.parents[len(Path(subfolder).parts)].name
     return Location(
-        folder,
+        path.parent,
         label=f"{repo}@{options.revision_name}",
         repo=repo,
         commit=commit,
         subfolder=subfolder,
         options=dataclasses.replace(options, revision=commit),
         notes=(f"{repo} at commit {commit}",),
+        listing=listing if listing is not None and listing.commit == commit else None,
     )
 
 

@@ -17,9 +17,9 @@ import torch
 from tl_fastload.errors import CheckpointError
 from tl_fastload.ground.compat import item_bytes
 from tl_fastload.ground.geometry import is_dense, span
-from tl_fastload.recipes.nodes import Source
-from tl_fastload.source.checkpoint import TensorEntry
+from tl_fastload.recipes.nodes import Source, cast_but_last
 from tl_fastload.source.file_states import OpenFiles, unreadable
+from tl_fastload.source.safetensors import TensorEntry
 
 CHUNK_BYTES = 4 << 20
 HELD_SPAN_BYTES = 8 << 20
@@ -154,12 +154,9 @@ class FileSource(Source):
             geometry = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
         if entry.state is not None:
             reader.files.expect({entry.path: entry.state})
+        super().__init__(entry.name, geometry)
         self.entry = entry
         self.reader = reader
-        self.name = entry.name
-        self.shape = geometry.shape
-        self.stride = geometry.stride()
-        self.dtype = entry.dtype
 
     def lend(self, geometry: torch.Tensor) -> torch.Tensor | None:
         return None
@@ -201,7 +198,7 @@ class FileSource(Source):
             last = min(first + step, stop)
             piece = self.reader.scratch(self.entry.path, first, last).view(self.dtype)
             at = (first - start) // item_bytes(self.dtype)
-            flat[at : at + piece.numel()].copy_(_cast(piece, casts[:-1]))
+            flat[at : at + piece.numel()].copy_(cast_but_last(piece, casts))
 
     def _read_strided(
         self, out: torch.Tensor, geometry: torch.Tensor, casts: tuple[torch.dtype, ...]
@@ -226,13 +223,7 @@ class FileSource(Source):
                 return
         held = self.reader.scratch(self.entry.path, start, stop).view(self.dtype)
         view = held.as_strided(geometry.shape, geometry.stride(), 0)
-        out.copy_(_cast(view, casts[:-1]))
-
-
-def _cast(tensor: torch.Tensor, casts: tuple[torch.dtype, ...]) -> torch.Tensor:
-    for dtype in casts:
-        tensor = tensor.to(dtype)
-    return tensor
+        out.copy_(cast_but_last(view, casts))
 
 
 def byte_span(entry: TensorEntry, geometry: torch.Tensor) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from types import MappingProxyType
+from typing import Any
 
 from tl_fastload.errors import CheckpointError
 from tl_fastload.source import hub
@@ -16,12 +17,7 @@ from tl_fastload.source.torch_files import whole_bytes
 
 
 def open_headers(
-    location: Location,
-    *,
-    weights_file: str | None = None,
-    variant: str | None = None,
-    use_safetensors: bool | None = None,
-    needs_values: tuple[str, ...] = (),
+    location: Location, *, needs_values: tuple[str, ...] = (), **files: Any
 ) -> Checkpoint:
     """`tl_fastload.source.checkpoint.open_weights` without downloading weights.
 
@@ -30,10 +26,8 @@ def open_headers(
 
     Args:
         location: as for `open_weights`.
-        weights_file: as for `open_weights`.
-        variant: as for `open_weights`.
-        use_safetensors: as for `open_weights`.
         needs_values: ends of names of tensors whose values say what the others are.
+        **files: which weights, as for `open_weights`.
 
     Returns:
         The checkpoint. What is not cached is counted in `missing_bytes`, and its entries must not
@@ -42,16 +36,14 @@ def open_headers(
     Raises:
         As `open_weights`.
     """
-    choice = choose_weights(location, weights_file, variant, use_safetensors)
+    choice = choose_weights(location, **files)
     names = [choice.name]
     if choice.is_index:
         names = sorted(set(read_index(fetch(location, choice.name)).values()))
     at_hand = names if location.repo is None else set(names_at_hand(location))
     missing = [name for name in names if name not in at_hand]
     if not missing:
-        found = open_weights(
-            location, weights_file=weights_file, variant=variant, use_safetensors=use_safetensors
-        )
+        found = open_weights(location, **files)
         # Files that torch cannot map would have to be read whole to be looked into.
         opaque = not found.entries and whole_bytes(found.files, mmap=True) > 0
         return dataclasses.replace(found, is_outline=opaque)

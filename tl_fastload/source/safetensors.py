@@ -118,15 +118,39 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         CheckpointError: the file cannot be read, is not a safetensors file, is truncated, or its
             header contradicts itself; names the file, and the tensor where there is one.
     """
-    header, data_start, state = _read_json(path)
-    data_bytes = state.size_bytes - data_start
+    return parse_header(path, *header_text(path))[0]
+
+
+def header_text(path: Path) -> tuple[bytes, FileState]:
+    """The header of a safetensors file, its length in front, and what the file was.
+
+    Raises:
+        CheckpointError: the file cannot be read, is not a safetensors file, or is truncated.
+    """
+    check_weight_file(path)
+    try:
+        with os.fdopen(open_regular(path), "rb") as file:
+            state = FileState.of(file.fileno())
+            header_bytes = _header_length(path, file, state.size_bytes)
+            text = file.read(header_bytes)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if len(text) < header_bytes:
+        raise changed(path)
+    return header_bytes.to_bytes(LENGTH_BYTES, "little") + text, state
+
+
+def parse_header(
+    path: Path, text: bytes, state: FileState
+) -> tuple[dict[str, TensorEntry], dict[str, Any]]:
+    """The entries in what `header_text` has read, as of `read_header`, and the metadata."""
+    header = _parse(path, text[LENGTH_BYTES:])
+    metadata = header.pop("__metadata__", None)
     entries = {
-        name: _entry(path, name, fields, data_start, state)
-        for name, fields in header.items()
-        if name != "__metadata__"
+        name: _entry(path, name, fields, len(text), state) for name, fields in header.items()
     }
-    _check_layout(path, entries, data_start, data_bytes)
-    return entries
+    _check_layout(path, entries, len(text), state.size_bytes - len(text))
+    return entries, metadata if isinstance(metadata, dict) else {}
 
 
 def check_weight_file(path: Path) -> int:
@@ -152,21 +176,6 @@ def lfs_pointer(path: Path) -> CheckpointError:
         f"{path} is a Git-LFS pointer, not the weights. Run `git lfs pull` in its folder, "
         "or download the model with huggingface_hub."
     )
-
-
-def _read_json(path: Path) -> tuple[dict[str, Any], int, FileState]:
-    """The header's JSON object, where the data starts, and what the file was."""
-    check_weight_file(path)
-    try:
-        with os.fdopen(open_regular(path), "rb") as file:
-            state = FileState.of(file.fileno())
-            header_bytes = _header_length(path, file, state.size_bytes)
-            text = file.read(header_bytes)
-    except OSError as error:
-        raise unreadable(path, error) from error
-    if len(text) < header_bytes:
-        raise changed(path)
-    return _parse(path, text), LENGTH_BYTES + header_bytes, state
 
 
 def _header_length(path: Path, file: BinaryIO, file_bytes: int) -> int:

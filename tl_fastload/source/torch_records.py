@@ -41,20 +41,8 @@ class _Inert:
     def __call__(self, *args: Any, **kwargs: Any) -> _Inert:
         return self
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    def append(self, value: Any) -> None:
-        """As of a list."""
-
-    def extend(self, values: Any) -> None:
-        """As of a list."""
-
-    def add(self, value: Any) -> None:
-        """As of a set."""
+    # As of a list, a set, a table, or an object with a state.
+    append = extend = add = __setitem__ = __setstate__ = __call__
 
 
 class _Reader(pickle.Unpickler):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,19 @@ from tl_fastload.errors import (
     MissingPackageError,
     UnknownModelError,
 )
+from tl_fastload.ground.paths import exists, expanded, is_directory
 from tl_fastload.ground.wrappers import WRAPPER_PARTS
 from tl_fastload.huggingface.lora.patterns import matches
-from tl_fastload.recipes.nodes import MemorySource
 from tl_fastload.recipes.promise import Promise
 from tl_fastload.request.adapters import Requests
-from tl_fastload.source import hub, schemas
-from tl_fastload.source.checkpoint import Location, open_weights
+from tl_fastload.source import schemas
+from tl_fastload.source.checkpoint import open_weights
 from tl_fastload.source.choose import stays_inside
 from tl_fastload.source.hub import HubOptions
 from tl_fastload.source.json_files import read_object
 from tl_fastload.source.links import check_link
-from tl_fastload.source.location import file_names
-from tl_fastload.source.reader import FileReader, FileSource
+from tl_fastload.source.location import Location, file_names, in_repo
+from tl_fastload.source.reader import FileReader
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -229,8 +229,8 @@ def locate_adapter(name: str, keywords: dict[str, Any]) -> Location:
     Raises:
         UnknownModelError, CheckpointError: it cannot be had, or is none.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = expanded(name)
+    if is_directory(folder):
         if not (folder / CONFIG).is_file():
             raise CheckpointError(
                 f"{folder} has no {CONFIG}: it holds no adapter. Pass the folder that peft's "
@@ -240,7 +240,8 @@ def locate_adapter(name: str, keywords: dict[str, Any]) -> Location:
         return Location(folder, str(folder))
     repo, _, revision = name.partition("@")
     parts = repo.split("/")
-    if folder.is_absolute() or parts[0] in (".", "..", "~", "") or folder.exists():
+    is_path = folder.is_absolute() or parts[0] in (".", "..", "") or name.startswith("~")
+    if is_path or exists(folder):
         raise UnknownModelError(
             f"There is no folder {folder.absolute()}. Check the path; an adapter on the hub is "
             "written 'organisation/name', 'organisation/name/subfolder' or "
@@ -251,17 +252,13 @@ def locate_adapter(name: str, keywords: dict[str, Any]) -> Location:
     repo, subfolder = "/".join(parts[:2]), "/".join(parts[2:])
     if not stays_inside(subfolder):
         raise ArgumentError(f"The adapter {name!r} leaves its repository. Pass a folder inside it.")
-    file = f"{subfolder}/{CONFIG}" if subfolder else CONFIG
     try:
-        path = hub.hub_file(repo, file, options)
+        location = in_repo(repo, subfolder, CONFIG, options)
     except (UnknownModelError, CheckpointError) as error:
         message = f"Cannot find the adapter {name!r}. There is no folder {folder.absolute()}. "
         raise type(error)(message + str(error)) from error
-    check_link(path.parent, CONFIG)
-    commit = path.parents[len(Path(subfolder).parts)].name
-    pinned = HubOptions(revision=commit, **keywords)
     label = f"{repo}{f'/{subfolder}' if subfolder else ''}@{options.revision_name}"
-    return Location(path.parent, label, repo, commit, subfolder, pinned)
+    return replace(location, label=label)
 
 
 def read_config(folder: Path, label: str) -> Any:
@@ -355,14 +352,7 @@ def _tensors(location: Location, reader: FileReader) -> dict[str, Promise]:
             f"{location.label} has neither {' nor '.join(WEIGHTS)}: the adapter's weights are "
             "missing. Save it again with peft's save_pretrained, or download it again."
         )
-    checkpoint = open_weights(location, weights_file=found)
-    promises: dict[str, Promise] = {
-        name: Promise.of(FileSource(entry, reader)) for name, entry in checkpoint.entries.items()
-    }
-    contents = checkpoint.load_tensors()
-    reader.files.hold({**checkpoint.states, **contents.states})
-    for name, tensor in contents.tensors.items():
-        promises[name] = Promise.of(MemorySource(tensor, name))
+    promises, _ = open_weights(location, weights_file=found).promises(reader)
     return promises
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from tl_fastload.errors import AdapterError
 from tl_fastload.huggingface.lora.adapter import Adapter, check_config, sort_tensors
-from tl_fastload.huggingface.lora.merge import Weights, merge, requantized
+from tl_fastload.huggingface.lora.merge import Weights, merge
 from tl_fastload.recipes.nodes import MemorySource
 from tl_fastload.recipes.promise import Promise
 
@@ -72,7 +72,7 @@ def merge_into_model(adapters: Sequence[Adapter], root: Any) -> None:
         raise AdapterError(
             f"adapter= needs a transformers model as hf_model, not a {type(root).__name__}."
         )
-    merge(adapters, Weights(root), requantized)
+    merge(adapters, Weights(root))
 
 
 def _unwrap(root: Any) -> None:

@@ -22,6 +22,7 @@ from tl_fastload.huggingface.lora.update import (
     misfits,
     resized_hint,
 )
+from tl_fastload.huggingface.tree import put
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.quantized.content import Content
 from tl_fastload.quantized.recipes import QuantizedSource, reads_quantized
@@ -35,8 +36,7 @@ _RENAMED = (
     ("language_model.lm_head", "lm_head"),
 )
 Merge = Callable[[Any], Any]
-Requantize = Callable[[Promise, Merge], Promise]
-"""Applies a merge, written for the dense [out, in], to the promise of a quantized matrix."""
+"""Merges an update into a dense matrix [out, in]."""
 
 
 class Weights:
@@ -113,13 +113,8 @@ class Weights:
 
     def put(self, name: str, promise: Any) -> None:
         """Put a promise in place of one weight, whatever is tied to it."""
-        promise._is_param = True  # how nn.Parameter recognises tensor subclasses
         self.by_name[name] = promise
-        if not isinstance(self.root, torch.nn.Module):
-            self.root.place(name, promise)
-            return
-        parent, _, leaf = name.rpartition(".")
-        self.root.get_submodule(parent)._parameters[leaf] = promise
+        put(self.root, name, promise)
 
 
 def _named(root: Any) -> Iterable[tuple[str, Any]]:
@@ -200,13 +195,12 @@ def _unwrapped(module: str) -> str:
     return module
 
 
-def merge(adapters: Sequence[Adapter], weights: Weights, requantize: Requantize | None) -> None:
+def merge(adapters: Sequence[Adapter], weights: Weights) -> None:
     """Merge adapters into a tree, in order.
 
     Args:
         adapters: what to merge; every tensor of them must find its place.
         weights: the tree; changed.
-        requantize: how to merge into quantized matrices; None if there are none.
 
     Raises:
         AdapterError: tensors that fit no module or have the wrong shape, modules that the
@@ -222,15 +216,13 @@ def merge(adapters: Sequence[Adapter], weights: Weights, requantize: Requantize 
                 found += _merge_experts(adapter, part, weights, done)
             else:
                 done.add(name)
-                found += _merge_matrix(adapter, part, name, weights, requantize)
+                found += _merge_matrix(adapter, part, name, weights)
         found += _replace_tokens(adapter, weights, done)
         found += discrepancies(adapter, weights.by_name, done)
         raise_for(adapter, found)
 
 
-def _merge_matrix(
-    adapter: Adapter, part: LowRank, name: str, weights: Weights, requantize: Requantize | None
-) -> list[str]:
+def _merge_matrix(adapter: Adapter, part: LowRank, name: str, weights: Weights) -> list[str]:
     weight, module = weights.by_name[name], weights.module(name)
     shape = tuple(weight.shape)
     problems = misfits(part, shape, adapter, module)
@@ -244,8 +236,8 @@ def _merge_matrix(
         problems.append(f"DoRA on a quantized matrix that is updated already: {part.module}")
     if problems:
         return problems
-    if is_quantized and requantize is not None:
-        weights.change(name, requantize(weight, lambda dense: merged(dense, part, adapter)))
+    if is_quantized:
+        weights.change(name, requantized(weight, lambda dense: merged(dense, part, adapter)))
     else:
         flipped = is_flipped(part, shape, module, adapter)
         weights.change(name, merged(weight, part, adapter, flipped, original))
@@ -362,7 +354,7 @@ def _token_indices(asked: Any, module: str) -> list[int]:
 
 
 def requantized(weight: Promise, merge: Merge) -> Promise:
-    """A promise of a quantized matrix with an update merged in: a `Requantize`.
+    """A promise of a quantized matrix with an update merged in.
 
     Raises:
         QuantizationError: the weight is pieced together of several quantized matrices, or is of a

@@ -112,9 +112,10 @@ class BitsAndBytes(Format):
         # By name: a model without such layers must not import bitsandbytes.
         kind = type(module._parameters.get("weight")).__name__
         if kind == "Int8Params":
-            return Int8Bytes.of_layer(module), None
+            return Int8Bytes(*kernels.parts_of_linear8bit(module)), None
         if kind == "Params4bit":
-            return FourBitBytes.of_layer(module), kernels.compute_dtype_of(module)
+            stored = FourBitBytes(**kernels.parts_of_linear4bit(module))
+            return stored, kernels.compute_dtype_of(module)
         return None
 
     def quantize(self, dense: torch.Tensor, spec: Any) -> QuantizedBytes:

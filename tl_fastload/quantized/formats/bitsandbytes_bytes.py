@@ -45,16 +45,6 @@ class Int8Bytes(QuantizedBytes):
             return cls(_empty(*dense.shape, dtype=torch.int8), _empty(len(dense)), threshold)
         return cls(*kernels.quantize_int8(dense), threshold)
 
-    @classmethod
-    def of_layer(cls, source: Any) -> Int8Bytes:
-        """The bytes of a `Linear8bitLt` or an `Int8Params`, shared, with the module's threshold (a
-        bare weight: 6, transformers' default).
-
-        Raises:
-            QuantizationError: it is not quantized yet, or its scales are missing or misshapen.
-        """
-        return cls(*kernels.parts_of_linear8bit(source))
-
     def __post_init__(self) -> None:
         if self.codes.dtype != torch.int8 or self.codes.dim() != 2:
             raise QuantizationError(
@@ -159,18 +149,6 @@ class FourBitBytes(QuantizedBytes):
             quant_dtype=torch.float32,
             **nested,
         )
-
-    @classmethod
-    def of_layer(cls, source: Any) -> FourBitBytes:
-        """The bytes of a `Linear4bit` or a `Params4bit`, shared.
-
-        A layer that has run on an AVX-512 CPU has re-ordered its bytes for that CPU; these are put
-        back in order, a copy.
-
-        Raises:
-            QuantizationError: it is not quantized yet, or its scales are missing or misshapen.
-        """
-        return cls(**kernels.parts_of_linear4bit(source))
 
     def __post_init__(self) -> None:
         if self.quant_type not in ("nf4", "fp4"):

@@ -12,6 +12,7 @@ from tl_fastload.errors import QuantizationError
 from tl_fastload.quantized.formats.base import QuantizedBytes
 from tl_fastload.quantized.formats.bitsandbytes_bytes import FourBitBytes, Int8Bytes
 from tl_fastload.quantized.formats.bitsandbytes_kernels import full_code
+from tl_fastload.quantized.spec import as_dtype
 
 INT8_PARTS = frozenset({"SCB", "weight_format"})
 _PLAIN = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
@@ -102,7 +103,7 @@ def _read_4bit(pieces: Mapping[str, torch.Tensor]) -> FourBitBytes:
             shape=(out, columns),
             blocksize=int(options["blocksize"]),
             quant_type=str(options["quant_type"]),
-            quant_dtype=_dtype(options["dtype"]),
+            quant_dtype=as_dtype(str(options["dtype"])),
             **nested,
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -120,10 +121,3 @@ def _options(state: torch.Tensor) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise QuantizationError("the quant_state is not a table.")
     return options
-
-
-def _dtype(name: Any) -> torch.dtype:
-    dtype = getattr(torch, str(name), None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name!r} is not a dtype")
-    return dtype

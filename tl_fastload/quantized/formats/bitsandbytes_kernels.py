@@ -255,7 +255,12 @@ def quantize_4bit(
 
 
 def parts_of_linear8bit(source: Any) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Codes, scales and threshold of a `Linear8bitLt` or an `Int8Params`, shared."""
+    """Codes, scales and threshold of a `Linear8bitLt` or an `Int8Params`, shared; a bare weight has
+    threshold 6, transformers' default.
+
+    Raises:
+        QuantizationError: it is not quantized yet, or its scales are missing.
+    """
     weight = getattr(source, "weight", source)
     state = getattr(source, "state", None)
     scales = getattr(weight, "SCB", None)
@@ -275,7 +280,14 @@ def parts_of_linear8bit(source: Any) -> tuple[torch.Tensor, torch.Tensor, float]
 
 
 def parts_of_linear4bit(source: Any) -> dict[str, Any]:
-    """The fields of `FourBitBytes` for a `Linear4bit` or a `Params4bit`, shared."""
+    """The fields of `FourBitBytes` for a `Linear4bit` or a `Params4bit`, shared.
+
+    A layer that has run on an AVX-512 CPU has re-ordered its bytes for that CPU; these are put back
+    in order, a copy.
+
+    Raises:
+        QuantizationError: it is not quantized yet.
+    """
     weight = getattr(source, "weight", source)
     state = getattr(weight, "quant_state", None)
     state = getattr(source, "quant_state", None) if state is None else state
