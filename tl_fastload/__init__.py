@@ -1,16 +1,10 @@
-"""tl_fastload: load models into TransformerLens' HookedTransformer with one copy of the weights in
-memory.
-"""
+"""tl_fastload: load models into TransformerLens' classes with one copy of the weights in memory."""
 
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from tl_fastload.ground import compat as _compat
-
-_compat.require_hooked_transformer()
-
-from tl_fastload.errors import (  # noqa: E402  # after the check, whose message would be lost otherwise
+from tl_fastload.errors import (
     AdapterError,
     ArgumentError,
     CheckpointError,
@@ -30,7 +24,7 @@ from tl_fastload.errors import (  # noqa: E402  # after the check, whose message
     UnknownModelError,
     UnsupportedArchitectureError,
 )
-from tl_fastload.ground.compat import __version__ as __version__  # noqa: E402
+from tl_fastload.ground.compat import __version__ as __version__
 
 if TYPE_CHECKING:
     from tl_fastload.copies.verify import verify_copy

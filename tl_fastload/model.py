@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformer_lens import HookedTransformer
 
 from tl_fastload.copies.write import MAX_SHARD_BYTES, save_lean
 from tl_fastload.errors import NotEnoughMemory
 from tl_fastload.ground.boundary import guarded
 from tl_fastload.ground.memory_orders import FORWARD
+from tl_fastload.hooked import HookedTransformer
 from tl_fastload.hooked.inheritance import check_bases
 from tl_fastload.hooked.live import process_with, record_state_dict
 from tl_fastload.hooked.processing import Recorder

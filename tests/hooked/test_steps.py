@@ -10,7 +10,9 @@ import pytest
 from tests.support import reference
 from tests.support.comparison import STEPS, changed, lean_model, log_probs, values
 from tl_fastload.hooked import steps
+from tl_fastload.hooked.road import ROAD
 from tl_fastload.request.steps import STEPS as ALL_STEPS
+from tl_fastload.roads.road import describe_steps
 
 # step -> cases that forbid it, a word of the reason
 FORBIDDEN: dict[str, dict[str, str]] = {
@@ -87,7 +89,7 @@ def _cfg(**fields: Any) -> SimpleNamespace:
 def test_a_plain_model_allows_everything() -> None:
     assert [steps.reason_to_skip(step, _cfg()) for step in ALL_STEPS] == [None] * 5
     requested = dict.fromkeys(ALL_STEPS, True)
-    assert steps.describe(requested, _cfg()) == dict.fromkeys(ALL_STEPS, "done")
+    assert describe_steps(ROAD, requested, _cfg()) == dict.fromkeys(ALL_STEPS, "done")
 
 
 @pytest.mark.parametrize(
@@ -111,6 +113,6 @@ def test_each_reason_alone(fields: dict[str, Any], forbidden: set[str]) -> None:
 
 
 def test_what_nobody_asked_for_is_called_so() -> None:
-    described = steps.describe({"fold_ln": True}, _cfg(use_attention_sinks=True))
+    described = describe_steps(ROAD, {"fold_ln": True}, _cfg(use_attention_sinks=True))
     assert described.pop("fold_ln") == "done"
     assert set(described.values()) == {"skipped: not asked for"}
