@@ -12,96 +12,71 @@ from torch import nn
 from tl_fastload.ground.role import Part, Role
 from tl_fastload.ground.wrappers import without_wrapper_parts
 
-_NUMBER = re.compile(r"(?<=\.)\d+\.")
-_LAYER = re.compile(r"blocks\.(\d+)\.")
 ATTENTION_NORM, MLP_NORM = "attention norm", "MLP norm"
-_FOLDED_NORMS = ("LayerNormPre", "RMSNormPre")
-
-
-def _matrix(part: Part, what: str, sides: str, inputs: str, reads: str = "") -> Role:
-    return Role(part, "matrix", what, tuple(sides.split()), tuple(inputs.split()), reads)
-
-
-def _bias(part: Part, what: str, sides: str) -> Role:
-    return Role(part, "bias", what, tuple(sides.split()), is_bias=True)
-
-
-def _norm(name: str, part: Part, what: str, side: str, is_folded: bool) -> dict[str, Role]:
-    weight = Role(part, "norm", what, (side,), is_folded=is_folded)
-    return {f"{name}.w": weight, f"{name}.b": replace(weight, is_bias=True)}
-
-
-_HIDDEN, _FINAL = "hidden norm", "final norm"
-# The heads that a key or a value has are fewer than a query's in some models.
-_HEADS_IN = {
-    f"blocks.attn.{kind}_{letter}": made
-    for letter, what in (("Q", "query"), ("K", "key"), ("V", "value"))
-    for kind, made in (
-        ("W", _matrix("attention", what, "head d_model d_head", "d_model", ATTENTION_NORM)),
-        ("b", _bias("attention", what, "head d_head")),
-    )
-}
-# TransformerLens' own matrices, and those of experts, which are `nn.Linear`.
-_MLP = {
-    f"blocks.mlp.{leaf}": made
-    for name, what, sides, inputs, reads in (
-        ("in", "MLP input", ("d_model", "d_mlp"), "d_model", MLP_NORM),
-        ("gate", "MLP gate", ("d_model", "d_mlp"), "d_model", MLP_NORM),
-        ("out", "MLP output", ("d_mlp", "d_model"), "d_mlp", _HIDDEN),
-    )
-    for leaf, made in (
-        (f"W_{name}", _matrix("MLP", what, " ".join(sides), inputs, reads)),
-        (f"b_{name}", _bias("MLP", what, sides[1])),
-        (
-            f"experts.W_{name}.weight",
-            _matrix("MLP", f"expert's {what}", " ".join(reversed(sides)), inputs, reads),
-        ),
-        (f"experts.W_{name}.bias", _bias("MLP", f"expert's {what}", sides[1])),
-    )
-}
-_ROLES = {
-    "embed.W_E": _matrix("embedding", "embedding", "d_vocab d_model", "d_vocab"),
-    **_norm("embed.ln", "embedding", "embedding norm", "d_model", is_folded=False),
-    "pos_embed.W_pos": _matrix("embedding", "position embedding", "n_ctx d_model", "n_ctx"),
-    **_norm("blocks.ln1", "norms", ATTENTION_NORM, "d_model", is_folded=True),
-    **_norm("blocks.ln1_post", "norms", "norm behind attention", "d_model", is_folded=False),
-    **_HEADS_IN,
-    # Over each head, or over all of them.
-    **_norm("blocks.attn.q_norm", "attention", "query norm", "d_normed", is_folded=False),
-    **_norm("blocks.attn.k_norm", "attention", "key norm", "d_normed", is_folded=False),
-    "blocks.attn.W_O": _matrix("attention", "output", "head d_head d_model", "head d_head"),
-    "blocks.attn.b_O": _bias("attention", "output", "d_model"),
+_HIDDEN_NORM, _FINAL_NORM = "hidden norm", "final norm"
+# Name (without numbers), part, what it is, its sides (what it multiplies in brackets), and the norm
+# that it reads. Each may have a bias. A key or value may have fewer heads than a query.
+_MATRICES: tuple[tuple[str, Part, str, str, str], ...] = (
+    ("embed.W_E", "embedding", "embedding", "[d_vocab] d_model", ""),
+    ("pos_embed.W_pos", "embedding", "position embedding", "[n_ctx] d_model", ""),
+    ("blocks.attn.W_Q", "attention", "query", "head [d_model] d_head", ATTENTION_NORM),
+    ("blocks.attn.W_K", "attention", "key", "head [d_model] d_head", ATTENTION_NORM),
+    ("blocks.attn.W_V", "attention", "value", "head [d_model] d_head", ATTENTION_NORM),
+    ("blocks.attn.W_O", "attention", "output", "[head] [d_head] d_model", ""),
+    ("blocks.mlp.W_in", "MLP", "MLP input", "[d_model] d_mlp", MLP_NORM),
+    ("blocks.mlp.W_gate", "MLP", "MLP gate", "[d_model] d_mlp", MLP_NORM),
+    ("blocks.mlp.W_out", "MLP", "MLP output", "[d_mlp] d_model", _HIDDEN_NORM),
+    ("blocks.mlp.W_gate.weight", "MLP", "router", "expert [d_model]", MLP_NORM),
+    ("blocks.mlp.experts.W_in.weight", "MLP", "expert's input", "d_mlp [d_model]", MLP_NORM),
+    ("blocks.mlp.experts.W_gate.weight", "MLP", "expert's gate", "d_mlp [d_model]", MLP_NORM),
+    ("blocks.mlp.experts.W_out.weight", "MLP", "expert's output", "d_model [d_mlp]", ""),
+    ("unembed.W_U", "embedding", "unembedding", "[d_model] d_vocab_out", _FINAL_NORM),
+)
+# Name, part, what it is, its side, and whether `fold_ln` folds it.
+_NORMS: tuple[tuple[str, Part, str, str, bool], ...] = (
+    ("embed.ln", "embedding", "embedding norm", "d_model", False),
+    ("blocks.ln1", "norms", ATTENTION_NORM, "d_model", True),
+    ("blocks.ln1_post", "norms", "norm behind attention", "d_model", False),
+    ("blocks.attn.q_norm", "attention", "query norm", "d_normed", False),  # one head, or all
+    ("blocks.attn.k_norm", "attention", "key norm", "d_normed", False),
+    ("blocks.ln2", "norms", MLP_NORM, "d_model", True),
+    ("blocks.ln2_post", "norms", "norm behind the MLP", "d_model", False),
+    ("blocks.mlp.ln", "MLP", _HIDDEN_NORM, "d_mlp", True),
+    ("ln_final", "norms", _FINAL_NORM, "d_model", True),
+)
+_OTHERS = {
     "blocks.attn.sinks": Role("attention", "other", "attention sinks", ("head",)),
     # Which of these there are depends on TransformerLens' version.
-    **{
-        f"blocks.attn.{leaf}": Role("attention", "table", what)
-        for leaf, what in (
-            *(("mask", "mask"), ("IGNORE", "mask"), ("alibi", "position table")),
-            *(("rotary_sin", "rotary table"), ("rotary_cos", "rotary table")),
-        )
-    },
-    **_norm("blocks.ln2", "norms", MLP_NORM, "d_model", is_folded=True),
-    **_norm("blocks.ln2_post", "norms", "norm behind the MLP", "d_model", is_folded=False),
-    **_MLP,
-    "blocks.mlp.W_gate.weight": _matrix("MLP", "router", "expert d_model", "d_model", MLP_NORM),
-    "blocks.mlp.W_gate.bias": _bias("MLP", "router", "expert"),
-    **_norm("blocks.mlp.ln", "MLP", _HIDDEN, "d_mlp", is_folded=True),
+    **{f"blocks.attn.{leaf}": Role("attention", "table") for leaf in ("mask", "IGNORE", "alibi")},
+    "blocks.attn.rotary_sin": Role("attention", "table", "rotary table"),
+    "blocks.attn.rotary_cos": Role("attention", "table", "rotary table"),
     **{
         f"blocks.mlp.act_fn.{leaf}": Role("MLP", "other", "activation function")
         for leaf in ("alpha_p", "alpha_n", "beta", "eps")
     },
-    **{
-        name: replace(made, is_last=True)
-        for name, made in {
-            **_norm("ln_final", "norms", _FINAL, "d_model", is_folded=True),
-            "unembed.W_U": _matrix(
-                "embedding", "unembedding", "d_model d_vocab_out", "d_model", _FINAL
-            ),
-            "unembed.b_U": _bias("embedding", "unembedding", "d_vocab_out"),
-        }.items()
-    },
 }
-_OTHER = Role()
+
+
+def _roles() -> Iterator[tuple[str, Role]]:
+    for name, part, what, text, reads in _MATRICES:
+        sides = tuple(side.strip("[]") for side in text.split())
+        inputs = tuple(side.strip("[]") for side in text.split() if side.startswith("["))
+        outputs = tuple(side for side in sides if side not in inputs)
+        is_last = reads == _FINAL_NORM
+        yield name, Role(part, "matrix", what, sides, inputs, reads, is_last=is_last)
+        bias = re.sub("W_([^.]*)$", r"b_\1", name).replace(".weight", ".bias")
+        yield bias, Role(part, "bias", what, outputs, is_bias=True, is_last=is_last)
+    for name, part, what, side, is_folded in _NORMS:
+        is_last = what == _FINAL_NORM
+        weight = Role(part, "norm", what, (side,), is_folded=is_folded, is_last=is_last)
+        yield f"{name}.w", weight
+        yield f"{name}.b", replace(weight, is_bias=True)
+
+
+_ROLES = {**_OTHERS, **dict(_roles())}
+_NUMBER = re.compile(r"(?<=\.)\d+\.")
+_LAYER = re.compile(r"blocks\.(\d+)\.")
+_FOLDED = ("LayerNormPre", "RMSNormPre")
 
 
 def role(name: str) -> Role:
@@ -113,7 +88,7 @@ def role(name: str) -> Role:
     bare = without_wrapper_parts(name)
     block = _LAYER.match(bare)
     # Underscores are in front of what several query heads share.
-    found = _ROLES.get(_NUMBER.sub("", bare).replace("._", "."), _OTHER)
+    found = _ROLES.get(_NUMBER.sub("", bare).replace("._", "."), Role())
     return found if block is None else replace(found, layer=int(block.group(1)))
 
 
@@ -144,5 +119,5 @@ def is_unread(name: str, cfg: Any) -> bool:
 
 def folded_names(model: nn.Module) -> list[str]:
     """The weights and biases of norms that a model has folded into what reads them."""
-    norms = [n for n, module in model.named_modules() if type(module).__name__ in _FOLDED_NORMS]
+    norms = [n for n, module in model.named_modules() if type(module).__name__ in _FOLDED]
     return [f"{norm}.{leaf}" for norm in norms for leaf in "wb"]
