@@ -14,11 +14,13 @@ from typing import Any, Protocol
 
 import torch
 
-from tl_fastload.bridge.versions import stock_boot
-from tl_fastload.errors import ReplacedFunctionError
-from tl_fastload.ground.borrow import borrow
+from tl_fastload.bridge.versions import TOKENIZER_FUNCTIONS, stock_boot
+from tl_fastload.ground.borrow import borrow, innermost
 from tl_fastload.huggingface.empty import SkipRandomInit
 from tl_fastload.huggingface.runnable import concrete_class, configuration_for
+
+
+_CHOOSE = "get_hf_model_class_for_architecture"
 
 
 class Answers(Protocol):
@@ -51,24 +53,19 @@ def run_boot(answers: Answers, cls: type, name: str, **arguments: Any) -> Any:
     """
     asked: list[Any] = []
     stock = stock_boot()
-    choose = stock.__globals__.get("get_hf_model_class_for_architecture")
-    configure = stock.__globals__.get("configure_tokenizer")
-    if choose is None or configure is None:
-        raise ReplacedFunctionError(
-            "TransformerBridge.boot_transformers is not TransformerLens' own function, or that of a "
-            "version that is not known here. Put it back, or install a supported TransformerLens."
-        )
+    found = (innermost(stock) or borrow(stock)).__globals__
+    configure = next((name for name in TOKENIZER_FUNCTIONS if name in found), "")
     run = borrow(
         stock,
         label="TransformerBridge.boot_transformers",
-        needs=("AutoConfig", "AutoTokenizer", "TransformerBridge"),
+        needs=("AutoConfig", "AutoTokenizer", "TransformerBridge", configure, _CHOOSE),
         AutoConfig=_Configurations(answers),
         AutoTokenizer=SimpleNamespace(from_pretrained=answers.tokenizer),
         TransformerBridge=cls,
-        get_hf_model_class_for_architecture=lambda *a, **kw: _Models(
-            answers, choose(*a, **kw), asked
-        ),
-        configure_tokenizer=_unless_none(configure),
+        **{
+            _CHOOSE: lambda *a, **kw: _Models(answers, found[_CHOOSE](*a, **kw), asked),
+            configure: _unless_none(found.get(configure)),
+        },
     )
     if arguments.get("model_class") is not None:
         arguments["model_class"] = _Models(answers, arguments["model_class"], asked)
@@ -79,7 +76,7 @@ def run_boot(answers: Answers, cls: type, name: str, **arguments: Any) -> Any:
     return bridge
 
 
-def _unless_none(configure: Callable[..., Any]) -> Callable[..., Any]:
+def _unless_none(configure: Any) -> Callable[..., Any]:
     def call(tokenizer: Any, *args: Any, **kwargs: Any) -> Any:
         return None if tokenizer is None else configure(tokenizer, *args, **kwargs)
 

@@ -12,6 +12,9 @@ from tl_fastload.ground import compat
 
 _SOURCES = "transformer_lens.model_bridge.sources"
 
+TOKENIZER_FUNCTIONS = ("configure_tokenizer", "setup_tokenizer")
+"""What boot hands a tokenizer to before it is the bridge's: since version 4, and before."""
+
 
 def bridge_class() -> Any:
     """TransformerLens' TransformerBridge."""
