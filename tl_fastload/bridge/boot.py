@@ -76,6 +76,19 @@ def run_boot(answers: Answers, cls: type, name: str, **arguments: Any) -> Any:
     return bridge
 
 
+def boot_in_memory(cls: type, name: str, **arguments: Any) -> Any:
+    """TransformerLens' own boot of a model that is in memory, or is made there, as a bridge of
+    another class.
+    """
+    run = borrow(
+        stock_boot(),
+        label="TransformerBridge.boot_transformers",
+        needs=("TransformerBridge",),
+        TransformerBridge=cls,
+    )
+    return run(name, **arguments)
+
+
 def _unless_none(configure: Any) -> Callable[..., Any]:
     def call(tokenizer: Any, *args: Any, **kwargs: Any) -> Any:
         return None if tokenizer is None else configure(tokenizer, *args, **kwargs)

@@ -58,14 +58,6 @@ class LivePromise(Promise):
         promise.seen = 0
         return promise  # type: ignore[no-any-return]
 
-    @classmethod
-    def in_place_of(cls, promise: Promise, requires_grad: bool) -> LivePromise:
-        """The parameter that a promise is the value of."""
-        made = cls(promise.node, promise.meta, promise.device)
-        made.requires_grad_(requires_grad)
-        made._is_param = True
-        return made
-
     @property
     def data(self) -> LivePromise:  # type: ignore[override]
         """As of any tensor: the same memory, without gradients."""
