@@ -6,10 +6,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from tl_fastload.ground import compat as _compat
-
-
-from tl_fastload.errors import (  # noqa: E402  # after the check, whose message would be lost otherwise
+from tl_fastload.errors import (
     AdapterError,
     ArgumentError,
     CheckpointError,
@@ -29,7 +26,7 @@ from tl_fastload.errors import (  # noqa: E402  # after the check, whose message
     UnknownModelError,
     UnsupportedArchitectureError,
 )
-from tl_fastload.ground.compat import __version__ as __version__  # noqa: E402
+from tl_fastload.ground.compat import __version__ as __version__
 
 if TYPE_CHECKING:
     from tl_fastload.bridge_model import LeanBridgeMixin, LeanTransformerBridge

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +179,8 @@ class LeanBridgeMixin:
             load_weights: False makes random weights, as TransformerLens does.
             trust_remote_code: whether code that comes with the checkpoint may run.
             model_class: transformers' class, if not the one that TransformerLens chooses.
-            hf_model: a transformers model in memory; it becomes the bridge's, as in TransformerLens.
+            hf_model: a transformers model in memory; it becomes the bridge's own, as in
+                TransformerLens.
             n_ctx: another context length than the model's own.
             revision: branch, tag or commit on the hub.
             checkpoint_index: which training checkpoint, counted from zero.
@@ -187,8 +188,8 @@ class LeanBridgeMixin:
             mmap: whether weights are mapped from files; "auto" does so on local disks.
             progress: as for `from_pretrained_lean`.
             check_memory: raise NotEnoughMemory before weights are read if they cannot be held.
-            **stock_arguments: other arguments of `boot_transformers`; those that spread a model over
-                devices are errors.
+            **stock_arguments: other arguments of `boot_transformers`; those that spread a model
+                over devices are errors.
 
         Returns:
             The bridge; with a `load_report` unless `hf_model` was given or no weights were loaded.
@@ -257,7 +258,8 @@ class LeanBridgeMixin:
                 "TransformerBridge.boot_transformers(...) returns."
             )
         if not isinstance(bridge, LeanBridgeMixin):
-            bridge.__class__ = _lean_class(cls, type(bridge))
+            kinds: Any = (cls, type(bridge))
+            bridge.__class__ = _lean_class(*kinds)
         return bridge
 
     @guarded("while processing")
@@ -281,8 +283,8 @@ class LeanBridgeMixin:
             process_in_place(self, lambda: stock(**arguments), progress)
 
 
-@lru_cache(maxsize=None)
-def _lean_class(cls: type, kind: type) -> type:
+@cache
+def _lean_class(cls: Any, kind: Any) -> Any:
     """The class of a bridge of some kind that is lean from now on."""
     if issubclass(cls, kind):
         return cls

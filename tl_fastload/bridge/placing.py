@@ -29,8 +29,8 @@ class Shelf(nn.Module):
 
 
 class BridgeShelf(Shelf):
-    """The shelf of a bridge, whose slots are empty from now on: a promise, and what it is made from,
-    lives until it is placed and no longer.
+    """The shelf of a bridge, whose slots are empty from now on: a promise, and what it is made
+    from, lives until it is placed and no longer.
 
     Args:
         bridge: the bridge.
@@ -110,7 +110,9 @@ class _Home:
         for slot in self._whole:
             slot.tensor = tensor
         made: list[torch.Tensor] = []
-        for same, (slot, meta, trainable, is_parameter) in zip(self._same, self._parts, strict=True):
+        for same, (slot, meta, trainable, is_parameter) in zip(
+            self._same, self._parts, strict=True
+        ):
             if same == len(made):
                 offset = tensor.storage_offset() + meta.storage_offset()
                 view = tensor.detach().as_strided(meta.shape, meta.stride(), offset)

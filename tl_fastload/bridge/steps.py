@@ -40,8 +40,8 @@ def check_flags(cfg: Any, flags: Mapping[str, bool]) -> None:
     is_rotary = getattr(cfg, "positional_embedding_type", "standard") == "rotary"
     if flags.get("refactor_factored_attn_matrices") and is_rotary:
         raise ArgumentError(
-            "refactor_factored_attn_matrices=True cannot be done here: rotary embeddings act between "
-            "W_Q and W_K. Leave it out."
+            "refactor_factored_attn_matrices=True cannot be done here: rotary embeddings act "
+            "between W_Q and W_K. Leave it out."
         )
 
 

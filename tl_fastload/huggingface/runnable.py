@@ -1,5 +1,5 @@
-"""A transformers model as its own `from_pretrained` returns it, with promises for its weights: tables
-computed, generation settings read, in evaluation mode.
+"""A transformers model as its own `from_pretrained` returns it, with promises for its weights:
+tables computed, generation settings read, in evaluation mode.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def concrete_class(auto_class: Any, hf_config: Any) -> Any:
             f"{type(hf_config).__name__}. Load it with transformers (a checkpoint's own code needs "
             "trust_remote_code=True there), and pass hf_model=."
         )
-    return _get_model_class(hf_config, mapping)
+    choose: Any = _get_model_class
+    return choose(hf_config, mapping)
 
 
 def configuration_for(model_class: Any, hf_config: Any) -> Any:
@@ -95,7 +96,8 @@ def configuration_for(model_class: Any, hf_config: Any) -> Any:
 def _make_alive(model: nn.Module, dtype: torch.dtype) -> None:
     made: dict[int, LivePromise] = {}
     for module in model.modules():
-        for tensors, is_parameter in ((module._parameters, True), (module._buffers, False)):
+        both: Any = ((module._parameters, True), (module._buffers, False))
+        for tensors, is_parameter in both:
             for leaf, tensor in tensors.items():
                 if not isinstance(tensor, Promise):
                     continue
@@ -104,7 +106,7 @@ def _make_alive(model: nn.Module, dtype: torch.dtype) -> None:
                     continue
                 if id(tensor) not in made:
                     made[id(tensor)] = _alive(tensor, is_parameter, dtype)
-                tensors[leaf] = made[id(tensor)]  # type: ignore[assignment]
+                tensors[leaf] = made[id(tensor)]
 
 
 def _alive(promise: Promise, is_parameter: bool, dtype: torch.dtype) -> LivePromise:

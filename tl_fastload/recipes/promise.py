@@ -115,9 +115,7 @@ def node_of(tensor: torch.Tensor) -> Node:
     return Promise.of(MemorySource(tensor.clone()), tensor.device).node
 
 
-def _record(
-    cls: type[Promise], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _record(cls: type[Promise], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if torch.Tag.nondeterministic_seeded in func.tags:
         raise RecordingError(
             f"{func} draws random numbers, which a recipe cannot hold. Load the model first."
