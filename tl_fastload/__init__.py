@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from tl_fastload.ground import compat as _compat
 
-_compat.require_hooked_transformer()
 
 from tl_fastload.errors import (  # noqa: E402  # after the check, whose message would be lost otherwise
     AdapterError,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from tl_fastload.errors import NotEnoughMemory
 from tl_fastload.ground.boundary import guarded
 from tl_fastload.ground.memory_orders import FORWARD
 from tl_fastload.hooked.inheritance import check_bases
-from tl_fastload.hooked.processing import Session
+from tl_fastload.hooked.live import process_with, record_state_dict
+from tl_fastload.hooked.processing import Recorder
+from tl_fastload.hooked.road import ROAD
 from tl_fastload.hooked.state_dicts import fill_missing_keys
 from tl_fastload.loading import live
-from tl_fastload.loading import load as sessions
 from tl_fastload.loading.relayout import put_in_layout
+from tl_fastload.loading.resolve import resolved
 from tl_fastload.loading.through_cache import load_through_cache
 from tl_fastload.placement.half_written import forgive
 from tl_fastload.planning import make
@@ -29,8 +32,9 @@ from tl_fastload.report.load_report import LoadReport
 from tl_fastload.report.progress import ProgressOption
 from tl_fastload.request.adapters import read_adapter_argument
 from tl_fastload.request.argument_types import checked, checked_keywords
-from tl_fastload.request.call import Request
+from tl_fastload.request.keywords import sort_keywords
 from tl_fastload.request.options import DEFAULT_DTYPE, DEFAULT_LAYOUT, OWN_ARGUMENTS, Options
+from tl_fastload.roads.road import Recording, Request
 
 
 class LeanLoadingMixin:
@@ -48,7 +52,7 @@ class LeanLoadingMixin:
     """
 
     load_report: LoadReport
-    _session: Session | None = None
+    _recorder: Recorder | None = None  # while TransformerLens' loading code runs
     _processed: tuple[set[str], Any]
     _hf_config: Any = None  # Hugging Face's configuration, for weights in its naming
     _layout: str = FORWARD  # the memory order that a copy gets
@@ -167,7 +171,7 @@ class LeanLoadingMixin:
                 AdapterError, NotEnoughMemory, StrategyError. Raised before weights are read
                 whenever that is possible; nothing half-loaded is returned.
         """
-        request = _request(**locals())
+        request = resolved(_request(**locals()))
         if check_memory and dequantize:  # transformers reads the weights early
             make.require_room(request)
         try:
@@ -270,10 +274,14 @@ class LeanLoadingMixin:
         steps = checked(state_dict=state_dict, **steps)
         steps.pop("state_dict")
         stock = super().load_and_process_state_dict  # type: ignore[misc]
-        if self._session is not None:
-            sessions.load_state_dict_into(self, state_dict, steps, stock)
-        else:
-            live.load_state_dict(self, state_dict, steps, stock)
+        if self._recorder is not None:
+            self._recorder.record(self, state_dict, steps, stock)
+            return
+
+        def record(given: dict[str, Any], flags: dict[str, bool]) -> Recording:
+            return record_state_dict(self, given, flags, stock)
+
+        live.load_state_dict(ROAD, self, state_dict, steps, record)
 
     @guarded("while processing weights")
     def process_weights_(
@@ -309,7 +317,11 @@ class LeanLoadingMixin:
             refactor_factored_attn_matrices=refactor_factored_attn_matrices,
         )
         stock, stock_load = super().process_weights_, super().load_and_process_state_dict  # type: ignore[misc]
-        live.process(self, steps, stock, stock_load)
+
+        def record(given: dict[str, Any], flags: dict[str, bool]) -> Recording:
+            return record_state_dict(self, given, flags, stock_load)
+
+        live.process(ROAD, self, steps, record, partial(process_with, self, steps, stock))
 
     def to_layout_(self, layout: str) -> Any:
         """Put every parameter of this model, and its gradient, into another memory order, one at a
@@ -332,7 +344,7 @@ class LeanLoadingMixin:
                 with other tensors or processes, or of a kind that has no strides of its own
                 (DTensor, sparse). Names them; nothing has changed.
         """
-        put_in_layout(self, layout)
+        put_in_layout(ROAD, self, layout)
         return self
 
     def save_lean(
@@ -352,7 +364,7 @@ class LeanLoadingMixin:
         error.
         """
         filled = fill_missing_keys(self, state_dict)
-        if self._session is None:
+        if self._recorder is None:
             return filled
         # Stock completes the very dictionary that it then puts its float32 copies into.
         state_dict.update(filled)
@@ -362,8 +374,8 @@ class LeanLoadingMixin:
         """`torch.nn.Module.load_state_dict`; while a lean load runs, recorded values are collected
         instead.
         """
-        if self._session is not None:
-            return self._session.collect(state_dict)
+        if self._recorder is not None:
+            return self._recorder.collect(state_dict)
         found = super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
         forgive(self, state_dict)  # type: ignore[arg-type]
         return found
@@ -376,7 +388,9 @@ def _request(cls: type, from_pretrained_kwargs: dict[str, Any], **arguments: Any
     own = {name: arguments.pop(name) for name in OWN_ARGUMENTS}
     own["quantize"] = read_quantization(quantization_argument(own["quantize"], keywords))
     own["adapter"] = read_adapter_argument(own["adapter"])
-    return Request(cls, Options(**own), arguments, keywords)
+    if "torch_dtype" in keywords:
+        arguments["torch_dtype"] = keywords.pop("torch_dtype")
+    return Request(cls, ROAD, Options(**own), arguments, sort_keywords(keywords))
 
 
 class LeanHookedTransformer(LeanLoadingMixin, HookedTransformer):  # type: ignore[misc]  # our order of arguments
@@ -409,7 +423,7 @@ def plan(model_name: str | Path, *args: Any, **kwargs: Any) -> LoadPlan:
     """
     bound = _SIGNATURE.bind(model_name, *args, **kwargs)
     bound.apply_defaults()
-    return make.plan_load(_request(cls=LeanHookedTransformer, **bound.arguments))
+    return make.plan_load(resolved(_request(cls=LeanHookedTransformer, **bound.arguments)))
 
 
 plan.__signature__ = _SIGNATURE.replace(return_annotation=LoadPlan)  # type: ignore[attr-defined]

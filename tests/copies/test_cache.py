@@ -20,10 +20,14 @@ from tl_fastload.copies import key
 from tl_fastload.copies.manifest import MANIFEST
 from tl_fastload.embedded_model import embedded_model_path
 from tl_fastload.errors import ArgumentError
+from tl_fastload.hooked.road import ROAD
+from tl_fastload.loading.resolve import resolved
 from tl_fastload.quantized.formats import read_quantization
 from tl_fastload.request.adapters import read_adapter_argument
-from tl_fastload.request.call import Request
+from tl_fastload.request.contradictions import CHECKPOINT_ARGUMENTS
+from tl_fastload.request.keywords import Keywords
 from tl_fastload.request.options import DEFAULT_DTYPE, Options
+from tl_fastload.roads.road import Request
 
 
 def embedded(home: Any, **arguments: Any) -> LeanHookedTransformer:
@@ -112,7 +116,10 @@ def entry_name(source: Path, adapter: Any = None, keywords: Any = None, **option
     arguments |= {"model_name": source, "dtype": DEFAULT_DTYPE, "move_to_device": True}
     asked = Options(adapter=read_adapter_argument(adapter), **options)
     arguments["n_devices"] = 1
-    return key.entry_name(Request(LeanHookedTransformer, asked, arguments, keywords or {}))
+    arguments |= {"hf_model": None, **dict.fromkeys(CHECKPOINT_ARGUMENTS)}
+    hub = Keywords(hub=keywords or {})
+    request = Request(LeanHookedTransformer, ROAD, asked, arguments, hub)
+    return key.entry_name(resolved(request))
 
 
 def test_a_toy_models_weights_deeper_down(zoo: Any, tmp_path: Path) -> None:

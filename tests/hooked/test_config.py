@@ -28,9 +28,10 @@ from tests.support.tiny_configs import (
 from tl_fastload.errors import CheckpointError
 from tl_fastload.ground.borrow import borrow
 from tl_fastload.ground.compat import TRANSFORMER_LENS
-from tl_fastload.hooked.architectures import SUPPORTED_ARCHITECTURES
-from tl_fastload.hooked.config import config_dict, load_hf_config
+from tl_fastload.hooked.architectures import SUPPORTED, SUPPORTED_ARCHITECTURES
+from tl_fastload.hooked.config import config_dict
 from tl_fastload.hooked.config_families import FAMILIES
+from tl_fastload.huggingface.config import read_config
 
 _ONLY_UNDER_THE_LOADERS_NAME = ("model_name", "tokenizer_name", "default_prepend_bos")
 _CURRENT = pytest.mark.skipif(
@@ -53,7 +54,7 @@ def test_equals_what_stock_reads_from_a_neutral_folder(
     save_config(make_config(architecture), tmp_path / "checkpoint", **raw)
     monkeypatch.chdir(tmp_path)  # stock decides by the path, which here is only "checkpoint"
     stock = loading.get_pretrained_model_config("checkpoint", device="cpu")
-    fields, notes = translate(load_hf_config(Path("checkpoint"), trust_remote_code=False))
+    fields, notes = translate(read_config(Path("checkpoint"), SUPPORTED, trust_remote_code=False))
     assert _comparable(complete(fields)) == _comparable(stock)
     assert not notes
 
@@ -89,12 +90,12 @@ def test_the_name_of_the_folder_decides_nothing(
 ) -> None:
     config = make_config(architecture)
     folder = save_config(config, tmp_path / f"my-{word}-model")
-    assert translate(load_hf_config(folder, trust_remote_code=False)) == translate(config)
+    assert translate(read_config(folder, SUPPORTED, trust_remote_code=False)) == translate(config)
 
 
 def test_the_model_type_is_not_guessed_from_the_path(tmp_path: Path) -> None:
     folder = save_config(make_config("LlamaForCausalLM"), tmp_path / "gpt2-bert", model_type=None)
-    assert load_hf_config(folder, trust_remote_code=False).model_type == "llama"
+    assert read_config(folder, SUPPORTED, trust_remote_code=False).model_type == "llama"
 
 
 @pytest.mark.parametrize("architecture", AVAILABLE)
@@ -345,18 +346,18 @@ def _folder_with_code(folder: Path, raw: dict[str, Any], marker: Path) -> Path:
 def test_code_of_a_checkpoint_runs_only_if_asked(raw: dict[str, Any], tmp_path: Path) -> None:
     marker = tmp_path / "the code ran"
     folder = _folder_with_code(tmp_path / "checkpoint", raw, marker)
-    plain, _ = translate(load_hf_config(folder, trust_remote_code=False))
+    plain, _ = translate(read_config(folder, SUPPORTED, trust_remote_code=False))
     assert not marker.exists()
     assert plain["original_architecture"] == raw["architectures"][0]
     assert plain["d_model"] == 64
     assert plain["d_mlp"] == 48 if "kv_channels" in raw else 256
-    load_hf_config(folder, trust_remote_code=True)
+    read_config(folder, SUPPORTED, trust_remote_code=True)
     assert marker.exists()
 
 
 def test_qwen_keeps_its_rotary_base(tmp_path: Path) -> None:
     folder = _folder_with_code(tmp_path / "checkpoint", _QWEN, tmp_path / "unused")
-    fields, _ = translate(load_hf_config(folder, trust_remote_code=False))
+    fields, _ = translate(read_config(folder, SUPPORTED, trust_remote_code=False))
     assert fields["rotary_base"] == 5000
     assert fields["rotary_dim"] == 16
 
@@ -364,7 +365,7 @@ def test_qwen_keeps_its_rotary_base(tmp_path: Path) -> None:
 def test_a_value_that_plain_data_lacks_is_named(tmp_path: Path) -> None:
     raw = {key: value for key, value in _SANTACODER.items() if key != "n_head"}
     folder = _folder_with_code(tmp_path / "checkpoint", raw, tmp_path / "unused")
-    config = load_hf_config(folder, trust_remote_code=False)
+    config = read_config(folder, SUPPORTED, trust_remote_code=False)
     with pytest.raises(CheckpointError, match=r"this GPT2LMHeadCustomModel lacks.*n_head"):
         translate(config)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,8 @@ from packaging.version import Version
 
 from tl_fastload.errors import CheckpointError, LeanLoadError, UnsupportedArchitectureError
 from tl_fastload.ground.compat import TRANSFORMERS
-from tl_fastload.hooked import architectures as config_architectures
-from tl_fastload.hooked.architectures import SUPPORTED_ARCHITECTURES, architecture_of
-from tl_fastload.hooked.config import load_hf_config
+from tl_fastload.hooked.architectures import SUPPORTED
+from tl_fastload.huggingface.config import architecture_of, read_config
 
 
 def _write(folder: Path, content: Any) -> Path:
@@ -23,7 +23,8 @@ def _write(folder: Path, content: Any) -> Path:
 
 
 def _architecture(folder: Path, **raw: Any) -> str:
-    return architecture_of(load_hf_config(_write(folder, raw), trust_remote_code=False))
+    config = read_config(_write(folder, raw), SUPPORTED, trust_remote_code=False)
+    return architecture_of(config, SUPPORTED)
 
 
 @pytest.mark.parametrize(
@@ -94,14 +95,13 @@ def test_other_models_are_refused_with_the_reason(
     assert "GPT2LMHeadModel, " in str(error.value)
 
 
-def test_a_name_that_only_a_newer_transformer_lens_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_only_a_newer_transformer_lens_serves() -> None:
     class Config:
         architectures = ("Olmo3ForCausalLM",)
 
-    older = tuple(name for name in SUPPORTED_ARCHITECTURES if name != "Olmo3ForCausalLM")
-    monkeypatch.setattr(config_architectures, "SUPPORTED_ARCHITECTURES", older)
+    older = tuple(name for name in SUPPORTED.names if name != "Olmo3ForCausalLM")
     with pytest.raises(UnsupportedArchitectureError, match="needs a newer TransformerLens"):
-        architecture_of(Config())
+        architecture_of(Config(), replace(SUPPORTED, names=older))
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_a_name_that_only_a_newer_transformer_lens_serves(monkeypatch: pytest.Mo
 )
 def test_a_damaged_config_is_named(content: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=words) as error:
-        load_hf_config(_write(tmp_path, content), trust_remote_code=False)
+        read_config(_write(tmp_path, content), SUPPORTED, trust_remote_code=False)
     assert str(tmp_path / "config.json") in str(error.value)
 
 
@@ -130,13 +130,13 @@ def test_a_value_that_transformers_refuses_is_an_error_of_ours(
 ) -> None:
     raw = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **changes}
     with pytest.raises(CheckpointError, match="cannot be read as a llama config") as error:
-        load_hf_config(_write(tmp_path, raw), trust_remote_code=False)
+        read_config(_write(tmp_path, raw), SUPPORTED, trust_remote_code=False)
     assert str(tmp_path / "config.json") in str(error.value)
 
 
 def test_a_folder_without_config(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no readable config\.json") as error:
-        load_hf_config(tmp_path, trust_remote_code=False)
+        read_config(tmp_path, SUPPORTED, trust_remote_code=False)
     assert str(tmp_path) in str(error.value)
 
 
@@ -145,5 +145,5 @@ def test_an_unknown_model_with_code_is_refused_without_running_it(tmp_path: Path
     (tmp_path / "code.py").write_text(f"open({str(marker)!r}, 'w')\nclass C: pass\n")
     raw = {"model_type": "own", "architectures": ["Own"], "auto_map": {"AutoConfig": "code.C"}}
     with pytest.raises(LeanLoadError):
-        load_hf_config(_write(tmp_path, raw), trust_remote_code=False)
+        read_config(_write(tmp_path, raw), SUPPORTED, trust_remote_code=False)
     assert not marker.exists()

@@ -26,7 +26,7 @@ def origin(trust: bool = False) -> Any:
 
 def build(cfg: Any = None, cls: type = HookedTransformer, **options: Any) -> tuple[Any, list[str]]:
     notes: list[str] = []
-    return build_empty(cls, cfg or config(), origin(), notes, **options), notes
+    return build_empty(cls, cfg or config(), notes, **options), notes
 
 
 def test_no_random_number_is_drawn() -> None:

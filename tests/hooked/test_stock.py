@@ -14,7 +14,8 @@ from transformer_lens import loading_from_pretrained as loading
 
 from tests.support import reference
 from tl_fastload import LeanHookedTransformer
-from tl_fastload.hooked.stock import is_toy_name, stock_name_for
+from tl_fastload.hooked.answers import stock_name_for
+from tl_fastload.hooked.toy import is_toy_name
 
 
 def load(source: Any, **arguments: Any) -> Any:

@@ -183,7 +183,7 @@ def test_no_memory_is_no_missing_weight(raw: Any, hf: Any, monkeypatch: pytest.M
     def fails(*arguments: Any, **keywords: Any) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr("tl_fastload.loading.convert.convert", fails)
+    monkeypatch.setattr("tl_fastload.hooked.convert.convert", fails)
     with pytest.raises(NotEnoughMemory, match="Nothing was loaded"):
         load_weights_(model, hf)
     assert not changed(before, model)

@@ -28,11 +28,15 @@ FOLDERS = ("tl_fastload", "benchmarks", "demo", "notebooks", "tests")
 SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 ROOMS = (
     *("printable", "errors", "ground", "report", "recipes", "source", "quantized", "request"),
-    *("huggingface", "placement", "hooked", "copies", "loading", "planning", "cache", "model"),
+    *("huggingface", "placement", "roads", "hooked", "copies", "loading", "planning"),
+    *("cache", "model"),
     *("lightning", "embedded_model", "memory_map", "plots", "quantization", "timeline"),
     *("cli", "__main__"),
 )
 """In the order of the data: a room imports only rooms before it."""
+
+ROADS = ("hooked",)
+"""Each knows TransformerLens, and none what is done with what it records."""
 
 MOST_LINES_OF_A_FILE = 450
 MOST_LINES_OF_A_FUNCTION = 60
@@ -135,11 +139,19 @@ def asks_for_transformer_lens(path: Path) -> bool:
     )
 
 
-def test_transformer_lens_is_known_from_its_own_room_on() -> None:
+def test_transformer_lens_is_known_on_its_roads_and_their_faces() -> None:
     found = {name for name, path in MODULES.items() if asks_for_transformer_lens(path)}
     assert {"hooked.stock", "hooked.devices", "cli.bench.loads"} <= found
-    knowing = ROOMS[ROOMS.index("hooked") : ROOMS.index("cli")]
-    assert {n for n in found if room_of(n) not in knowing} == {"cli.bench.loads"}
+    assert {n for n in found if room_of(n) not in ROADS} == {"cli.bench.loads", "model"}
+
+
+def test_what_loads_plans_and_keeps_copies_knows_no_road() -> None:
+    for name, path in MODULES.items():
+        if room_of(name) in ("copies", "loading", "planning"):
+            assert {n for n in own_imports(path) if room_of(n) in ROADS} == set(), name
+        if room_of(name) in ROADS:
+            others = {*ROADS, "copies", "loading", "planning"} - {room_of(name)}
+            assert {n for n in own_imports(path) if room_of(n) in others} == set(), name
 
 
 @pytest.mark.parametrize("library", HOMES)

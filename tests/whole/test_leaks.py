@@ -22,15 +22,16 @@ from tests.support import reference
 from tests.support import zoo as bed
 from tl_fastload import LeanHookedTransformer
 from tl_fastload.errors import LeanLoadError
-from tl_fastload.hooked.origin import Origin
-from tl_fastload.hooked.processing import Session
+from tl_fastload.hooked.processing import Recorder
+from tl_fastload.huggingface.pretrained import Pretrained
 from tl_fastload.recipes.evaluate import Evaluation
 from tl_fastload.recipes.nodes import Node, Source
 from tl_fastload.recipes.promise import Promise
+from tl_fastload.roads.road import Recording
 from tl_fastload.source.reader import FileMaps, FileReader
 
 RAW = reference.NO_PROCESSING
-OURS = (Promise, Source, Node, FileReader, FileMaps, Session, Origin, Evaluation)
+OURS = (Promise, Source, Node, FileReader, FileMaps, Recorder, Recording, Pretrained, Evaluation)
 HOW = {
     "processed": {},
     "mapped": {**RAW, "mmap": True},
@@ -97,7 +98,7 @@ def test_nothing_of_ours_survives(case_id: str, how: str, zoo: Any, no_collector
     before = alive()
     model = load(folder, **HOW[how])
     assert alive() == before
-    assert model._session is None
+    assert model._recorder is None
     assert open_files(folder) == []
     if not model.load_report.mapped_bytes:
         assert mapped_files(folder) == []
@@ -149,7 +150,7 @@ def test_a_processing_in_place_leaves_nothing(zoo: Any, no_collector: None) -> N
     state = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_and_process_state_dict(state, **RAW)
     assert alive() == before
-    assert model._session is None
+    assert model._recorder is None
 
 
 def test_a_load_that_fails_leaves_nothing(zoo: Any, tmp_path: Path) -> None:
@@ -178,7 +179,7 @@ def test_a_failed_load_into_a_model_leaves_it_usable(zoo: Any) -> None:
     del state["embed.W_E"]
     with pytest.raises(LeanLoadError, match=r"embed\.W_E"):
         model.load_and_process_state_dict(state)
-    assert model._session is None
+    assert model._recorder is None
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

@@ -24,7 +24,7 @@ from tests.support.zoo import tokens
 from tl_fastload import ArgumentError, LeanHookedTransformer
 from tl_fastload.ground.memory_orders import LAYOUTS
 from tl_fastload.hooked import layout
-from tl_fastload.hooked.already import versions
+from tl_fastload.placement.own_values import parameter_versions as versions
 from tl_fastload.placement.strides import same_layout
 from tl_fastload.planning.dry_run import OBJECTS_BYTES
 from tl_fastload.quantized import QuantizedTensor

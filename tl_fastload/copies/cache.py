@@ -34,9 +34,10 @@ from tl_fastload.errors import (
 )
 from tl_fastload.ground.boundary import boundary, guarded
 from tl_fastload.request.argument_types import checked
-from tl_fastload.request.call import Request
 from tl_fastload.request.contradictions import CHECKPOINT_ARGUMENTS
+from tl_fastload.request.keywords import Keywords
 from tl_fastload.request.options import DEFAULT_DTYPE
+from tl_fastload.roads.road import Request
 
 VARIABLE = "TL_FASTLOAD_CACHE"
 _ON = ("1", "true", "yes", "on")
@@ -194,11 +195,13 @@ def why_not_trusted(folder: Path) -> str | None:
 def entry_for(request: Request) -> Path | None:
     """The folder of the cache entry that a load would use, whether it is there or not; None for a
     load without a cache.
+
+    Args:
+        request: the call, resolved.
     """
     home = folder_for(request.options.cache)
     if home is None or why_not_kept(request.arguments) is not None:
         return None
-    request.check()
     return home / entry_name(request)
 
 
@@ -206,12 +209,10 @@ def hit_request(request: Request) -> Request:
     """How a load that hits the cache loads the entry: what its name stands for need not be
     compared with what is in it.
     """
-    return Request(
-        request.cls,
-        replace(request.options, quantize=None, dequantize=False, adapter=()),
-        {**request.arguments, "dtype": DEFAULT_DTYPE, "first_n_layers": None, "n_ctx": None},
-        {k: v for k, v in request.keywords.items() if k == "trust_remote_code"},
-    )
+    keywords = Keywords(trust_remote_code=request.keywords.trust_remote_code)
+    changed = request.changed(dtype=DEFAULT_DTYPE, first_n_layers=None, n_ctx=None)
+    plain = changed.with_options(quantize=None, dequantize=False, adapter=())
+    return replace(plain, keywords=keywords)
 
 
 def why_not_kept(arguments: dict[str, Any]) -> str | None:

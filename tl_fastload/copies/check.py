@@ -11,26 +11,19 @@ from torch import nn
 from tl_fastload.copies.manifest import Manifest
 from tl_fastload.errors import ArgumentError, CheckpointError
 from tl_fastload.ground import compat
-from tl_fastload.hooked import steps
 from tl_fastload.quantized import formats
 from tl_fastload.quantized.spec import Spec, as_dtype
 from tl_fastload.request.contradictions import CHECKPOINT_ARGUMENTS, device_asked_for
-from tl_fastload.request.keywords import Keywords
-from tl_fastload.request.options import DEFAULT_DTYPE, Options
+from tl_fastload.request.options import DEFAULT_DTYPE
 from tl_fastload.request.steps import STEPS
+from tl_fastload.roads.road import Request
 
 _PICKED = (*CHECKPOINT_ARGUMENTS, "hf_model")
 
 
-def check_asked_for(
-    manifest: Manifest,
-    cfg: Any,
-    options: Options,
-    arguments: dict[str, Any],
-    keywords: Keywords,
-    folder: Path,
-) -> None:
+def check_asked_for(manifest: Manifest, cfg: Any, request: Request, folder: Path) -> None:
     """Raise ArgumentError if the caller asks for something else than what was saved."""
+    options, arguments, keywords = request.options, request.arguments, request.keywords
     given = arguments["dtype"]
     dtype = arguments.get("torch_dtype", None if given is DEFAULT_DTYPE else given)
     pairs: list[tuple[str, Any, Any]] = [
@@ -72,7 +65,7 @@ def _shown(value: Any) -> str:
     return ", ".join([repr(value.kind), *(f"{n}={getattr(value, n)}" for n in changed)])
 
 
-def check_steps(manifest: Manifest, cfg: Any, arguments: dict[str, Any], folder: Path) -> None:
+def check_steps(manifest: Manifest, cfg: Any, request: Request, folder: Path) -> None:
     """Raise ArgumentError if other processing is asked for than was done.
 
     Processing an unprocessed copy now would round otherwise than processing the original does,
@@ -80,9 +73,9 @@ def check_steps(manifest: Manifest, cfg: Any, arguments: dict[str, Any], folder:
     """
 
     def effective(flags: dict[str, Any]) -> list[str]:
-        return [s for s in STEPS if flags[s] and steps.reason_to_skip(s, cfg) is None]
+        return [s for s in STEPS if flags[s] and request.road.why_skipped(s, cfg) is None]
 
-    wanted, done = effective(arguments), effective(manifest.flags)
+    wanted, done = effective(request.arguments), effective(manifest.flags)
     if wanted == done:
         return
     flags = ", ".join(f"{step}={manifest.flags[step]}" for step in STEPS)

@@ -12,14 +12,11 @@ from typing import Any
 import torch
 
 from tl_fastload.copies.manifest import FORMAT_VERSION, versions
+from tl_fastload.errors import InternalError
 from tl_fastload.ground.memory_orders import FORWARD
-from tl_fastload.hooked.official_names import resolve_model
-from tl_fastload.huggingface.lora.adapter import locate_adapter
-from tl_fastload.quantized.spec import as_dtype
-from tl_fastload.request.call import Request
 from tl_fastload.request.contradictions import device_asked_for
-from tl_fastload.request.keywords import sort_keywords
 from tl_fastload.request.steps import STEPS
+from tl_fastload.roads.road import Request
 from tl_fastload.source.checkpoint import Location
 from tl_fastload.source.choose import read_index
 from tl_fastload.source.links import check_link
@@ -28,10 +25,7 @@ from tl_fastload.source.links import check_link
 _NUMBERS = 2
 
 # How a load goes, not what comes out of it.
-_NOT_IN_THE_NUMBERS = (
-    *("strategy", "mmap", "progress", "move_to_device", "cache", "verify"),
-    *("check_memory", "only_plan"),
-)
+_NOT_IN_THE_NUMBERS = (*("strategy", "mmap", "progress", "cache", "verify", "check_memory"),)
 _IN_THE_COPY = ("first_n_layers", "n_ctx", "default_prepend_bos", "default_padding_side", *STEPS)
 
 
@@ -39,28 +33,24 @@ def entry_name(request: Request) -> str:
     """The name of the cache entry that holds what a load returns.
 
     Args:
-        request: the call, without `hf_model`. All of its options but how the load goes are part of
-            the name; an adapter is known by its files, or its commit on the hub.
-
-    Raises:
-        UnknownModelError, CheckpointError, ArgumentError: the model or an adapter cannot be found.
+        request: the call, resolved, without `hf_model`. All of its options but how the load goes
+            are part of the name; an adapter is known by its files, or its commit on the hub.
     """
     options, arguments, keywords = request.options, request.arguments, request.keywords
-    sorted_keywords = sort_keywords(keywords)
-    torch_dtype = arguments.get("torch_dtype", keywords.get("torch_dtype"))
-    overrides = {k: v for k, v in sorted_keywords.overrides.items() if k != "torch_dtype"}
-    location = resolve_model(arguments["model_name"], **sorted_keywords.hub)
+    located = request.located
+    if located is None or located.location is None:
+        raise InternalError("A cache entry was to be named before its model was located.")
     device = device_asked_for(arguments) if arguments["move_to_device"] else "cpu"
     known = {
         "format_version": FORMAT_VERSION,
         "versions": versions(),
         "numbers": _NUMBERS,
         "class": f"{request.cls.__module__}.{request.cls.__qualname__}",
-        "source": _source(location),
-        "files": sorted_keywords.files,
-        "overrides": overrides,
-        "trust_remote_code": sorted_keywords.trust_remote_code,
-        "dtype": as_dtype(arguments["dtype"] if torch_dtype is None else torch_dtype),
+        "source": _source(located.location),
+        "files": keywords.files,
+        "overrides": keywords.overrides,
+        "trust_remote_code": keywords.trust_remote_code,
+        "dtype": request.dtype,
         "device": torch.device(device).type,  # another device rounds otherwise
         "own_tokenizer": arguments["tokenizer"] is None,
         **{name: arguments[name] for name in _IN_THE_COPY},
@@ -72,12 +62,14 @@ def entry_name(request: Request) -> str:
         # Not where it is the default: keys are those of versions that had no other.
         **({} if options.layout == FORWARD else {"layout": options.layout}),
         "adapter": [
-            (_source(locate_adapter(name, sorted_keywords.hub)), weight)
-            for name, weight in options.adapter
+            (_source(place), weight)
+            for place, (_, weight) in zip(located.adapters, options.adapter, strict=True)
         ],
     }
     text = json.dumps(_identity(known), sort_keys=True)
-    label = "".join(c if c.isalnum() else "-" for c in (location.repo or location.folder.name))
+    label = "".join(
+        c if c.isalnum() else "-" for c in (located.location.repo or located.location.folder.name)
+    )
     return f"{label[-40:].strip('-')}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
 

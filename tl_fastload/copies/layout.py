@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from tl_fastload.copies.manifest import Manifest
-from tl_fastload.hooked.layout import strides_in
 from tl_fastload.placement.strides import same_layout
 from tl_fastload.request.options import DEFAULT_LAYOUT, Options
+from tl_fastload.roads.road import Road
 
 
 def layout_of(manifest: Manifest, options: Options) -> str:
@@ -16,10 +16,13 @@ def layout_of(manifest: Manifest, options: Options) -> str:
     return manifest.layout if options.layout is DEFAULT_LAYOUT else options.layout
 
 
-def moved(model: nn.Module, manifest: Manifest, options: Options) -> dict[str, tuple[int, ...]]:
+def moved(
+    road: Road, model: nn.Module, manifest: Manifest, options: Options
+) -> dict[str, tuple[int, ...]]:
     """The strides of parameters that are to have others than were saved: they are read.
 
     Args:
+        road: of the model.
         model: whose parameters they are.
         manifest: of the copy.
         options: of the load.
@@ -29,7 +32,7 @@ def moved(model: nn.Module, manifest: Manifest, options: Options) -> dict[str, t
         if order != manifest.layout and view.quantized is None:
             parent, _, leaf = name.rpartition(".")
             shape = torch.Size(view.shape)
-            strides = strides_in(order, model.get_submodule(parent), leaf, shape)
+            strides = road.strides_in(order, model.get_submodule(parent), leaf, shape)
             if not same_layout(shape, view.strides, strides):
                 found[name] = strides
     return found

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformer_lens import HookedTransformerConfig
 
-from tl_fastload.copies.schema import check_manifest
+from tl_fastload.copies.schema import check_configuration, check_manifest
 from tl_fastload.errors import CheckpointError, SaveError
 from tl_fastload.ground import compat
 from tl_fastload.ground.compat import __version__
@@ -312,13 +311,20 @@ def _plain(name: str, value: Any) -> Any:
     )
 
 
-def build_configuration(manifest: Manifest, label: str) -> HookedTransformerConfig:
+def build_configuration(manifest: Manifest, declared: type, label: str) -> Any:
     """The configuration that was saved, field by field, as this TransformerLens has it.
 
+    Args:
+        manifest: of the copy.
+        declared: the class of such configurations, a dataclass.
+        label: the copy, for messages.
+
     Raises:
-        CheckpointError: a field is in use that this TransformerLens does not have.
+        CheckpointError: a field is in use that this TransformerLens does not have, or is not what
+            it must be.
     """
-    known = {item.name: item for item in fields(HookedTransformerConfig)}
+    check_configuration(manifest.configuration, declared, f"{label}/{MANIFEST}", f"{_REMEDY}.")
+    known = {item.name: item for item in fields(declared)}
     lost = sorted(manifest.configuration.keys() - known.keys() - set(manifest.optional))
     if lost:
         raise CheckpointError(
@@ -327,7 +333,7 @@ def build_configuration(manifest: Manifest, label: str) -> HookedTransformerConf
             f"{compat.TRANSFORMER_LENS} does not have. Update it, or load the original."
         )
     # Not through __init__, which seeds random numbers and computes fields anew.
-    cfg: HookedTransformerConfig = object.__new__(HookedTransformerConfig)
+    cfg: Any = object.__new__(declared)
     for name, item in known.items():
         if item.default is not MISSING:
             setattr(cfg, name, item.default)

@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,21 +26,17 @@ from tl_fastload.copies.manifest import (
 from tl_fastload.copies.verify import check_tokenizer, verify_copy
 from tl_fastload.errors import CheckpointError
 from tl_fastload.ground.own_defaults import own_defaults
-from tl_fastload.hooked import steps
-from tl_fastload.hooked.already import versions
-from tl_fastload.hooked.architectures import SUPPORTED_ARCHITECTURES
-from tl_fastload.hooked.devices import default_device
-from tl_fastload.hooked.empty import build_empty, device_map, is_failure, lost_tokenizer
-from tl_fastload.hooked.tokenizer import named, read_tokenizer
 from tl_fastload.huggingface.config import hf_config_of
+from tl_fastload.huggingface.tokenizer import is_failure, lost_tokenizer, named, read_tokenizer
+from tl_fastload.placement.own_values import parameter_versions
 from tl_fastload.placement.strides import copied
 from tl_fastload.report.available import check_room, let_go_on_error
 from tl_fastload.report.load_report import LoadReport
 from tl_fastload.report.memory import PeakSampler, return_freed_memory
 from tl_fastload.report.progress import Progress
-from tl_fastload.request.call import Request
-from tl_fastload.request.keywords import Keywords, sort_keywords
+from tl_fastload.request.keywords import Keywords
 from tl_fastload.request.options import Options, is_on_network
+from tl_fastload.roads.road import Request, describe_steps
 from tl_fastload.source.choose import stays_inside
 from tl_fastload.source.links import leads_out
 from tl_fastload.source.reader import FileMaps, FileReader, FileSource
@@ -51,11 +46,11 @@ from tl_fastload.source.safetensors import TensorEntry
 _TRIES = 5
 
 
-def copy_folder(model_name: Any, keywords: dict[str, Any]) -> Path | None:
+def copy_folder(model_name: Any, keywords: Keywords) -> Path | None:
     """The folder of a processed copy that a name means, or None."""
     if not isinstance(model_name, (str, os.PathLike)) or not os.fspath(model_name):
         return None
-    subfolder = str(keywords.get("subfolder") or "")
+    subfolder = str(keywords.hub.get("subfolder") or "")
     if not stays_inside(subfolder):
         return None  # the ordinary way says so
     try:
@@ -72,7 +67,7 @@ def load_copy(request: Request, folder: Path) -> Any:
     """Load a processed copy.
 
     Args:
-        request: the call.
+        request: the call, which has been checked.
         folder: of the copy.
 
     Raises:
@@ -80,7 +75,6 @@ def load_copy(request: Request, folder: Path) -> Any:
         ArgumentError: arguments that contradict what was saved.
     """
     started = time.perf_counter()
-    request.check()
     if request.options.verify:
         verify_copy(folder)
     return_freed_memory()
@@ -125,25 +119,29 @@ def _load(
     reader: FileReader,
     sampler: PeakSampler,
 ) -> tuple[Any, LoadReport]:
-    options = request.options
+    options, road = request.options, request.road
     entries = stored_tensors(folder, manifest)
-    cfg, keywords = checked_configuration(manifest, request, folder)
+    cfg = checked_configuration(manifest, request, folder)
+    hf_config = _hf_config(manifest, request)
     notes: list[str] = []
-    model = _build(request, cfg, manifest, keywords, folder, notes)
-    device_of = device_map(model, request.arguments["move_to_device"])
+    model = _build(request, cfg, manifest, hf_config, folder, notes)
+    device_of = road.device_map(model, request.arguments["move_to_device"])
     check_names(model, manifest, folder)
     if may_map(options, folder):
         reader.maps = FileMaps(reader.files)
     sampler.watch({device_of(name) for name in manifest.parameters})
-    moves = moved(model, manifest, options)
+    moves = moved(road, model, manifest, options)
     if options.check_memory:
         _check_room(manifest, entries, reader, device_of, moves)
     with let_go_on_error(model, manifest.source or manifest.model_class):
         mapped_bytes = _place(model, manifest, entries, reader, options, device_of, moves)
     model._layout = str(layout_of(manifest, options))
-    model._processed = ({step for step, on in manifest.flags.items() if on}, versions(model))
+    model._processed = (
+        {step for step, on in manifest.flags.items() if on},
+        parameter_versions(model),
+    )
     model._quantization = manifest.quantization
-    model._hf_config = _hf_config(manifest)
+    model._hf_config = hf_config
     written = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     notes.append(f"Copy of {manifest.source or manifest.model_class}, written by {written}.")
     report = LoadReport.of(
@@ -153,7 +151,7 @@ def _load(
         source=manifest.source or str(folder),
         revision=manifest.revision,
         mapped_bytes=mapped_bytes,
-        processing=steps.describe(manifest.flags, model.cfg),
+        processing=describe_steps(road, manifest.flags, model.cfg),
         quantization=f"{manifest.quantization.kind}, as saved" if manifest.quantization else None,
         not_quantized=manifest.not_quantized,
         adapters=tuple(manifest.adapters),
@@ -162,27 +160,20 @@ def _load(
     return model, report
 
 
-def checked_configuration(
-    manifest: Manifest, request: Request, folder: Path
-) -> tuple[Any, Keywords]:
-    """The configuration that was saved, with the devices that are asked for, and the keywords by
-    who takes them.
+def checked_configuration(manifest: Manifest, request: Request, folder: Path) -> Any:
+    """The configuration that was saved, with the devices that are asked for.
 
     Raises:
         ArgumentError: arguments that contradict what was saved.
         CheckpointError: this TransformerLens lacks a field of the configuration.
     """
-    arguments, keywords = request.arguments, dict(request.keywords)
-    if "torch_dtype" in keywords:
-        arguments = {**arguments, "torch_dtype": keywords.pop("torch_dtype")}
-    cfg = build_configuration(manifest, str(folder))
-    sorted_keywords = sort_keywords(keywords)
-    check_asked_for(manifest, cfg, request.options, arguments, sorted_keywords, folder)
-    check_steps(manifest, cfg, arguments, folder)
-    given = arguments["device"]
-    cfg.device = given if given is not None else default_device()
-    cfg.n_devices = arguments["n_devices"]
-    return cfg, sorted_keywords
+    cfg = build_configuration(manifest, request.road.config_class, str(folder))
+    check_asked_for(manifest, cfg, request, folder)
+    check_steps(manifest, cfg, request, folder)
+    given = request.arguments["device"]
+    cfg.device = given if given is not None else request.road.default_device()
+    cfg.n_devices = request.arguments["n_devices"]
+    return cfg
 
 
 def may_map(options: Options, folder: Path) -> bool:
@@ -191,11 +182,11 @@ def may_map(options: Options, folder: Path) -> bool:
     return wanted and options.assigns
 
 
-def _hf_config(manifest: Manifest) -> Any:
+def _hf_config(manifest: Manifest, request: Request) -> Any:
     if manifest.hf_config is None:
         return None
     try:
-        return hf_config_of(manifest.hf_config, SUPPORTED_ARCHITECTURES)
+        return hf_config_of(manifest.hf_config, request.road.supported.names)
     except Exception:  # config classes raise anything for values of another version
         return None  # only `load_weights_` wants it, and says so
 
@@ -204,33 +195,38 @@ def _build(
     request: Request,
     cfg: Any,
     manifest: Manifest,
-    keywords: Keywords,
+    hf_config: Any,
     folder: Path,
     notes: list[str],
 ) -> Any:
     """The empty model, with its tokenizer."""
-    cls, arguments = request.cls, request.arguments
+    arguments, trust = request.arguments, request.keywords.trust_remote_code
     if arguments["default_prepend_bos"] is not None:
         cfg.default_prepend_bos = arguments["default_prepend_bos"]
     side, tokenizer = arguments["default_padding_side"], arguments["tokenizer"]
     if tokenizer is None and manifest.tokenizer is not None:
         side = side or manifest.tokenizer["padding_side"]
         as_named = cfg.tokenizer_name
-        tokenizer = _tokenizer(manifest.tokenizer, folder, keywords, notes, as_named)
+        tokenizer = _tokenizer(manifest.tokenizer, folder, trust, notes, as_named)
     # Nothing is to be fetched by name, and no seed to be set.
     as_saved = cfg.tokenizer_name, cfg.init_weights
     cfg.tokenizer_name, cfg.init_weights = None, False
-    cfg.trust_remote_code = keywords.trust_remote_code  # the caller's, whatever the copy says
-    context = SimpleNamespace(
-        keywords=keywords, tokenizer_folder=lambda: None, hf_config=_hf_config(manifest)
-    )
+    cfg.trust_remote_code = trust  # the caller's, whatever the copy says
     made: dict[str, Any] = {}
     if tokenizer is not None and side is not None:
         made["default_padding_side"] = side
 
     def build() -> Any:
         found: list[str] = []
-        model = build_empty(cls, cfg, context, found, tokenizer, move_to_device=False, **made)
+        model = request.road.empty_model(
+            request.cls,
+            cfg,
+            found,
+            tokenizer,
+            hf_config=hf_config,
+            trust_remote_code=trust,
+            **made,
+        )
         notes[:] = [*earlier, *found]
         return model
 
@@ -257,14 +253,14 @@ def _build_without_values(build: Callable[[], Any], manifest: Manifest) -> Any |
 
 
 def _tokenizer(
-    saved: dict[str, Any], folder: Path, keywords: Keywords, notes: list[str], as_saved: Any
+    saved: dict[str, Any], folder: Path, trust: bool, notes: list[str], as_saved: Any
 ) -> Any | None:
     check_tokenizer(folder, saved)
     try:
         tokenizer = read_tokenizer(
             folder / saved["folder"],
             use_fast=saved["is_fast"],
-            trust_remote_code=keywords.trust_remote_code,
+            trust_remote_code=trust,
         )
         # Copies of earlier versions do not say what it was called.
         name = saved.get("name", as_saved) or ""

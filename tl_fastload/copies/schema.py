@@ -8,7 +8,6 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from transformer_lens import HookedTransformerConfig
 
 from tl_fastload.errors import CheckpointError
 from tl_fastload.request.steps import STEPS
@@ -73,6 +72,14 @@ _SIZES = (
 )
 
 
+_CONFIGURATION: Mapping[str, Rule] = {
+    **dict.fromkeys(_COUNTS, COUNT | NOTHING),
+    **dict.fromkeys(_SIZES, SIZE | NOTHING),
+    "dtype": _DTYPE,
+}
+"""The fields that every model has."""
+
+
 def check_manifest(values: Mapping[str, Any], label: str, remedy: str) -> None:
     """Check the decoded JSON of a copy.
 
@@ -92,7 +99,7 @@ def check_manifest(values: Mapping[str, Any], label: str, remedy: str) -> None:
     check(values, _LATER, "", required=False)
     check(values["flags"], dict.fromkeys(STEPS, FLAG), ", flags")
     check(values["versions"], dict.fromkeys(_VERSIONS, TEXT), ", versions")
-    check(values["configuration"], _configuration(), ", configuration", required=False)
+    check(values["configuration"], _CONFIGURATION, ", configuration", required=False)
     for name, facts in values["files"].items():
         check(facts, {"bytes": OFFSET, "header": TEXT}, f", files, {name}")
     if values["tokenizer"] is not None:
@@ -118,14 +125,24 @@ def _why_not(view: Mapping[str, Any], stored: Mapping[str, str]) -> str | None:
     return None if _STORED.fits(view["quantized"].get("stored")) else "it does not say what it is"
 
 
-def _configuration() -> dict[str, Rule]:
-    """What the fields of a HookedTransformerConfig may be, by its own annotations."""
+def check_configuration(values: Mapping[str, Any], declared: type, label: str, remedy: str) -> None:
+    """Check the fields of a configuration by the annotations of its class.
+
+    Args:
+        values: the fields.
+        declared: the dataclass.
+        label: the file, for messages.
+        remedy: one sentence that says what to do.
+
+    Raises:
+        CheckpointError: a field is not what it must be.
+    """
     rules: dict[str, Rule] = {}
-    for item in fields(HookedTransformerConfig):
+    for item in fields(declared):
         words = set(re.findall(r"\w+", str(item.type)))
         for kind, rule in (("bool", FLAG), ("str", TEXT), ("int", NUMBER), ("float", NUMBER)):
             if kind in words and not words & {"List", "Dict", "Callable", "Tuple"}:
                 rules.setdefault(item.name, rule | NOTHING)
-    rules.update(dict.fromkeys(_COUNTS, COUNT | NOTHING))
-    rules.update(dict.fromkeys(_SIZES, SIZE | NOTHING))
-    return {**rules, "dtype": _DTYPE}
+    rules = {name: rule for name, rule in rules.items() if name not in _CONFIGURATION}
+    where = f"{label} is damaged, configuration"
+    schemas.check(values, rules, where, remedy, required=False)

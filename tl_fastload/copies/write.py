@@ -39,15 +39,14 @@ from tl_fastload.ground.own_defaults import own_defaults
 from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.ground.words import format_bytes
 from tl_fastload.ground.wrappers import plain_name, unwrapped
-from tl_fastload.hooked import layout
-from tl_fastload.hooked.already import is_processed
-from tl_fastload.hooked.steps import reason_to_skip
 from tl_fastload.placement.strides import copied, same_layout
 from tl_fastload.placement.values_here import require_values
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.report.progress import Progress, ProgressOption
 from tl_fastload.request.argument_types import checked
 from tl_fastload.request.steps import STEPS
+from tl_fastload.roads.known import road_of
+from tl_fastload.roads.road import Road
 from tl_fastload.source.safetensors import DTYPES, header_of
 
 MAX_SHARD_BYTES = 4 << 30
@@ -70,6 +69,7 @@ class _Stored:
 class _Plan:
     """Everything that will be written, found before the first byte is."""
 
+    road: Road
     model: nn.Module
     stored: list[_Stored] = field(default_factory=list)
     parameters: dict[str, View] = field(default_factory=dict)
@@ -109,7 +109,7 @@ class _Plan:
             _check_dtype(name, parameter)
             parent, _, leaf = name.rpartition(".")
             module = self.model.get_submodule(parent)
-            strides = layout.strides_in(self.order, module, leaf, parameter.shape)
+            strides = self.road.strides_in(self.order, module, leaf, parameter.shape)
             return self._plain(name, parameter, strides)
         tensors, quantized = parameter.content.parts()
         keys = {}
@@ -204,10 +204,10 @@ def write_copy(
             else write to this one.
     """
     model = unwrapped(model)
-    _check_model(model)
+    road = _road_of(model)
     target = folder.expanduser().absolute()
     check_target(target)
-    plan = _Plan(model)
+    plan = _Plan(road, model)
     plan.add_parameters()
     plan.add_buffers()
     try:
@@ -231,11 +231,13 @@ def write_copy(
         ) from error
 
 
-def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module) or not hasattr(model, "cfg"):
-        raise SaveError(f"{type(model).__name__} is not a HookedTransformer: there is no cfg.")
+def _road_of(model: Any) -> Road:
+    road = road_of(model)
+    if road is None:
+        raise SaveError(f"{type(model).__name__} is not a HookedTransformer.")
     require_whole(model, "save_lean")
     require_values(model, "save_lean", SaveError)
+    return road
 
 
 def check_target(target: Path) -> None:
@@ -282,7 +284,7 @@ def _describe(model: Any, plan: _Plan, tokenizer_home: Path | None) -> Manifest:
         copy_id=copy_id,
         source=getattr(report, "source", None),
         revision=getattr(report, "revision", None),
-        flags=_flags(model),
+        flags=_flags(plan.road, model),
         quantization=getattr(model, "_quantization", None),
         not_quantized=dict(getattr(report, "not_quantized", {})),
         model_class=type(model).__name__,
@@ -303,16 +305,16 @@ def _hf_config(model: Any) -> dict[str, Any] | None:
     return None if config is None else json.loads(config.to_json_string(use_diff=False))
 
 
-def _flags(model: Any) -> dict[str, bool]:
+def _flags(road: Road, model: Any) -> dict[str, bool]:
     """The processing steps that were asked for; of a model that was not loaded lean, those that
     would change nothing.
     """
     record = getattr(model, "_processed", None)
     if record is not None:
         return {step: step in record[0] for step in STEPS}
-    done = {step for step in STEPS if is_processed(model, {step: True})}
+    done = {step for step in STEPS if road.is_processed(model, {step: True})}
     done.discard("refactor_factored_attn_matrices")  # nobody can tell afterwards
-    unfolded = reason_to_skip("fold_ln", model.cfg) is None and "fold_ln" not in done
+    unfolded = road.why_skipped("fold_ln", model.cfg) is None and "fold_ln" not in done
     if unfolded or done == {"fold_value_biases"}:  # biases may be zero without processing
         done = set()
     return {step: step in done for step in STEPS}

@@ -11,21 +11,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from transformer_lens import loading_from_pretrained as loading
-from transformers import PretrainedConfig
 
 from tl_fastload.errors import CheckpointError, UnsupportedArchitectureError
 from tl_fastload.ground.borrow import borrow
 from tl_fastload.ground.hf_configs import declared_quantization, text_config
-from tl_fastload.hooked.architectures import (
-    SUPPORTED_ARCHITECTURES,
-    architecture_of,
-    supported_list,
-    unsupported_json,
-)
+from tl_fastload.hooked.architectures import SUPPORTED
 from tl_fastload.hooked.config_families import FAMILIES
 from tl_fastload.hooked.config_repairs import (
     FIELD_DEFAULTS,
@@ -34,7 +27,7 @@ from tl_fastload.hooked.config_repairs import (
     settle_context,
 )
 from tl_fastload.hooked.config_rope import read_rope
-from tl_fastload.huggingface.config import read_config, read_config_json
+from tl_fastload.huggingface.config import architecture_of
 
 _NEUTRAL_NAME = "checkpoint"
 _SHAPE_FIELDS = (
@@ -64,22 +57,6 @@ _FREE_FIELDS = frozenset(
 )
 
 
-def load_hf_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
-    """Read `folder/config.json`, of a model that HookedTransformer can represent.
-
-    trust_remote_code: as for `tl_fastload.huggingface.config.read_config`.
-
-    Raises CheckpointError when config.json is missing or invalid, UnsupportedArchitectureError when
-    it describes a model that HookedTransformer cannot represent.
-    """
-    known = SUPPORTED_ARCHITECTURES
-    config = read_config(folder, known, trust_remote_code=trust_remote_code)
-    if config is None:
-        raise unsupported_json(folder, read_config_json(folder))
-    architecture_of(config)
-    return config
-
-
 def config_dict(
     hf_config: Any,
     *,
@@ -99,7 +76,7 @@ def config_dict(
 
     Raises UnsupportedArchitectureError, and CheckpointError when a value is missing or wrong.
     """
-    architecture = architecture_of(hf_config)
+    architecture = architecture_of(hf_config, SUPPORTED)
     text = text_config(hf_config)
     refuse_unsupported(text, architecture)
     try:
@@ -128,8 +105,7 @@ def _read_fields(
         fields = _stock_fields(hf_config, _NEUTRAL_NAME, trust_remote_code)
         if fields is None:
             raise UnsupportedArchitectureError(
-                f"The installed TransformerLens reads no config of a {architecture}. "
-                f"{supported_list()}"
+                f"The installed TransformerLens reads no config of a {architecture}. {SUPPORTED}"
             )
         return fields
     fields = FAMILIES[architecture](text)
@@ -154,7 +130,7 @@ class _LegacyView:
         rope = read_rope(config).full
         heads = getattr(config, "num_attention_heads", None)
         self._legacy = {
-            "architectures": [architecture_of(config)],
+            "architectures": [architecture_of(config, SUPPORTED)],
             "n_ctx": getattr(config, "max_position_embeddings", None)
             or getattr(config, "n_positions", None),
             "rope_theta": rope.base,

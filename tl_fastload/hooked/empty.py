@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from tl_fastload.ground.borrow import silenced
-from tl_fastload.ground.boundary import is_panic
 from tl_fastload.hooked.config_repairs import differences
 from tl_fastload.hooked.devices import device_of_block
 from tl_fastload.hooked.rope_tables import put_rope_tables
 from tl_fastload.hooked.tokenizer import own_tokenizer, warn_of_ids, with_bos
 from tl_fastload.huggingface.empty import SkipRandomInit
-from tl_fastload.printable import printable
+from tl_fastload.huggingface.tokenizer import is_failure, lost_tokenizer
 
 
 def build_empty(
     cls: type,
     cfg: Any,
-    origin: Any,
     notes: list[str],
     tokenizer: Any = None,
     *args: Any,
+    hf_config: Any = None,
+    trust_remote_code: bool = False,
+    tokenizer_folder: Callable[[], Path | None] = lambda: None,
+    hub: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Any:
     """Build the model class with untouched memory for parameters.
@@ -33,25 +35,29 @@ def build_empty(
     Args:
         cls: the model class.
         cfg: its HookedTransformerConfig.
-        origin: where the model comes from (`tl_fastload.hooked.origin.Origin`).
-        notes: gets a sentence if no tokenizer was found.
+        notes: gets what the report has to say, such as that no tokenizer was found.
         tokenizer: the caller's tokenizer, or None.
         *args: for the class.
+        hf_config: transformers' configuration of the model, or None.
+        trust_remote_code: whether code that comes with a tokenizer may run.
+        tokenizer_folder: has the tokenizer's files and gives their folder; None to look for the
+            tokenizer by its name.
+        hub: keyword arguments that say how to reach the hub.
         **kwargs: for the class.
     """
     # Code of a checkpoint runs only if the caller allowed it, whatever TransformerLens' tables say.
     wanted = cfg.trust_remote_code
-    cfg.trust_remote_code = origin.keywords.trust_remote_code
+    cfg.trust_remote_code = trust_remote_code
     is_own = tokenizer is None and cfg.tokenizer_name is not None
     try:
         if is_own:
-            tokenizer = _own_tokenizer(cfg, origin, notes)
+            tokenizer = _own_tokenizer(cfg, tokenizer_folder, dict(hub or {}), notes)
         prepared = None if tokenizer is None else with_bos(tokenizer, cfg)
         with SkipRandomInit():  # type: ignore[no-untyped-call]
             model = _construct(cls, cfg, notes, prepared, is_own, *args, **kwargs)
     finally:
         cfg.trust_remote_code = wanted
-    _as_transformers(model, origin, notes)
+    _as_transformers(model, hf_config, notes)
     warn_of_ids(model)
     if _give_experts_the_dtype(model):
         notes.append(
@@ -61,14 +67,8 @@ def build_empty(
     return model
 
 
-def build_outline(
-    cls: type,
-    cfg: Any,
-    origin: Any,
-    notes: list[str],
-    tokenizer: Any = None,
-    move_to_device: bool = False,
-    **kwargs: Any,
+def build_on_meta(
+    cls: type, cfg: Any, notes: list[str] | None = None, hf_config: Any = None
 ) -> Any:
     """Build the model class on the meta device, without a tokenizer: shapes and dtypes only.
 
@@ -78,15 +78,14 @@ def build_outline(
     model: Any = object.__new__(cls)
     with torch.device("meta"):
         # Of a class with an `__init__` of its own, what it calls says what it says.
-        silenced(model.__init__)(cfg, None, move_to_device=move_to_device)
-    _as_transformers(model, origin, notes if origin is None else origin.notes)
+        silenced(model.__init__)(cfg, None, move_to_device=False)
+    _as_transformers(model, hf_config, [] if notes is None else notes)
     _give_experts_the_dtype(model)
     return model
 
 
-def _as_transformers(model: Any, origin: Any, notes: list[str]) -> None:
+def _as_transformers(model: Any, hf_config: Any, notes: list[str]) -> None:
     """Tables that are transformers', and words on what cannot be."""
-    hf_config = getattr(origin, "hf_config", None)
     if hf_config is not None and model.cfg.original_architecture is not None:
         notes += differences(vars(model.cfg), hf_config)
         notes += put_rope_tables(model, hf_config)
@@ -103,14 +102,13 @@ def _give_experts_the_dtype(model: Any) -> bool:
     return changed
 
 
-def _own_tokenizer(cfg: Any, origin: Any, notes: list[str]) -> Any:
+def _own_tokenizer(
+    cfg: Any, folder: Callable[[], Path | None], hub: dict[str, Any], notes: list[str]
+) -> Any:
     """The tokenizer that lies with the model. The weights do not need it: token ids still work."""
-    hub = dict(origin.keywords.hub) if hasattr(origin.keywords, "hub") else {}
     try:
         # The files of this revision and cache; the name alone would mean the usual ones.
-        return own_tokenizer(
-            cfg, origin.tokenizer_folder(), hub, trust=origin.keywords.trust_remote_code
-        )
+        return own_tokenizer(cfg, folder(), hub, trust=cfg.trust_remote_code)
     except BaseException as error:  # tokenizers raise anything at all
         if not is_failure(error):
             raise
@@ -136,25 +134,9 @@ def _construct(
     return model
 
 
-def is_failure(error: BaseException) -> bool:
-    """Whether a tokenizer's loading failed, and nobody wanted the program to stop."""
-    return isinstance(error, Exception) or is_panic(error)
-
-
 def without_side(keywords: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a model class for a model without a tokenizer."""
     return {name: value for name, value in keywords.items() if name != "default_padding_side"}
-
-
-def lost_tokenizer(name: Any, error: BaseException) -> str:
-    """Warn of a tokenizer that could not be loaded; the sentence is for the report as well."""
-    text = " ".join(str(error).split())[:200]
-    message = printable(
-        f"No tokenizer could be loaded from {name} ({type(error).__name__}: {text}): the model has "
-        "none. Pass token ids, or tokenizer=."
-    )
-    warnings.warn(message, stacklevel=2)
-    return message
 
 
 def device_map(model: Any, move_to_device: bool) -> Callable[[str], torch.device]:

@@ -9,7 +9,7 @@ import torch
 
 from tl_fastload.ground import compat
 from tl_fastload.hooked import steps
-from tl_fastload.hooked.state_dicts import as_promise
+from tl_fastload.placement.own_values import as_promise
 from tl_fastload.recipes.promise import Promise
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tl_fastload.ground import compat
-from tl_fastload.hooked.state_dicts import as_promise
+from tl_fastload.placement.own_values import as_promise
 from tl_fastload.recipes.nodes import Call, Node, Pick, dtype_of, meta_of, shape_of
 from tl_fastload.recipes.promise import Promise
 

@@ -1,25 +1,14 @@
-"""State dicts in TransformerLens' naming: complete, and safe to write back into their own model."""
+"""State dicts in TransformerLens' naming: what they may lack, and what stands for it."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import nn
 
 from tl_fastload.errors import MissingWeightsError
 from tl_fastload.ground.words import listed
-from tl_fastload.quantized import QuantizedTensor
-from tl_fastload.quantized.recipes import promise_of_tensor
-from tl_fastload.recipes.nodes import MemorySource
-from tl_fastload.recipes.promise import Promise
-
-
-def as_promise(tensor: torch.Tensor, name: str) -> Promise:
-    """A promise of a tensor in memory, under the name that messages give it."""
-    if isinstance(tensor, QuantizedTensor):
-        return promise_of_tensor(tensor, name)
-    return Promise.of(MemorySource(tensor, name), tensor.device)
+from tl_fastload.placement.own_values import as_promise
 
 
 def fill_missing_keys(model: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -47,67 +36,9 @@ def fill_missing_keys(model: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     return {**state_dict, **defaults}
 
 
-def own_values_apart(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Make a state dict that holds the model's own memory safe to write back into the model.
-
-    A parameter under its own name is recorded in the order of its logical shape, as stock has it:
-    sums over our strides would round differently. One under another name is copied, or it would be
-    overwritten before it is read.
-    """
-    own = {id(tensor): name for name, tensor in _own_tensors(model).items()}
-    homes = {
-        t.untyped_storage().data_ptr(): t for t in _own_tensors(model).values() if has_memory(t)
-    }
-    values = dict(state_dict)
-    for name, value in state_dict.items():
-        if isinstance(value, Promise) or not isinstance(value, torch.Tensor):
-            continue
-        if not has_memory(value) or value.untyped_storage().data_ptr() not in homes:
-            continue
-        home = homes[value.untyped_storage().data_ptr()]
-        in_place = own.get(id(home)) == name and value.data_ptr() == home.data_ptr()
-        if not in_place or value.shape != home.shape or value.stride() != home.stride():
-            values[name] = value.detach().clone(memory_format=torch.contiguous_format)
-        elif value.dim() > 1 and not value.is_contiguous():
-            values[name] = as_promise(value, name).contiguous()
-    return values
-
-
-def _own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def has_memory(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has one address: neither a recipe nor quantized bytes."""
-    return not isinstance(tensor, (Promise, QuantizedTensor)) and tensor.numel() > 0
-
-
 def is_norm(name: str) -> bool:
     """Whether a parameter is a weight or bias of one of the norms that `fold_ln` folds."""
     return name.endswith(("ln1.w", "ln1.b", "ln2.w", "ln2.b", "ln_final.w", "ln_final.b"))
-
-
-def table_problem(
-    name: str, shape: torch.Size, dtype: torch.dtype, buffer: torch.Tensor
-) -> str | None:
-    """Why a table that the model computes (mask, rotary embedding) keeps its own values, or None.
-
-    Args:
-        name: of the table.
-        shape: of another one.
-        dtype: of the other one.
-        buffer: the model's own.
-    """
-    one_number = buffer.dim() == 0 and shape.numel() == 1
-    if shape != buffer.shape and not one_number:
-        return f"misshapen: {name} is {tuple(shape)}, the model has {tuple(buffer.shape)}"
-    if _bits(dtype) < _bits(buffer.dtype):
-        return f"{name} is {dtype}, which would round it"
-    return None
-
-
-def _bits(dtype: torch.dtype) -> int:
-    return torch.finfo(dtype).bits if dtype.is_floating_point else 0
 
 
 def is_weight_matrix(name: str) -> bool:

@@ -1,9 +1,13 @@
-"""The processing steps: which of them a model allows, and why not."""
+"""The processing steps: which of them a model allows and why not, and whether they were done."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+
+from tl_fastload.errors import ArgumentError
 from tl_fastload.ground import compat
 from tl_fastload.request.steps import STEPS
 
@@ -66,13 +70,54 @@ def _experts(cfg: Any) -> int:
     return getattr(cfg, "num_experts", None) or 0
 
 
-def describe(requested: dict[str, bool], cfg: Any) -> dict[str, str]:
-    """What becomes of each step, for the report."""
-    outcome: dict[str, str] = {}
-    for step in STEPS:
-        reason = reason_to_skip(step, cfg)
-        if not requested.get(step, False):
-            outcome[step] = "skipped: not asked for"
-        else:
-            outcome[step] = "done" if reason is None else f"skipped: {reason}"
-    return outcome
+def check_refactor(cfg: Any, flags: Mapping[str, bool]) -> None:
+    """Raise ArgumentError if matrices are to be refactored that rotary embeddings stand between."""
+    step = "refactor_factored_attn_matrices"
+    reason = reason_to_skip(step, cfg)
+    if flags[step] and reason is not None:
+        raise ArgumentError(f"{step}=True cannot be done: {reason}. Leave it out.")
+
+
+def is_processed(model: Any, flags: Mapping[str, bool]) -> bool:
+    """Whether every step that is asked for, and that the model allows, would change nothing.
+
+    Args:
+        model: a HookedTransformer.
+        flags: the processing steps.
+    """
+    asked = [step for step, on in flags.items() if on and reason_to_skip(step, model.cfg) is None]
+    if "refactor_factored_attn_matrices" in asked:
+        return False
+    if "fold_ln" in asked and not str(model.cfg.normalization_type).endswith("Pre"):
+        return False
+    if "fold_value_biases" in asked and any(bool(b.any()) for b in _value_biases(model)):
+        return False
+    if "center_writing_weights" in asked and not all(map(_is_centred, _writing(model))):
+        return False
+    return "center_unembed" not in asked or _is_centred(model.unembed.W_U)
+
+
+def _value_biases(model: Any) -> Iterator[torch.Tensor]:
+    for block in model.blocks:
+        attention = dict(block.attn.named_parameters(recurse=False))
+        yield attention["_b_V"] if "_b_V" in attention else attention["b_V"]
+
+
+def _writing(model: Any) -> Iterator[torch.Tensor]:
+    """What writes to the residual stream, with d_model last."""
+    yield model.embed.W_E
+    if hasattr(model, "pos_embed"):
+        yield model.pos_embed.W_pos
+    for block in model.blocks:
+        yield block.attn.W_O
+        yield block.attn.b_O
+        for name, parameter in block.named_parameters():
+            if name in ("mlp.W_out", "mlp.b_out"):
+                yield parameter
+
+
+@torch.no_grad()
+def _is_centred(weight: torch.Tensor) -> bool:
+    """Whether the mean over the last dimension is no more than rounding leaves."""
+    mean = weight.mean(-1, dtype=torch.float32).abs().max()
+    return bool(mean <= torch.finfo(weight.dtype).eps * weight.abs().max().float())

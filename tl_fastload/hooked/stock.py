@@ -12,52 +12,14 @@ import copy
 from collections.abc import Callable
 from inspect import signature
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 from transformer_lens import HookedTransformer
 from transformer_lens import loading_from_pretrained as loading
 
 from tl_fastload.errors import ReplacedFunctionError
 from tl_fastload.ground.borrow import SILENT, borrow, innermost
-
-_OWN_BRANCHES = ("NeelNanda", "ArthurConmy", "Baidicoot")
-
-
-class Answers(Protocol):
-    """What TransformerLens asks about a model.
-
-    Attributes:
-        stock_name: the name that TransformerLens sees: the official one, or one that means nothing
-            to it.
-        is_toy: whether the model is one of the `.pth` toy models, whose tensors have
-            TransformerLens' names.
-    """
-
-    stock_name: str
-    is_toy: bool
-
-    def hf_config_dict(self) -> dict[str, Any]:
-        """The configuration of the caller's `hf_model`, or {}."""
-
-    def config_dict(self, **kwargs: Any) -> dict[str, Any]:
-        """What `convert_hf_model_config` returns."""
-
-    def check_config(self, cfg: Any) -> None:
-        """Raise if the configuration asks for what the model does not have."""
-
-    def tree(self, revision: str | None, dtype: Any) -> Any:
-        """The Hugging Face module tree with promises for weights."""
-
-    def outline(self, cfg: Any) -> dict[str, Any] | None:
-        """Promises under TransformerLens' names for a toy model whose file is not at hand and
-        must not be downloaded; None for any other.
-        """
-
-    def list_repo_files(self, *args: Any, **kwargs: Any) -> list[str]:
-        """The files beside the weights of a toy model."""
-
-    def download_file_from_hf(self, repo: str, file_name: str, **kwargs: Any) -> Any:
-        """A toy model's JSON file as a dictionary, or its weights as promises."""
+from tl_fastload.hooked.answers import Answers
 
 
 class _Loading:
@@ -199,21 +161,6 @@ def convert(answers: Answers, cfg: Any) -> dict[str, Any]:
         answers.stock_name, cfg, dtype=cfg.dtype
     )
     return named
-
-
-def stock_name_for(official_name: str | None, label: str) -> str:
-    """A name that keeps TransformerLens' special cases for official models and means nothing to it
-    otherwise.
-    """
-    if official_name is not None:
-        return official_name
-    # The last part becomes cfg.model_name, as it does for stock's own names.
-    return f"checkpoint/{label.rstrip('/').rsplit('/', 1)[-1]}"
-
-
-def is_toy_name(official_name: str | None) -> bool:
-    """Whether an official name is one of the `.pth` toy models."""
-    return official_name is not None and official_name.startswith(_OWN_BRANCHES)
 
 
 def _borrow(name: str, **arguments: Any) -> Callable[..., Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import re
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -19,20 +18,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from transformer_lens import HookedTransformer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from tl_fastload.errors import MissingFileError
 from tl_fastload.ground.borrow import borrow
+from tl_fastload.huggingface.tokenizer import load_tokenizer, named, read_tokenizer
 from tl_fastload.printable import printable
-from tl_fastload.source.links import check_all_links
-from tl_fastload.source.location import Location, fetch, file_names
-
-_FILES = re.compile(
-    r"(tokenizer|vocab|merges|special_tokens_map|added_tokens|chat_template|normalizer|spiece|bpe)"
-    r".*\.(json|txt|model|jinja|bpe)$|.+\.(tiktoken|model)$"
-)
-# Files beside a tokenizer that its class does not read.
-_NOT_READ = (".safetensors", ".bin", ".pth", ".pt", ".py", ".md")
 
 
 class _Asked(Exception):  # noqa: N818  # an answer, not an error
@@ -67,75 +57,9 @@ def own_tokenizer(cfg: Any, folder: Path | None, hub: dict[str, Any], *, trust: 
         keywords["token"] = hub.get("token", keywords.get("token"))
         known = ("cache_dir", "local_files_only")  # a revision is the model's
         keywords.update({name: hub[name] for name in known if hub.get(name)})
-        return _load(cfg.tokenizer_name, keywords)
+        return load_tokenizer(cfg.tokenizer_name, keywords)
     keywords.pop("token", None)
     return named(read_tokenizer(folder, **keywords), str(cfg.tokenizer_name))
-
-
-def fetch_tokenizer(location: Location, *, code: bool) -> Path:
-    """Have the files of a repository's tokenizer, of its very commit; the folder that they are in.
-
-    transformers would make an empty tokenizer of a repository without any.
-
-    Args:
-        location: of the model, on the hub.
-        code: whether code that comes with the tokenizer may run, and is fetched.
-
-    Raises:
-        LeanLoadError: they cannot be had.
-    """
-    wanted = [
-        name
-        for name in file_names(location).files
-        if "/" not in name and (_FILES.match(name) or (code and name.endswith(".py")))
-    ]
-    if not any(_FILES.match(name) for name in wanted):
-        raise MissingFileError(f"{location.label} has no files of a tokenizer")
-    for name in wanted:
-        fetch(location, name)
-    return location.folder
-
-
-def read_tokenizer(folder: Path, **keywords: Any) -> Any:
-    """The tokenizer in a folder, and never another one: what is not there is not fetched.
-
-    Args:
-        folder: where its files are.
-        **keywords: of `AutoTokenizer.from_pretrained`.
-
-    Raises:
-        Exception: anything at all, as tokenizers do.
-    """
-    folder = folder.absolute()
-    if not folder.is_dir():  # transformers would take it for a name on the hub
-        raise FileNotFoundError(f"{folder} is no folder")
-    check_all_links(folder, skip=_NOT_READ)
-    return _load(str(folder), {**keywords, "local_files_only": True})
-
-
-def _load(name: str, keywords: dict[str, Any]) -> Any:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **keywords)
-    except (Exception, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # a panic of the code in Rust
-        raise ValueError(f"{type(error).__name__}: {error}") from error
-    if not keywords["trust_remote_code"]:
-        # Written in the tokenizer's own JSON, it would hold when TransformerLens reads it again.
-        tokenizer.init_kwargs.pop("trust_remote_code", None)
-    if "local_files_only" in tokenizer.init_kwargs:  # how it was had is no setting of it
-        tokenizer.init_kwargs["local_files_only"] = False
-    return tokenizer
-
-
-def named(tokenizer: Any, name: str) -> Any:
-    """The same tokenizer, which says that it comes from `name`: TransformerLens looks for "gemma"
-    in it.
-    """
-    tokenizer.name_or_path = name
-    if isinstance(getattr(tokenizer, "init_kwargs", None), dict):
-        tokenizer.init_kwargs["name_or_path"] = name
-    return tokenizer
 
 
 def with_bos(tokenizer: Any, cfg: Any) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import copy
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
-from tl_fastload.errors import CheckpointError
+from tl_fastload.errors import CheckpointError, UnsupportedArchitectureError
 from tl_fastload.ground.hf_configs import declared_architectures
 from tl_fastload.source import schemas
 from tl_fastload.source.json_files import read_object
@@ -43,42 +45,113 @@ _CODE_IN_CHECKPOINT: dict[str, dict[str, Any]] = {
 _CORRECT = "Correct the file, or download it again."
 
 
-def read_config(
-    folder: Path, known: Collection[str], *, trust_remote_code: bool
-) -> PretrainedConfig | None:
-    """Read `folder/config.json`.
+@dataclass(frozen=True)
+class Supported:
+    """Which model classes can be loaded, and what to say of the others.
 
-    known: names of transformers' classes that say the model type where config.json does not.
-    trust_remote_code: whether a config class that comes with the checkpoint may run. It is asked
-    for only where transformers has no class of its own; without it, the values of QWenLMHeadModel
-    and GPT2LMHeadCustomModel (SantaCoder) are read as plain data.
-
-    Returns None for a model type that transformers does not know.
-
-    Raises CheckpointError when config.json is missing or invalid.
+    Attributes:
+        names: of transformers' causal language model classes.
+        why_not: the rest of a sentence that begins with the name of a class, from that name, the
+            model type, and whether it is an encoder-decoder.
+        own_format: whether a model is in a format of the library's own, which no class of
+            transformers' describes, from its official name and the fields of its `config.json`.
     """
-    raw = read_config_json(folder)
+
+    names: tuple[str, ...]
+    why_not: Callable[[str, str, bool], str]
+    own_format: Callable[[str | None, Mapping[str, Any]], bool] = lambda official, raw: False
+
+    def error(
+        self, name: str, model_type: str, is_seq2seq: bool = False
+    ) -> UnsupportedArchitectureError:
+        """The error for a model class, or for a model type without one."""
+        what = name or f"A config of model type {model_type!r} without `architectures`"
+        reason = self.why_not(name, model_type, is_seq2seq)
+        return UnsupportedArchitectureError(f"{what} {reason} {self}")
+
+    def __str__(self) -> str:
+        return f"Supported: {', '.join(self.names)}."
+
+
+def architecture_of(hf_config: Any, supported: Supported) -> str:
+    """The name of the causal language model class that `hf_config` describes.
+
+    A config of a base model (`GPT2Model`), or one without `architectures`, is taken for the
+    language model of its model type.
+
+    Raises UnsupportedArchitectureError when that class is none of those supported.
+    """
+    found = causal_class_of(hf_config, supported.names)
+    if found is not None:
+        return found
+    names = declared_architectures(getattr(hf_config, "architectures", None))
+    model_type = str(getattr(hf_config, "model_type", "") or "")
+    is_seq2seq = bool(getattr(hf_config, "is_encoder_decoder", False))
+    raise supported.error(names[0] if names else "", model_type, is_seq2seq)
+
+
+def read_config(
+    folder: Path,
+    supported: Supported,
+    *,
+    trust_remote_code: bool,
+    raw: Mapping[str, Any] | None = None,
+) -> PretrainedConfig:
+    """The configuration in a folder, of a model that is supported.
+
+    folder: has the `config.json`.
+    supported: its names of classes say the model type where config.json does not.
+    trust_remote_code: whether a config class that comes with the checkpoint may run. It is asked
+        for only where transformers has no class of its own; without it, the values of
+        QWenLMHeadModel and GPT2LMHeadCustomModel (SantaCoder) are read as plain data.
+    raw: what `read_config_json` found, if it was read already.
+
+    Raises CheckpointError when config.json is missing or invalid, UnsupportedArchitectureError when
+    it describes a model that is not supported.
+    """
+    raw = read_config_json(folder) if raw is None else raw
     names = declared_architectures(raw.get("architectures"))
     in_checkpoint = next((name for name in names if name in _CODE_IN_CHECKPOINT), None)
-    model_type = _model_type(raw, known)
+    model_type = _model_type(raw, supported.names)
+    runs_code = trust_remote_code and "auto_map" in raw and (in_checkpoint or model_type is None)
+    if not (runs_code or in_checkpoint or model_type):
+        raise _unknown(folder, raw, supported)
     config: Any
     try:
-        if trust_remote_code and "auto_map" in raw and (in_checkpoint or model_type is None):
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+        if runs_code or _is_read_otherwise(raw):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=bool(runs_code))
         elif in_checkpoint:
             config = PretrainedConfig.from_dict({**_CODE_IN_CHECKPOINT[in_checkpoint], **raw})
-        elif model_type is None:
-            return None
-        elif raw.get("model_type") == model_type:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         else:
-            config = CONFIG_MAPPING[model_type].from_dict({**raw, "model_type": model_type})
+            values = copy.deepcopy({**raw, "model_type": model_type})
+            config = CONFIG_MAPPING[str(model_type)].from_dict(values, name_or_path=folder)
     except Exception as error:  # config classes raise anything for values they do not expect
         raise CheckpointError(
             f"{folder / 'config.json'} cannot be read as a {model_type or in_checkpoint} config: "
             f"{type(error).__name__}: {error}. Correct the file, or download it again."
         ) from error
+    architecture_of(config, supported)
     return config  # type: ignore[no-any-return]
+
+
+def _is_read_otherwise(raw: Mapping[str, Any]) -> bool:
+    """Whether transformers takes another file, or another class, than these fields say."""
+    is_windowed = raw.get("model_type") == "mistral" and "layer_types" in raw
+    return "model_type" in raw and ("configuration_files" in raw or is_windowed)
+
+
+def _unknown(
+    folder: Path, raw: Mapping[str, Any], supported: Supported
+) -> UnsupportedArchitectureError:
+    """The error for a config.json of a model type that transformers does not know."""
+    names = declared_architectures(raw.get("architectures"))
+    if names:
+        return supported.error(names[0], str(raw.get("model_type", "")))
+    return UnsupportedArchitectureError(
+        f"{folder / 'config.json'} names neither `architectures` nor a `model_type` that "
+        f"transformers knows (model_type: {raw.get('model_type')!r}), so it does not say what "
+        f'model this is. Add `architectures`, for instance ["LlamaForCausalLM"]. {supported}'
+    )
 
 
 def hf_config_of(values: Mapping[str, Any], known: Collection[str]) -> PretrainedConfig:

@@ -5,6 +5,7 @@ is told at once.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,8 +22,7 @@ from tl_fastload.errors import (
 from tl_fastload.ground import compat
 from tl_fastload.ground.boundary import is_callers
 from tl_fastload.ground.words import listed
-from tl_fastload.hooked.origin import Origin
-from tl_fastload.hooked.steps import reason_to_skip
+from tl_fastload.huggingface.pretrained import Pretrained
 from tl_fastload.huggingface.tree import MissingSource
 from tl_fastload.quantized import QuantizedTensor, formats
 from tl_fastload.quantized.recipes import follow
@@ -30,6 +30,7 @@ from tl_fastload.recipes.evaluate import sources
 from tl_fastload.recipes.promise import Promise
 from tl_fastload.request.contradictions import CHECKPOINT_ARGUMENTS, device_asked_for
 from tl_fastload.request.options import Options
+from tl_fastload.roads.road import Recording, Road
 
 # What TransformerLens raises for fields that make no sense.
 _OF_A_CONFIGURATION = (
@@ -41,20 +42,20 @@ _LAYER = re.compile(r"\.(?:h|layers|blocks)\.(\d+)\.")
 _NOT_TEXT = re.compile(r"(vision_tower|vision_model|multi_modal_projector|audio_tower)")
 
 
-def check_quantization(origin: Origin, options: Options, arguments: dict[str, Any]) -> None:
+def check_quantization(pretrained: Pretrained, options: Options, arguments: dict[str, Any]) -> None:
     """Raise for quantization that contradicts the checkpoint, or that cannot run here."""
-    spec = origin.spec or options.quantize
+    spec = pretrained.spec or options.quantize
     if spec is None:
         return
-    if origin.spec is not None and options.quantize is not None:
+    if pretrained.spec is not None and options.quantize is not None:
         raise ArgumentError(
-            f"{origin.label} is quantized already ({origin.spec.kind}): leave quantize= out, or "
-            "take the unquantized checkpoint."
+            f"{pretrained.label} is quantized already ({pretrained.spec.kind}): leave "
+            "quantize= out, or take the unquantized checkpoint."
         )
-    if origin.spec is not None and arguments["refactor_factored_attn_matrices"]:
+    if pretrained.spec is not None and arguments["refactor_factored_attn_matrices"]:
         raise ArgumentError(
             "refactor_factored_attn_matrices=True mixes the values of several matrices, which "
-            f"quantized bytes cannot follow. {origin.label} is quantized: load the unquantized "
+            f"quantized bytes cannot follow. {pretrained.label} is quantized: load the unquantized "
             "checkpoint with quantize=, which refactors first."
         )
     if not compat.can_assign():
@@ -70,31 +71,31 @@ def check_quantization(origin: Origin, options: Options, arguments: dict[str, An
     formats.of_kind(spec.kind).require_device(device_asked_for(arguments))
 
 
-def check_adapters(origin: Origin, options: Options) -> None:
+def check_adapters(pretrained: Pretrained, options: Options) -> None:
     """Raise for adapters that contradict what they are to be merged into."""
-    if options.requantize and (origin.spec is None or not origin.adapters):
+    if options.requantize and (pretrained.spec is None or not pretrained.adapters):
         raise ArgumentError(
             "requantize=True is for merging adapter= into weights that are quantized already: "
-            f"{origin.label} "
-            + ("has no adapter" if origin.spec is not None else "is not quantized")
+            f"{pretrained.label} "
+            + ("has no adapter" if pretrained.spec is not None else "is not quantized")
             + ". Leave it out."
         )
-    if not origin.adapters:
+    if not pretrained.adapters:
         return
-    if origin.is_toy:
+    if pretrained.config is None:
         raise ArgumentError(
-            f"adapter= needs a model in Hugging Face's format; {origin.label} is in "
+            f"adapter= needs a model in Hugging Face's format; {pretrained.label} is in "
             "TransformerLens' own."
         )
-    if origin.spec is not None and not options.requantize:
+    if pretrained.spec is not None and not options.requantize:
         raise ArgumentError(
-            f"{origin.label} is quantized already ({origin.spec.kind}), and an adapter changes the "
-            "values behind its bytes. Pass requantize=True to dequantize, merge and quantize again "
-            "(which rounds twice), or take the unquantized checkpoint with adapter= and quantize=."
+            f"{pretrained.label} is quantized already ({pretrained.spec.kind}), and an adapter "
+            "changes the values behind its bytes. Pass requantize=True to dequantize, merge and "
+            "quantize again (which rounds twice), or take the unquantized checkpoint with adapter= and quantize=."
         )
 
 
-def check_state_dict(model: Any, state_dict: dict[str, Any], flags: dict[str, bool]) -> None:
+def check_state_dict(model: Any, state_dict: Mapping[str, Any], flags: Mapping[str, bool]) -> None:
     """Raise MissingWeightsError if tensors of a state dict have other shapes than the model's, and
     ArgumentError if they cannot become its quantized weights.
     """
@@ -129,7 +130,7 @@ def check_state_dict(model: Any, state_dict: dict[str, Any], flags: dict[str, bo
         )
 
 
-def check_in_place(model: Any, recipes: dict[str, Promise]) -> None:
+def check_in_place(model: Any, recipes: Mapping[str, Promise]) -> None:
     """Raise ArgumentError if a quantized parameter of a live model cannot follow its recipe."""
     for name, parameter in model.named_parameters():
         if isinstance(parameter, QuantizedTensor) and name in recipes:
@@ -143,30 +144,32 @@ def check_in_place(model: Any, recipes: dict[str, Promise]) -> None:
                 ) from error
 
 
-def check_recipes(model: Any, origin: Origin, recipes: dict[str, Promise]) -> None:
+def check_recipes(road: Road, recording: Recording) -> None:
     """Raise MissingWeightsError for everything of the checkpoint that does not fit the model."""
-    _raise_for(origin, recipe_problems(model, origin, recipes))
+    if recording.pretrained is not None:
+        _raise_for(recording.pretrained, recipe_problems(road, recording, recording.pretrained))
 
 
-def recipe_problems(model: Any, origin: Origin, recipes: dict[str, Promise]) -> list[str]:
+def recipe_problems(road: Road, recording: Recording, pretrained: Pretrained) -> list[str]:
     """Everything of the checkpoint that does not fit the model, a line each."""
+    recipes = recording.recipes
     read = [view.source for promise in recipes.values() for view in sources(promise.node)]
     missing = sorted({source.name for source in read if isinstance(source, MissingSource)})
-    problems = [f"missing: {name}" for name in missing] + _ledger_problems(origin)
-    own = dict(model.named_parameters())
+    problems = [f"missing: {name}" for name in missing] + _ledger_problems(pretrained)
+    own = dict(recording.model.named_parameters())
     for name, promise in recipes.items():
         if name in own and not _fits(promise, own[name]):
             found, wanted = tuple(promise.shape), tuple(own[name].shape)
             problems.append(f"misshapen: {name} comes out as {found} instead of {wanted}")
-    unread = _unread(origin, {id(source) for source in read}, model.cfg)
-    return problems + [f"no place in HookedTransformer for: {name}" for name in unread]
+    unread = _unread(road, pretrained, {id(source) for source in read}, recording.model.cfg)
+    return problems + [f"no place in {road.name} for: {name}" for name in unread]
 
 
-def explain(origin: Origin, error: Exception, arguments: dict[str, Any]) -> None:
+def explain(pretrained: Pretrained, error: Exception, arguments: dict[str, Any]) -> None:
     """Raise an error of this family for one that TransformerLens' own loading code raised.
 
     Args:
-        origin: what was being loaded.
+        pretrained: what was being loaded.
         error: what was raised.
         arguments: of the load.
     """
@@ -174,43 +177,35 @@ def explain(origin: Origin, error: Exception, arguments: dict[str, Any]) -> None
         return
     if is_out_of_memory(error):
         raise NotEnoughMemory(
-            f"Memory ran out while the weights of {origin.label} were looked at ({error}). Nothing "
-            "was loaded. Free some, or see tl_fastload.plan for what would fit."
+            f"Memory ran out while the weights of {pretrained.label} were looked at ({error}). "
+            "Nothing was loaded. Free some, or see tl_fastload.plan for what would fit."
         ) from error
     if isinstance(error, RecursionError) or is_callers(error):
         return
-    if origin.root is None and isinstance(error, _OF_A_CONFIGURATION):
+    if pretrained.root is None and isinstance(error, _OF_A_CONFIGURATION):
         given = [name for name in CHECKPOINT_ARGUMENTS if arguments.get(name) is not None]
         if given:
             raise ArgumentError(
                 f"{given[0]}={arguments[given[0]]!r} does not name a training checkpoint of "
-                f"{origin.label}: {error}"
+                f"{pretrained.label}: {error}"
             ) from error
         raise CheckpointError(
-            f"The configuration of {origin.label} describes no model that can be built: "
+            f"The configuration of {pretrained.label} describes no model that can be built: "
             f"{type(error).__name__}: {error}. Correct its config.json."
         ) from error
-    if not origin.is_recording:
+    if not pretrained.is_recording:
         return
-    problems = [f"missing: {name}" for name in origin.missing()] + _ledger_problems(origin)
+    problems = [f"missing: {name}" for name in pretrained.missing()] + _ledger_problems(pretrained)
     if not problems:
         problems = [f"TransformerLens' converter stumbled: {type(error).__name__}: {error}"]
-    _raise_for(origin, problems)
+    _raise_for(pretrained, problems)
 
 
-def check_refactor(cfg: Any, flags: dict[str, bool]) -> None:
-    """Raise ArgumentError if matrices are to be refactored that rotary embeddings stand between."""
-    step = "refactor_factored_attn_matrices"
-    reason = reason_to_skip(step, cfg)
-    if flags[step] and reason is not None:
-        raise ArgumentError(f"{step}=True cannot be done: {reason}. Leave it out.")
-
-
-def _raise_for(origin: Origin, problems: list[str]) -> None:
+def _raise_for(pretrained: Pretrained, problems: list[str]) -> None:
     """Raise one MissingWeightsError with all problems, if there are any."""
     if problems:
         raise MissingWeightsError(
-            f"{origin.label} does not fit the model that its configuration describes:\n  "
+            f"{pretrained.label} does not fit the model that its configuration describes:\n  "
             + "\n  ".join(problems)
             + "\nNothing was loaded. Check that the checkpoint is complete and belongs to this "
             "config.json; to load it as transformers does, pass "
@@ -218,19 +213,19 @@ def _raise_for(origin: Origin, problems: list[str]) -> None:
         )
 
 
-def _ledger_problems(origin: Origin) -> list[str]:
+def _ledger_problems(pretrained: Pretrained) -> list[str]:
     problems = [
         f"unexpected: {name}"
-        for name in sorted(origin.ledger.unexpected)
+        for name in sorted(pretrained.ledger.unexpected)
         if not _NOT_TEXT.search(name)
     ]
-    for name, (found, wanted) in sorted(origin.ledger.misshapen.items()):
+    for name, (found, wanted) in sorted(pretrained.ledger.misshapen.items()):
         problems.append(f"misshapen: {name} is {found}, the configuration asks for {wanted}")
     problems += [
-        f"not weights: {name} holds {t}" for name, t in sorted(origin.ledger.integers.items())
+        f"not weights: {name} holds {t}" for name, t in sorted(pretrained.ledger.integers.items())
     ]
     problems += [
-        f"not complete: {name}: {e}" for name, e in sorted(origin.ledger.incomplete.items())
+        f"not complete: {name}: {e}" for name, e in sorted(pretrained.ledger.incomplete.items())
     ]
     return problems
 
@@ -239,17 +234,20 @@ def _fits(tensor: torch.Tensor, parameter: torch.Tensor) -> bool:
     return tensor.shape == parameter.shape or (tensor.numel() == 1 and parameter.dim() == 0)
 
 
-def _unread(origin: Origin, read: set[int], cfg: Any) -> list[str]:
+def _unread(road: Road, pretrained: Pretrained, read: set[int], cfg: Any) -> list[str]:
     """Weights of the checkpoint that no parameter of the model depends on."""
-    if origin.root is None or not hasattr(origin.root, "named_parameters"):
+    if pretrained.root is None or not hasattr(pretrained.root, "named_parameters"):
         return []
     unread = []
-    for name, promise in origin.root.named_parameters():
+    for name, promise in pretrained.root.named_parameters():
         layer = _LAYER.search("." + name)
         beyond = layer is not None and int(layer.group(1)) >= cfg.n_layers
-        if not hasattr(cfg, "use_attention_sinks") and name.endswith(".sinks"):
-            continue  # this TransformerLens has none, which the report says
-        if beyond or _NOT_TEXT.search(name) or not isinstance(promise, Promise):
+        if (
+            beyond
+            or road.is_unused(name, cfg)
+            or _NOT_TEXT.search(name)
+            or not isinstance(promise, Promise)
+        ):
             continue
         found = [view.source for view in sources(promise.node)]
         if not any(id(s) in read or isinstance(s, MissingSource) for s in found):

@@ -6,132 +6,152 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from tl_fastload.errors import MissingWeightsError
-from tl_fastload.ground import compat
 from tl_fastload.ground.mark import require_whole
 from tl_fastload.ground.own_defaults import own_defaults
 from tl_fastload.ground.words import listed
-from tl_fastload.hooked.already import is_already_processed, versions
-from tl_fastload.hooked.layout import strides_in
-from tl_fastload.hooked.processing import Session, record_processing
-from tl_fastload.hooked.state_dicts import is_norm, is_weight_matrix, table_problem
-from tl_fastload.hooked.steps import reason_to_skip
+from tl_fastload.ground.wrappers import named_as
 from tl_fastload.loading import checks
-from tl_fastload.loading.load import notes_on, report_of, under_own_names
+from tl_fastload.loading.load import notes_on
 from tl_fastload.placement.half_written import InPlaceStep, require_cover
+from tl_fastload.placement.own_values import parameter_versions, table_problem
 from tl_fastload.placement.placer import Placer
 from tl_fastload.placement.values_here import require_given, require_values
-from tl_fastload.quantized import has_quantized
+from tl_fastload.quantized import has_quantized, quantized_kinds
 from tl_fastload.quantized.quantizer import Quantizer
 from tl_fastload.recipes.promise import Promise
+from tl_fastload.report.load_report import LoadReport
 from tl_fastload.report.memory import PeakSampler
 from tl_fastload.report.progress import Progress
-from tl_fastload.request.options import Options
+from tl_fastload.roads.road import Recording, Road, describe_steps
+
+Record = Callable[[dict[str, Any], dict[str, bool]], Recording]
+"""Records what TransformerLens makes of a state dict, from it and the processing steps."""
 
 
 def load_state_dict(
-    model: Any, state_dict: Mapping[str, Any], flags: dict[str, bool], stock: Callable[..., None]
+    road: Road,
+    model: Any,
+    state_dict: Mapping[str, Any],
+    flags: dict[str, bool],
+    record: Record,
 ) -> None:
-    """Run TransformerLens' `load_and_process_state_dict` on promises, then write what it would
-    load.
+    """Write what TransformerLens' `load_and_process_state_dict` would load.
 
     Args:
+        road: of the model.
         model: the model to fill.
         state_dict: TransformerLens names -> tensors; not changed.
         flags: the processing steps.
-        stock: the model's own bound `load_and_process_state_dict`.
+        record: runs TransformerLens' code.
     """
     doing = "load_and_process_state_dict"
     require_values(model, doing)
-    named, notes = under_own_names(model, dict(state_dict))
+    named, renaming = named_as(model, dict(state_dict))
+    if renaming.ambiguous is not None:
+        raise MissingWeightsError(
+            f"The state dict's keys do not fit the model, and {renaming.ambiguous}. Nothing was "
+            "loaded. Pass the keys of one model, without what stands in front of them."
+        )
     require_given(named, doing)
     named, tables = _own_tables_kept(model, named)
-    checks.check_refactor(model.cfg, flags)
+    road.check_flags(model.cfg, flags)
     checks.check_state_dict(model, named, flags)
     require_cover(model, doing, named)
-    _check_norms_and_biases(model, named, flags)
+    _check_norms_and_biases(road, model, named, flags)
     with InPlaceStep(model, doing) as step:
-        _run(model, named, flags, stock, step, set(), [*notes, *tables])
+        notes = [*renaming.notes, *tables]
+        _run(road, model, lambda: record(named, flags), step, set(), notes)
 
 
 def process(
+    road: Road,
     model: Any,
     flags: dict[str, bool],
-    stock: Callable[..., None],
-    stock_load: Callable[..., None],
+    record: Record,
+    hand_over: Callable[[Callable[..., None]], None],
 ) -> None:
     """TransformerLens' `process_weights_` of a live model, once.
 
     Args:
+        road: of the model.
         model: the model.
         flags: the processing steps.
-        stock: the model's own bound `process_weights_`, which version 2 replaces the norms in.
-        stock_load: its bound `load_and_process_state_dict`.
+        record: runs TransformerLens' code on a state dict.
+        hand_over: calls its argument with the state dict that is to be processed, and by name with
+            steps that are others than `flags`.
     """
     require_whole(model, "process_weights_")
     require_values(model, "process_weights_")
-    if is_already_processed(model, flags):
+    if _is_already_processed(road, model, flags):
         return
-    checks.check_refactor(model.cfg, flags)
+    road.check_flags(model.cfg, flags)
     before: set[str] = getattr(model, "_processed", (set(), None))[0]
     with InPlaceStep(model, "process_weights_") as step:
 
         def load(state_dict: dict[str, Any], **asked: bool) -> None:
             checks.check_state_dict(model, state_dict, flags)
-            _run(model, state_dict, {**flags, **asked}, stock_load, step, before, [])
+            _run(road, model, lambda: record(state_dict, {**flags, **asked}), step, before, [])
 
-        if (
-            compat.REPLACES_NORMS
-            and flags["fold_ln"]
-            and reason_to_skip("fold_ln", model.cfg) is None
-        ):
-            asked = {name: on for name, on in flags.items() if name != "fold_value_biases"}
-            shadow = _shadow(model, load_and_process_state_dict=load)
-            _bound(stock, shadow)(**asked)
-        else:
-            load(model.state_dict())
+        hand_over(load)
+
+
+def _is_already_processed(road: Road, model: Any, flags: dict[str, bool]) -> bool:
+    """Whether these steps were done and no parameter has changed since; the report says so then."""
+    asked = {step for step, value in flags.items() if value}
+    done, at_the_time = getattr(model, "_processed", (set(), None))
+    if not asked <= done or parameter_versions(model) != at_the_time:
+        return False
+    # Quantized bytes cannot be edited in place; other values can, unseen, through `.data`.
+    if not has_quantized(model) and not road.is_processed(model, flags):
+        return False
+    note = "process_weights_ was called again with nothing changed: nothing was done."
+    model.load_report = replace(model.load_report, notes=(*model.load_report.notes, note))
+    return True
 
 
 def _run(
+    road: Road,
     model: Any,
-    state_dict: dict[str, Any],
-    flags: dict[str, bool],
-    stock: Callable[..., None],
+    record: Callable[[], Recording],
     step: InPlaceStep,
     before: set[str],
     notes: list[str],
 ) -> None:
+    """Record and write; `before` are the steps that were done earlier."""
     started = time.perf_counter()
-    session = Session(Options(strategy="copy", progress=False), dict(flags), notes=notes)
-    # The live model never knows the session: an interrupt could leave it there.
-    shadow = _shadow(model, _session=session)
     with torch.inference_mode(False), own_defaults(), PeakSampler() as sampler:
-        session.mark, session.watch = sampler.mark, sampler.watch
         sampler.mark("recording")
-        record_processing(shadow, session, state_dict, flags, _bound(stock, shadow))
-        _take_over(model, shadow, "_session")
-        checks.check_in_place(model, session.recipes)
+        recording = record()
+        checks.check_in_place(model, recording.recipes)
         sampler.mark("placing")
-        _write(model, session, step)
-    asked = {name for name, on in flags.items() if on}
-    model._processed = (asked | before, versions(model))
-    model.load_report = report_of(model, session, sampler, time.perf_counter() - started)
-
-
-def _write(model: Any, session: Session, step: InPlaceStep) -> None:
-    quantizer = Quantizer(None, session.shifts) if has_quantized(model) else None
-    session.watch(set(_homes(model).values()))
-    with Progress(session.options.progress) as progress:
-        session.notes += write_recipes(model, session.recipes, step, quantizer, progress)
-    session.not_quantized = quantizer.not_quantized if quantizer is not None else {}
-    session.recipes, session.shifts = {}, {}
+        sampler.watch(set(_homes(model).values()))
+        quantizer = Quantizer(None, recording.shifts) if has_quantized(model) else None
+        with Progress(False) as progress:
+            written = write_recipes(road, model, recording.recipes, step, quantizer, progress)
+    asked = {name for name, on in recording.requested.items() if on}
+    model._processed = (asked | before, parameter_versions(model))
+    kinds = ", ".join(sorted(quantized_kinds(model)))
+    report = LoadReport.of(
+        model,
+        strategy="copy",
+        reason="parameters keep their identity",
+        source="state_dict",
+        processing=describe_steps(road, recording.requested, model.cfg),
+        quantization=f"{kinds}, as in the model" if kinds else None,
+        not_quantized={} if quantizer is None else quantizer.not_quantized,
+        notes=(*notes, *recording.notes, *written),
+    )
+    model.load_report = report.measured(sampler, time.perf_counter() - started)
 
 
 def write_recipes(
+    road: Road,
     model: Any,
     recipes: dict[str, Promise],
     step: InPlaceStep,
@@ -141,6 +161,7 @@ def write_recipes(
     """Write into the tensors of a live model, one at a time.
 
     Args:
+        road: of the model.
         model: keeps its Parameter objects.
         recipes: name -> what its values become.
         step: that has begun on the model.
@@ -157,7 +178,7 @@ def write_recipes(
         maps=None,
         map_any_layout=False,
         progress=progress,
-        strides_of=strides_in,
+        strides_of=road.strides_in,
         quantizer=quantizer,
         fresh=False,
         writing=step.writes,
@@ -169,25 +190,6 @@ def write_recipes(
 def _homes(model: Any) -> dict[str, torch.device]:
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {name: tensor.device for name, tensor in tensors.items()}
-
-
-def _shadow(model: Any, **attributes: Any) -> Any:
-    """A stand-in of the same class and with the same modules, which knows some names otherwise."""
-    shadow = object.__new__(type(model))
-    shadow.__dict__.update({**model.__dict__, **attributes})
-    return shadow
-
-
-def _take_over(model: Any, shadow: Any, *but: str) -> None:
-    """What TransformerLens has set on the stand-in (such as the table of hooks)."""
-    for name, value in shadow.__dict__.items():
-        if name not in but and model.__dict__.get(name) is not value:
-            model.__dict__[name] = value
-
-
-def _bound(method: Any, model: Any) -> Callable[..., None]:
-    bound: Callable[..., None] = method.__func__.__get__(model)
-    return bound
 
 
 def _own_tables_kept(model: Any, state_dict: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -207,7 +209,7 @@ def _own_tables_kept(model: Any, state_dict: dict[str, Any]) -> tuple[dict[str, 
 
 
 def _check_norms_and_biases(
-    model: Any, state_dict: Mapping[str, Any], flags: Mapping[str, bool]
+    road: Road, model: Any, state_dict: Mapping[str, Any], flags: Mapping[str, bool]
 ) -> None:
     """Raise MissingWeightsError where the model's own norms or biases would be mixed with other
     weights, or norms of the state dict would be lost.
@@ -216,12 +218,10 @@ def _check_norms_and_biases(
     missing = [
         name
         for name, parameter in own.items()
-        if name not in state_dict
-        and not is_weight_matrix(name)
-        and not _is_default(name, parameter)
+        if name not in state_dict and not road.is_matrix(name) and not _is_default(name, parameter)
     ]
     if missing:
-        folded = any(is_norm(name) for name in missing)
+        folded = any(road.is_norm(name) for name in missing)
         raise MissingWeightsError(
             f"The state dict lacks {listed(missing)}, and the model's own are trained: they belong "
             "to other weights. The model is unchanged. "
@@ -232,12 +232,12 @@ def _check_norms_and_biases(
                 else "Pass a complete state dict."
             )
         )
-    if flags["fold_ln"] and reason_to_skip("fold_ln", model.cfg) is None:
+    if flags["fold_ln"] and road.why_skipped("fold_ln", model.cfg) is None:
         return
     lost = [
         name
         for name, value in state_dict.items()
-        if is_norm(name) and name not in own and not _is_default(name, value)
+        if road.is_norm(name) and name not in own and not _is_default(name, value)
     ]
     if lost:
         raise MissingWeightsError(

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformer_lens import HookedTransformer
 
 from tl_fastload.errors import (
     ArgumentError,
@@ -21,13 +20,11 @@ from tl_fastload.ground.own_defaults import own_defaults
 from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.ground.words import listed
 from tl_fastload.ground.wrappers import named_as, own_names, unwrapped
-from tl_fastload.hooked import steps
-from tl_fastload.hooked.already import versions
-from tl_fastload.hooked.state_dicts import is_norm, table_problem
 from tl_fastload.loading.convert import Converted, converted, find_config, steps_of
 from tl_fastload.loading.live import write_recipes
 from tl_fastload.loading.sources import WeightSource, open_source, read_through
 from tl_fastload.placement.half_written import InPlaceStep, require_cover
+from tl_fastload.placement.own_values import parameter_versions, table_problem
 from tl_fastload.placement.values_here import require_values
 from tl_fastload.placement.writer import InPlaceWriter, Write
 from tl_fastload.quantized import QuantizedTensor, views
@@ -38,6 +35,8 @@ from tl_fastload.report.load_report import LoadReport
 from tl_fastload.report.memory import PeakSampler, return_freed_memory
 from tl_fastload.report.progress import Progress, ProgressOption
 from tl_fastload.request.argument_types import checked
+from tl_fastload.roads.known import road_of
+from tl_fastload.roads.road import Road, describe_steps
 from tl_fastload.source.reader import FileReader
 
 # Tables that TransformerLens computes from the configuration; other versions have others.
@@ -125,7 +124,7 @@ def load_weights_(
     checked(strict=strict, processing=processing)
     checked(**dict(processing or {}))
     model = unwrapped(model)
-    _check_model(model)
+    road = _road_of(model)
     reader = FileReader()
     try:
         with (
@@ -144,33 +143,40 @@ def load_weights_(
                     "one model."
                 )
             own = own_names(model)
-            if not named or any(name in own or is_norm(name) for name in named):
+            if not named or any(name in own or road.is_norm(name) for name in named):
                 if processing is not None:
                     raise ArgumentError(
                         "processing= is for weights in Hugging Face's naming. These have "
                         "TransformerLens' names and go in as they are; to process them, call "
                         "model.load_and_process_state_dict."
                     )
-                found = _load_hooked(model, weights, named, [*renaming.notes], strict, reader, bar)
+                found = _load_as_named(
+                    road, model, weights, named, [*renaming.notes], strict, reader, bar
+                )
             else:
-                found = _load_converted(model, weights, config, processing, strict, reader, bar)
+                found = _load_converted(
+                    road, model, weights, config, processing, strict, reader, bar
+                )
     finally:
         reader.close()
-    report = _report(model, weights, found, sampler, time.perf_counter() - started)
-    if hasattr(model, "_session"):  # of the lean classes
+    report = _report(road, model, weights, found, sampler, time.perf_counter() - started)
+    if hasattr(model, "_recorder"):  # of the lean classes
         model.load_report = report
     return report
 
 
-def _check_model(model: Any) -> None:
-    if not isinstance(model, HookedTransformer):
+def _road_of(model: Any) -> Road:
+    road = road_of(model)
+    if road is None:
         raise ArgumentError(
             f"load_weights_ loads into a HookedTransformer, not into a {type(model).__name__}."
         )
     require_values(model, "load_weights_")
+    return road
 
 
-def _load_hooked(
+def _load_as_named(
+    road: Road,
     model: Any,
     weights: WeightSource,
     named: Mapping[str, Source],
@@ -213,7 +219,7 @@ def _load_hooked(
         and not _may_be_missing(model, name, parameters)
     ]
     found.flags = None if found.missing else weights.flags
-    found.notes += _hints(model, found)
+    found.notes += _hints(road, model, found)
     found.check(weights.label, strict, len(writes))
     _check_kinds(writes)
     given = {write.name: getattr(write.source, "tensor", None) for write in writes}
@@ -251,16 +257,16 @@ def _may_be_missing(model: nn.Module, name: str, parameters: Mapping[str, Any]) 
     return type(owner).__module__.partition(".")[0] in ("transformer_lens", "transformers")
 
 
-def _hints(model: Any, found: _Found) -> list[str]:
+def _hints(road: Road, model: Any, found: _Found) -> list[str]:
     """What is probably wrong when norm weights are too many or too few."""
-    norms = [name for name in found.unexpected if is_norm(name)]
+    norms = [name for name in found.unexpected if road.is_norm(name)]
     folded = any(type(module).__name__ in _FOLDED_NORMS for module in model.modules())
     if norms and folded:
         return [
             "These weights are not processed, and the model is: its norms are folded into the "
             "layers behind them. model.load_and_process_state_dict(state_dict) folds them."
         ]
-    if any(is_norm(name) for name in found.missing):
+    if any(road.is_norm(name) for name in found.missing):
         return [
             "These weights seem to come from a processed model, whose norms are folded away; this "
             "model has norm weights of its own."
@@ -293,6 +299,7 @@ def _check_kind(name: str, given: Any, target: QuantizedTensor) -> None:
 
 
 def _load_converted(
+    road: Road,
     model: Any,
     weights: WeightSource,
     config: Any,
@@ -302,9 +309,10 @@ def _load_converted(
     bar: Progress,
 ) -> _Found:
     """Weights in Hugging Face's naming: converted and processed one parameter at a time."""
-    flags = steps_of(model, processing)
-    result = converted(model, weights, find_config(config, weights, model), flags, reader)
-    notes = [*weights.notes, *result.session.notes]
+    flags = steps_of(road, model, processing)
+    hf_config = find_config(road, config, weights, model)
+    result = converted(road, model, weights, hf_config, flags, reader)
+    notes = [*weights.notes, *result.recording.notes]
     found = _Found(result.missing, result.unexpected, result.problems, notes, flags)
     found.unexpected += [f"{name} ({why})" for name, why in weights.unusable.items()]
     recipes = result.recipes
@@ -318,7 +326,7 @@ def _load_converted(
     require_cover(model, "load_weights_", recipes)
     read_through(weights.table, reader)
     with InPlaceStep(model, "load_weights_") as step:
-        found.notes += write_recipes(model, recipes, step, quantizer, bar)
+        found.notes += write_recipes(road, model, recipes, step, quantizer, bar)
         reader.files.check_all()
         _remember(model, flags)
     return found
@@ -337,7 +345,7 @@ def _quantizer(model: Any, recipes: Mapping[str, Promise], result: Converted) ->
     targets = {n: p for n, p in model.named_parameters() if isinstance(p, QuantizedTensor)}
     if not targets:
         return None
-    quantizer = Quantizer(None, result.session.shifts)
+    quantizer = Quantizer(None, result.recording.shifts)
     for name, target in targets.items():
         if name in recipes:
             made = quantizer.keep(name, recipes[name], target.dtype, target.device)
@@ -346,10 +354,15 @@ def _quantizer(model: Any, recipes: Mapping[str, Promise], result: Converted) ->
 
 
 def _report(
-    model: Any, weights: WeightSource, found: _Found, sampler: PeakSampler, seconds: float
+    road: Road,
+    model: Any,
+    weights: WeightSource,
+    found: _Found,
+    sampler: PeakSampler,
+    seconds: float,
 ) -> LoadReport:
     return_freed_memory()
-    processing = {} if found.flags is None else steps.describe(found.flags, model.cfg)
+    processing = {} if found.flags is None else describe_steps(road, found.flags, model.cfg)
     kinds = {p.content.stored.kind for p in model.parameters() if isinstance(p, QuantizedTensor)}
     report = LoadReport.of(
         model,
@@ -367,5 +380,5 @@ def _report(
 
 def _remember(model: Any, flags: Mapping[str, bool] | None) -> None:
     """Note for later steps how the weights that the model has now were processed."""
-    if flags is not None and hasattr(model, "_session"):  # of the lean classes
-        model._processed = ({step for step, on in flags.items() if on}, versions(model))
+    if flags is not None and hasattr(model, "_recorder"):  # of the lean classes
+        model._processed = ({step for step, on in flags.items() if on}, parameter_versions(model))

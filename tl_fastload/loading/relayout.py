@@ -11,11 +11,11 @@ from torch import nn
 
 from tl_fastload.errors import ArgumentError
 from tl_fastload.ground.memory_orders import check_layout
-from tl_fastload.hooked.already import versions
-from tl_fastload.hooked.layout import strides_in
+from tl_fastload.placement.own_values import parameter_versions
 from tl_fastload.placement.strides import copied, same_layout
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.report.memory import return_freed_memory
+from tl_fastload.roads.road import Road
 
 
 @dataclass(frozen=True)
@@ -46,40 +46,41 @@ class _Move:
         return same_layout(tensor.shape, tuple(tensor.stride()), self.strides)
 
 
-def put_in_layout(model: Any, order: str) -> None:
+def put_in_layout(road: Road, model: Any, order: str) -> None:
     """Put every parameter of a model, and its gradient, into a memory order.
 
     Args:
-        model: a lean HookedTransformer; its Parameter objects stay.
+        road: of the model.
+        model: one that was loaded lean; its Parameter objects stay.
         order: of `ground.memory_orders.LAYOUTS`.
 
     Raises:
         ArgumentError: `order`, or parameters that cannot be moved; nothing has changed.
     """
     check_layout(order)
-    moves = _moves(model, order)
+    moves = _moves(road, model, order)
     _check_memory(model, moves)
     done, at_the_time = getattr(model, "_processed", (set(), None))
-    is_known = at_the_time is not None and versions(model) == at_the_time
+    is_known = at_the_time is not None and parameter_versions(model) == at_the_time
     try:
         # The largest first: what its copy takes is there again for the others.
         for move in sorted(moves, key=lambda move: -move.parameter.numel()):
             move.do()
     finally:
         if is_known:  # the values are those that were processed, wherever they lie
-            model._processed = (done, versions(model))
+            model._processed = (done, parameter_versions(model))
         return_freed_memory()
     model._layout = order
 
 
-def _moves(model: nn.Module, order: str) -> list[_Move]:
+def _moves(road: Road, model: nn.Module, order: str) -> list[_Move]:
     found: dict[int, _Move] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if isinstance(parameter, QuantizedTensor):
             continue
         _check_plain(name, parameter)
         parent, _, leaf = name.rpartition(".")
-        strides = strides_in(order, model.get_submodule(parent), leaf, parameter.shape)
+        strides = road.strides_in(order, model.get_submodule(parent), leaf, parameter.shape)
         move = _Move(name, parameter, strides)
         other = found.setdefault(id(parameter), move)
         if not same_layout(parameter.shape, other.strides, strides):

@@ -19,21 +19,23 @@ from tl_fastload.copies.cache import (
 )
 from tl_fastload.copies.folders import remove_whole
 from tl_fastload.copies.manifest import MANIFEST
-from tl_fastload.copies.read import copy_folder, load_copy
+from tl_fastload.copies.read import load_copy
 from tl_fastload.copies.write import write_copy
 from tl_fastload.errors import LeanLoadError, SaveError
 from tl_fastload.ground.boundary import boundary
 from tl_fastload.loading import load
 from tl_fastload.printable import printable
-from tl_fastload.request.call import Request
+from tl_fastload.roads.road import Request
 
 
 def load_through_cache(request: Request) -> Any:
-    """Load a model: a processed copy as it is, anything else through the cache if there is one."""
-    request.options.check()
-    copy = copy_folder(request.arguments["model_name"], request.keywords)
-    if copy is not None:
-        return load_copy(request, copy)
+    """Load a model: a processed copy as it is, anything else through the cache if there is one.
+
+    Args:
+        request: the call, resolved.
+    """
+    if request.copy is not None:
+        return load_copy(request, request.copy)
     folder = entry_for(request)
     if folder is None:
         model = load.load(request)

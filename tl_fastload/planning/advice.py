@@ -16,8 +16,8 @@ from tl_fastload.planning.plan import Choice
 from tl_fastload.quantized import formats
 from tl_fastload.quantized.quantizer import Quantizer
 from tl_fastload.report.memory import cuda_is_in_use
-from tl_fastload.request.call import Request
 from tl_fastload.request.steps import STEPS
+from tl_fastload.roads.road import Request
 
 _WIDE = (torch.float32, torch.float64)
 
@@ -81,7 +81,7 @@ def _more_mapping(request: Request, draft: Draft) -> bool | str | None:
 
 def _unprocessed(request: Request, draft: Draft) -> Iterator[dict[str, Any]]:
     """Weights as they lie in the file, which are mapped."""
-    checkpoint = draft.origin.checkpoint
+    checkpoint = draft.pretrained.checkpoint
     if checkpoint is None or not checkpoint.entries or draft.placer.maps is None:
         return
     sizes = Counter[torch.dtype]()
@@ -97,10 +97,10 @@ def _unprocessed(request: Request, draft: Draft) -> Iterator[dict[str, Any]]:
 
 
 def _quantized(draft: Draft, arguments: dict[str, Any]) -> Iterator[Choice]:
-    options = draft.session.options
-    if draft.origin.spec is not None or options.quantize is not None or not options.assigns:
+    options = draft.request.options
+    if draft.pretrained.spec is not None or options.quantize is not None or not options.assigns:
         return
-    devices = {draft.placer.device_of(name) for name in draft.recipes}
+    devices = {draft.placer.device_of(name) for name in draft.recording.recipes}
     for format in formats.FORMATS:
         try:
             for device in devices:
@@ -135,6 +135,7 @@ def _tried(request: Request, arguments: dict[str, Any]) -> Iterator[Choice]:
 
 def _drafted(request: Request) -> Draft | None:
     try:
+        request.check()
         return Draft.of(request)
     except LeanLoadError:
         return None  # a choice that this model does not have

@@ -8,19 +8,20 @@ from typing import Any
 
 import torch
 
-from tl_fastload.errors import RecordingError
+from tl_fastload.ground.own_defaults import own_defaults
 from tl_fastload.ground.sizes import bytes_of
-from tl_fastload.hooked.origin import Origin
-from tl_fastload.hooked.processing import Session
-from tl_fastload.loading import load as sessions
+from tl_fastload.huggingface.pretrained import Pretrained
+from tl_fastload.loading.checks import check_recipes
+from tl_fastload.loading.load import placer_for, record
 from tl_fastload.placement.placer import Placer
 from tl_fastload.placement.rehearsal import Forecast, forecast
 from tl_fastload.planning.plan import Room
 from tl_fastload.planning.stock_memory import StockLedger
 from tl_fastload.quantized.quantizer import Quantizer
-from tl_fastload.recipes.promise import Promise
 from tl_fastload.report.available import available_bytes
-from tl_fastload.request.call import Request
+from tl_fastload.report.progress import Progress
+from tl_fastload.roads.road import Recording, Request
+from tl_fastload.source.reader import FileReader
 
 CPU = torch.device("cpu")
 # What a load leaves beside tensors: modules, tables, the interpreter's heap. Between 8 and 16 MB
@@ -41,32 +42,48 @@ class Draft:
     """A load as far as it goes without weights.
 
     Attributes:
-        model: on the meta device.
-        session: what was found out on the way.
-        origin: where the weights would come from.
+        request: the call.
+        recording: what it would place; the model is on the meta device.
+        pretrained: where the weights would come from.
         placer: what would place the recipes.
-        recipes: parameter name -> recipe.
         ledger: what stock would need, if it was asked for.
     """
 
-    model: Any
-    session: Session
-    origin: Origin
+    request: Request
+    recording: Recording
+    pretrained: Pretrained
     placer: Placer
-    recipes: dict[str, Promise]
     ledger: StockLedger | None
 
     @classmethod
     def of(cls, request: Request, ledger: StockLedger | None = None) -> Draft:
         """Record a load; reads the configuration and the headers, no weights.
 
+        Args:
+            request: the call, resolved.
+            ledger: counts what stock would need.
+
         Raises:
             LeanLoadError: what the load itself would raise.
         """
-        model, session = sessions.record(request, ledger)
-        if session.placer is None or session.origin is None:
-            raise RecordingError("TransformerLens' from_pretrained loaded no weights.")
-        return cls(model, session, session.origin, session.placer, session.recipes, ledger)
+        reader = FileReader()
+        try:
+            with torch.inference_mode(False), own_defaults():
+                recording = record(request, reader, headers_only=True, observer=ledger)
+                check_recipes(request.road, recording)
+                pretrained = recording.pretrained
+                assert pretrained is not None
+                pretrained.root = None
+                placer = placer_for(request, recording, Progress(False))
+                reader.files.check_all()
+        finally:
+            reader.close()
+        return cls(request, recording, pretrained, placer, ledger)
+
+    @property
+    def model(self) -> Any:
+        """The model, on the meta device."""
+        return self.recording.model
 
     def forecast(self, quantizer: Quantizer | None = None, n_layers: int | None = None) -> Forecast:
         """What placing takes.
@@ -75,7 +92,9 @@ class Draft:
             quantizer: another one than the load's own.
             n_layers: of the first layers only.
         """
-        recipes = {name: r for name, r in self.recipes.items() if is_within(name, n_layers)}
+        recipes = {
+            name: r for name, r in self.recording.recipes.items() if is_within(name, n_layers)
+        }
         placer = self.placer if quantizer is None else replace(self.placer, quantizer=quantizer)
         return forecast(placer, recipes)
 
@@ -110,10 +129,10 @@ class Needs:
         host = OBJECTS_BYTES + sum(buffers.values()) + peaks.get(CPU, 0) + found.scratch_bytes
         pages = CODE_BYTES + found.seen_bytes
         pages += _READ_AROUND_BYTES * found.seen_parameters
-        if draft.origin.options.dequantize and draft.origin.hf_model is not None:
-            held = sum(map(bytes_of, draft.origin.hf_model.parameters()))
+        if draft.request.options.dequantize and draft.pretrained.hf_model is not None:
+            held = sum(map(bytes_of, draft.pretrained.hf_model.parameters()))
             host = max(host + held, OBJECTS_BYTES + _DEQUANTIZING_COPIES * held)
-        checkpoint = draft.origin.checkpoint
+        checkpoint = draft.pretrained.checkpoint
         if checkpoint is not None and not checkpoint.entries:
             # Torch files are held until the end: in memory, or mapped.
             whole = checkpoint.read_whole_bytes(mmap=draft.placer.maps is not None)

@@ -9,29 +9,30 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tl_fastload.copies import cache
-from tl_fastload.copies.read import copy_folder
 from tl_fastload.errors import NotEnoughMemory
 from tl_fastload.ground.boundary import boundary
 from tl_fastload.ground.own_defaults import own_defaults
 from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.ground.words import format_bytes
-from tl_fastload.loading import load as sessions
+from tl_fastload.loading.load import quantization
 from tl_fastload.placement.rehearsal import Forecast
 from tl_fastload.planning import advice, of_copy
 from tl_fastload.planning.dry_run import CODE_BYTES, CPU, OBJECTS_BYTES, Draft, Needs
 from tl_fastload.planning.plan import KINDS, Choice, LoadPlan, kind_of
 from tl_fastload.planning.stock_memory import StockLedger
-from tl_fastload.request.call import Request
+from tl_fastload.roads.road import Request
 
 
 def plan_load(request: Request) -> LoadPlan:
     """Predict what a load takes.
 
+    Args:
+        request: the call, resolved.
+
     Raises:
         LeanLoadError: what the load itself would raise before it reads weights.
     """
     started = time.perf_counter()
-    request.options.check()
     with own_defaults():
         mapped = _copy_of(request)
         plan = _of_checkpoint(request) if mapped is None else _of_copy(request, *mapped)
@@ -40,9 +41,8 @@ def plan_load(request: Request) -> LoadPlan:
 
 def _copy_of(request: Request) -> tuple[Request, Path] | None:
     """The processed copy that would be loaded: the one that is named, or the cache's."""
-    folder = copy_folder(request.arguments["model_name"], request.keywords)
-    if folder is not None:
-        return request, folder
+    if request.copy is not None:
+        return request, request.copy
     entry = cache.entry_for(request)
     if entry is None or not cache.is_usable(entry):
         return None
@@ -128,23 +128,23 @@ def require_room(request: Request) -> None:
     lacking = "; ".join(str(room) for room in rooms if not room.fits)
     if lacking:
         raise NotEnoughMemory(
-            f"Loading {draft.origin.label} takes {lacking}. No weights were read."
+            f"Loading {draft.pretrained.label} takes {lacking}. No weights were read."
         )
 
 
 def _plan(draft: Draft) -> LoadPlan:
     found = draft.forecast()
     needs, stock = Needs.of(draft, found), _Stock.of(draft)
-    checkpoint = draft.origin.checkpoint
+    checkpoint = draft.pretrained.checkpoint
     missing = checkpoint.missing_bytes if checkpoint is not None else 0
     free = shutil.disk_usage(checkpoint.folder).free if checkpoint is not None and missing else None
     placed = (*found.held_bytes, *found.mapped_bytes)
     return LoadPlan(
-        source=draft.origin.label,
+        source=draft.pretrained.label,
         dtype=draft.model.cfg.dtype,
         device=", ".join(sorted({str(draft.placer.device_of(name)) for name in placed})),
-        strategy="assign" if draft.session.options.assigns else "copy",
-        quantization=sessions.quantization(draft.session),
+        strategy="assign" if draft.request.options.assigns else "copy",
+        quantization=quantization(draft.request.options, draft.pretrained),
         parameter_bytes=_by_kind(draft, found),
         mapped_bytes=sum(found.mapped_bytes.values()),
         peak_host_bytes=needs.resident_bytes,
@@ -158,7 +158,7 @@ def _plan(draft: Draft) -> LoadPlan:
         available_disk_bytes=free,
         rooms=needs.rooms(),
         layout=draft.placer.order,
-        notes=tuple(draft.origin.notes),
+        notes=(*draft.pretrained.notes, *draft.recording.notes),
     )
 
 
@@ -185,12 +185,12 @@ class _Stock:
 
     @classmethod
     def of(cls, draft: Draft) -> _Stock:
-        ledger, options = draft.ledger, draft.origin.options
-        if draft.origin.spec is not None or options.dequantize or ledger is None:
+        ledger, options = draft.ledger, draft.request.options
+        if draft.pretrained.spec is not None or options.dequantize or ledger is None:
             return cls(note="TransformerLens' own loader does not load quantized checkpoints.")
         buffers = sum(draft.buffer_bytes().values())
         device = None
-        if any(draft.placer.device_of(name).type != "cpu" for name in draft.recipes):
+        if any(draft.placer.device_of(name).type != "cpu" for name in draft.recording.recipes):
             # The model is built on the host and moved when it is filled.
             whole = sum(bytes_of(parameter) for parameter in draft.model.parameters())
             device = max(ledger.peak_device_bytes, whole) + buffers

@@ -14,10 +14,9 @@ from tl_fastload.copies.layout import layout_of, moved
 from tl_fastload.copies.manifest import Manifest, View, read_manifest
 from tl_fastload.copies.read import checked_configuration, may_map
 from tl_fastload.copies.verify import open_copy
-from tl_fastload.hooked.empty import build_outline, device_map
 from tl_fastload.planning.dry_run import CODE_BYTES, CPU, OBJECTS_BYTES, Needs
 from tl_fastload.planning.plan import KINDS, Choice, LoadPlan, kind_of
-from tl_fastload.request.call import Request
+from tl_fastload.roads.road import Request
 from tl_fastload.source.reader import CHUNK_BYTES
 from tl_fastload.source.safetensors import TensorEntry
 
@@ -49,14 +48,13 @@ def plan_copy(request: Request, folder: Path) -> LoadPlan:
     Raises:
         ArgumentError, CheckpointError: what loading it would raise.
     """
-    request.check()
     manifest, entries = open_copy(folder)
-    cfg, _ = checked_configuration(manifest, request, folder)
+    cfg = checked_configuration(manifest, request, folder)
     cfg.init_weights = False  # no seed is to be set
-    model = build_outline(request.cls, cfg, None, [])
+    model = request.road.model_on_meta(request.cls, cfg)
     check_names(model, manifest, folder)
-    device_of = device_map(model, request.arguments["move_to_device"])
-    moves = moved(model, manifest, request.options)
+    device_of = request.road.device_map(model, request.arguments["move_to_device"])
+    moves = moved(request.road, model, manifest, request.options)
     mapped = may_map(request.options, folder)
     sizes = _sizes(manifest, entries, device_of, moves, is_mapped=mapped)
     needs = _needs(sizes, reads=request.options.verify)

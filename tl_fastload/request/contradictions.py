@@ -9,30 +9,31 @@ import torch
 
 from tl_fastload.errors import ArgumentError
 from tl_fastload.quantized.spec import as_dtype
+from tl_fastload.request.keywords import Keywords
 
 CHECKPOINT_ARGUMENTS = ("checkpoint_index", "checkpoint_value", "checkpoint_label")
 """Each picks a training checkpoint on the hub."""
 
 
-def check_arguments(arguments: dict[str, Any], keywords: dict[str, Any]) -> None:
+def check_arguments(arguments: Mapping[str, Any], keywords: Keywords) -> None:
     """Raise ArgumentError for arguments that contradict each other or this machine.
 
     What each may be by itself, `tl_fastload.request.argument_types` has asked.
     """
     _check_checkpoint(arguments, keywords)
     _check_device(arguments)
-    _check_dtype(arguments, keywords)
+    _check_dtype(arguments)
 
 
-def _check_dtype(arguments: dict[str, Any], keywords: dict[str, Any]) -> None:
-    if "torch_dtype" not in keywords:
+def _check_dtype(arguments: Mapping[str, Any]) -> None:
+    if "torch_dtype" not in arguments:
         return
-    one, other = as_dtype(keywords["torch_dtype"]), as_dtype(arguments["dtype"])
+    one, other = as_dtype(arguments["torch_dtype"]), as_dtype(arguments["dtype"])
     if one != other and other != torch.float32:
         raise ArgumentError(f"torch_dtype={one} and dtype={other} contradict each other.")
 
 
-def _check_checkpoint(arguments: dict[str, Any], keywords: dict[str, Any]) -> None:
+def _check_checkpoint(arguments: Mapping[str, Any], keywords: Keywords) -> None:
     given = [name for name in CHECKPOINT_ARGUMENTS if arguments[name] is not None]
     if given[-2:] == ["checkpoint_value", "checkpoint_label"]:
         raise ArgumentError("checkpoint_value and checkpoint_label are aliases: pass one of them.")
@@ -45,13 +46,13 @@ def _check_checkpoint(arguments: dict[str, Any], keywords: dict[str, Any]) -> No
             f"{given[0]}= picks a checkpoint on the hub, but hf_model= already has weights: "
             "pass one of them."
         )
-    if given and keywords.get("revision") is not None:
+    if given and keywords.hub.get("revision") is not None:
         raise ArgumentError(
             f"{given[0]}= and revision= both name a version of the weights: pass one of them."
         )
 
 
-def _check_device(arguments: dict[str, Any]) -> None:
+def _check_device(arguments: Mapping[str, Any]) -> None:
     n_devices = arguments["n_devices"]
     device = device_asked_for(arguments)
     if device.type != "cuda":

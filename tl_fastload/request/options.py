@@ -42,10 +42,8 @@ class Options:
         quantize: how to quantize matrices while they are loaded, or None.
         dequantize: whether transformers is to make ordinary weights of a quantized checkpoint.
         check_memory: whether to refuse a load that will not fit.
-        move_to_device: whether parameters go to the configured device.
         cache: None, False, True or a folder: whether, and where, processed copies are kept.
         verify: whether every byte of a processed copy is compared with its checksums.
-        only_plan: find out what a load would do, from the configuration and the headers.
         adapter: LoRA adapters to merge, with weights.
         requantize: whether adapters may be merged into weights that came quantized.
         check_base: whether an adapter whose base is another model is refused.
@@ -58,10 +56,8 @@ class Options:
     quantize: Spec | None = None
     dequantize: bool = False
     check_memory: bool = True
-    move_to_device: bool = True
     cache: bool | str | Path | None = None
     verify: bool = False
-    only_plan: bool = False
     adapter: Requests = ()
     requantize: bool = False
     check_base: bool = True

@@ -181,24 +181,22 @@ def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -
 
 
 def open_adapters(
-    requests: Requests, keywords: Mapping[str, Any], reader: FileReader
+    requests: Requests, locations: Sequence[Location], reader: FileReader
 ) -> list[Adapter]:
-    """Find adapters and read their configurations and headers.
+    """Read the configurations and headers of adapters.
 
     Args:
         requests: from `read_adapter_argument`.
-        keywords: how to reach the hub, as for the model; its revision and subfolder are not the
-            adapter's.
+        locations: where each of them lies, from `locate_adapter`.
         reader: reads the weights later.
 
     Raises:
         MissingPackageError: peft is not installed.
-        UnknownModelError, CheckpointError: an adapter cannot be had.
+        CheckpointError: an adapter cannot be had.
         AdapterError: it is of another kind, or does something that cannot be merged.
     """
     adapters = []
-    for name, weight in requests:
-        location = locate_adapter(name, dict(keywords))
+    for (_, weight), location in zip(requests, locations, strict=True):
         reader.files.see(location.folder / CONFIG)
         config = read_config(location.folder, location.label)
         adapter = Adapter(location.label, config, weight)
@@ -225,7 +223,8 @@ def locate_adapter(name: str, keywords: dict[str, Any]) -> Location:
 
     Args:
         name: a folder; or "organisation/name", perhaps with "/subfolder" and "@revision".
-        keywords: how to reach the hub, as for the model.
+        keywords: how to reach the hub, as for the model; its revision and subfolder are not the
+            adapter's.
 
     Raises:
         UnknownModelError, CheckpointError: it cannot be had, or is none.

@@ -1,0 +1,48 @@
+"""The road to a HookedTransformer."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from transformer_lens import HookedTransformerConfig
+
+from tl_fastload.hooked import state_dicts, steps
+from tl_fastload.hooked.architectures import SUPPORTED
+from tl_fastload.hooked.convert import record_weights
+from tl_fastload.hooked.devices import default_device
+from tl_fastload.hooked.empty import build_empty, build_on_meta, device_map
+from tl_fastload.hooked.layout import strides_in
+from tl_fastload.hooked.official_names import aliases
+from tl_fastload.hooked.record import record
+from tl_fastload.roads.road import Road
+
+
+def _is_unused(name: str, cfg: Any) -> bool:
+    # TransformerLens before 3 has no attention sinks.
+    return name.endswith(".sinks") and not hasattr(cfg, "use_attention_sinks")
+
+
+class HookedRoad:
+    """What `tl_fastload.roads.road.Road` asks for."""
+
+    name = "HookedTransformer"
+    config_class = HookedTransformerConfig
+    supported = SUPPORTED
+    aliases = staticmethod(aliases)
+    record = staticmethod(record)
+    record_weights = staticmethod(record_weights)
+    empty_model = partial(build_empty, move_to_device=False)
+    model_on_meta = staticmethod(build_on_meta)
+    default_device = staticmethod(default_device)
+    device_map = staticmethod(device_map)
+    strides_in = staticmethod(strides_in)
+    why_skipped = staticmethod(steps.reason_to_skip)
+    check_flags = staticmethod(steps.check_refactor)
+    is_processed = staticmethod(steps.is_processed)
+    is_norm = staticmethod(state_dicts.is_norm)
+    is_matrix = staticmethod(state_dicts.is_weight_matrix)
+    is_unused = staticmethod(_is_unused)
+
+
+ROAD: Road = HookedRoad()

@@ -1,0 +1,31 @@
+"""What the name of a call means, found once: a processed copy, or a model and its adapters."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tl_fastload.copies.read import copy_folder
+from tl_fastload.huggingface.pretrained import locate
+from tl_fastload.roads.road import Request
+
+
+def resolved(request: Request) -> Request:
+    """The call, checked, with the copy that it means or the place of its model.
+
+    Raises:
+        LeanLoadError: arguments that contradict each other or this machine, or something that
+            cannot be found.
+    """
+    request.check()
+    name = request.arguments["model_name"]
+    copy = copy_folder(name, request.keywords)
+    if copy is not None:
+        return replace(request, copy=copy)
+    located = locate(
+        name,
+        in_memory=request.arguments["hf_model"] is not None,
+        adapters=request.options.adapter,
+        hub=request.keywords.hub,
+        aliases=request.road.aliases(),
+    )
+    return replace(request, located=located)

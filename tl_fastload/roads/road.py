@@ -1,0 +1,218 @@
+"""A road: how a pretrained model becomes a model of some class of TransformerLens'.
+
+What loads, plans and keeps copies knows roads by this interface alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from tl_fastload.huggingface.config import Supported
+from tl_fastload.huggingface.pretrained import Located, Pretrained
+from tl_fastload.quantized.spec import as_dtype
+from tl_fastload.recipes.promise import Promise
+from tl_fastload.request.contradictions import check_arguments
+from tl_fastload.request.keywords import Keywords
+from tl_fastload.request.options import Options
+from tl_fastload.request.steps import STEPS
+from tl_fastload.roads.observer import Observer
+from tl_fastload.source.aliases import Aliases
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of `from_pretrained_lean`, its arguments sorted by who takes them.
+
+    Attributes:
+        cls: the model class.
+        road: how such models are loaded.
+        options: what TransformerLens' own method does not have.
+        arguments: of TransformerLens' own method; `torch_dtype` only if it was given.
+        keywords: for Hugging Face.
+        copy: the processed copy that the name means; None for anything else.
+        located: where the model and its adapters lie; None for a copy, and as long as nobody has
+            looked (`tl_fastload.loading.resolve`).
+    """
+
+    cls: type
+    road: Road
+    options: Options
+    arguments: dict[str, Any]
+    keywords: Keywords
+    copy: Path | None = None
+    located: Located | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the parameters are to be, by either name of that argument."""
+        return as_dtype(self.arguments.get("torch_dtype", self.arguments["dtype"]))
+
+    def check(self) -> None:
+        """Raise for values that mean nothing, contradict each other or this machine."""
+        self.options.check()
+        check_arguments(self.arguments, self.keywords)
+
+    def changed(self, **changes: Any) -> Request:
+        """The same call with other arguments of TransformerLens' own method."""
+        arguments = {**self.arguments, **changes}
+        if "dtype" in changes:
+            arguments.pop("torch_dtype", None)
+        return replace(self, arguments=arguments)
+
+    def with_options(self, **changes: Any) -> Request:
+        """The same call with other options."""
+        return replace(self, options=replace(self.options, **changes))
+
+
+@dataclass
+class Recording:
+    """What goes into a model, found out without reading weights.
+
+    Attributes:
+        model: the model that it goes into: a new one, one on the meta device, or the caller's.
+        requested: the processing steps that the caller asked for.
+        pretrained: where the weights come from; None for a state dict.
+        recipes: name of a parameter or buffer -> how its value comes about. Others are ignored.
+        shifts: name of a quantized matrix -> what processing takes out of its inputs.
+        notes: for the report.
+    """
+
+    model: Any
+    requested: dict[str, bool]
+    pretrained: Pretrained | None = None
+    recipes: dict[str, Promise] = field(default_factory=dict)
+    shifts: dict[str, Promise] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+class Road(Protocol):
+    """What is asked of a road.
+
+    Attributes:
+        name: TransformerLens' class that its models are of, for messages.
+        config_class: the dataclass of its models' `cfg`.
+        supported: which model classes it can load.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def config_class(self) -> type: ...
+
+    @property
+    def supported(self) -> Supported: ...
+
+    def aliases(self) -> Aliases:
+        """The names that TransformerLens has for models."""
+
+    def record(
+        self,
+        request: Request,
+        pretrained: Pretrained,
+        *,
+        on_meta: bool = False,
+        observer: Observer | None = None,
+    ) -> Recording:
+        """Run TransformerLens' own loading to its end, on promises.
+
+        Args:
+            request: the call.
+            pretrained: the model; its `tree` is asked for once.
+            on_meta: make the model on the meta device, without a tokenizer, and say nothing: for a
+                plan.
+            observer: told of what TransformerLens would hold.
+
+        Raises:
+            Exception: anything that TransformerLens' code raises; `pretrained.is_recording` says
+                whether its converter or processing was at work.
+        """
+
+    def record_weights(
+        self, model: Any, pretrained: Pretrained, flags: Mapping[str, bool]
+    ) -> Recording:
+        """The same for weights under Hugging Face's names that go into a live model, which is not
+        changed. Recipes of what the weights do not tell are zeros.
+        """
+
+    def empty_model(
+        self,
+        cls: type,
+        cfg: Any,
+        notes: list[str],
+        tokenizer: Any,
+        *,
+        hf_config: Any,
+        trust_remote_code: bool,
+        **keywords: Any,
+    ) -> Any:
+        """A model without values, of a configuration that was saved.
+
+        Args:
+            cls: its class.
+            cfg: its configuration; not changed.
+            notes: gets what the report has to say.
+            tokenizer: its tokenizer; None for a model without one.
+            hf_config: transformers' configuration, or None.
+            trust_remote_code: whether code that comes with a tokenizer may run.
+            **keywords: for the class.
+        """
+
+    def model_on_meta(self, cls: type, cfg: Any) -> Any:
+        """The same on the meta device, without a tokenizer: shapes and dtypes only."""
+
+    def default_device(self) -> str:
+        """The device on which TransformerLens puts a model if none is asked for."""
+
+    def device_map(self, model: Any, move_to_device: bool) -> Callable[[str], torch.device]:
+        """Where each parameter and buffer of a model goes, by its name."""
+
+    def strides_in(
+        self, order: str, module: nn.Module, leaf: str, shape: torch.Size
+    ) -> tuple[int, ...]:
+        """Dense strides of a parameter in one of `ground.memory_orders.LAYOUTS`, in elements.
+
+        Args:
+            order: which one.
+            module: the module that owns it.
+            leaf: its name there.
+            shape: its shape.
+        """
+
+    def why_skipped(self, step: str, cfg: Any) -> str | None:
+        """Why a model of this configuration does not allow a processing step; None if it does."""
+
+    def check_flags(self, cfg: Any, flags: Mapping[str, bool]) -> None:
+        """Raise ArgumentError for steps that a model of this configuration cannot even skip."""
+
+    def is_processed(self, model: Any, flags: Mapping[str, bool]) -> bool:
+        """Whether every step that is asked for, and that the model allows, would change nothing, by
+        the values of its parameters.
+        """
+
+    def is_norm(self, name: str) -> bool:
+        """Whether a parameter is a weight or bias of a norm that `fold_ln` folds."""
+
+    def is_matrix(self, name: str) -> bool:
+        """Whether a parameter is one that no default can stand for."""
+
+    def is_unused(self, name: str, cfg: Any) -> bool:
+        """Whether a weight of a checkpoint has no place in the model, which the report says."""
+
+
+def describe_steps(road: Road, requested: Mapping[str, bool], cfg: Any) -> dict[str, str]:
+    """What becomes of each processing step, for the report."""
+    outcome = {}
+    for step in STEPS:
+        reason = road.why_skipped(step, cfg)
+        if not requested.get(step, False):
+            outcome[step] = "skipped: not asked for"
+        else:
+            outcome[step] = "done" if reason is None else f"skipped: {reason}"
+    return outcome
