@@ -122,7 +122,10 @@ _OWN: dict[str, tuple[str, dict[str, Any]]] = {
     "glm": ("GlmForCausalLM", {}),
     "glm4": ("Glm4ForCausalLM", {}),
     "glm4-moe": ("Glm4MoeForCausalLM", {}),
-    "glm4-moe-lite": ("Glm4MoeLiteForCausalLM", {**_LATENT, "mlp_layer_types": ["dense", "sparse"]}),
+    "glm4-moe-lite": (
+        "Glm4MoeLiteForCausalLM",
+        {**_LATENT, "mlp_layer_types": ["dense", "sparse"]},
+    ),
     "glm-dsa": (
         "GlmMoeDsaForCausalLM",
         {**_LATENT, "index_head_dim": 8, "index_n_heads": 2, "index_topk": 5},
