@@ -19,7 +19,7 @@ PROPERTIES := $(shell grep -lr --include="test_*.py" "^@given" tests)
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev demo demo-quick test test-fast explore test-slow test-gpu lint format types fuzz bench notebooks notebooks-check embedded-model clean
 # Other versions of the libraries, each in a virtual environment of its own; see README.md.
-ENVIRONMENTS := tl2 tl216 old sae
+ENVIRONMENTS := tl4 tl40 tl2 tl216 old sae
 .PHONY: parity parity-current $(ENVIRONMENTS:%=parity-%) $(ENVIRONMENTS:%=bench-%)
 
 help: ## show this list
@@ -62,6 +62,8 @@ PARITY := -m pytest -n $(JOBS) -m "parity and not gpu and not slow" --count-skip
 parity-current: $(DEV) ## the parity suite: TransformerLens 3.9, torch 2.13, transformers 5
 	OMP_NUM_THREADS=1 $(BIN)/python $(PARITY) $(PARITY_FILES)
 
+parity-tl4: ## ... TransformerLens 4.3, torch 2.13, transformers 5.24: TransformerBridge
+parity-tl40: ## ... TransformerLens 4.0, the oldest without HookedTransformer
 parity-tl2: ## ... TransformerLens 2.18, transformers 4.57
 parity-tl216: ## ... TransformerLens 2.16.1, the oldest that SAELens admits
 parity-old: ## ... TransformerLens 2.8.1, torch 2.0.1, transformers 4.40, Python 3.10 (5 GB)

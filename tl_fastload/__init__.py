@@ -27,6 +27,7 @@ from tl_fastload.errors import (
 from tl_fastload.ground.compat import __version__ as __version__
 
 if TYPE_CHECKING:
+    from tl_fastload.bridge_model import LeanBridgeMixin, LeanTransformerBridge
     from tl_fastload.copies.verify import verify_copy
     from tl_fastload.copies.write import save_lean
     from tl_fastload.loading.load_weights import load_weights_
@@ -39,8 +40,10 @@ else:
     # Imported when they are first asked for: TransformerLens takes seconds, which the command line
     # does not need to say what its options are.
     _HOMES = {
+        "LeanBridgeMixin": "bridge_model",
         "LeanHookedTransformer": "model",
         "LeanLoadingMixin": "model",
+        "LeanTransformerBridge": "bridge_model",
         "LoadPlan": "planning.plan",
         "LoadReport": "report.load_report",
         "ProgressEvent": "report.progress",
@@ -72,9 +75,11 @@ __all__ = [
     "DifferentModelError",
     "HalfWrittenError",
     "InternalError",
+    "LeanBridgeMixin",
     "LeanHookedTransformer",
     "LeanLoadError",
     "LeanLoadingMixin",
+    "LeanTransformerBridge",
     "LoadPlan",
     "LoadReport",
     "MissingPackageError",

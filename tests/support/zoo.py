@@ -94,7 +94,22 @@ def build(
     config_overrides: other values for keywords of the configuration.
     The .pth models ignore `shards` and `bin`: they have one layout, with training checkpoints.
     """
-    case = CASES[case_id]
+    return build_case(
+        CASES[case_id], case_id, folder, dtype=dtype, shards=shards, bin=bin, **config_overrides
+    )
+
+
+def build_case(
+    case: Case,
+    case_id: str,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    shards: bool = False,
+    bin: bool = False,
+    **config_overrides: Any,
+) -> Path:
+    """`build` for a case that need not be in CASES."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed(case_id))
     if case.kind == "pth":

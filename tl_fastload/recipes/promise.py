@@ -52,11 +52,13 @@ class Promise(torch.Tensor):
         node: the recipe.
         meta: meta tensor of the same shape, strides and dtype, on which results are inferred.
         memory: who counts the memory that its value would take; None if nobody does.
+        is_trained: whether the parameter that it is the value of has gradients.
     """
 
     node: Node
     meta: torch.Tensor
     memory: Memory | None = None
+    is_trained: bool = False
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -85,7 +87,7 @@ class Promise(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # torch passes no kwargs at times
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        return _record(func, args, kwargs or {})
+        return _record(cls, func, args, kwargs or {})
 
     def __isub__(self, other: Any) -> Promise:  # type: ignore[misc]
         """`state_dict[name] -= mean`, as TransformerLens 2 has it: the name gets a new promise.
@@ -113,7 +115,7 @@ def node_of(tensor: torch.Tensor) -> Node:
     return Promise.of(MemorySource(tensor.clone()), tensor.device).node
 
 
-def _record(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _record(cls: type[Promise], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if torch.Tag.nondeterministic_seeded in func.tags:
         raise RecordingError(
             f"{func} draws random numbers, which a recipe cannot hold. Load the model first."
@@ -133,15 +135,20 @@ def _record(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     meta_kwargs = {**kwargs, "device": torch.device("meta")} if "device" in kwargs else kwargs
     meta = func(*_mapped(_to_meta, args), **_mapped(_to_meta, meta_kwargs))
     if isinstance(meta, (tuple, list)):
-        return _record_several(func, args, kwargs, meta, device)
+        return _record_several(cls, func, args, kwargs, meta, device)
     if not isinstance(meta, torch.Tensor):
         return meta
     node = _simplify(func, args, kwargs, meta) or _call(func, args, kwargs, meta)
-    return _followed(func, args, Promise(node, meta, torch.device(device)))
+    return _followed(func, args, cls(node, meta, torch.device(device)))
 
 
 def _record_several(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], metas: Any, device: Any
+    cls: type[Promise],
+    func: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    metas: Any,
+    device: Any,
 ) -> Any:
     if _is_view(func) and isinstance(args[0].node, SourceView):
         view = args[0].node
@@ -151,7 +158,7 @@ def _record_several(
         call = _call(func, args, kwargs, metas)
         nodes = [Pick(call, index) for index in range(len(metas))]
     promises = [
-        Promise(node, meta, torch.device(device)) for node, meta in zip(nodes, metas, strict=True)
+        cls(node, meta, torch.device(device)) for node, meta in zip(nodes, metas, strict=True)
     ]
     return _followed(func, args, promises if isinstance(metas, list) else tuple(promises))
 

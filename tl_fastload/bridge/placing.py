@@ -1,0 +1,152 @@
+"""Recipes into the slots of a bridge, each memory once.
+
+A Placer fills modules by name. The shelf is such a module: one tensor for each memory of a bridge,
+under the name of the first slot that it belongs to. When it is full, its tensors go into the slots.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from tl_fastload.bridge.slots import Slot, Views, by_memory, slots_of
+from tl_fastload.ground.geometry import dense_strides
+from tl_fastload.ground.sizes import bytes_of
+from tl_fastload.recipes.nodes import Call, SourceView, aten
+from tl_fastload.recipes.promise import Promise
+from tl_fastload.source.reader import FileSource
+
+_ALLOCATED_AT = 64
+_SMALL_BYTES = 64 << 10
+
+
+class Shelf(nn.Module):
+    """What a Placer fills in place of a bridge.
+
+    Attributes:
+        strides: of each own parameter and buffer, as TransformerLens would have them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strides: dict[str, tuple[int, ...]] = {}
+
+
+class BridgeShelf(Shelf):
+    """The shelf of a bridge, whose slots are empty from now on: a promise, and what it is made
+    from, lives until it is placed and no longer.
+
+    Args:
+        bridge: the bridge.
+        is_raw: nothing was processed.
+        on_meta: whether parameters are put in (and not copied into).
+
+    Attributes:
+        cfg: the bridge's.
+        recipes: name on the shelf -> recipe; who places them takes them away.
+        devices: name -> where what it is made from lies.
+    """
+
+    def __init__(self, bridge: Any, *, is_raw: bool, on_meta: bool = True) -> None:
+        super().__init__()
+        self.cfg = bridge.cfg
+        self.recipes: dict[str, Promise] = {}
+        self.devices: dict[str, torch.device] = {}
+        self._homes: dict[str, _Home] = {}
+        for views in by_memory(slots_of(bridge)):
+            name = self._add(views, on_meta)
+            self.recipes[name], self.devices[name] = views.whole, views.whole.device
+            if not is_raw:
+                self.recipes[name] = _as_allocated(views.whole)
+            self._homes[name] = _Home(views)
+
+    def _add(self, views: Views, on_meta: bool) -> str:
+        slot, promise = views.slots[0], views.whole
+        *path, leaf = slot.name.split(".")
+        owner: Shelf = self
+        for part in path:
+            owner = owner._modules.setdefault(part, Shelf())  # type: ignore[assignment]
+        while leaf in owner._parameters or leaf in owner._buffers:
+            leaf += "_"  # two modules under one name
+        strides = owner.strides[leaf] = dense_strides(promise.meta)
+        device = "meta" if on_meta and slot.is_parameter else "cpu"
+        empty = torch.empty_strided(promise.shape, strides, dtype=promise.dtype, device=device)
+        if slot.is_parameter:
+            trainable = promise.requires_grad
+            owner._parameters[leaf] = nn.Parameter(empty, requires_grad=trainable)
+        else:
+            owner._buffers[leaf] = empty
+        return ".".join((*path, leaf))
+
+    def slots(self, name: str) -> list[Slot]:
+        """The slots that a value goes into."""
+        return self._homes[name].slots
+
+    def clear(self) -> None:
+        """Put what is full into its slots."""
+        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        for name, home in self._homes.items():
+            if not tensors[name].is_meta:
+                home.fill(tensors[name])
+
+
+def _as_allocated(promise: Promise) -> Promise:
+    """A recipe that makes memory of its own for a small tensor that lies anywhere in a file."""
+    node = promise.node
+    if not isinstance(node, SourceView) or not isinstance(node.source, FileSource):
+        return promise
+    offset = node.geometry.storage_offset() * node.geometry.element_size()
+    if not is_small_and_odd(int(node.source.entry.offset + offset), promise):
+        return promise
+    copied = Call(aten.clone.default, (node,), {}, promise.meta)
+    return type(promise)(copied, promise.meta, promise.device)
+
+
+def is_small_and_odd(address: int, tensor: torch.Tensor) -> bool:
+    """Whether a tensor at this address is not kept where it lies.
+
+    TransformerLens' processing copies what it does not change, and products with one row round
+    otherwise where memory begins otherwise.
+    """
+    return address % _ALLOCATED_AT != 0 and bytes_of(tensor) <= _SMALL_BYTES
+
+
+def strides_in(order: str, module: nn.Module, leaf: str, shape: torch.Size) -> tuple[int, ...]:
+    """Strides of a parameter on a shelf; a bridge has one memory order."""
+    assert isinstance(module, Shelf)
+    return module.strides[leaf]
+
+
+class _Home:
+    """The slots of one memory, emptied; knows the forms of the views, and holds no promise."""
+
+    def __init__(self, views: Views) -> None:
+        self._whole = views.slots
+        self._parts = [(s, p.meta, p.requires_grad, p._is_param) for s, p in views.parts]
+        # One tensor in two slots stays one.
+        numbers: dict[int, int] = {}
+        self._same = [numbers.setdefault(id(p), n) for n, (_, p) in enumerate(views.parts)]
+        for slot in self.slots:
+            slot.tensor = None
+
+    @property
+    def slots(self) -> list[Slot]:
+        return [*self._whole, *(part[0] for part in self._parts)]
+
+    def fill(self, tensor: torch.Tensor) -> None:
+        """Put the value into its slots, and views of it into theirs."""
+        for slot in self._whole:
+            slot.tensor = tensor
+        made: list[torch.Tensor] = []
+        for same, (slot, meta, trainable, is_parameter) in zip(
+            self._same, self._parts, strict=True
+        ):
+            if same == len(made):
+                offset = tensor.storage_offset() + meta.storage_offset()
+                view = tensor.detach().as_strided(meta.shape, meta.stride(), offset)
+                made.append(nn.Parameter(view, trainable) if is_parameter else view)
+            else:
+                made.append(made[same])
+            slot.tensor = made[-1]

@@ -1,0 +1,195 @@
+"""TransformerLens' weight processing on a live bridge: recorded, then placed in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from tl_fastload.bridge.leftovers import require_none_left
+from tl_fastload.bridge.placing import BridgeShelf, is_small_and_odd, strides_in
+from tl_fastload.bridge.slots import ATTRIBUTE, Slot, slots_of
+from tl_fastload.errors import HalfWrittenError, LeanLoadError, NotEnoughMemory, is_out_of_memory
+from tl_fastload.ground.mark import MARK, Mark
+from tl_fastload.huggingface.empty import SkipRandomInit
+from tl_fastload.placement.placer import Placer
+from tl_fastload.recipes.live import LivePromise, Memory, live_tensors
+from tl_fastload.recipes.nodes import MemorySource, SourceView
+from tl_fastload.report.progress import Progress
+
+_Key = tuple[int, int, str]
+
+
+def process_in_place(bridge: Any, stock: Callable[[], None], progress: Progress) -> None:
+    """Run TransformerLens' `process_weights` on promises of a bridge's weights, then give each
+    parameter its new value, one at a time; what does not change stays where it is.
+
+    Args:
+        bridge: the bridge, with values.
+        stock: runs the processing.
+        progress: told of each parameter.
+
+    Raises:
+        HalfWrittenError: it stopped after some parameters had new values; NotEnoughMemory, if that
+            is why.
+    """
+    before = _Before(bridge)
+    try:
+        before.replace()
+        with torch.no_grad(), SkipRandomInit():  # type: ignore[no-untyped-call]
+            stock()
+        before.keep_unchanged(slots_of(bridge))
+    except BaseException:
+        before.restore()
+        raise
+    mark = Mark("enable_compatibility_mode")
+    bridge.__dict__[MARK] = mark
+
+    shelf = BridgeShelf(bridge, is_raw=False)
+
+    def writing(name: str) -> None:
+        before.forget(shelf.slots(name))
+        mark.written.add(name)
+
+    placer = Placer(
+        shelf,
+        shelf.devices.__getitem__,
+        assign=True,
+        maps=None,
+        map_any_layout=False,
+        progress=progress,
+        strides_of=strides_in,
+        writing=writing,
+    )
+    try:
+        try:
+            placer.place(shelf.recipes)
+        finally:
+            shelf.clear()
+        require_none_left(bridge)
+    except BaseException as error:
+        before.restore()
+        if isinstance(error, Exception):
+            raise _explained(error, mark) from error
+        raise
+    bridge.__dict__.pop(MARK)
+
+
+def _explained(error: Exception, mark: Mark) -> LeanLoadError:
+    kind = NotEnoughMemory if is_out_of_memory(error) else HalfWrittenError
+    return kind(
+        f"{mark.step} stopped in the middle ({type(error).__name__}: {error}). Some weights of the "
+        "bridge are processed and the others are not. Boot the model anew."
+    )
+
+
+class _Before:
+    """The tensors of a bridge, each until its slot has a new value."""
+
+    def __init__(self, bridge: Any) -> None:
+        slots = slots_of(bridge)
+        own = {s.tensor.untyped_storage()._cdata for s in slots if s.kind != ATTRIBUTE}
+        self._slots = {
+            _key(slot): slot
+            for slot in slots
+            if slot.kind != ATTRIBUTE or slot.tensor.untyped_storage()._cdata in own
+        }
+        self._tensors: dict[_Key, torch.Tensor] = {k: s.tensor for k, s in self._slots.items()}
+        # For each memory: its promises' home and source, and a tensor that lies in it.
+        self._memories: list[tuple[Memory, MemorySource, torch.Tensor]] = []
+
+    def replace(self) -> None:
+        """Put promises in place of the tensors; one tensor in two slots is one promise."""
+        once: dict[int, tuple[str, Slot]] = {}
+        for slot in self._slots.values():
+            once.setdefault(id(slot.tensor), (slot.name, slot))
+        made = live_tensors({f"{name}#{key}": s.tensor for key, (name, s) in once.items()})
+        promises = {key: made[f"{name}#{key}"] for key, (name, _) in once.items()}
+        known: set[int] = set()
+        for slot in self._slots.values():
+            promise = promises[id(slot.tensor)]
+            promise._is_param = isinstance(slot.tensor, nn.Parameter)
+            if id(promise.home) not in known:
+                known.add(id(promise.home))
+                node = promise.node
+                assert isinstance(node, SourceView)
+                assert isinstance(node.source, MemorySource)
+                self._memories.append((promise.home, node.source, slot.tensor))
+            slot.tensor = promise
+
+    def restore(self) -> None:
+        """Put the tensors back that have not been replaced by new values."""
+        for key, tensor in self._tensors.items():
+            self._slots[key].tensor = tensor
+
+    def forget(self, slots: list[Slot]) -> None:
+        """Let go of tensors whose slots have new values."""
+        for slot in slots:
+            self._tensors.pop(_key(slot), None)
+
+    def keep_unchanged(self, slots: list[Slot]) -> None:
+        """Put memory back where processing has changed nothing, and let go of the rest."""
+        homes = {id(home): (home, tensor) for home, _, tensor in self._memories}
+        made: dict[tuple[int, ...], torch.Tensor] = {}
+        for slot in slots:
+            home, held = homes.get(id(getattr(slot.tensor, "home", None)), (None, None))
+            if home is not None and held is not None and home.version == 0:
+                slot.tensor = self._kept(slot, slot.tensor, held, made)
+        free = {
+            id(source): tensor
+            for home, source, tensor in self._memories
+            if not any(id(home) == key[0] for key in made)
+        }
+        for slot in slots:
+            # Processing in float32 leaves a copy of what it does not change in any other dtype.
+            source = _source_of(slot.tensor)
+            held = free.pop(id(source), None) if source is not None else None
+            if held is not None and not is_small_and_odd(held.untyped_storage().data_ptr(), held):
+                slot.tensor = self._kept(slot, slot.tensor, held, made)
+        self._memories.clear()
+        for slot in slots:
+            if not isinstance(slot.tensor, LivePromise):
+                self.forget([slot])
+
+    def _kept(
+        self,
+        slot: Slot,
+        promise: LivePromise,
+        held: torch.Tensor,
+        made: dict[tuple[int, ...], torch.Tensor],
+    ) -> torch.Tensor:
+        """The tensor of an unchanged promise: the one that the slot had, if it fits."""
+        form = promise.node.geometry  # type: ignore[attr-defined]
+        place = (id(promise.home), form.storage_offset(), *form.shape, *form.stride())
+        if place not in made:
+            old = self._tensors.get(_key(slot))
+            if old is None or not _is_at(old, held, form, promise.requires_grad):
+                view = held.detach().as_strided(form.shape, form.stride(), form.storage_offset())
+                old = nn.Parameter(view, promise.requires_grad) if promise._is_param else view
+            made[place] = old
+        return made[place]
+
+
+def _key(slot: Slot) -> _Key:
+    return id(slot.module), slot.kind, slot.leaf
+
+
+def _is_at(old: torch.Tensor, held: torch.Tensor, form: torch.Tensor, trainable: bool) -> bool:
+    return (
+        old.untyped_storage()._cdata == held.untyped_storage()._cdata
+        and old.storage_offset() == form.storage_offset()
+        and old.shape == form.shape
+        and old.stride() == form.stride()
+        and old.requires_grad == trainable
+    )
+
+
+def _source_of(tensor: Any) -> MemorySource | None:
+    """The memory that a promise is all of, as it stands."""
+    node = tensor.node if isinstance(tensor, LivePromise) else None
+    if not isinstance(node, SourceView) or node.casts or not isinstance(node.source, MemorySource):
+        return None
+    fills = node.geometry.numel() == node.source.shape.numel()
+    return node.source if fills and node.geometry.stride() == tensor.stride() else None
