@@ -8,8 +8,9 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
-from benchmarks.measure import Case, Measurement, combine, run_case
+from benchmarks.measure import Case, run_case
 from benchmarks.models import SHAPES
+from tl_fastload.cli.bench.process import Measurement, measure_in_turns
 from tl_fastload.ground import compat
 
 DTYPES = ("float32", "bfloat16")
@@ -131,12 +132,10 @@ def run_all(
         together = list(group)
         for turn in range(repeats):
             rounds += [case for case in together if turn == 0 or case.loads == 1]
-    measured: dict[str, list[Measurement]] = {case.name: [] for case in cases}
-    for number, case in enumerate(rounds, start=1):
-        earlier = measured[case.name]
-        if earlier and earlier[0].error is not None:
-            continue  # it will not fit, or fail, again
+
+    def measure_one(number: int, case: Case) -> Measurement:
         measurement = run_case(case, cache)
-        earlier.append(measurement)
         announce(number, len(rounds), case, measurement)
-    return {name: combine(repeats) for name, repeats in measured.items()}
+        return measurement
+
+    return {case.name: found for case, found in measure_in_turns(rounds, measure_one).items()}

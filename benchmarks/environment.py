@@ -8,7 +8,7 @@ import re
 from importlib import metadata
 from pathlib import Path
 
-from benchmarks.proc import meminfo
+import psutil
 
 _PACKAGES = (
     "tl_fastload",
@@ -26,7 +26,7 @@ def machine() -> dict[str, str | int | float]:
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
-        "ram_gb": round(meminfo("MemTotal") / 1e9, 1),
+        "ram_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "kernel": platform.release().split("-")[0],
         "load_average": round(os.getloadavg()[0], 2),
     }

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.measure import Measurement, WorkerError, combine, run_action
+from tl_fastload.cli.bench.process import Measurement, combine, measure
 
 _REPEATS = 5
 
@@ -29,8 +29,5 @@ def _import_all() -> list[Any]:
 def measure_import() -> Measurement:
     """The import, in five fresh processes, and once before to have the bytecode compiled."""
     name = "import tl_fastload"
-    try:
-        runs = [run_action("benchmarks.imports:prepare", {}, name) for _ in range(_REPEATS + 1)]
-    except WorkerError as error:
-        return Measurement(name, error=f"failed: {error}")
+    runs = [measure("benchmarks.imports:prepare", {}, name, {}) for _ in range(_REPEATS + 1)]
     return combine(runs[1:])

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks import copies, models
-from benchmarks.proc import meminfo
 from benchmarks.quantized_checkpoints import make_quantized_checkpoint
-from tl_fastload.cli.bench.process import Measurement, WorkerError, combine, read_ahead, run_action
+from tl_fastload.cli.bench.process import Measurement, measure, read_ahead
+from tl_fastload.report.available import available_host_bytes
 
-__all__ = ["Case", "Measurement", "WorkerError", "combine", "run_action", "run_case"]
+__all__ = ["Case", "Measurement", "run_case"]
 
 _IMPORTS_BYTES = 1 << 30
 
@@ -71,13 +71,12 @@ class Case:
         return " ".join(parts)
 
 
-def run_case(case: Case, cache: Path | None = None, timeout_seconds: float = 1800) -> Measurement:
+def run_case(case: Case, cache: Path | None = None) -> Measurement:
     """Measure one load in a fresh process, its checkpoint made and read into the page cache first.
 
     Args:
         case: what to load, and how.
         cache: folder of the benchmark checkpoints; default `models.default_cache()`.
-        timeout_seconds: after which the process is ended and the case has failed.
 
     Returns:
         The measurement. When the process failed, or would not fit in memory, `error` says so.
@@ -86,28 +85,17 @@ def run_case(case: Case, cache: Path | None = None, timeout_seconds: float = 180
         folder = make_quantized_checkpoint(case.model, case.kind, cache).resolve()
     else:
         folder = models.make_checkpoint(case.model, cache).resolve()
-    need, free = needed_bytes(case), meminfo("MemAvailable")
-    if need > free:
-        return Measurement(
-            case.name, error=f"not measured: needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB free"
-        )
-    if case.road in ("reload", "touch"):
+    source, needed = folder, needed_bytes(case)
+    if case.road in ("reload", "touch") and needed <= available_host_bytes():
         try:
-            copy = copies.make_copy(folder, case.dtype, case.quantize)
+            source = copies.make_copy(folder, case.dtype, case.quantize)
         except subprocess.CalledProcessError as error:
             return Measurement(case.name, error=f"failed: {error.stderr.decode()[-2000:]}")
-        for path in copy.glob("*.safetensors"):
-            read_ahead(path)
-    else:
-        read_ahead(models.weights_file(folder))
+    for path in source.glob("*.safetensors"):
+        read_ahead(path)
     environment = {"HF_HOME": str(models.hub_home(folder)), "HF_HUB_OFFLINE": "1"}
     arguments = {"case": asdict(case), "folder": str(folder)}
-    try:
-        return run_action(
-            "benchmarks.roads:prepare", arguments, case.name, environment, timeout_seconds
-        )
-    except WorkerError as error:
-        return Measurement(case.name, error=f"failed: {error}")
+    return measure("benchmarks.roads:prepare", arguments, case.name, environment, needed)
 
 
 def needed_bytes(case: Case) -> int:

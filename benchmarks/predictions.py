@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import models
-from benchmarks.measure import Case, Measurement, WorkerError, run_action
+from benchmarks.measure import Case
 from benchmarks.roads import lean_arguments
 from tl_fastload.cli.bench.loads import import_architecture, torch_dtype
-
-UNPROCESSED = dict.fromkeys(
-    ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"), False
-)
+from tl_fastload.cli.bench.process import Measurement, measure
+from tl_fastload.request.steps import STEPS
 
 
 def prepare(case: dict[str, Any], folder: str) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
@@ -24,7 +22,7 @@ def prepare(case: dict[str, Any], folder: str) -> tuple[Callable[[], Any], Calla
     wanted = Case(**case)
     import_architecture(Path(folder))
     arguments = lean_arguments(wanted, Path(folder))
-    steps = {} if wanted.processed else UNPROCESSED
+    steps = {} if wanted.processed else dict.fromkeys(STEPS, False)
     return lambda: plan(
         folder, dtype=torch_dtype(wanted.dtype), device="cpu", **arguments, **steps
     ), _describe
@@ -69,7 +67,5 @@ def _predict(case: Case, cache: Path | None) -> dict[str, Any] | None:
     folder = models.make_checkpoint(case.model, cache).resolve()
     environment = {"HF_HUB_OFFLINE": "1"}
     arguments = {"case": asdict(case), "folder": str(folder)}
-    try:
-        return run_action("benchmarks.predictions:prepare", arguments, case.name, environment).facts
-    except WorkerError:
-        return None
+    found = measure("benchmarks.predictions:prepare", arguments, case.name, environment)
+    return None if found.error is not None else found.facts

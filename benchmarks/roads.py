@@ -16,7 +16,6 @@ from benchmarks.adapters import make_adapter
 from benchmarks.forward import sample_log_probs, time_forward
 from benchmarks.loading import dtype_argument
 from benchmarks.measure import Case
-from benchmarks.proc import own_memory
 from tl_fastload.cli.bench.loads import (
     blank_tokenizer,
     import_architecture,
@@ -24,6 +23,7 @@ from tl_fastload.cli.bench.loads import (
     stock_load,
     torch_dtype,
 )
+from tl_fastload.report.memory import host_memory
 
 Load = Callable[[], Any]
 
@@ -112,7 +112,7 @@ class _Repeated:
             gc.collect()
             loaded = self._load()
             gc.collect()
-            self._held.append(own_memory().anonymous_bytes)
+            self._held.append(host_memory().anonymous_bytes)
         return loaded
 
     def growth_bytes(self) -> int:

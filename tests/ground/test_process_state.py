@@ -342,7 +342,7 @@ def test_cuda_statistics_are_read_and_not_reset(monkeypatch: pytest.MonkeyPatch)
     with memory.PeakSampler() as below:
         below.watch([torch.device("cpu"), torch.device("cuda:0")])
         allocated[0] = 400
-        below.sample()
+        below.look()
         allocated[0] = 200
     assert below.peak_device_bytes == 300  # the process had more before: what was seen
     with memory.PeakSampler() as above:

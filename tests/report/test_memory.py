@@ -31,7 +31,7 @@ def test_without_proc_all_counts_as_anonymous(monkeypatch: pytest.MonkeyPatch) -
 def test_a_peak_that_has_passed_is_seen() -> None:
     with PeakSampler() as sampler:
         block = torch.ones(64 * MIB, dtype=torch.uint8)
-        sampler.sample()
+        sampler.look()
         del block
         gc.collect()
     assert sampler.peak_anonymous_bytes > 60 * MIB

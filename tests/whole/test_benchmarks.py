@@ -16,12 +16,14 @@ from safetensors import safe_open
 from benchmarks import bounds, cases, models, quantized
 from benchmarks.__main__ import main
 from benchmarks.floor import load_floor
-from benchmarks.measure import Case, Measurement, WorkerError, combine, run_action, run_case
+from benchmarks.measure import Case, run_case
 from benchmarks.quantized_checkpoints import make_quantized_checkpoint
 from benchmarks.quantized_roads import stored_tensors
 from benchmarks.roads import prepare, viewed_bytes
 from tests.support.measured_actions import MB, Prepared, allocate, fail, read_mapped, report_threads
 from tl_fastload import LeanHookedTransformer
+from tl_fastload.cli.bench import process
+from tl_fastload.cli.bench.process import Measurement, WorkerError, combine, run_action
 
 
 def measure(function: Callable[..., Prepared], **arguments: Any) -> Measurement:
@@ -145,7 +147,7 @@ def test_stock_and_transformers_load_the_same_function(cache: Path) -> None:
 def test_case_that_does_not_fit_is_not_started(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("benchmarks.measure.meminfo", lambda _: 10 * MB)
+    monkeypatch.setattr(process, "available_host_bytes", lambda: 10 * MB)
     found = run_case(Case("tiny-gpt2", "floor", "float32"), cache)
     assert found.error is not None
     assert found.error.startswith("not measured: needs")

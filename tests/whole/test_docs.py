@@ -54,15 +54,14 @@ def command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TL_FASTLOAD_CACHE", str(tmp_path / "cache"))
     subject = run.Subject("model", "model", "model", tmp_path, (), 0, {})
-    for name in ("named_subject", "synthetic_subject"):
-        monkeypatch.setattr(run, name, lambda *_: contextlib.nullcontext(subject))
+    monkeypatch.setattr(run, "subject_of", lambda *_: contextlib.nullcontext(subject))
     monkeypatch.setattr(run, "run", _measured)
     return tmp_path
 
 
-def _measured(_: Any, contenders: Sequence[Contender], *__: Any) -> list[Measurement]:
+def _measured(_: Any, contenders: Sequence[Contender], *__: Any) -> dict[Contender, Measurement]:
     facts = {"parameter_bytes": 1 << 20}
-    return [Measurement(one.name, (1.0,), 1 << 20, 1 << 20, facts=facts) for one in contenders]
+    return {one: Measurement(one.name, (1.0,), 1 << 20, 1 << 20, facts=facts) for one in contenders}
 
 
 def _run(line: str) -> None:

@@ -23,7 +23,6 @@ from tl_fastload.cli.cache import cache_app
 from tl_fastload.cli.console import show_error
 from tl_fastload.cli.doctor import doctor_command
 from tl_fastload.cli.load import load
-from tl_fastload.cli.options import takes_load_options
 from tl_fastload.cli.plan import plan_command
 from tl_fastload.cli.save import save
 from tl_fastload.errors import LeanLoadError
@@ -114,10 +113,10 @@ def _main(
     warnings.filterwarnings("ignore", message="HookedTransformer", category=DeprecationWarning)
 
 
-app.command("plan")(takes_load_options(plan_command))
-app.command("load")(takes_load_options(load))
+app.command("plan")(plan_command)
+app.command("load")(load)
 app.command("bench")(bench)
-app.command("save")(takes_load_options(save))
+app.command("save")(save)
 app.add_typer(cache_app, name="cache")
 app.command("doctor")(doctor_command)
 

@@ -6,23 +6,20 @@ import datetime
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from tl_fastload.cli.console import console, write_json
-from tl_fastload.cli.options import Debug, json_option
+from tl_fastload.cli.console import console, give
+from tl_fastload.cli.options import Written, command
 from tl_fastload.ground.words import format_bytes
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B?)", re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
-Folder = Annotated[
-    Path | None,
-    typer.Option("--folder", help="Another cache folder than the usual one.", show_default=False),
-]
+Folder = Annotated[Path | None, typer.Option(help="Another cache folder than the usual one.")]
 
 cache_app = typer.Typer(
     name="cache",
@@ -32,11 +29,8 @@ cache_app = typer.Typer(
 
 
 @cache_app.command("list")
-def list_entries(
-    folder: Folder = None,
-    json: Annotated[Path | None, json_option("the list")] = None,
-    debug: Debug = False,
-) -> None:
+@command
+def list_entries(folder: Folder = None, json: Written = None) -> None:
     """List the copies, the one used last first.
 
     [bold]Examples[/]
@@ -44,18 +38,22 @@ def list_entries(
       tl-fastload cache list
 
       tl-fastload cache list --json -
+
+    Args:
+        json: Write the list as JSON; - for standard output.
     """
     from tl_fastload import cache
 
     entries = cache.entries(folder)
-    home = folder or cache.default_folder()
-    if json is not None:
-        rows = [{**asdict(entry), "folder": str(entry.folder)} for entry in entries]
-        write_json(
-            {"folder": str(home), "size_bytes": cache.size_bytes(folder), "entries": rows}, json
-        )
-    if str(json) == "-":
-        return
+    found = {
+        "folder": str(folder or cache.default_folder()),
+        "size_bytes": cache.size_bytes(folder),
+        "entries": [{**asdict(entry), "folder": str(entry.folder)} for entry in entries],
+    }
+    give(json, lambda: found, lambda: _show(entries, found))
+
+
+def _show(entries: list[Any], found: dict[str, Any]) -> None:
     table = Table()
     for column in ("source", "dtype", "quantized", "size", "last used", "folder"):
         table.add_column(column, overflow="fold")
@@ -71,21 +69,16 @@ def list_entries(
         )
     if entries:
         console().print(table)
-    total = format_bytes(cache.size_bytes(folder))
-    console().print(Text(f"{len(entries)} copies, {total}, in {home}"))
+    total = format_bytes(found["size_bytes"])
+    console().print(Text(f"{len(entries)} copies, {total}, in {found['folder']}"))
 
 
-@cache_app.command()
+@cache_app.command("prune")
+@command
 def prune(
-    max_size: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="Keep those used last, up to this size: 20G, 500M ..."),
-    ] = None,
-    unused_days: Annotated[
-        float | None, typer.Option(min=0, help="Remove those not used for so many days.")
-    ] = None,
+    max_size: Annotated[str | None, typer.Option(metavar="SIZE")] = None,
+    unused_days: Annotated[float | None, typer.Option(min=0)] = None,
     folder: Folder = None,
-    debug: Debug = False,
 ) -> None:
     """Remove damaged copies, what ended processes left, and as many others as asked for.
 
@@ -94,6 +87,10 @@ def prune(
       tl-fastload cache prune --max-size 20G
 
       tl-fastload cache prune --unused-days 30
+
+    Args:
+        max_size: Keep those used last, up to this size: 20G, 500M ...
+        unused_days: Remove those not used for so many days.
     """
     max_bytes = None if max_size is None else _size_bytes(max_size)
     from tl_fastload import cache
@@ -102,11 +99,11 @@ def prune(
     _say_removed(len(removed), cache.size_bytes(folder))
 
 
-@cache_app.command()
+@cache_app.command("clear")
+@command
 def clear(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     folder: Folder = None,
-    debug: Debug = False,
 ) -> None:
     """Remove every copy. Models that are mapped from one go on working.
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +16,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from tl_fastload.errors import ArgumentError
+from tl_fastload.ground.whole_files import write_whole
 from tl_fastload.ground.words import one_line
 from tl_fastload.printable import printable
 
@@ -79,19 +78,31 @@ def show_error(title: str, text: str, hint: str = "") -> None:
     console(stderr=True).print(Panel(body, title=title, title_align="left", border_style="red"))
 
 
+def give(json: Path | None, values: Callable[[], dict[str, Any]], show: Callable[[], None]) -> None:
+    """Show results, and write them as JSON if that was asked for.
+
+    Args:
+        json: the file; "-" for standard output, where nothing else is shown then.
+        values: gives what is written.
+        show: prints for people.
+    """
+    if str(json) != "-":
+        show()
+    if json is not None:
+        write_json(values(), json)
+
+
+def draw(path: Path | None, plot: Callable[..., Any]) -> None:
+    """Draw into a file, if one was named."""
+    if path is not None:
+        plot(path=path)
+        say(f"Written: {path}")
+
+
 def write_json(values: dict[str, Any], path: Path) -> None:
     """Write JSON to a file, whole or not at all, or to standard output for "-"."""
     text = json.dumps(values, indent=1) + "\n"
     if str(path) == "-":
         sys.stdout.write(text)
-        return
-    # A name that nobody can have put a link at, and "x", which follows none.
-    partial = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.partial")
-    try:
-        with partial.open("x", encoding="utf-8") as file:
-            file.write(text)
-        partial.replace(path)
-    except OSError as error:
-        raise ArgumentError(f"{path} cannot be written ({error.strerror}).") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    else:
+        write_whole(path, lambda file: file.write(text.encode()))

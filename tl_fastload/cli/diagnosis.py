@@ -17,6 +17,7 @@ import torch
 
 from tl_fastload.cache import default_folder
 from tl_fastload.ground import compat
+from tl_fastload.ground.words import format_bytes
 from tl_fastload.quantized import formats
 from tl_fastload.quantized.formats.base import Format
 from tl_fastload.report.available import available_bytes
@@ -44,6 +45,10 @@ class Kernel:
     kind: str
     problem: str | None
 
+    def row(self) -> tuple[str, str]:
+        state = "works" if self.problem is None else f"does NOT work: {self.problem}"
+        return f"{self.kind} on {self.device}", state
+
 
 @dataclass(frozen=True)
 class Device:
@@ -54,13 +59,18 @@ class Device:
     total_bytes: int
     available_bytes: int | None
 
+    def row(self) -> tuple[str, str]:
+        free = "unknown" if self.available_bytes is None else format_bytes(self.available_bytes)
+        room = f"{free} of {format_bytes(self.total_bytes)} can be had"
+        return self.name, f"{self.description}; {room}"
+
 
 @dataclass(frozen=True)
 class CacheFolder:
     """A folder that weights are mapped from.
 
     Attributes:
-        name: what it holds.
+        name: what it holds, and in parentheses the environment variable that moves it.
         folder: where it lies; it need not exist yet.
         file_system: its kind, such as "ext4"; "" if unknown.
         is_mapped: whether `mmap="auto"` maps files there, which it does on local disks.
@@ -68,10 +78,15 @@ class CacheFolder:
     """
 
     name: str
-    folder: Path
+    folder: str
     file_system: str
     is_mapped: bool
     free_bytes: int
+
+    def row(self) -> tuple[str, str]:
+        place = f"{self.folder} on {self.file_system or 'an unknown file system'}"
+        way = "mapped" if self.is_mapped else "read, not mapped"
+        return self.name, f"{place}, {way}; {format_bytes(self.free_bytes)} free"
 
 
 @dataclass(frozen=True)
@@ -80,6 +95,7 @@ class Diagnosis:
 
     Attributes:
         versions: package -> version, or None where it is not installed.
+        machine: system, processor, cores and memory.
         strategy: which strategy `strategy="auto"` is, and why.
         devices: the CPU first.
         kernels: every kind on every device.
@@ -97,25 +113,45 @@ class Diagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        values = asdict(self)
-        for cache in values["caches"]:
-            cache["folder"] = str(cache["folder"])
-        return values
+        return asdict(self)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The facts as (label, text) pairs, in reading order."""
+        machine = {name: str(value) for name, value in self.machine.items()}
+        del machine["memory_bytes"]  # the CPU's row has it
+        return [
+            *((name, version or "not installed") for name, version in self.versions.items()),
+            ("strategy", self.strategy),
+            *machine.items(),
+            *(device.row() for device in self.devices),
+            *(kernel.row() for kernel in self.kernels),
+            *(cache.row() for cache in self.caches),
+        ]
 
 
 def diagnose() -> Diagnosis:
     """Find all facts; takes a few seconds, since kernels are run."""
-    options = Options()
-    strategy = f"{'assign' if options.assigns else 'copy'} ({options.reason()})"
-    found = versions()
-    devices, kernels, caches = _devices(), _kernels(), _caches()
-    fixes = (
-        *_fixes_for_versions(found),
-        *_fixes_for_kernels(kernels),
-        *_fixes_for_caches(caches),
-        *_fixes_for_devices(devices),
+    options, found, devices = Options(), versions(), _devices()
+    kernels = tuple(
+        Kernel(device.name, kind, _try_kernel(device.name, kind))
+        for device in devices
+        for kind in dict.fromkeys(formats.offered().values())
     )
-    return Diagnosis(found, machine(), strategy, devices, kernels, caches, fixes)
+    caches = _caches()
+    return Diagnosis(
+        versions=found,
+        machine=machine(),
+        strategy=f"{'assign' if options.assigns else 'copy'} ({options.reason()})",
+        devices=devices,
+        kernels=kernels,
+        caches=caches,
+        fixes=(
+            *_fixes_for_versions(found),
+            *_fixes_for_kernels(kernels),
+            *_fixes_for_caches(caches),
+            *_fixes_for_memory(devices[0]),
+        ),
+    )
 
 
 def versions() -> dict[str, str | None]:
@@ -131,16 +167,13 @@ def versions() -> dict[str, str | None]:
 
 def machine() -> dict[str, Any]:
     """System, processor, cores and memory, without anything that names the machine."""
+    has_affinity = hasattr(psutil.Process, "cpu_affinity")
     return {
         "system": f"{platform.system()} {platform.release().split('-')[0]}",
         "processor": _processor(),
-        "cores": len(psutil.Process().cpu_affinity()) if _has_affinity() else os.cpu_count(),
+        "cores": len(psutil.Process().cpu_affinity()) if has_affinity else os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
     }
-
-
-def _has_affinity() -> bool:
-    return hasattr(psutil.Process, "cpu_affinity")
 
 
 def _processor() -> str:
@@ -153,26 +186,14 @@ def _processor() -> str:
 
 
 def _devices() -> tuple[Device, ...]:
-    total = psutil.virtual_memory().total
-    cpu = Device("cpu", _processor(), total, available_bytes(torch.device("cpu")))
-    found = [cpu]
+    found = [(torch.device("cpu"), _processor(), psutil.virtual_memory().total)]
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(index)
-        device = torch.device("cuda", index)
-        found.append(
-            Device(
-                f"cuda:{index}", properties.name, properties.total_memory, available_bytes(device)
-            )
-        )
-    return tuple(found)
-
-
-def _kernels() -> tuple[Kernel, ...]:
-    names = ["cpu"]
-    if torch.cuda.is_available():
-        names += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    kinds = dict.fromkeys(formats.offered().values())
-    return tuple(Kernel(name, kind, _try_kernel(name, kind)) for name in names for kind in kinds)
+        found.append((torch.device("cuda", index), properties.name, properties.total_memory))
+    return tuple(
+        Device(str(device), description, total_bytes, available_bytes(device))
+        for device, description, total_bytes in found
+    )
 
 
 def _try_kernel(device: str, kind: str) -> str | None:
@@ -198,18 +219,14 @@ def _caches() -> tuple[CacheFolder, ...]:
         "downloads (HF_HOME)": Path(constants.HF_HUB_CACHE),
         "processed copies (TL_FASTLOAD_CACHE)": default_folder(),
     }
-    return tuple(_cache(name, folder) for name, folder in folders.items())
-
-
-def _cache(name: str, folder: Path) -> CacheFolder:
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return CacheFolder(
-        name=name,
-        folder=folder,
-        file_system=file_system_kind(folder),
-        is_mapped=Options().assigns and not is_on_network(folder),
-        free_bytes=shutil.disk_usage(existing).free,
-    )
+    found = []
+    for name, folder in folders.items():
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        is_mapped = Options().assigns and not is_on_network(folder)
+        free_bytes = shutil.disk_usage(existing).free
+        kind = file_system_kind(folder)
+        found.append(CacheFolder(name, str(folder), kind, is_mapped, free_bytes))
+    return tuple(found)
 
 
 def _fixes_for_versions(found: dict[str, str | None]) -> list[str]:
@@ -257,17 +274,17 @@ def _fixes_for_caches(caches: tuple[CacheFolder, ...]) -> list[str]:
             )
         if cache.free_bytes < _LITTLE_DISK_BYTES:
             fixes.append(
-                f"The disk of {cache.folder} has {cache.free_bytes / (1 << 30):.1f} GiB left: free "
-                f"some, or set {variable} to a folder on another disk."
+                f"The disk of {cache.folder} has {format_bytes(cache.free_bytes)} left: free some, "
+                f"or set {variable} to a folder on another disk."
             )
     return list(dict.fromkeys(fixes))
 
 
-def _fixes_for_devices(devices: tuple[Device, ...]) -> list[str]:
-    cpu = devices[0]
-    if cpu.available_bytes is None or cpu.available_bytes > cpu.total_bytes / 4:
+def _fixes_for_memory(cpu: Device) -> list[str]:
+    free, total = cpu.available_bytes, cpu.total_bytes
+    if free is None or free > total / 4:
         return []
     return [
-        f"Only {cpu.available_bytes / (1 << 30):.1f} GiB of {cpu.total_bytes / (1 << 30):.1f} GiB "
-        "of memory can be had: end what uses it, or raise the limit of this container."
+        f"Only {format_bytes(free)} of {format_bytes(total)} of memory can be had: end what uses "
+        "it, or raise the limit of this container."
     ]

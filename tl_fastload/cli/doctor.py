@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
 
-from tl_fastload.cli.console import console, write_json
-from tl_fastload.cli.options import Debug, json_option
-from tl_fastload.ground.words import format_bytes
+from tl_fastload.cli.console import console, give
+from tl_fastload.cli.options import Written, command
 
 if TYPE_CHECKING:
     from tl_fastload.cli.diagnosis import Diagnosis
 
 
-def doctor_command(
-    json: Annotated[Path | None, json_option("the facts")] = None,
-    debug: Debug = False,
-) -> None:
+@command
+def doctor_command(json: Written = None) -> None:
     """Show versions, devices, kernels, caches and memory limits, and what to fix.
 
     Runs the kernels of bitsandbytes on small matrices, so that "works" means that they do.
@@ -29,14 +25,14 @@ def doctor_command(
       tl-fastload doctor
 
       tl-fastload doctor --json facts.json
+
+    Args:
+        json: Write the facts as JSON; - for standard output.
     """
     from tl_fastload.cli.diagnosis import diagnose
 
     found = diagnose()
-    if json is not None:
-        write_json(found.to_dict(), json)
-    if str(json) != "-":
-        _show(found)
+    give(json, found.to_dict, lambda: _show(found))
 
 
 def _show(found: Diagnosis) -> None:
@@ -44,7 +40,7 @@ def _show(found: Diagnosis) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
-    for label, text in _rows(found):
+    for label, text in found.rows():
         table.add_row(label, Text(text))
     out.print(table)
     out.print()
@@ -54,26 +50,3 @@ def _show(found: Diagnosis) -> None:
     out.print("[bold]To fix[/]")
     for fix in found.fixes:
         out.print(Text(f"- {fix}"))
-
-
-def _rows(found: Diagnosis) -> list[tuple[str, str]]:
-    rows = [(name, version or "not installed") for name, version in found.versions.items()]
-    rows.append(("strategy", found.strategy))
-    rows += [(name, str(value)) for name, value in found.machine.items() if name != "memory_bytes"]
-    for device in found.devices:
-        free = "unknown" if device.available_bytes is None else format_bytes(device.available_bytes)
-        room = f"{free} of {format_bytes(device.total_bytes)} can be had"
-        rows.append((device.name, f"{device.description}; {room}"))
-    for kernel in found.kernels:
-        state = "works" if kernel.problem is None else f"does NOT work: {kernel.problem}"
-        rows.append((f"{kernel.kind} on {kernel.device}", state))
-    for cache in found.caches:
-        way = "mapped" if cache.is_mapped else "read, not mapped"
-        rows.append(
-            (
-                cache.name,
-                f"{cache.folder} on {cache.file_system or 'an unknown file system'}, {way}; "
-                f"{format_bytes(cache.free_bytes)} free",
-            )
-        )
-    return rows

@@ -2,42 +2,28 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import partial
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from tl_fastload.cli.console import console, libraries_to_stderr, say, show_rows, write_json
-from tl_fastload.cli.options import Debug, Model, json_option, picture_option
+from tl_fastload.cli.console import console, draw, give, libraries_to_stderr, show_rows
+from tl_fastload.cli.options import Drawn, Model, Written, command
 from tl_fastload.errors import ArgumentError
 
 
+@command
 def load(
     model: Model,
     arguments: dict[str, Any],
-    prompt: Annotated[
-        str | None, typer.Option(help="Show the likeliest next tokens after this text.")
-    ] = None,
-    top: Annotated[int, typer.Option(min=1, help="How many tokens --prompt shows.")] = 5,
-    json: Annotated[Path | None, json_option("the report")] = None,
-    plot: Annotated[
-        Path | None, picture_option("Draw memory over time into this file (.png, .pdf ...).")
-    ] = None,
-    map: Annotated[
-        Path | None, picture_option("Draw where the memory of each layer lies into this file.")
-    ] = None,
-    cache: Annotated[
-        bool | None,
-        typer.Option(
-            "--cache/--no-cache",
-            help="Keep a processed copy and map it the next time. By default as "
-            "TL_FASTLOAD_CACHE says.",
-            show_default=False,
-        ),
-    ] = None,
-    debug: Debug = False,
+    prompt: str | None = None,
+    top: Annotated[int, typer.Option(min=1)] = 5,
+    json: Written = None,
+    plot: Drawn = None,
+    map: Drawn = None,
+    cache: bool | None = None,
 ) -> None:
     """Load a model and print the report: time, memory, processing.
 
@@ -48,26 +34,31 @@ def load(
       tl-fastload load ./my-model --dtype bfloat16 --no-processing
 
       tl-fastload load gpt2-xl --quantize nf4 --plot memory.png --map layers.png
+
+    Args:
+        prompt: Show the likeliest next tokens after this text.
+        top: How many tokens --prompt shows.
+        json: Write the report as JSON; - for standard output.
+        plot: Draw memory over time into this file (.png, .pdf ...).
+        map: Draw where the memory of each layer lies into this file.
+        cache: Keep a processed copy and map it the next time. By default as TL_FASTLOAD_CACHE says.
     """
     from tl_fastload.model import LeanHookedTransformer
+    from tl_fastload.plots import plot_memory_map
 
     with libraries_to_stderr():
         loaded = LeanHookedTransformer.from_pretrained_lean(model, cache=cache, **arguments)
         predicted = None if prompt is None else _predictions(loaded, prompt, top)
-    if str(json) != "-":
-        show_rows(loaded.load_report)
-    if json is not None:
-        write_json({"report": loaded.load_report.to_dict(), "predictions": predicted}, json)
-    if predicted is not None and str(json) != "-":
-        _show_predictions(predicted)
-    if plot is not None:
-        loaded.load_report.plot(path=plot)
-        say(f"Written: {plot}")
-    if map is not None:
-        from tl_fastload.plots import plot_memory_map
+    report = loaded.load_report
 
-        plot_memory_map(loaded, map)
-        say(f"Written: {map}")
+    def show() -> None:
+        show_rows(report)
+        if predicted is not None:
+            _show_predictions(predicted)
+
+    give(json, lambda: {"report": report.to_dict(), "predictions": predicted}, show)
+    draw(plot, report.plot)
+    draw(map, partial(plot_memory_map, loaded))
 
 
 def _predictions(model: Any, prompt: str, top: int) -> list[dict[str, Any]]:

@@ -1,40 +1,28 @@
-"""The options that `plan`, `load` and `save` share: those of `from_pretrained_lean`."""
+"""Commands made of functions: their docstrings say what each option means.
+
+`plan`, `load` and `save` share the options of `from_pretrained_lean`.
+"""
 
 from __future__ import annotations
 
-import functools
+import copy
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
+from tl_fastload.request.steps import STEPS
+
 QUANTIZATIONS = ("8bit", "nf4", "fp4")
 """What `quantize=` may say. The formats tell (a test compares), but take torch to import."""
+# The last of them is no part of the processing that is on by default.
+_STEPS = STEPS[:-1]
 
-_WHAT, _HOW, _WHERE = "What to load", "How to load it", "Where it is"
-
-
-def _option(*names: str, panel: str, help: str, **more: Any) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
-
-
-Model = Annotated[
-    str, typer.Argument(help="A folder, a TransformerLens name or alias, or any hub name.")
-]
-
-
-def json_option(what: str) -> Any:
-    """`--json`: where to write something."""
-    return typer.Option(
-        help=f"Write {what} as JSON; - for standard output.", callback=_can_be_written
-    )
-
-
-def picture_option(help: str) -> Any:
-    """An option that names a file to draw into."""
-    return typer.Option(help=help, callback=_can_be_drawn)
+_SECTION = re.compile(r"^(\w[\w ]*):\n((?: +.*\n?)+)", re.MULTILINE)
+_ENTRY = re.compile(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
 
 
 def _can_be_written(path: Path | None) -> Path | None:
@@ -52,169 +40,154 @@ def _can_be_drawn(path: Path | None) -> Path | None:
     return _can_be_written(path)
 
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Model = Annotated[
+    str, typer.Argument(help="A folder, a TransformerLens name or alias, or any hub name.")
+]
+Written = Annotated[Path | None, typer.Option(callback=_can_be_written)]
+"""A file to write, or "-" for standard output."""
+Drawn = Annotated[Path | None, typer.Option(callback=_can_be_drawn)]
+"""A file to draw into."""
+
+
+_Number = Annotated[int | None, typer.Option(metavar="N")]
 
 
 def _shared(
     *,
-    dtype: Annotated[
-        str | None,
-        _option(
-            panel=_WHAT,
-            help="Of the parameters: float32, bfloat16 or float16. By default float32, or what a "
-            "processed copy was saved in.",
-            show_default=False,
-        ),
-    ] = None,
-    processing: Annotated[
-        bool,
-        _option(
-            "--processing/--no-processing",
-            panel=_WHAT,
-            help="TransformerLens' folding and centring, as from_pretrained does or as "
-            "from_pretrained_no_processing does.",
-        ),
-    ] = True,
-    skip: Annotated[
-        list[str] | None,
-        _option(
-            metavar="STEP",
-            panel=_WHAT,
-            help="Leave out one step: fold_ln, center_writing_weights, center_unembed or "
-            "fold_value_biases. May be repeated.",
-        ),
-    ] = None,
-    quantize: Annotated[
-        str | None,
-        _option(
-            metavar="KIND",
-            panel=_WHAT,
-            help=f"One of {', '.join(QUANTIZATIONS)}, after processing.",
-        ),
-    ] = None,
-    dequantize: Annotated[
-        bool, _option("--dequantize", panel=_WHAT, help="Make a quantized checkpoint ordinary.")
-    ] = False,
-    adapter: Annotated[
-        str | None,
-        _option(metavar="LORA", panel=_WHAT, help="Merge this LoRA adapter: a folder or hub name."),
-    ] = None,
-    requantize: Annotated[
-        bool,
-        _option("--requantize", panel=_WHAT, help="Merge the adapter into quantized weights, too."),
-    ] = False,
-    check_base: Annotated[
-        bool,
-        _option(
-            "--check-base/--no-check-base",
-            panel=_WHAT,
-            help="Refuse an adapter that names another base model, or go ahead.",
-        ),
-    ] = True,
-    first_n_layers: Annotated[
-        int | None, _option(metavar="N", panel=_WHAT, help="Load only that many layers.")
-    ] = None,
-    n_ctx: Annotated[
-        int | None, _option(metavar="N", panel=_WHAT, help="Another context length.")
-    ] = None,
-    device: Annotated[
-        str | None,
-        _option(panel=_HOW, help="cpu, cuda, cuda:1 ...; by default CUDA if there is one."),
-    ] = None,
-    strategy: Annotated[str, _option(panel=_HOW, help="auto, assign or copy.")] = "auto",
-    mmap: Annotated[
-        bool | None,
-        _option(
-            "--mmap/--no-mmap",
-            panel=_HOW,
-            help="Map weights that need no change, or read everything. By default they are mapped "
-            "on local disks.",
-            show_default=False,
-        ),
-    ] = None,
-    layout: Annotated[
-        str | None,
-        _option(
-            panel=_HOW,
-            help="Memory order of the parameters: forward, as the forward pass multiplies, or "
-            "stock, row-major. By default forward, or what a processed copy was saved in.",
-            show_default=False,
-        ),
-    ] = None,
-    check_memory: Annotated[
-        bool,
-        _option(
-            "--check-memory/--no-check-memory",
-            panel=_HOW,
-            help="Refuse a load that will not fit, or go ahead.",
-        ),
-    ] = True,
-    revision: Annotated[
-        str | None, _option(panel=_WHERE, help="Branch, tag or commit of a hub name.")
-    ] = None,
-    subfolder: Annotated[
-        str | None, _option(panel=_WHERE, help="Where in the folder or repository it lies.")
-    ] = None,
-    offline: Annotated[
-        bool, _option("--offline", panel=_WHERE, help="Use only files that are here already.")
-    ] = False,
-    trust_remote_code: Annotated[
-        bool,
-        _option("--trust-remote-code", panel=_WHERE, help="Run code that comes with the model."),
-    ] = False,
+    dtype: str | None = None,
+    processing: bool = True,
+    skip: Annotated[list[str] | None, typer.Option(metavar="STEP")] = None,
+    quantize: Annotated[str | None, typer.Option(metavar="KIND")] = None,
+    dequantize: bool = False,
+    adapter: Annotated[str | None, typer.Option(metavar="LORA")] = None,
+    requantize: bool = False,
+    check_base: bool = True,
+    first_n_layers: _Number = None,
+    n_ctx: _Number = None,
+    device: str | None = None,
+    strategy: str = "auto",
+    mmap: bool | None = None,
+    layout: str | None = None,
+    check_memory: bool = True,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    offline: bool = False,
+    trust_remote_code: bool = False,
 ) -> None:
-    """The shared options, declared once."""
+    """The options of a load.
+
+    What to load:
+        dtype: Of the parameters: float32, bfloat16 or float16. By default float32, or what a
+            processed copy was saved in.
+        processing: TransformerLens' folding and centring, as from_pretrained does or as
+            from_pretrained_no_processing does.
+        skip: Leave out one step: fold_ln, center_writing_weights, center_unembed or
+            fold_value_biases. May be repeated.
+        quantize: One of 8bit, nf4, fp4, after processing.
+        dequantize: Make a quantized checkpoint ordinary.
+        adapter: Merge this LoRA adapter: a folder or hub name.
+        requantize: Merge the adapter into quantized weights, too.
+        check_base: Refuse an adapter that names another base model, or go ahead.
+        first_n_layers: Load only that many layers.
+        n_ctx: Another context length.
+
+    How to load it:
+        device: cpu, cuda, cuda:1 ...; by default CUDA if there is one.
+        strategy: auto, assign or copy.
+        mmap: Map weights that need no change, or read everything. By default they are mapped
+            on local disks.
+        layout: Memory order of the parameters: forward, as the forward pass multiplies, or
+            stock, row-major. By default forward, or what a processed copy was saved in.
+        check_memory: Refuse a load that will not fit, or go ahead.
+
+    Where it is:
+        revision: Branch, tag or commit of a hub name.
+        subfolder: Where in the folder or repository it lies.
+        offline: Use only files that are here already.
+        trust_remote_code: Run code that comes with the model.
+    """
 
 
 _PASSED_IF_GIVEN = (
-    "dtype",
-    "layout",
-    "adapter",
-    "requantize",
-    "revision",
-    "subfolder",
-    "local_files_only",
-    "trust_remote_code",
+    *("dtype", "layout", "adapter", "requantize"),
+    *("revision", "subfolder", "local_files_only", "trust_remote_code"),
 )
-_STEPS = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
+"""Left to the loader's own defaults unless they say something."""
 
 
 def _arguments(given: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `from_pretrained_lean` for what was given on the command line."""
-    skipped = given.pop("skip") or []
-    for step in skipped:
-        if step not in _STEPS:
-            raise typer.BadParameter(
-                f"{step!r} is none of {', '.join(_STEPS)}.", param_hint="'--skip'"
-            )
-    processing = given.pop("processing")
+    skipped, processing, mmap = given.pop("skip") or [], given.pop("processing"), given.pop("mmap")
+    check_known("--skip", skipped, _STEPS)
     steps = {step: processing and step not in skipped for step in _STEPS}
-    mmap = given.pop("mmap")
     arguments = {**given, **steps, "mmap": "auto" if mmap is None else mmap}
     arguments["local_files_only"] = arguments.pop("offline")
-    # Left to the loader's own defaults unless they say something.
-    for name in _PASSED_IF_GIVEN:
-        if not arguments[name]:
-            del arguments[name]
-    return arguments
+    return {
+        name: value for name, value in arguments.items() if value or name not in _PASSED_IF_GIVEN
+    }
 
 
-def takes_load_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the shared options; it finds what they mean in its argument `arguments`."""
-    shared = inspect.signature(_shared, eval_str=True).parameters
-    own = dict(inspect.signature(command, eval_str=True).parameters)
-    del own["arguments"]
+def check_known(option: str, given: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse what is none of the values that an option may have."""
+    for one in given:
+        if one not in known:
+            raise typer.BadParameter(
+                f"{one!r} is none of {', '.join(known)}.", param_hint=f"'{option}'"
+            )
 
-    @functools.wraps(command)
-    def wrapped(**given: Any) -> Any:
-        arguments = _arguments({name: given.pop(name) for name in shared})
-        return command(arguments=arguments, **given)
 
-    parameters = [
-        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        for parameter in (*own.values(), *shared.values())
-    ]
-    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
-    del wrapped.__wrapped__
-    return wrapped
+_DEBUG = inspect.Parameter(
+    "debug",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=False,
+    annotation=Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")],
+)
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """What typer makes a command of. Each option means what the docstring says of it under "Args";
+    under another heading, the help shows it in a group of that name.
+
+    Args:
+        function: a parameter `arguments` is told the arguments of a load, and gives the command
+            the options that name them.
+    """
+    own = _parameters(function)
+    shared = _parameters(_shared) if own.pop("arguments", None) else {}
+
+    def run(*, debug: bool, **given: Any) -> None:
+        if shared:
+            given["arguments"] = _arguments({name: given.pop(name) for name in shared})
+        function(**given)
+
+    made: Any = run
+    parameters = [*own.values(), _DEBUG, *shared.values()]
+    made.__signature__ = inspect.Signature(parameters)
+    made.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    made.__doc__ = _SECTION.sub("", inspect.getdoc(function) or "").rstrip()
+    return run
+
+
+def _parameters(function: Callable[..., None]) -> dict[str, inspect.Parameter]:
+    """The parameters of a function as typer takes them, with what the docstring says of each."""
+    found = {
+        parameter.name: parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in inspect.signature(function, eval_str=True).parameters.values()
+    }
+    for panel, entries in _SECTION.findall(inspect.getdoc(function) or ""):
+        for name, text in _ENTRY.findall(entries):
+            type_, info = _declared(found[name])
+            info.help = " ".join(text.split())
+            info.rich_help_panel = None if panel == "Args" else panel
+            found[name] = found[name].replace(annotation=Annotated[type_, info])
+    return found
+
+
+def _declared(parameter: inspect.Parameter) -> tuple[Any, Any]:
+    """The type of an option, and typer's declaration of it."""
+    if get_origin(parameter.annotation) is Annotated:
+        type_, info = get_args(parameter.annotation)
+        return type_, copy.copy(info)
+    # What is off unless it is named needs no second name to turn it off.
+    names = [f"--{parameter.name.replace('_', '-')}"] if parameter.default is False else []
+    return parameter.annotation, typer.Option(*names)

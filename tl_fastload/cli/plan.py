@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-from tl_fastload.cli.console import libraries_to_stderr, say, show_rows, write_json
-from tl_fastload.cli.options import Debug, Model, json_option, picture_option
+from tl_fastload.cli.console import draw, give, libraries_to_stderr, show_rows
+from tl_fastload.cli.options import Drawn, Model, Written, command
 
 
+@command
 def plan_command(
-    model: Model,
-    arguments: dict[str, Any],
-    json: Annotated[Path | None, json_option("the plan")] = None,
-    plot: Annotated[
-        Path | None, picture_option("Draw the plan into this file (.png, .pdf ...).")
-    ] = None,
-    debug: Debug = False,
+    model: Model, arguments: dict[str, Any], json: Written = None, plot: Drawn = None
 ) -> None:
     """Tell what loading would take and whether it fits, from headers alone.
 
@@ -29,17 +23,16 @@ def plan_command(
       tl-fastload plan gpt2-xl
 
       tl-fastload plan gpt2-xl --quantize nf4 --plot plan.png
+
+    Args:
+        json: Write the plan as JSON; - for standard output.
+        plot: Draw the plan into this file (.png, .pdf ...).
     """
     from tl_fastload import plan
 
     with libraries_to_stderr():
         found = plan(model, **arguments)
-    if json is not None:
-        write_json(found.to_dict(), json)
-    if str(json) != "-":
-        show_rows(found)
-    if plot is not None:
-        found.plot(path=plot)
-        say(f"Written: {plot}")
+    give(json, found.to_dict, lambda: show_rows(found))
+    draw(plot, found.plot)
     if not found.fits:
         raise typer.Exit(1)

@@ -9,15 +9,13 @@ import typer
 from rich.text import Text
 
 from tl_fastload.cli.console import console, libraries_to_stderr
-from tl_fastload.cli.options import Debug, Model
+from tl_fastload.cli.options import Model, command
 from tl_fastload.ground.words import format_bytes
 
 
+@command
 def save(
-    model: Model,
-    folder: Annotated[Path, typer.Argument(help="Where to write the copy; a new or empty folder.")],
-    arguments: dict[str, Any],
-    debug: Debug = False,
+    model: Model, folder: Annotated[Path, typer.Argument()], arguments: dict[str, Any]
 ) -> None:
     """Load a model and save it, processed and quantized as asked, for loading in an instant.
 
@@ -30,6 +28,9 @@ def save(
       tl-fastload save ./my-model ./my-model-nf4 --quantize nf4
 
       tl-fastload load ./gpt2-xl-processed
+
+    Args:
+        folder: Where to write the copy; a new or empty folder.
     """
     from tl_fastload.copies.write import check_target
     from tl_fastload.model import LeanHookedTransformer

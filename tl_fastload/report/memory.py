@@ -3,92 +3,112 @@
 from __future__ import annotations
 
 import ctypes
+import operator
 import sys
-import threading
-import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import psutil
 import torch
 
 from tl_fastload.ground.sizes import bytes_of
-from tl_fastload.report.timeline import Phase, Recorder, StockPhases, Timeline
+from tl_fastload.report.timeline import Recorder, Timeline, Watcher
 
 SAMPLE_SECONDS = 0.005
+_STATUS_FIELDS = (b"VmRSS:", b"RssAnon:", b"RssFile:", b"VmHWM:")
 
 _LIBC: Any = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+Sampling = TypeVar("Sampling", bound="PeakSampler")
 
 
-@dataclass(frozen=True)
-class HostMemory:
-    """Resident memory of this process, in bytes: all of it, and the part that no file backs."""
+class HostMemory(NamedTuple):
+    """Memory of a process, in bytes.
 
-    resident_bytes: int
-    anonymous_bytes: int
+    Attributes:
+        resident_bytes: all that is resident.
+        anonymous_bytes: the part of it that no file backs.
+        file_bytes: the part that is pages of files.
+        highest_bytes: the most that was ever resident, by the kernel's own mark.
+    """
+
+    resident_bytes: int = 0
+    anonymous_bytes: int = 0
+    file_bytes: int = 0
+    highest_bytes: int = 0
 
 
-def host_memory() -> HostMemory:
-    """Read this process's memory; without `/proc`, all resident memory counts as anonymous."""
+def host_memory(process: int | None = None) -> HostMemory:
+    """Read the memory of a process; without `/proc`, all resident memory counts as anonymous.
+
+    Args:
+        process: its number; None for this one.
+    """
     try:
-        with Path("/proc/self/status").open(encoding="ascii") as status:
-            fields = dict(line.split(":", 1) for line in status)
-        return HostMemory(_kib(fields["VmRSS"]), _kib(fields["RssAnon"]))
-    except (OSError, KeyError):
-        resident = int(psutil.Process().memory_info().rss)
+        status = Path(f"/proc/{process or 'self'}/status").read_bytes()
+        return HostMemory(*(_bytes(status, name) for name in _STATUS_FIELDS))
+    except (OSError, ValueError):
+        resident = int(psutil.Process(process).memory_info().rss)
         return HostMemory(resident, resident)
 
 
-def _kib(field: str) -> int:
-    return int(field.split()[0]) * 1024
+def _bytes(status: bytes, name: bytes) -> int:
+    start = status.index(name) + len(name)
+    return int(status[start : status.index(b"kB", start)]) * 1024
 
 
-class PeakSampler:
-    """Samples this process's memory in a thread; keeps the peaks above where it started, and a
+class PeakSampler(Watcher):
+    """Samples the memory of a process in a thread; keeps the peaks above where it started, and a
     timeline.
 
     Attributes:
-        peak_host_bytes: resident memory, file pages included.
-        peak_anonymous_bytes: resident memory that no file backs.
+        peak: the highest of each figure, above its start.
         peak_device_bytes: CUDA memory allocated by torch on the fullest of the watched devices, or
             None without one. Exact where it is the process's highest so far; otherwise the highest
             of the samples, since the statistics of the process are not reset.
+        samples: how often it has looked.
 
     Args:
         every_device: watch every CUDA device from the first sample on which CUDA is in use.
+        process: the number of the process; None for this one.
+        every_seconds: how long to wait between samples; `SAMPLE_SECONDS` by default.
     """
 
-    def __init__(self, every_device: bool = False) -> None:
-        self.peak_host_bytes = 0
-        self.peak_anonymous_bytes = 0
+    def __init__(
+        self,
+        every_device: bool = False,
+        process: int | None = None,
+        every_seconds: float | None = None,
+    ) -> None:
+        super().__init__(every_seconds or SAMPLE_SECONDS)
+        self.peak = HostMemory()
         self.peak_device_bytes: int | None = None
+        self.samples = 0
+        self._process = process
         self._every_device = every_device
         self._devices: dict[int, _Device] = {}
         self._recorder = Recorder()
-        self._phases: list[Phase] = []
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="tl_fastload-memory", daemon=True)
 
-    def __enter__(self) -> PeakSampler:
-        self._start = host_memory()
-        self._start_seconds = time.perf_counter()
+    @property
+    def peak_host_bytes(self) -> int:
+        """The peak of resident memory, file pages included."""
+        return self.peak.resident_bytes
+
+    @property
+    def peak_anonymous_bytes(self) -> int:
+        """The peak of resident memory that no file backs."""
+        return self.peak.anonymous_bytes
+
+    def __enter__(self: Sampling) -> Sampling:
+        self._start = host_memory(self._process)
         self._watch_every_device()
         self._recorder.add(0.0, 0, 0, 0)
-        self._thread.start()
-        return self
+        return super().__enter__()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stop.set()
-        self._thread.join()
-        self.sample()
+    def __exit__(self, *raised: object) -> None:
+        super().__exit__(*raised)
+        self.look()
         if self._devices:
             self.peak_device_bytes = max(one.peak() for one in self._devices.values())
 
@@ -105,33 +125,27 @@ class PeakSampler:
         if self._every_device and not self._devices and cuda_is_in_use():
             self.watch(torch.device("cuda", i) for i in range(torch.cuda.device_count()))
 
-    def sample(self) -> None:
-        """Look once, now."""
+    def growth(self) -> HostMemory:
+        """What the process holds now, above its start."""
+        return HostMemory(*map(operator.sub, host_memory(self._process), self._start))
+
+    def look(self) -> None:
         try:
-            now = host_memory()
-        except (OSError, MemoryError):  # no descriptor is left: a figure is not worth a load
-            return
-        resident_bytes = now.resident_bytes - self._start.resident_bytes
-        anonymous_bytes = now.anonymous_bytes - self._start.anonymous_bytes
-        self.peak_host_bytes = max(self.peak_host_bytes, resident_bytes)
-        self.peak_anonymous_bytes = max(self.peak_anonymous_bytes, anonymous_bytes)
+            growth = self.growth()
+        except (OSError, MemoryError, psutil.Error):
+            return  # no descriptor is left, or the process has ended: a figure is not worth a load
+        self.samples += 1
+        self.peak = HostMemory(*map(max, self.peak, growth))
         self._watch_every_device()
         device_bytes = sum(one.look() for one in self._devices.values())
-        seconds = time.perf_counter() - self._start_seconds
-        self._recorder.add(seconds, resident_bytes, anonymous_bytes, device_bytes)
-
-    def mark(self, phase: str) -> None:
-        """A phase of the load begins."""
-        self._phases.append(Phase(phase, time.perf_counter() - self._start_seconds))
+        self._recorder.add(
+            self.seconds(), growth.resident_bytes, growth.anonymous_bytes, device_bytes
+        )
 
     def timeline(self) -> Timeline:
         """Memory over the time watched, above its start."""
-        found = self._recorder.timeline(self._phases)
+        found = self._recorder.timeline(self.phases)
         return found if self._devices else replace(found, device_bytes=())
-
-    def _run(self) -> None:
-        while not self._stop.wait(SAMPLE_SECONDS):
-            self.sample()
 
 
 def watch_memory() -> PeakSampler:
@@ -151,16 +165,13 @@ def watch_memory() -> PeakSampler:
 
 
 class _StockSampler(PeakSampler):
-    def __enter__(self) -> PeakSampler:
+    def __enter__(self: Sampling) -> Sampling:
         return_freed_memory()
-        super().__enter__()
-        self._stock = StockPhases().__enter__()
-        return self
+        return super().__enter__()
 
-    def __exit__(self, *raised: Any) -> None:
-        self._stock.__exit__(*raised)
-        super().__exit__(*raised)
-        self._phases = self._stock.phases
+    def look(self) -> None:
+        self.mark_phase_of_stock()
+        super().look()
 
 
 class _Device:

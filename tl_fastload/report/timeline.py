@@ -7,8 +7,8 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from types import FrameType, TracebackType
-from typing import Any
+from types import FrameType
+from typing import Any, TypeVar
 
 MOST_POINTS = 512
 _LOOK_SECONDS = 0.02
@@ -92,34 +92,67 @@ def _highest(
     return one[0], tuple(map(max, one[1], other[1]))
 
 
-class StockPhases:
-    """Tells the phases of a stock load, which marks none: looks at the calling thread's stack."""
+Watching = TypeVar("Watching", bound="Watcher")
 
-    def __init__(self) -> None:
+
+class Watcher:
+    """Looks at something again and again, in a thread of its own, for as long as a `with` lasts.
+
+    Attributes:
+        phases: those marked so far.
+
+    Args:
+        every_seconds: how long to wait between looks.
+    """
+
+    def __init__(self, every_seconds: float) -> None:
         self.phases: list[Phase] = []
-        self._thread_id = threading.get_ident()
+        self._every_seconds = every_seconds
+        self._watched_thread = threading.get_ident()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="tl_fastload-phases", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="tl_fastload-watch", daemon=True)
 
-    def __enter__(self) -> StockPhases:
-        self._start = time.perf_counter()
+    def look(self) -> None:
+        """Look once, now."""
+        raise NotImplementedError
+
+    def __enter__(self: Watching) -> Watching:
+        self._start_seconds = time.perf_counter()
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._stop.set()
         self._thread.join()
 
+    def seconds(self) -> float:
+        """Since the watching began."""
+        return time.perf_counter() - self._start_seconds
+
+    def mark(self, phase: str) -> None:
+        """A phase of the load begins, or goes on."""
+        if not self.phases or self.phases[-1].name != phase:
+            self.phases.append(Phase(phase, self.seconds()))
+
+    def mark_phase_of_stock(self) -> None:
+        """Tell the phase of a stock load, which marks none, from the stack of its thread."""
+        phase = _phase_of(sys._current_frames().get(self._watched_thread))
+        if phase is not None:
+            self.mark(phase)
+
     def _run(self) -> None:
-        while not self._stop.wait(_LOOK_SECONDS):
-            name = _phase_of(sys._current_frames().get(self._thread_id))
-            if name is not None and (not self.phases or self.phases[-1].name != name):
-                self.phases.append(Phase(name, time.perf_counter() - self._start))
+        while not self._stop.wait(self._every_seconds):
+            self.look()
+
+
+class StockPhases(Watcher):
+    """The phases of a stock load, and nothing else of it."""
+
+    def __init__(self) -> None:
+        super().__init__(_LOOK_SECONDS)
+
+    def look(self) -> None:
+        self.mark_phase_of_stock()
 
 
 def _phase_of(frame: FrameType | None) -> str | None:

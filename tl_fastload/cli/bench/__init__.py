@@ -2,96 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from tl_fastload.cli.bench.process import Measurement
-from tl_fastload.cli.bench.synthetic import parse_shape
-from tl_fastload.cli.console import console, say, write_json
-from tl_fastload.cli.options import QUANTIZATIONS, Debug, json_option, picture_option
+from tl_fastload.cli.bench.synthetic import Shape, parse_shape
+from tl_fastload.cli.console import console, draw, give, say
+from tl_fastload.cli.options import QUANTIZATIONS, Drawn, Written, check_known, command
 from tl_fastload.ground.words import format_bytes
 
 if TYPE_CHECKING:
     from tl_fastload.cli.bench.loads import Contender
-    from tl_fastload.cli.bench.run import Subject
+    from tl_fastload.cli.bench.process import Measurement
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _STRATEGIES = ("auto", "assign", "copy")
 
-_Model = Annotated[
-    str | None,
-    typer.Argument(help="A folder, a TransformerLens name or a hub name.", show_default=False),
-]
-_Shape = Annotated[
-    str | None,
-    typer.Option(
-        help="Random weights in this shape instead of a model: gpt2 or llama, then any of "
-        "n_layers, d_model, n_heads, n_kv_heads, d_mlp, d_vocab, n_ctx and dtype (of the "
-        "file), such as llama:d_model=512,n_layers=8."
-    ),
-]
-_Dtypes = Annotated[
-    list[str] | None, typer.Option(help="To load in; may be repeated.  [default: float32]")
-]
-_Strategies = Annotated[
-    list[str] | None,
-    typer.Option(help="auto, assign or copy; may be repeated.  [default: auto]"),
-]
-_Quantizations = Annotated[
-    list[str] | None, typer.Option(help="Also quantized while loading; may be repeated.")
-]
-_Processing = Annotated[
-    bool, typer.Option("--processing/--no-processing", help="Fold and centre the weights.")
-]
-_Stock = Annotated[
-    bool,
-    typer.Option(
-        "--stock/--no-stock",
-        help="Measure TransformerLens' own loader, too; it takes several times the memory.",
-    ),
-]
-_Repeats = Annotated[int, typer.Option(min=1, help="Processes for each load.")]
-_Keep = Annotated[
-    Path | None, typer.Option(help="Write the model of --shape into this folder and keep it.")
-]
-_Json = Annotated[Path | None, json_option("the figures")]
-_Plot = Annotated[
-    Path | None,
-    picture_option(
-        "Draw the peaks into this file (.png, .pdf ...), and memory over time into a second one, "
-        'whose name has "-timeline" added.'
-    ),
-]
+Found = Mapping["Contender", "Measurement"]
 
 
-class _Wanted(NamedTuple):
-    """Every value of the options that may be repeated."""
-
-    dtypes: list[str]
-    strategies: list[str]
-    kinds: list[str]
-
-
+@command
 def bench(
-    model: _Model = None,
-    shape: _Shape = None,
-    dtype: _Dtypes = None,
-    strategy: _Strategies = None,
-    quantize: _Quantizations = None,
-    processing: _Processing = True,
-    stock: _Stock = True,
-    repeats: _Repeats = 3,
-    keep: _Keep = None,
-    json: _Json = None,
-    plot: _Plot = None,
-    debug: Debug = False,
+    model: Annotated[str | None, typer.Argument()] = None,
+    shape: str | None = None,
+    dtype: list[str] | None = None,
+    strategy: list[str] | None = None,
+    quantize: list[str] | None = None,
+    processing: bool = True,
+    stock: bool = True,
+    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    keep: Path | None = None,
+    json: Written = None,
+    plot: Drawn = None,
 ) -> None:
     """Measure what loading costs, lean and stock, each load in a fresh process.
 
@@ -104,84 +52,68 @@ def bench(
       tl-fastload bench --shape llama:d_model=512,n_layers=8 --dtype float32 --dtype bfloat16
 
       tl-fastload bench ./my-model --no-stock --strategy assign --strategy copy --json -
-    """
-    _check(model, shape, keep)
-    wanted = _Wanted(
-        _checked("--dtype", dtype or ["float32"], _DTYPES),
-        _checked("--strategy", strategy or ["auto"], _STRATEGIES),
-        _checked("--quantize", quantize or [], QUANTIZATIONS),
-    )
-    from tl_fastload.cli.bench.run import run
 
-    contenders = _contenders(wanted, processing, stock)
-    with _subject(model, shape, keep) as subject:
-        found = run(subject, contenders, repeats, _announce)
-    if str(json) == "-":
-        write_json(_as_json(subject, contenders, found), Path("-"))
-    else:
-        _show(subject, contenders, found)
-        if json is not None:
-            write_json(_as_json(subject, contenders, found), json)
+    Args:
+        model: A folder, a TransformerLens name or a hub name.
+        shape: Random weights in this shape instead of a model: gpt2 or llama, then any of n_layers,
+            d_model, n_heads, n_kv_heads, d_mlp, d_vocab, n_ctx and dtype (of the file), such as
+            llama:d_model=512,n_layers=8.
+        dtype: To load in, by default float32; may be repeated.
+        strategy: auto, assign or copy, by default auto; may be repeated.
+        quantize: Also quantized while loading; may be repeated.
+        processing: Fold and centre the weights.
+        stock: Measure TransformerLens' own loader, too; it takes several times the memory.
+        repeats: Processes for each load.
+        keep: Write the model of --shape into this folder and keep it.
+        json: Write the figures as JSON; - for standard output.
+        plot: Draw the peaks into this file (.png, .pdf ...), and memory over time into a second
+            one, whose name has "-timeline" added.
+    """
+    dtypes, strategies, kinds = dtype or ["float32"], strategy or ["auto"], quantize or []
+    what = _checked_model(model, shape, keep)
+    check_known("--dtype", dtypes, _DTYPES)
+    check_known("--strategy", strategies, _STRATEGIES)
+    check_known("--quantize", kinds, QUANTIZATIONS)
+    from tl_fastload.cli.bench import run
+    from tl_fastload.cli.bench.loads import Contender
+
+    contenders = []  # what is compared stands together
+    for one in dict.fromkeys(dtypes):
+        contenders += [Contender("stock", one, processing)] if stock else []
+        contenders += [Contender("lean", one, processing, way) for way in strategies]
+    contenders += [Contender("lean", dtypes[0], processing, quantize=kind) for kind in kinds]
+    with run.subject_of(what, keep) as subject:
+        found = run.run(subject, list(dict.fromkeys(contenders)), repeats, _announce)
+    label = subject.label
+    give(json, lambda: _as_json(label, found), lambda: _show(label, found))
     if plot is not None:
-        _draw(subject, contenders, found, plot)
-    if any((one.error or "").startswith("failed") for one in found):
+        _draw(label, found, plot)
+    if any((one.error or "").startswith("failed") for one in found.values()):
         raise typer.Exit(1)
 
 
-def _check(model: str | None, shape: str | None, keep: Path | None) -> None:
-    """Say what is wrong with the arguments before anything slow is imported."""
+def _checked_model(model: str | None, shape: str | None, keep: Path | None) -> str | Shape:
+    """What to load; says what is wrong with it before anything slow is imported."""
     if (model is None) == (shape is None):
         raise typer.BadParameter(
             "name a model or give --shape, one of the two.", param_hint="'MODEL' / '--shape'"
         )
     if shape is not None:
-        parse_shape(shape)
-    elif keep is not None:
+        return parse_shape(shape)
+    if keep is not None:
         raise typer.BadParameter("goes with --shape only.", param_hint="'--keep'")
-
-
-def _subject(
-    model: str | None, shape: str | None, keep: Path | None
-) -> AbstractContextManager[Subject]:
-    from tl_fastload.cli.bench.run import named_subject, synthetic_subject
-
-    if shape is not None:
-        return synthetic_subject(parse_shape(shape), keep)
-    return named_subject(str(model))
-
-
-def _contenders(wanted: _Wanted, processing: bool, stock: bool) -> list[Contender]:
-    """Every load to measure; what is compared stands together."""
-    from tl_fastload.cli.bench.loads import Contender
-
-    found = []
-    for one in wanted.dtypes:
-        if stock:
-            found.append(Contender("stock", one, processing))
-        found += [Contender("lean", one, processing, way) for way in wanted.strategies]
-    first = wanted.dtypes[0]
-    found += [Contender("lean", first, processing, quantize=kind) for kind in wanted.kinds]
-    return found
-
-
-def _checked(option: str, given: list[str], known: Sequence[str]) -> list[str]:
-    for one in given:
-        if one not in known:
-            raise typer.BadParameter(
-                f"{one!r} is none of {', '.join(known)}.", param_hint=f"'{option}'"
-            )
-    return list(dict.fromkeys(given))
+    return str(model)
 
 
 def _announce(name: str, number: int, total: int) -> None:
     say(f"[{number}/{total}] {name}")
 
 
-def _show(subject: Subject, contenders: Sequence[Contender], found: Sequence[Measurement]) -> None:
+def _show(label: str, found: Found) -> None:
     from tl_fastload.cli.diagnosis import machine, versions
 
     table = Table(
-        title=f"Loading {subject.label}, each in a fresh process",
+        title=f"Loading {label}, each in a fresh process",
         title_justify="left",
         caption="Peaks above the imports, and as multiples of the parameters' bytes: memory that "
         "no file backs, and all that is resident. vs stock: of the same dtype.",
@@ -189,13 +121,11 @@ def _show(subject: Subject, contenders: Sequence[Contender], found: Sequence[Mea
     )
     for column in ("load", "peak anonymous", "peak resident", "parameters", "time", "vs stock"):
         table.add_column(column, justify="left" if column == "load" else "right")
-    for contender, one in zip(contenders, found, strict=True):
-        if one.error is None:
-            table.add_row(one.name, *_cells(one, _stock_of(contender, contenders, found)))
-        else:
-            table.add_row(one.name, *["-"] * 5)
+    for contender, one in found.items():
+        stock = found.get(replace(contender, loader="stock", strategy="auto", quantize=None))
+        table.add_row(one.name, *_cells(one, None if one is stock else stock))
     console().print(table)
-    for one in found:
+    for one in found.values():
         if one.error is not None:
             console().print(Text(f"{one.name}: {one.error}"))
     facts: dict[str, Any] = {**machine(), **versions()}
@@ -204,18 +134,12 @@ def _show(subject: Subject, contenders: Sequence[Contender], found: Sequence[Mea
     console().print(Text(present, style="dim"))
 
 
-def _stock_of(
-    contender: Contender, contenders: Sequence[Contender], found: Sequence[Measurement]
-) -> Measurement | None:
-    for other, one in zip(contenders, found, strict=True):
-        if other.loader == "stock" and other.dtype == contender.dtype and other != contender:
-            return one if one.error is None else None
-    return None
-
-
 def _cells(one: Measurement, stock: Measurement | None) -> list[str]:
+    """What stands in a row behind the name."""
+    if one.error is not None:
+        return ["-"] * 5
     versus = "-"
-    if stock is not None:
+    if stock is not None and stock.error is None:
         faster = stock.median_seconds / max(one.median_seconds, 1e-9)
         smaller = stock.peak_anonymous_bytes / max(one.peak_anonymous_bytes, 1)
         versus = f"{faster:.1f}x faster, {smaller:.1f}x less memory"
@@ -232,49 +156,33 @@ def _peak(size_bytes: int, one: Measurement) -> str:
     return f"{format_bytes(size_bytes)} ({size_bytes / max(one.parameter_bytes, 1):.2f}x)"
 
 
-def _as_json(
-    subject: Subject, contenders: Sequence[Contender], found: Sequence[Measurement]
-) -> dict[str, Any]:
+def _as_json(label: str, found: Found) -> dict[str, Any]:
     from tl_fastload.cli.diagnosis import machine, versions
 
-    measured = [
-        {"contender": asdict(contender), **asdict(one)}
-        for contender, one in zip(contenders, found, strict=True)
-    ]
     return {
-        "model": subject.label,
+        "model": label,
         "page_cache": "warm",
         "machine": machine(),
         "versions": versions(),
-        "measurements": measured,
+        "measurements": [{"contender": asdict(who), **asdict(one)} for who, one in found.items()],
     }
 
 
-def _draw(
-    subject: Subject,
-    contenders: Sequence[Contender],
-    found: Sequence[Measurement],
-    path: Path,
-) -> None:
-    from tl_fastload.report.pictures import loads
+def _draw(label: str, found: Found, path: Path) -> None:
+    """Draw the peaks; and memory over time of the first dtype's loads, lean in front: more lines
+    than that cannot be told apart.
+    """
+    from tl_fastload import plots
 
-    loads.plot_peaks(found, f"Peak memory while loading {subject.label}", path)
-    say(f"Written: {path}")
-    # The first dtype's lean and stock loads: more lines than that cannot be told apart.
-    of_one_dtype = [
-        (contender, one)
-        for contender, one in zip(contenders, found, strict=True)
-        if one.timeline is not None and contender.dtype == contenders[0].dtype
-    ]
-    series = [
-        loads.Series(contender.loader, one.timeline, one.parameter_bytes)
-        for loader in ("lean", "stock")
-        for contender, one in of_one_dtype
-        if contender.loader == loader and contender.quantize is None and one.timeline is not None
-    ]
-    chosen = list({one.label: one for one in reversed(series)}.values())[::-1]
-    if chosen:
+    title = f"Peak memory while loading {label}"
+    draw(path, partial(plots.plot_peaks, list(found.values()), title))
+    dtype = next(iter(found)).dtype
+    series: dict[str, plots.Series] = {}
+    for who, one in sorted(found.items(), key=lambda pair: pair[0].loader):
+        if one.timeline is not None and who.dtype == dtype and who.quantize is None:
+            line = plots.Series(who.loader, one.timeline, one.parameter_bytes)
+            series.setdefault(who.loader, line)
+    if series:
+        title = f"Memory while loading {label}, {dtype}"
         second = path.with_name(f"{path.stem}-timeline{path.suffix}")
-        title = f"Memory while loading {subject.label}, {contenders[0].dtype}"
-        loads.plot_timelines(chosen, title, second)
-        say(f"Written: {second}")
+        draw(second, partial(plots.plot_timelines, list(series.values()), title))

@@ -12,7 +12,7 @@ import torch
 
 from tl_fastload.ground import compat
 from tl_fastload.report.memory import unique_bytes
-from tl_fastload.report.timeline import Phase, StockPhases
+from tl_fastload.report.timeline import StockPhases
 
 Load = Callable[[], Any]
 
@@ -67,17 +67,15 @@ def prepare(
 
 
 def _with_phases(load: Load) -> tuple[Load, Callable[[Any], dict[str, Any]]]:
-    phases: list[Phase] = []
+    watch = StockPhases()
 
     def act() -> Any:
-        with StockPhases() as seen:
-            loaded = load()
-        phases.extend(seen.phases)
-        return loaded
+        with watch:
+            return load()
 
     return act, lambda loaded: {
         "parameter_bytes": unique_bytes(loaded.parameters()),
-        "phases": [asdict(phase) for phase in phases],
+        "phases": [asdict(phase) for phase in watch.phases],
     }
 
 
@@ -102,27 +100,19 @@ def stock_load(name: str, dtype: str, processed: bool, hf_model: Load | None = N
     """
     from transformer_lens import HookedTransformer
 
-    function = (
-        HookedTransformer.from_pretrained
-        if processed
-        else HookedTransformer.from_pretrained_no_processing
-    )
+    way = "from_pretrained" if processed else "from_pretrained_no_processing"
     arguments: dict[str, Any] = {"dtype": torch_dtype(dtype), "device": "cpu"}
     blank_tokenizer()  # its imports
-    if hf_model is None:
-        return lambda: function(name, tokenizer=blank_tokenizer(), **arguments)
-    return lambda: function(name, hf_model=hf_model(), tokenizer=blank_tokenizer(), **arguments)
+    return lambda: getattr(HookedTransformer, way)(
+        name, hf_model=hf_model and hf_model(), tokenizer=blank_tokenizer(), **arguments
+    )
 
 
 def lean_load(model: str | Path, dtype: str, processed: bool, **more: Any) -> Load:
     """This package's loader."""
     from tl_fastload import LeanHookedTransformer
 
-    function = (
-        LeanHookedTransformer.from_pretrained_lean
-        if processed
-        else LeanHookedTransformer.from_pretrained_no_processing_lean
-    )
+    way = "from_pretrained_lean" if processed else "from_pretrained_no_processing_lean"
     arguments: dict[str, Any] = {"dtype": torch_dtype(dtype), "device": "cpu", **more}
     if arguments.get("quantize"):
         from tl_fastload.quantized import formats
@@ -131,7 +121,9 @@ def lean_load(model: str | Path, dtype: str, processed: bool, **more: Any) -> Lo
         if spec is not None:  # imports kernels, which is not a part of the load
             formats.of_kind(spec.kind).require_device(torch.device("cpu"))
     blank_tokenizer()  # its imports
-    return lambda: function(model, tokenizer=blank_tokenizer(), **arguments)
+    return lambda: getattr(LeanHookedTransformer, way)(
+        model, tokenizer=blank_tokenizer(), **arguments
+    )
 
 
 def torch_dtype(name: str) -> torch.dtype:

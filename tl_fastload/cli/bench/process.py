@@ -17,22 +17,29 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from tl_fastload.cli.bench import worker
-from tl_fastload.cli.bench.worker import Memory, StatusFile
-from tl_fastload.report.timeline import Phase, Recorder, Timeline
+from tl_fastload.ground.words import format_bytes
+from tl_fastload.report.available import available_host_bytes
+from tl_fastload.report.memory import PeakSampler
+from tl_fastload.report.timeline import Phase, Timeline
 
 _SAMPLE_SECONDS = 0.002
 _READ_AHEAD_BYTES = 16 << 20
 _PROJECT = Path(__file__).resolve().parents[3]
 # The user's settings for these would decide the outcome; unset, every core is used.
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_LARGEST = (
+    *("peak_anonymous_bytes", "peak_resident_bytes", "peak_file_bytes"),
+    *("after_anonymous_bytes", "used_resident_bytes"),
+)
+"""Figures of which the largest of the repeats counts."""
+Subject = TypeVar("Subject")
 
 
 @dataclass(frozen=True)
@@ -75,31 +82,6 @@ class Measurement:
         return int(self.facts["parameter_bytes"])
 
 
-class _Sampler:
-    """Reads a process' memory in a thread until it is told to stop."""
-
-    def __init__(self, pid: int) -> None:
-        self.samples: list[tuple[float, Memory]] = []
-        self._status = StatusFile(pid)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while True:
-            memory = self._status.read()
-            if memory is None:
-                return
-            self.samples.append((time.perf_counter(), memory))
-            if self._stop.wait(_SAMPLE_SECONDS):
-                return
-
-    def stop(self) -> None:
-        self._stop.set()
-        self._thread.join()
-        self._status.close()
-
-
 class WorkerError(RuntimeError):
     """The measured process failed; the message is the last line it wrote."""
 
@@ -128,26 +110,83 @@ def run_action(
         WorkerError: the process failed or took too long.
     """
     request = {"target": target, "arguments": dict(arguments), "path": sys.path}
-    with _worker(environment or {}, timeout_seconds) as (process, receive):
-        _tell(process, request)
-        receive("ready")
-        sampler = _Sampler(process.pid)
-        started = time.perf_counter()
-        try:
-            _tell(process, "go")
-            receive("done")
-        finally:
-            sampler.stop()
-        _tell(process, "stopped")
-        result = receive("result")
-    found = _measurement(name, result, [memory for _, memory in sampler.samples])
-    if not with_timeline:
-        return found
-    return replace(found, timeline=_timeline(result, sampler.samples, started))
+    with _worker(environment or {}, timeout_seconds) as (process, ask):
+        ask(request)
+        peak_is_exact = _reset_peak_resident(process)
+        with PeakSampler(process=process, every_seconds=_SAMPLE_SECONDS) as sampler:
+            seconds = ask("go")["seconds"]
+        ask("collect garbage")
+        after = sampler.growth()
+        facts = ask("describe")["facts"]
+        used = sampler.growth()
+    timeline = sampler.timeline()
+    phases = tuple(Phase(**phase) for phase in facts.get("phases", ()))
+    return Measurement(
+        name=name,
+        seconds=(seconds,),
+        peak_anonymous_bytes=sampler.peak.anonymous_bytes,
+        peak_resident_bytes=max(sampler.peak.resident_bytes, sampler.peak.highest_bytes),
+        peak_file_bytes=sampler.peak.file_bytes,
+        after_anonymous_bytes=after.anonymous_bytes,
+        used_resident_bytes=used.resident_bytes,
+        samples=sampler.samples,
+        peak_is_exact=peak_is_exact,
+        facts=facts,
+        timeline=replace(timeline, phases=phases) if with_timeline else None,
+    )
+
+
+def measure(
+    target: str,
+    arguments: Mapping[str, Any],
+    name: str,
+    environment: Mapping[str, str],
+    needed_bytes: int = 0,
+    **more: Any,
+) -> Measurement:
+    """`run_action`, where a process that fails, or would not fit in memory, is a measurement whose
+    `error` says so.
+
+    Args:
+        target: as for `run_action`, like `arguments`, `name`, `environment` and `more`.
+        needed_bytes: what must be free.
+    """
+    free = available_host_bytes()
+    if needed_bytes > free:
+        need = f"needs {format_bytes(needed_bytes)}, {format_bytes(free)} are free"
+        return Measurement(name, error=f"not measured: {need}")
+    try:
+        return run_action(target, arguments, name, environment, **more)
+    except WorkerError as error:
+        return Measurement(name, error=f"failed: {error}")
+
+
+def measure_in_turns(
+    rounds: Sequence[Subject], measure_one: Callable[[int, Subject], Measurement]
+) -> dict[Subject, Measurement]:
+    """Measure one after the other, and combine what was measured several times.
+
+    Args:
+        rounds: what to measure; what is measured several times is named as often, in turns, so
+            that a machine that gets slower meanwhile changes all alike.
+        measure_one: told the number of the turn, from 1 on, and what to measure in it. Not asked
+            again of what has failed or did not fit.
+    """
+    found: dict[Subject, list[Measurement]] = {}
+    for number, one in enumerate(rounds, start=1):
+        earlier = found.setdefault(one, [])
+        if not earlier or earlier[-1].error is None:
+            earlier.append(measure_one(number, one))
+    return {one: combine(repeats) for one, repeats in found.items()}
 
 
 @contextmanager
-def _worker(environment: Mapping[str, str], timeout_seconds: float) -> Iterator[tuple[Any, Any]]:
+def _worker(
+    environment: Mapping[str, str], timeout_seconds: float
+) -> Iterator[tuple[int, Callable[[Any], dict[str, Any]]]]:
+    """A fresh process: its number, and a function that tells it something and waits for the
+    answer.
+    """
     variables = {k: v for k, v in os.environ.items() if k not in _THREAD_VARIABLES}
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
@@ -158,32 +197,39 @@ def _worker(environment: Mapping[str, str], timeout_seconds: float) -> Iterator[
             stderr=errors,
             text=True,
         )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        told, answers = process.stdin, process.stdout
+
+        def ask(what: Any) -> dict[str, Any]:
+            with suppress(BrokenPipeError):  # it has died, and does not answer
+                told.write(json.dumps(what) + "\n")
+                told.flush()
+            line = answers.readline()
+            if not line:
+                raise WorkerError(_last_words(process.wait(), errors))
+            answer: dict[str, Any] = json.loads(line)
+            return answer
+
         alarm = threading.Timer(timeout_seconds, process.kill)
         alarm.start()
-
-        def receive(event: str) -> dict[str, Any]:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            message: dict[str, Any] = json.loads(line) if line else {}
-            if message.get("event") != event:
-                raise WorkerError(_last_words(process.wait(), errors))
-            return message
-
         try:
-            yield process, receive
+            yield process.pid, ask
         finally:
             alarm.cancel()
             process.kill()
             process.communicate()
 
 
-def _tell(process: subprocess.Popen[str], message: Any) -> None:
-    assert process.stdin is not None
+def _reset_peak_resident(process: int) -> bool:
+    """Make the kernel's mark of a process start again from its present size; False when it may
+    not.
+    """
     try:
-        process.stdin.write(json.dumps(message) + "\n")
-        process.stdin.flush()
-    except BrokenPipeError:
-        pass  # it has died: the next `receive` says why
+        Path(f"/proc/{process}/clear_refs").write_text("5")  # see proc(5)
+    except OSError:
+        return False
+    return True
 
 
 def _last_words(status: int, errors: IO[bytes]) -> str:
@@ -196,54 +242,16 @@ def _last_words(status: int, errors: IO[bytes]) -> str:
     return f"{last} (exit status {status})"
 
 
-def _measurement(name: str, result: dict[str, Any], samples: Sequence[Memory]) -> Measurement:
-    baseline, end = Memory(**result["baseline"]), Memory(**result["end"])
-    seen = [*samples, end]
-    resident = max(memory.resident_bytes for memory in seen)
-    if result["peak_is_exact"]:
-        resident = max(resident, end.peak_resident_bytes)
-    return Measurement(
-        name=name,
-        seconds=(result["seconds"],),
-        peak_anonymous_bytes=max(m.anonymous_bytes for m in seen) - baseline.anonymous_bytes,
-        peak_resident_bytes=resident - baseline.resident_bytes,
-        peak_file_bytes=max(m.file_bytes for m in seen) - baseline.file_bytes,
-        after_anonymous_bytes=result["after"]["anonymous_bytes"] - baseline.anonymous_bytes,
-        used_resident_bytes=result["used"]["resident_bytes"] - baseline.resident_bytes,
-        samples=len(samples),
-        peak_is_exact=result["peak_is_exact"],
-        facts=result["facts"],
-    )
-
-
-def _timeline(
-    result: dict[str, Any], samples: Sequence[tuple[float, Memory]], started: float
-) -> Timeline:
-    baseline, recorder = Memory(**result["baseline"]), Recorder()
-    recorder.add(0.0, 0, 0)
-    moments = [(moment - started, memory) for moment, memory in samples if moment >= started]
-    for seconds, memory in [*moments, (result["seconds"], Memory(**result["end"]))]:
-        recorder.add(
-            min(seconds, result["seconds"]),
-            memory.resident_bytes - baseline.resident_bytes,
-            memory.anonymous_bytes - baseline.anonymous_bytes,
-        )
-    return recorder.timeline([Phase(**phase) for phase in result["facts"].get("phases", ())])
-
-
 def combine(repeats: Sequence[Measurement]) -> Measurement:
     """One measurement out of several of the same case: every time, the largest of each memory."""
     good = [m for m in repeats if m.error is None]
     if len(good) < len(repeats):
         return next(m for m in repeats if m.error is not None)
+    largest = {name: max(getattr(m, name) for m in good) for name in _LARGEST}
     return replace(
         good[0],
+        **largest,
         seconds=tuple(s for m in good for s in m.seconds),
-        peak_anonymous_bytes=max(m.peak_anonymous_bytes for m in good),
-        peak_resident_bytes=max(m.peak_resident_bytes for m in good),
-        peak_file_bytes=max(m.peak_file_bytes for m in good),
-        after_anonymous_bytes=max(m.after_anonymous_bytes for m in good),
-        used_resident_bytes=max(m.used_resident_bytes for m in good),
         samples=min(m.samples for m in good),
         peak_is_exact=all(m.peak_is_exact for m in good),
         facts=_combined_facts([m.facts for m in good]),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import secrets
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from tl_fastload.errors import ArgumentError
+from tl_fastload.ground.whole_files import write_whole
 
 __all__ = ["Line2D", "Patch", "Picture", "check_format", "style"]
 
@@ -78,13 +78,5 @@ class Picture(Figure):
         """
         path = Path(path)
         kind = check_format(path)
-        # A name that nobody can have put a link at, and "x", which follows none.
-        partial = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.partial")
-        try:
-            with style(), partial.open("xb") as file:
-                self.savefig(file, format=kind)
-            partial.replace(path)
-        except OSError as error:
-            raise ArgumentError(f"{path} cannot be written ({error.strerror}).") from error
-        finally:
-            partial.unlink(missing_ok=True)
+        with style():
+            write_whole(path, lambda file: self.savefig(file, format=kind))
