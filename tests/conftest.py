@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.support import environments
+from tests.support import bridge_zoo, environments
 from tests.support import zoo as zoo_module
 from tests.support.fake_hub import forbid_network
 from tl_fastload.source.reader import FileReader
@@ -91,6 +91,21 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
             if tokenizer:
                 zoo_module.add_tokenizer(folder, case.d_vocab)
             built[key] = folder
+        return built[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def bridge_zoo_folder(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    """`zoo` for the cases of the bridge's zoo, which all have a tokenizer."""
+    root = tmp_path_factory.mktemp("bridge-zoo")
+    built: dict[str, Path] = {}
+
+    def get(case_id: str, **options: Any) -> Path:
+        key = repr((case_id, sorted(options.items(), key=str)))
+        if key not in built:
+            built[key] = bridge_zoo.build(case_id, root / str(len(built)) / case_id, **options)
         return built[key]
 
     return get
