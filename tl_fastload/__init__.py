@@ -6,10 +6,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from tl_fastload.ground import compat as _compat
-
-
-from tl_fastload.errors import (  # noqa: E402  # after the check, whose message would be lost otherwise
+from tl_fastload.errors import (
     AdapterError,
     ArgumentError,
     CheckpointError,
@@ -29,9 +26,10 @@ from tl_fastload.errors import (  # noqa: E402  # after the check, whose message
     UnknownModelError,
     UnsupportedArchitectureError,
 )
-from tl_fastload.ground.compat import __version__ as __version__  # noqa: E402
+from tl_fastload.ground.compat import __version__ as __version__
 
 if TYPE_CHECKING:
+    from tl_fastload.bridge_model import LeanBridgeMixin, LeanTransformerBridge
     from tl_fastload.copies.verify import verify_copy
     from tl_fastload.copies.write import save_lean
     from tl_fastload.loading.load_weights import load_weights_
@@ -44,8 +42,10 @@ else:
     # Imported when they are first asked for: TransformerLens takes seconds, which the command line
     # does not need to say what its options are.
     _HOMES = {
+        "LeanBridgeMixin": "bridge_model",
         "LeanHookedTransformer": "model",
         "LeanLoadingMixin": "model",
+        "LeanTransformerBridge": "bridge_model",
         "LoadPlan": "planning.plan",
         "LoadReport": "report.load_report",
         "ProgressEvent": "report.progress",
@@ -77,9 +77,11 @@ __all__ = [
     "DifferentModelError",
     "HalfWrittenError",
     "InternalError",
+    "LeanBridgeMixin",
     "LeanHookedTransformer",
     "LeanLoadError",
     "LeanLoadingMixin",
+    "LeanTransformerBridge",
     "LoadPlan",
     "LoadReport",
     "MissingPackageError",

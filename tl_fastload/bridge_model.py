@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tl_fastload.bridge import versions
-from tl_fastload.bridge.load import boot_lean
+from tl_fastload.bridge.boot import boot_in_memory
 from tl_fastload.bridge.processing import process_in_place
+from tl_fastload.bridge.record import COMPATIBILITY, IS_RECORDING
+from tl_fastload.bridge.road import ROAD
+from tl_fastload.bridge.steps import with_right_steps
+from tl_fastload.copies.cache import folder_for
+from tl_fastload.errors import ArgumentError
 from tl_fastload.ground.boundary import guarded
 from tl_fastload.ground.own_defaults import own_defaults
+from tl_fastload.loading.load import load
+from tl_fastload.loading.resolve import resolved
+from tl_fastload.quantized.formats import read_quantization
+from tl_fastload.quantized.spec import as_dtype, quantization_argument
 from tl_fastload.report.load_report import LoadReport
 from tl_fastload.report.progress import Progress, ProgressOption
+from tl_fastload.request.adapters import read_adapter_argument
+from tl_fastload.request.argument_types import checked, checked_keywords
+from tl_fastload.request.keywords import sort_keywords
+from tl_fastload.request.options import DEFAULT_DTYPE, DEFAULT_LAYOUT, OWN_ARGUMENTS, Options
+from tl_fastload.request.steps import STEPS
+from tl_fastload.roads.road import Request
+
+_SPREADING = ("device_map", "n_devices", "max_memory", "offload_folder")
 
 
 class LeanBridgeMixin:
-    """Makes a `TransformerBridge` class load lean: `class Mine(LeanBridgeMixin, TheirClass)`."""
+    """Makes a `TransformerBridge` class load lean: `class Mine(LeanBridgeMixin, TheirClass)`.
+
+    Attributes:
+        load_report: what the load did; a bridge that somebody else booted has none.
+    """
 
     load_report: LoadReport
-
-    @classmethod
-    @guarded("while booting")
-    def boot_transformers_lean(
-        cls, model_name: str | Path, *, progress: ProgressOption = None, **arguments: Any
-    ) -> Any:
-        return boot_lean(cls, model_name, progress=progress, steps=None, **arguments)
 
     @classmethod
     @guarded("while loading")
@@ -37,35 +52,279 @@ class LeanBridgeMixin:
         center_writing_weights: bool = True,
         center_unembed: bool = True,
         refactor_factored_attn_matrices: bool = False,
+        checkpoint_index: int | None = None,
+        checkpoint_value: int | None = None,
+        checkpoint_label: int | None = None,
+        hf_model: Any = None,
+        device: str | torch.device | None = None,
+        n_devices: int = 1,
+        tokenizer: Any = None,
+        move_to_device: bool = True,
         fold_value_biases: bool = True,
+        default_prepend_bos: bool | None = None,
+        default_padding_side: str | None = None,
+        dtype: str | torch.dtype = DEFAULT_DTYPE,
+        first_n_layers: int | None = None,
+        n_ctx: int | None = None,
         *,
+        strategy: str = "auto",
+        mmap: str | bool = "auto",
         progress: ProgressOption = None,
-        **arguments: Any,
+        quantize: Any = None,
+        dequantize: bool = False,
+        adapter: Any = None,
+        requantize: bool = False,
+        cache: bool | str | Path | None = None,
+        verify: bool = False,
+        check_memory: bool = True,
+        check_base: bool = True,
+        layout: str = DEFAULT_LAYOUT,
+        **from_pretrained_kwargs: Any,
     ) -> Any:
-        steps = dict(
-            fold_ln=fold_ln,
-            center_writing_weights=center_writing_weights,
-            center_unembed=center_unembed,
-            fold_value_biases=fold_value_biases,
-            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
-        )
-        return boot_lean(cls, model_name, progress=progress, steps=steps, **arguments)
+        """Boot a pretrained model and process its weights, with the numbers of
+        `TransformerBridge.boot_transformers` followed by `enable_compatibility_mode`, and about one
+        copy of the weights in memory. The same call works for a HookedTransformer:
+        `LeanHookedTransformer.from_pretrained_lean`.
 
-    @guarded("while processing")
-    def process_weights(self, *args: Any, **kwargs: Any) -> None:
-        """TransformerLens' `process_weights`, in place and one parameter at a time."""
-        stock = super().process_weights  # type: ignore[misc]
-        if versions.is_processed(self) or versions.is_recording(self):
-            stock(*args, **kwargs)
-            return
-        with torch.inference_mode(False), own_defaults(), Progress(None) as progress:
-            process_in_place(self, lambda: stock(*args, **kwargs), progress)
+            bridge = LeanTransformerBridge.from_pretrained_lean("gpt2", dtype="bfloat16")
+            print(bridge.load_report)  # time, memory, and what was done
+
+        Args:
+            model_name: TransformerLens name or alias, any hub name, or a local folder.
+            fold_ln: fold the norm weights into the following layer.
+            center_writing_weights: give what writes to the residual stream zero mean.
+            center_unembed: give the unembedding zero mean over the vocabulary.
+            refactor_factored_attn_matrices: make the factors of the QK and OV circuits even.
+            checkpoint_index: which training checkpoint, counted from zero.
+            checkpoint_value: which training checkpoint, by step or tokens.
+            checkpoint_label: another name of `checkpoint_value`.
+            hf_model: a transformers model in memory; read, never changed, and not shared.
+            device: where the parameters go; by default what TransformerLens chooses.
+            n_devices: 1; a bridge on several devices is TransformerLens' own to boot.
+            tokenizer: the tokenizer; by default the one that lies with the model, or none.
+            move_to_device: False leaves the parameters on the CPU.
+            fold_value_biases: fold the value biases into the output bias.
+            default_prepend_bos: whether strings get a BOS token.
+            default_padding_side: "left" or "right".
+            dtype: dtype of the parameters, such as "bfloat16" or torch.float32.
+            first_n_layers: load only that many layers.
+            n_ctx: another context length than the model's own.
+            strategy: "assign" puts finished tensors into the model, "copy" copies into the model's
+                own; "auto" assigns.
+            mmap: whether weights that need no change are mapped from the file instead of read;
+                "auto" does so on local disks.
+            progress: None for a bar when somebody watches, True or False, or a function of a
+                `tl_fastload.ProgressEvent`.
+            quantize: None; a bridge is loaded from unquantized weights.
+            dequantize: let transformers turn a quantized checkpoint into ordinary weights, and load
+                these.
+            adapter: a LoRA adapter of peft to merge before processing: a folder,
+                "organisation/name", "organisation/name@revision"; or a list of adapters, each alone
+                or as (adapter, weight).
+            requantize: False; for quantized weights.
+            cache: None or False: processed copies are kept of HookedTransformers.
+            verify: False; for processed copies.
+            check_memory: raise NotEnoughMemory before weights are read if they cannot be held.
+            check_base: raise AdapterError if the base model that an adapter names is known to be
+                another than this one.
+            layout: a bridge has one memory order, TransformerLens' own, whichever is asked for.
+            **from_pretrained_kwargs: for Hugging Face: revision, cache_dir, token,
+                local_files_only, subfolder, trust_remote_code (False by default), torch_dtype, or
+                fields of the model's configuration.
+
+        Returns:
+            The bridge, in compatibility mode, with a `load_report`.
+
+        Raises:
+            LeanLoadError: the base of all of: ArgumentError, UnknownModelError,
+                UnsupportedArchitectureError, CheckpointError, MissingWeightsError,
+                AdapterError, NotEnoughMemory. Raised before weights are read whenever that is
+                possible; nothing half-loaded is returned.
+        """
+        return _load(**locals())
+
+    @classmethod
+    @guarded("while booting")
+    def boot_transformers_lean(
+        cls,
+        model_name: str | Path,
+        hf_config_overrides: dict[str, Any] | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = torch.float32,
+        tokenizer: Any = None,
+        load_weights: bool = True,
+        trust_remote_code: bool = False,
+        model_class: Any = None,
+        hf_model: Any = None,
+        n_ctx: int | None = None,
+        revision: str | None = None,
+        checkpoint_index: int | None = None,
+        checkpoint_value: int | None = None,
+        *,
+        mmap: str | bool = "auto",
+        progress: ProgressOption = None,
+        check_memory: bool = True,
+        **stock_arguments: Any,
+    ) -> Any:
+        """`TransformerBridge.boot_transformers`, with weights that are mapped from their files
+        where these hold them as they are, and read one at a time where not. Nothing is processed:
+        `enable_compatibility_mode()` does that, in place.
+
+        Args:
+            model_name: TransformerLens name or alias, any hub name, or a local folder.
+            hf_config_overrides: fields of transformers' configuration to set.
+            device: where the parameters go; by default what TransformerLens chooses.
+            dtype: dtype of the parameters.
+            tokenizer: the tokenizer; by default the one that lies with the model, or none.
+            load_weights: False makes random weights, as TransformerLens does.
+            trust_remote_code: whether code that comes with the checkpoint may run.
+            model_class: transformers' class, if not the one that TransformerLens chooses.
+            hf_model: a transformers model in memory; it becomes the bridge's own, as in
+                TransformerLens.
+            n_ctx: another context length than the model's own.
+            revision: branch, tag or commit on the hub.
+            checkpoint_index: which training checkpoint, counted from zero.
+            checkpoint_value: which training checkpoint, by step or tokens.
+            mmap: whether weights are mapped from files; "auto" does so on local disks.
+            progress: as for `from_pretrained_lean`.
+            check_memory: raise NotEnoughMemory before weights are read if they cannot be held.
+            **stock_arguments: other arguments of `boot_transformers`; those that spread a model
+                over devices are errors.
+
+        Returns:
+            The bridge; with a `load_report` unless `hf_model` was given or no weights were loaded.
+
+        Raises:
+            LeanLoadError: as `from_pretrained_lean`.
+        """
+        spreading = [name for name in _SPREADING if stock_arguments.pop(name, None) is not None]
+        if spreading or stock_arguments.get("code_revision") is not None:
+            raise ArgumentError(
+                f"{(spreading or ['code_revision'])[0]}= is for transformers' own loading: use "
+                "TransformerBridge.boot_transformers, or leave it out."
+            )
+        stock_arguments.pop("code_revision", None)
+        boot = {"hf_config_overrides": hf_config_overrides, "model_class": model_class}
+        boot = {name: value for name, value in boot.items() if value is not None}
+        given = checked(device=device, tokenizer=tokenizer, n_ctx=n_ctx, dtype=dtype)
+        if hf_model is not None or not load_weights:
+            return boot_in_memory(
+                cls,
+                str(model_name),
+                hf_model=hf_model,
+                load_weights=load_weights,
+                trust_remote_code=trust_remote_code,
+                revision=revision,
+                checkpoint_index=checkpoint_index,
+                checkpoint_value=checkpoint_value,
+                **boot,
+                **stock_arguments,
+                **{**given, "dtype": as_dtype(given["dtype"])},
+            )
+        return _load(
+            cls=cls,
+            model_name=model_name,
+            **given,
+            **boot,
+            checkpoint_index=checkpoint_index,
+            checkpoint_value=checkpoint_value,
+            mmap=mmap,
+            progress=progress,
+            check_memory=check_memory,
+            **{COMPATIBILITY: False},
+            from_pretrained_kwargs={
+                "revision": revision,
+                "trust_remote_code": trust_remote_code,
+                **stock_arguments,
+            },
+        )
 
     @classmethod
     def of(cls, bridge: Any) -> Any:
-        bridge.__class__ = cls
+        """Let a bridge that was booted otherwise be processed lean, in place.
+
+        Args:
+            bridge: a TransformerBridge; its own class stays among the bases of its new one.
+
+        Returns:
+            The same object.
+
+        Raises:
+            ArgumentError: it is no TransformerBridge.
+        """
+        if not isinstance(bridge, versions.bridge_class()):
+            raise ArgumentError(
+                f"bridge is a {type(bridge).__name__}: pass what "
+                "TransformerBridge.boot_transformers(...) returns."
+            )
+        if not isinstance(bridge, LeanBridgeMixin):
+            kinds: Any = (cls, type(bridge))
+            bridge.__class__ = _lean_class(*kinds)
         return bridge
 
+    @guarded("while processing")
+    def process_weights(self, *args: Any, **kwargs: Any) -> None:
+        """TransformerLens' `process_weights`, which `enable_compatibility_mode` calls: recorded,
+        then done in place, one parameter at a time.
 
-class LeanTransformerBridge(LeanBridgeMixin, versions.bridge_class()):  # type: ignore[misc]
+        Raises:
+            ArgumentError: weights that are not here, or a step that this model cannot have.
+            HalfWrittenError: it was stopped in the middle.
+        """
+        stock = super().process_weights  # type: ignore[misc]
+        if versions.is_processed(self):
+            stock(*args, **kwargs)  # says that it does nothing
+            return
+        arguments = with_right_steps(stock, self, args, kwargs)
+        if IS_RECORDING in self.__dict__:
+            stock(**arguments)
+            return
+        with torch.inference_mode(False), own_defaults(), Progress(None) as progress:
+            process_in_place(self, lambda: stock(**arguments), progress)
+
+
+@cache
+def _lean_class(cls: Any, kind: Any) -> Any:
+    """The class of a bridge of some kind that is lean from now on."""
+    if issubclass(cls, kind):
+        return cls
+    return type(f"Lean{kind.__name__}", (LeanBridgeMixin, kind), {"__module__": __name__})
+
+
+_DEFAULTS: dict[str, Any] = {
+    **dict.fromkeys(STEPS, False),
+    **dict.fromkeys(("checkpoint_index", "checkpoint_value", "checkpoint_label"), None),
+    **dict.fromkeys(("hf_model", "device", "tokenizer", "first_n_layers", "n_ctx"), None),
+    **dict.fromkeys(("default_prepend_bos", "default_padding_side"), None),
+    **dict.fromkeys(("dequantize", "requantize", "verify"), False),
+    **dict.fromkeys(("quantize", "adapter", "progress"), None),
+    **{"n_devices": 1, "move_to_device": True, "strategy": "auto", "mmap": "auto"},
+    **{"cache": False, "check_memory": True, "check_base": True, "layout": DEFAULT_LAYOUT},
+}
+
+
+def _load(cls: type, from_pretrained_kwargs: dict[str, Any], **arguments: Any) -> Any:
+    keywords = checked_keywords(from_pretrained_kwargs)
+    arguments = {**_DEFAULTS, **checked(**arguments)}
+    own = {name: arguments.pop(name) for name in OWN_ARGUMENTS}
+    own["quantize"] = read_quantization(quantization_argument(own["quantize"], keywords))
+    own["adapter"] = read_adapter_argument(own["adapter"])
+    if own["cache"] and folder_for(own["cache"]) is not None:
+        raise ArgumentError(
+            "cache= keeps processed copies of HookedTransformers: leave it out for a "
+            "TransformerBridge, whose unchanged weights are mapped from the checkpoint."
+        )
+    if "torch_dtype" in keywords:
+        arguments["torch_dtype"] = keywords.pop("torch_dtype")
+    request = Request(cls, ROAD, Options(**own), arguments, sort_keywords(keywords))
+    request = resolved(request)
+    if request.copy is not None:
+        raise ArgumentError(
+            f"{request.copy} is a processed copy of a HookedTransformer: load it with "
+            "LeanHookedTransformer.from_pretrained_lean, or pass the model's own folder or name."
+        )
+    return load(request)
+
+
+class LeanTransformerBridge(LeanBridgeMixin, versions.bridge_class()):  # type: ignore[misc]  # a class that mypy does not see
     """`TransformerBridge` that loads lean; everything else about it is TransformerLens' own."""

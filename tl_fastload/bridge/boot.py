@@ -1,8 +1,8 @@
 """Runs TransformerLens' own boot with our weights behind it.
 
-`boot_transformers` asks transformers for a configuration, a tokenizer and a model by name. A private
-copy of it (`tl_fastload.ground.borrow`) finds answers here; everything else in it (choice of
-adapter, wrapping, hooks) runs as it is.
+`boot_transformers` asks transformers for a configuration, a tokenizer and a model by name. A
+private copy of it (`tl_fastload.ground.borrow`) finds answers here; everything else in it (choice
+of adapter, wrapping, hooks) runs as it is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from tl_fastload.bridge.versions import TOKENIZER_FUNCTIONS, stock_boot
 from tl_fastload.ground.borrow import borrow, innermost
 from tl_fastload.huggingface.empty import SkipRandomInit
 from tl_fastload.huggingface.runnable import concrete_class, configuration_for
-
 
 _CHOOSE = "get_hf_model_class_for_architecture"
 
@@ -74,6 +73,19 @@ def run_boot(answers: Answers, cls: type, name: str, **arguments: Any) -> Any:
     for model in asked:
         model.__dict__.pop("to", None)
     return bridge
+
+
+def boot_in_memory(cls: type, name: str, **arguments: Any) -> Any:
+    """TransformerLens' own boot of a model that is in memory, or is made there, as a bridge of
+    another class.
+    """
+    run = borrow(
+        stock_boot(),
+        label="TransformerBridge.boot_transformers",
+        needs=("TransformerBridge",),
+        TransformerBridge=cls,
+    )
+    return run(name, **arguments)
 
 
 def _unless_none(configure: Any) -> Callable[..., Any]:

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from tl_fastload.bridge.leftovers import require_none_left
-from tl_fastload.bridge.placing import place
+from tl_fastload.bridge.placing import BridgeShelf, strides_in
 from tl_fastload.bridge.slots import ATTRIBUTE, Slot, slots_of
 from tl_fastload.errors import HalfWrittenError, LeanLoadError, NotEnoughMemory, is_out_of_memory
 from tl_fastload.ground.mark import MARK, Mark
 from tl_fastload.huggingface.empty import SkipRandomInit
+from tl_fastload.placement.placer import Placer
 from tl_fastload.recipes.live import LivePromise, Memory, live_tensors
 from tl_fastload.recipes.nodes import MemorySource, SourceView
 from tl_fastload.report.progress import Progress
@@ -46,12 +47,27 @@ def process_in_place(bridge: Any, stock: Callable[[], None], progress: Progress)
     mark = Mark("enable_compatibility_mode")
     bridge.__dict__[MARK] = mark
 
-    def written(slots: list[Slot]) -> None:
-        before.forget(slots)
-        mark.written.update(slot.name for slot in slots)
+    shelf = BridgeShelf(bridge)
 
+    def writing(name: str) -> None:
+        before.forget(shelf.slots(name))
+        mark.written.add(name)
+
+    placer = Placer(
+        shelf,
+        shelf.devices.__getitem__,
+        assign=True,
+        maps=None,
+        map_any_layout=False,
+        progress=progress,
+        strides_of=strides_in,
+        writing=writing,
+    )
     try:
-        place(bridge, None, maps=None, is_raw=False, progress=progress, written=written)
+        try:
+            placer.place(shelf.recipes)
+        finally:
+            shelf.clear()
         require_none_left(bridge)
     except BaseException as error:
         before.restore()

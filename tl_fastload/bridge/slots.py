@@ -14,7 +14,6 @@ from torch import nn
 
 from tl_fastload.recipes.live import LivePromise
 
-
 PARAMETER, BUFFER, ATTRIBUTE = range(3)
 
 
@@ -52,7 +51,7 @@ class Slot:
 
 
 def _dictionaries(module: nn.Module) -> tuple[dict[str, Any], ...]:
-    return module._parameters, module._buffers, module.__dict__  # type: ignore[return-value]
+    return module._parameters, module._buffers, module.__dict__
 
 
 def slots_of(bridge: Any) -> list[Slot]:
@@ -66,7 +65,9 @@ def slots_of(bridge: Any) -> list[Slot]:
             if id(module) in seen:
                 continue
             seen.add(id(module))
-            prefix = "".join(f"{p}." for p in name.split(".") if p not in ("", "_original_component"))
+            prefix = "".join(
+                f"{p}." for p in name.split(".") if p not in ("", "_original_component")
+            )
             for kind, entries in enumerate(_dictionaries(module)):
                 found += [
                     Slot(prefix + leaf, module, leaf, kind)

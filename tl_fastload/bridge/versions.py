@@ -4,11 +4,13 @@ TransformerLens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 from tl_fastload.ground import compat
+from tl_fastload.source.aliases import Aliases
 
 _SOURCES = "transformer_lens.model_bridge.sources"
 
@@ -36,6 +38,16 @@ def is_processed(bridge: Any) -> bool:
     return bool(getattr(bridge, "_weights_processed", False))
 
 
-def is_recording(bridge: Any) -> bool:
-    """Whether a bridge is being loaded, so that its weights are promises still."""
-    return "_lean_recording" in bridge.__dict__
+def adapters() -> Mapping[str, Any]:
+    """Names of transformers' classes -> TransformerLens' adapters for them."""
+    factory = import_module("transformer_lens.factories.architecture_adapter_factory")
+    found: Mapping[str, Any] = factory.SUPPORTED_ARCHITECTURES
+    return found
+
+
+def aliases() -> Aliases:
+    """The names that TransformerLens has for models."""
+    table = import_module("transformer_lens.supported_models").MODEL_ALIASES
+    known = {name.lower(): official for official, names in table.items() for name in names}
+    known.update({official.lower(): official for official in table})
+    return Aliases(library="TransformerLens", known=known)

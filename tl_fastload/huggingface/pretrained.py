@@ -114,6 +114,7 @@ class Pretrained:
         root: the module tree of promises; made by `tree`.
         checkpoint: the opened weight files.
         is_recording: whether some road's code runs on the tree just now.
+        model_class: transformers' class, if a road takes another one than the architecture's.
     """
 
     label: str
@@ -137,6 +138,7 @@ class Pretrained:
     root: Any = None
     checkpoint: Checkpoint | None = None
     is_recording: bool = False
+    model_class: Any = None
 
     @classmethod
     def of_weights(
@@ -198,7 +200,7 @@ class Pretrained:
 
     def _grow(self, promises: Mapping[str, Promise], dtype: torch.dtype) -> Any:
         root, self.ledger = tree.tree_from_checkpoint(
-            promises, self.config, self.architecture, dtype, self.spec
+            promises, self.config, self.architecture, dtype, self.spec, self.model_class
         )
         return root
 

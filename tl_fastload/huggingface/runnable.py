@@ -1,75 +1,65 @@
-"""A transformers model as its own `from_pretrained` returns it, with promises for its weights: tables
-computed, generation settings read, in evaluation mode.
+"""A transformers model as its own `from_pretrained` returns it, with promises for its weights:
+tables computed, generation settings read, in evaluation mode.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from tl_fastload.errors import UnsupportedArchitectureError
 from tl_fastload.ground import compat
 from tl_fastload.ground.own_defaults import Defaults
 from tl_fastload.ground.words import listed
-from tl_fastload.huggingface.empty import SkipRandomInit, empty_model
-from tl_fastload.huggingface.keys import Ledger
-from tl_fastload.huggingface.tree import MissingSource, fill_tree
-from tl_fastload.quantized.assemble import combine, refuse_undeclared
-from tl_fastload.quantized.spec import Spec
+from tl_fastload.huggingface.empty import SkipRandomInit
+from tl_fastload.huggingface.tree import MissingSource
 from tl_fastload.recipes.live import LivePromise
 from tl_fastload.recipes.nodes import SourceView
 from tl_fastload.recipes.promise import Promise
 
 
-def runnable_model(
-    model_class: Any,
+def make_runnable(
+    model: Any,
     hf_config: Any,
-    promises: Mapping[str, Promise],
     dtype: torch.dtype,
     folder: Path | None,
     attention: str | None = None,
-    spec: Spec | None = None,
-) -> tuple[Any, Ledger]:
-    """Build a transformers model on promises.
+) -> None:
+    """Make a tree of promises a model that code can run through, as `from_pretrained` returns it.
 
     Args:
-        model_class: its class.
-        hf_config: its configuration; not changed.
-        promises: the checkpoint's tensors, by the names of its files.
+        model: from `tl_fastload.huggingface.tree`; its tensors become `LivePromise`s, or tables
+            that are computed here.
+        hf_config: the configuration that was loaded.
         dtype: of its parameters.
         folder: where `generation_config.json` lies, if there is one; None takes the settings from
             the configuration.
         attention: which of transformers' implementations of attention it uses; None takes "eager".
-        spec: how the checkpoint is quantized, if it is.
-
-    Returns:
-        The model, whose tensors are `LivePromise`s or computed tables, and what of the checkpoint
-        did not fit.
 
     Raises:
         UnsupportedArchitectureError: a table cannot be computed.
     """
-    if spec is None:
-        refuse_undeclared(promises)
-    else:
-        promises = combine(promises, spec, dtype)
-    model = empty_model(model_class, hf_config, dtype)
-    trainable = {
-        name: parameter.requires_grad
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-    }
-    ledger = fill_tree(model, promises, dtype)
-    _make_alive(model, trainable)
+    _make_alive(model, dtype)
     _compute_tables(model)
     _set_configuration(model, hf_config, dtype, attention)
-    _read_generation_config(model, hf_config, folder)
+    if not hasattr(model, "generation_config"):
+        _read_generation_config(model, hf_config, folder)
     model.eval()
-    return model, ledger
+
+
+def own_configuration(shadow: nn.Module) -> None:
+    """Give the shadow of a caller's model configurations of its own, each in all its places."""
+    memo: dict[int, Any] = {}
+    for module in shadow.modules():
+        for name, value in list(module.__dict__.items()):
+            if isinstance(value, (PretrainedConfig, GenerationConfig)):
+                module.__dict__[name] = copy.deepcopy(value, memo)
 
 
 def concrete_class(auto_class: Any, hf_config: Any) -> Any:
@@ -89,7 +79,8 @@ def concrete_class(auto_class: Any, hf_config: Any) -> Any:
             f"{type(hf_config).__name__}. Load it with transformers (a checkpoint's own code needs "
             "trust_remote_code=True there), and pass hf_model=."
         )
-    return _get_model_class(hf_config, mapping)
+    choose: Any = _get_model_class
+    return choose(hf_config, mapping)
 
 
 def configuration_for(model_class: Any, hf_config: Any) -> Any:
@@ -102,22 +93,30 @@ def configuration_for(model_class: Any, hf_config: Any) -> Any:
     return hf_config
 
 
-def _make_alive(model: nn.Module, trainable: Mapping[str, bool]) -> None:
+def _make_alive(model: nn.Module, dtype: torch.dtype) -> None:
     made: dict[int, LivePromise] = {}
-    for prefix, module in model.named_modules():
-        for kind in (module._parameters, module._buffers):
-            tensors: dict[str, Any] = kind  # type: ignore[assignment]
+    for module in model.modules():
+        both: Any = ((module._parameters, True), (module._buffers, False))
+        for tensors, is_parameter in both:
             for leaf, tensor in tensors.items():
                 if not isinstance(tensor, Promise):
                     continue
-                if kind is module._buffers and _is_missing(tensor):
+                if not is_parameter and _is_missing(tensor):
                     tensors[leaf] = tensor.meta  # transformers computes what old files lack
                     continue
-                name = f"{prefix}.{leaf}" if prefix else leaf
                 if id(tensor) not in made:
-                    made[id(tensor)] = LivePromise.in_place_of(tensor, trainable.get(name, False))
-                    made[id(tensor)]._is_param = kind is module._parameters
+                    made[id(tensor)] = _alive(tensor, is_parameter, dtype)
                 tensors[leaf] = made[id(tensor)]
+
+
+def _alive(promise: Promise, is_parameter: bool, dtype: torch.dtype) -> LivePromise:
+    value: Any = promise
+    if is_parameter and promise.is_floating_point():
+        value = promise.to(dtype)
+    made = LivePromise(value.node, value.meta, promise.device)
+    made.requires_grad_(promise.is_trained and is_parameter)
+    made._is_param = is_parameter
+    return made
 
 
 def _is_missing(promise: Promise) -> bool:

@@ -137,6 +137,7 @@ def tree_from_checkpoint(
     architecture: str,
     dtype: torch.dtype,
     spec: Spec | None = None,
+    model_class: Any = None,
 ) -> tuple[Any, Ledger]:
     """The module tree of a checkpoint.
 
@@ -146,6 +147,7 @@ def tree_from_checkpoint(
         architecture: name of the transformers class, such as "LlamaForCausalLM".
         dtype: what stock would load the Hugging Face model in; each weight is cast to it first.
         spec: how the checkpoint is quantized, if it is.
+        model_class: transformers' class, if it is not the one of that name.
 
     Returns:
         The tree, and what did not fit: missing, unexpected and misshapen names.
@@ -154,7 +156,7 @@ def tree_from_checkpoint(
         refuse_undeclared(promises)
     else:
         promises = combine(promises, spec, dtype)
-    model_class = getattr(transformers, architecture, None)
+    model_class = model_class or getattr(transformers, architecture, None)
     if model_class is None:
         integers = {n: p.dtype for n, p in promises.items() if not p.is_floating_point()}
         weights = {n: t for n, t in integers.items() if not n.endswith(("bias", "mask"))}
@@ -241,6 +243,7 @@ def _promise_once(tensor: torch.Tensor, name: str, promises: dict[int, Promise])
         # TransformerLens refuses weights on the meta device, where those of an outline lie.
         device = torch.device("cpu") if tensor.is_meta else tensor.device
         promises[id(tensor)] = _as_parameter(Promise.of(MemorySource(tensor, name), device))
+        promises[id(tensor)].is_trained = tensor.requires_grad
     return promises[id(tensor)]
 
 
@@ -271,6 +274,7 @@ def _put(model: nn.Module, name: str, promise: Promise) -> None:
     parent_name, _, leaf = name.rpartition(".")
     parent = model.get_submodule(parent_name)
     holder = parent._parameters if leaf in parent._parameters else parent._buffers
+    promise.is_trained = getattr(holder[leaf], "requires_grad", False)
     holder[leaf] = _as_parameter(promise)  # type: ignore[assignment]
 
 

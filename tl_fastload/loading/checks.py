@@ -91,7 +91,8 @@ def check_adapters(pretrained: Pretrained, options: Options) -> None:
         raise ArgumentError(
             f"{pretrained.label} is quantized already ({pretrained.spec.kind}), and an adapter "
             "changes the values behind its bytes. Pass requantize=True to dequantize, merge and "
-            "quantize again (which rounds twice), or take the unquantized checkpoint with adapter= and quantize=."
+            "quantize again (which rounds twice), or take the unquantized checkpoint with adapter= "
+            "and quantize=."
         )
 
 

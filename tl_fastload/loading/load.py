@@ -47,6 +47,8 @@ def load(request: Request) -> Any:
             checks.check_recipes(request.road, recording)
             sampler.mark("placing")
             placer = place(request, recording, sampler.watch)
+            if recording.finish is not None:
+                recording.model = recording.finish()
             reader.files.check_all()
     finally:
         reader.close()

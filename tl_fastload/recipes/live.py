@@ -56,18 +56,11 @@ class LivePromise(Promise):
         promise: Any = Promise.__new__(cls, *args)
         promise.home = Memory()
         promise.seen = 0
-        return promise  # type: ignore[no-any-return]
-
-    @classmethod
-    def in_place_of(cls, promise: Promise, requires_grad: bool) -> LivePromise:
-        """The parameter that a promise is the value of."""
-        made = cls(promise.node, promise.meta, promise.device)
-        made.requires_grad_(requires_grad)
-        made._is_param = True
+        made: LivePromise = promise
         return made
 
     @property
-    def data(self) -> LivePromise:  # type: ignore[override]
+    def data(self) -> LivePromise:
         """As of any tensor: the same memory, without gradients."""
         return self.detach()  # type: ignore[return-value]
 
@@ -83,7 +76,7 @@ class LivePromise(Promise):
 
     def data_ptr(self) -> int:
         """A number that two promises share if their values start in the same place."""
-        return id(self.home) + self.meta.storage_offset() * self.meta.element_size()
+        return id(self.home) + int(self.meta.storage_offset()) * self.meta.element_size()
 
     @property
     def fills_home(self) -> bool:
@@ -120,14 +113,12 @@ def _alive(tensor: Any) -> LivePromise:
     if isinstance(tensor, LivePromise):
         return tensor
     made = node_of(tensor)
-    meta = torch.empty_strided(
-        tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"
-    )
+    meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
     return LivePromise(made, meta, tensor.device)
 
 
 def _share_storage(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+    return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
 
 
 def _write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LivePromise:

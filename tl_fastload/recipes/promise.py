@@ -52,11 +52,13 @@ class Promise(torch.Tensor):
         node: the recipe.
         meta: meta tensor of the same shape, strides and dtype, on which results are inferred.
         memory: who counts the memory that its value would take; None if nobody does.
+        is_trained: whether the parameter that it is the value of has gradients.
     """
 
     node: Node
     meta: torch.Tensor
     memory: Memory | None = None
+    is_trained: bool = False
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -113,9 +115,7 @@ def node_of(tensor: torch.Tensor) -> Node:
     return Promise.of(MemorySource(tensor.clone()), tensor.device).node
 
 
-def _record(
-    cls: type[Promise], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _record(cls: type[Promise], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if torch.Tag.nondeterministic_seeded in func.tags:
         raise RecordingError(
             f"{func} draws random numbers, which a recipe cannot hold. Load the model first."

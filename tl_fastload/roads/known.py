@@ -8,7 +8,10 @@ from typing import Any
 from tl_fastload.roads.road import Road
 
 # By name: none of them is imported, nor TransformerLens, before somebody has such a model.
-_HOMES = {"HookedTransformer": "tl_fastload.hooked.road"}
+_HOMES = {
+    "HookedTransformer": "tl_fastload.hooked.road",
+    "TransformerBridge": "tl_fastload.bridge.road",
+}
 
 
 def road_of(model: Any) -> Road | None:

@@ -81,6 +81,7 @@ class Recording:
         recipes: name of a parameter or buffer -> how its value comes about. Others are ignored.
         shifts: name of a quantized matrix -> what processing takes out of its inputs.
         notes: for the report.
+        finish: makes the model that the load returns of the filled one, if that is another.
     """
 
     model: Any
@@ -89,6 +90,7 @@ class Recording:
     recipes: dict[str, Promise] = field(default_factory=dict)
     shifts: dict[str, Promise] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    finish: Callable[[], Any] | None = None
 
 
 class Road(Protocol):

@@ -1,0 +1,184 @@
+"""A load as far as it goes without weights: TransformerLens' boot and processing, run to their end
+on promises.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import torch
+
+from tl_fastload.bridge.boot import run_boot
+from tl_fastload.bridge.leftovers import require_none_left
+from tl_fastload.bridge.placing import BridgeShelf
+from tl_fastload.errors import ArgumentError
+from tl_fastload.ground.hf_configs import text_config
+from tl_fastload.huggingface.pretrained import Pretrained
+from tl_fastload.huggingface.runnable import make_runnable, own_configuration
+from tl_fastload.huggingface.tokenizer import (
+    is_failure,
+    load_tokenizer,
+    lost_tokenizer,
+    named,
+    read_tokenizer,
+)
+from tl_fastload.request.steps import STEPS
+from tl_fastload.roads.observer import Observer
+from tl_fastload.roads.road import Recording, Request
+
+IS_RECORDING = "_is_recording"
+COMPATIBILITY = "compatibility"
+"""An argument of requests: False leaves a bridge as it is booted."""
+
+BOOT_ARGUMENTS = ("hf_config_overrides", "model_class", "checkpoint_index", "n_ctx", "tokenizer")
+"""Arguments of `boot_transformers` that it gets as they are."""
+
+_LAYER = re.compile(r"\.(?:h|layers|blocks)\.(\d+)\.")
+
+
+def record(
+    request: Request,
+    pretrained: Pretrained,
+    *,
+    on_meta: bool = False,
+    observer: Observer | None = None,
+) -> Recording:
+    """As `tl_fastload.roads.road.Road.record`."""
+    arguments = request.arguments
+    _check(request, pretrained)
+    answers = _Answers(request, pretrained, on_meta)
+    requested = {step: bool(arguments[step]) for step in STEPS}
+    boot = {name: arguments[name] for name in BOOT_ARGUMENTS if arguments.get(name) is not None}
+    value = arguments["checkpoint_value"]
+    value = arguments["checkpoint_label"] if value is None else value
+    bridge = run_boot(
+        answers,
+        request.cls,
+        str(arguments["model_name"]),
+        dtype=request.dtype,
+        device=arguments["device"] if arguments["move_to_device"] else "cpu",
+        trust_remote_code=pretrained.keywords.trust_remote_code,
+        checkpoint_value=value,
+        **boot,
+    )
+    _set_up(bridge, arguments)
+    if arguments.get(COMPATIBILITY, True):
+        bridge.__dict__[IS_RECORDING] = True
+        try:
+            with torch.no_grad():
+                bridge.enable_compatibility_mode(**requested)
+        finally:
+            del bridge.__dict__[IS_RECORDING]
+    pretrained.is_recording = False
+    shelf = BridgeShelf(bridge, on_meta=request.options.assigns)
+    found = Recording(shelf, requested, pretrained, shelf.recipes, notes=answers.notes)
+    found.finish = lambda: _finished(bridge, shelf)
+    return found
+
+
+def _check(request: Request, pretrained: Pretrained) -> None:
+    if pretrained.spec is not None or request.options.quantize is not None:
+        raise ArgumentError(
+            "A TransformerBridge is loaded lean from unquantized weights, without quantize=. "
+            "TransformerBridge.boot_transformers takes quantized ones, and dequantize=True makes "
+            "ordinary weights of them here."
+        )
+    if request.arguments["n_devices"] > 1:
+        raise ArgumentError(
+            "n_devices= above 1 spreads a model by transformers' own loading: use "
+            "TransformerBridge.boot_transformers, or one device."
+        )
+
+
+def _set_up(bridge: Any, arguments: dict[str, Any]) -> None:
+    if arguments["default_prepend_bos"] is not None:
+        bridge.cfg.default_prepend_bos = arguments["default_prepend_bos"]
+    if arguments["default_padding_side"] is not None:
+        if bridge.tokenizer is None:
+            raise ArgumentError("default_padding_side= is for a tokenizer, and the model has none.")
+        bridge.tokenizer.padding_side = arguments["default_padding_side"]
+
+
+def _finished(bridge: Any, shelf: BridgeShelf) -> Any:
+    shelf.clear()
+    bridge._layout, bridge._quantization = shelf._layout, shelf._quantization
+    require_none_left(bridge)
+    return bridge
+
+
+class _Answers:
+    """A pretrained model, as TransformerLens' boot asks about it.
+
+    Attributes:
+        notes: for the report.
+    """
+
+    def __init__(self, request: Request, pretrained: Pretrained, on_meta: bool) -> None:
+        self._request, self._pretrained, self._on_meta = request, pretrained, on_meta
+        self._n_layers: int | None = request.arguments["first_n_layers"]
+        self._revision: str | None = None
+        self._is_lost = False
+        self.notes: list[str] = []
+
+    def config(self, revision: str | None) -> Any:
+        """transformers' configuration, with as many layers as are wanted."""
+        self._revision = revision
+        config = copy.deepcopy(self._pretrained.config)
+        part = text_config(config)
+        if self._n_layers is None:
+            return config
+        if not 0 < self._n_layers <= part.num_hidden_layers:
+            raise ArgumentError(
+                f"first_n_layers={self._n_layers}, but {self._pretrained.label} has "
+                f"{part.num_hidden_layers} layers."
+            )
+        for name, value in list(vars(part).items()):
+            if isinstance(value, list) and len(value) == part.num_hidden_layers:
+                setattr(part, name, value[: self._n_layers])
+        part.num_hidden_layers = self._n_layers
+        return config
+
+    def tokenizer(self, name: str, **kwargs: Any) -> Any:
+        """The tokenizer that lies with the model, or that its adapter names. The weights do not
+        need it: None for a model without one.
+        """
+        if self._on_meta or self._is_lost:
+            return None
+        keywords = {"trust_remote_code": False, **kwargs}
+        try:
+            if name != str(self._request.arguments["model_name"]):
+                return load_tokenizer(name, keywords)
+            folder = self._pretrained.tokenizer_folder()
+            if folder is None:
+                return load_tokenizer(name, keywords)
+            for unused in ("token", "revision"):
+                keywords.pop(unused, None)
+            return named(read_tokenizer(folder, **keywords), name)
+        except BaseException as error:  # tokenizers raise anything at all
+            if not is_failure(error):
+                raise
+            if isinstance(error, ValueError) and "add_bos_token" in keywords:
+                raise  # boot tries again without
+            self._is_lost = True
+            self.notes.append(lost_tokenizer(name, error))
+            return None
+
+    def model(self, model_class: Any, hf_config: Any, dtype: torch.dtype, attention: str) -> Any:
+        """The transformers model, on promises."""
+        found = self._pretrained
+        if found.hf_model is None:
+            found.model_class, found.config = model_class, hf_config
+        model = found.tree(dtype, self._revision)
+        if self._n_layers is not None:
+            found.ledger.unexpected = [n for n in found.ledger.unexpected if not self._is_beyond(n)]
+        if found.hf_model is not None:
+            own_configuration(model)
+        folder = None if found.location is None else found.location.folder
+        make_runnable(model, hf_config, dtype, folder, attention)
+        return model
+
+    def _is_beyond(self, name: str) -> bool:
+        layer = _LAYER.search("." + name)
+        return layer is not None and int(layer.group(1)) >= (self._n_layers or 0)

@@ -1,0 +1,70 @@
+"""The road to a TransformerBridge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from tl_fastload.bridge import steps, versions
+from tl_fastload.bridge.placing import strides_in
+from tl_fastload.bridge.record import record
+from tl_fastload.errors import ArgumentError
+from tl_fastload.huggingface.config import Supported
+from tl_fastload.huggingface.pretrained import Pretrained
+from tl_fastload.roads.road import Recording, Road
+
+
+def _why_not(name: str, model_type: str, is_seq2seq: bool) -> str:
+    return "is not an architecture that TransformerBridge has an adapter for."
+
+
+def _device_map(model: Any, move_to_device: bool) -> Callable[[str], torch.device]:
+    device = torch.device(model.cfg.device if move_to_device else "cpu")
+    return lambda name: device
+
+
+def _default_device() -> str:
+    return str(import_module("transformer_lens.utilities").get_device())
+
+
+def _not_offered(*args: Any, **kwargs: Any) -> Any:
+    raise ArgumentError(
+        "Processed copies, plans and weights under Hugging Face's names are for HookedTransformer; "
+        "a TransformerBridge is loaded with LeanTransformerBridge.from_pretrained_lean."
+    )
+
+
+def _record_weights(model: Any, pretrained: Pretrained, flags: Mapping[str, bool]) -> Recording:
+    raise _not_offered()
+
+
+class BridgeRoad:
+    """What `tl_fastload.roads.road.Road` asks for."""
+
+    name = "TransformerBridge"
+    supported = Supported(tuple(sorted(versions.adapters())), _why_not)
+    aliases = staticmethod(versions.aliases)
+    record = staticmethod(record)
+    record_weights = staticmethod(_record_weights)
+    empty_model = staticmethod(_not_offered)
+    model_on_meta = staticmethod(_not_offered)
+    default_device = staticmethod(_default_device)
+    device_map = staticmethod(_device_map)
+    strides_in = staticmethod(strides_in)
+    why_skipped = staticmethod(steps.why_skipped)
+    check_flags = staticmethod(steps.check_flags)
+    is_processed = staticmethod(lambda model, flags: versions.is_processed(model))
+    is_norm = staticmethod(lambda name: False)
+    is_matrix = staticmethod(lambda name: False)
+    is_unused = staticmethod(lambda name, cfg: False)
+
+    @property
+    def config_class(self) -> type:
+        found: type = import_module("transformer_lens.config").TransformerBridgeConfig
+        return found
+
+
+ROAD: Road = BridgeRoad()
