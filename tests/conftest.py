@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,35 @@ def pytest_report_header() -> str:
     return environments.describe()
 
 
+class _NotImported(pytest.Module):
+    """Stands where a file is that needs what the installed versions do not have."""
+
+    def collect(self) -> Iterator[pytest.Item]:
+        reason = environments.why_not_file(_name_of(self.path)) or ""
+        test = pytest.Function.from_parent(self, name="test_file", callobj=lambda: None)
+        test.add_marker(pytest.mark.parity)
+        test.add_marker(pytest.mark.skip(reason=reason))
+        yield test
+
+    def _getobj(self) -> Any:
+        return None
+
+
+def pytest_pycollect_makemodule(
+    module_path: Path, parent: pytest.Collector
+) -> pytest.Module | None:
+    if environments.why_not_file(_name_of(module_path)) is None:
+        return None
+    return _NotImported.from_parent(parent, path=module_path)
+
+
+def _name_of(path: Path) -> str:
+    return path.relative_to(TESTS).as_posix()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        reason = environments.why_not_test(
-            f"{item.path.relative_to(TESTS).as_posix()}::{item.name}"
-        )
+        reason = environments.why_not_test(f"{_name_of(item.path)}::{item.name}")
         case_id = getattr(item, "callspec", None) and item.callspec.params.get("case_id")
         reason = reason or environments.why_not_case(str(case_id))
         if reason is not None:

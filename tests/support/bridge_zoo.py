@@ -36,8 +36,8 @@ _SMALL: dict[str, Any] = {
     # State spaces
     "state_size": 4,
 }
-"""Sizes under all the names that they go by: a configuration gets those that it has. Rows of experts
-are whole 16 bytes in bfloat16, which their grouped product wants."""
+"""Sizes under all the names that they go by: a configuration gets those that it has. Rows of
+experts are whole 16 bytes in bfloat16, which their grouped product wants."""
 
 _AS_IT_IS = object()
 """The configuration's own default."""
@@ -123,7 +123,10 @@ _OWN: dict[str, tuple[str, dict[str, Any]]] = {
     "glm": ("GlmForCausalLM", {}),
     "glm4": ("Glm4ForCausalLM", {}),
     "glm4-moe": ("Glm4MoeForCausalLM", {}),
-    "glm4-moe-lite": ("Glm4MoeLiteForCausalLM", {**_LATENT, "mlp_layer_types": ["dense", "sparse"]}),
+    "glm4-moe-lite": (
+        "Glm4MoeLiteForCausalLM",
+        {**_LATENT, "mlp_layer_types": ["dense", "sparse"]},
+    ),
     "glm-dsa": (
         "GlmMoeDsaForCausalLM",
         {**_LATENT, "index_head_dim": 8, "index_n_heads": 2, "index_topk": 5},
@@ -410,36 +413,37 @@ def _cases() -> dict[str, Case]:
 
 CASES: dict[str, Case] = _cases()
 
-_REMOTE = "its code is not part of transformers"
-_ANOTHER_NAME = "no model of transformers has this name, which stands for another in the table"
-_TORCHVISION = "its adapter wants torchvision"
+
+def _because(reason: str, architectures: str) -> dict[str, str]:
+    return dict.fromkeys(architectures.split(), reason)
+
+
 NOT_BOOTED: dict[str, str] = {
-    **dict.fromkeys(
-        ("BaiChuanForCausalLM", "BaichuanForCausalLM", "BD3LM", "DreamModel", "ExaoneForCausalLM")
-        + ("GiddForDiffusionLM", "GPT2LMHeadCustomModel", "HyenaDNAForCausalLM")
-        + ("InternLM2ForCausalLM", "LLaDA2MoeModelLM", "LLaDAModelLM", "OpenELMForCausalLM")
-        + ("OuroForCausalLM", "PhiMoEForCausalLM", "QwenForCausalLM", "RavenForCausalLM")
-        + ("RWKV7ForCausalLM",),
-        _REMOTE,
+    **_because(
+        "its code is not part of transformers",
+        """BaiChuanForCausalLM BaichuanForCausalLM BD3LM DreamModel ExaoneForCausalLM
+        GiddForDiffusionLM GPT2LMHeadCustomModel HyenaDNAForCausalLM InternLM2ForCausalLM
+        LLaDA2MoeModelLM LLaDAModelLM OpenELMForCausalLM OuroForCausalLM PhiMoEForCausalLM
+        QwenForCausalLM RavenForCausalLM RWKV7ForCausalLM""",
     ),
-    **dict.fromkeys(
-        ("Gemma1ForCausalLM", "JetMoEForCausalLM", "MPTForCausalLM", "NeoForCausalLM")
-        + ("NeoXForCausalLM", "T5WithLMHeadModel"),
-        _ANOTHER_NAME,
+    **_because(
+        "no model of transformers has this name, which stands for another in the table",
+        """Gemma1ForCausalLM JetMoEForCausalLM MPTForCausalLM NeoForCausalLM NeoXForCausalLM
+        T5WithLMHeadModel""",
     ),
-    **dict.fromkeys(
-        ("MinGPTForCausalLM", "NanoGPTForCausalLM", "NeelSoluOldForCausalLM"),
+    **_because(
         "TransformerLens' own checkpoints, which `boot_tl_legacy` loads",
+        "MinGPTForCausalLM NanoGPTForCausalLM NeelSoluOldForCausalLM",
     ),
-    **dict.fromkeys(
-        ("TransformerLensNative", "TransformerLensPretrain"),
+    **_because(
         "models without a checkpoint, which `boot_native` makes",
+        "TransformerLensNative TransformerLensPretrain",
     ),
-    **dict.fromkeys(
-        ("Glm4vForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
-        + ("Qwen3VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration")
-        + ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"),
-        _TORCHVISION,
+    **_because(
+        "its adapter wants torchvision",
+        """Glm4vForConditionalGeneration Qwen2_5_VLForConditionalGeneration
+        Qwen3VLForConditionalGeneration Qwen3VLMoeForConditionalGeneration
+        Qwen3_5ForConditionalGeneration Qwen3_5MoeForConditionalGeneration""",
     ),
     "Gemma3nForConditionalGeneration": "its vision tower wants timm",
     "CodeGenForCausalLM": "forward: 'CodeGenAttention' object has no attribute 'embed_positions'",
@@ -466,7 +470,10 @@ WRONG_WHEN_PROCESSED: dict[str, tuple[float, str]] = {
     "bitnet": (2.8, "norms are folded into what is quantized on the way"),
     "ernie-moe-square": (1.8, "folds the norm into the wrong side of square experts"),
     "falcon-h1": (5.3, "folds the norm into attention alone; the state space reads it as well"),
-    "gpt-oss": (1.2, "attention sinks make pattern rows sum to less than one, so b_V does not fold"),
+    "gpt-oss": (
+        1.2,
+        "attention sinks make pattern rows sum to less than one, so b_V does not fold",
+    ),
 }
 """Cases whose log-probabilities stock's compatibility mode moves: by how much, in nats, and why."""
 
