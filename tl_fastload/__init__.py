@@ -1,6 +1,4 @@
-"""tl_fastload: load models into TransformerLens' HookedTransformer with one copy of the weights in
-memory.
-"""
+"""tl_fastload: load models into TransformerLens' classes with one copy of the weights in memory."""
 
 from importlib import import_module
 from importlib.util import find_spec

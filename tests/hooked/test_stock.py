@@ -13,7 +13,7 @@ import torch
 from transformer_lens import loading_from_pretrained as loading
 
 from tests.support import reference
-from tl_fastload import LeanHookedTransformer
+from tl_fastload import ArgumentError, LeanHookedTransformer
 from tl_fastload.hooked.answers import stock_name_for
 from tl_fastload.hooked.toy import is_toy_name
 
@@ -119,3 +119,16 @@ def test_a_subclass_is_built_and_its_own_methods_run(zoo: Any) -> None:
     assert type(model) is Mine
     assert model.calls == ["processed"]
     assert torch.equal(model.W_E, load(zoo("gpt2")).W_E)
+
+
+def test_weights_that_a_subclass_changes_too_early_are_no_loss(zoo: Any) -> None:
+    """They are placed when all of TransformerLens' loading code has run."""
+
+    class Hasty(LeanHookedTransformer):
+        def load_and_process_state_dict(self, *args: Any, **kwargs: Any) -> None:
+            super().load_and_process_state_dict(*args, **kwargs)
+            with torch.no_grad():
+                self.embed.W_E.mul_(2)
+
+    with pytest.raises(ArgumentError, match=r"Hasty changes weights.*after from_pretrained"):
+        Hasty.from_pretrained(zoo("gpt2"), device="cpu", progress=False)

@@ -61,6 +61,7 @@ def run_boot(answers: Answers, cls: type, name: str, **arguments: Any) -> Any:
         AutoConfig=_Configurations(answers),
         AutoTokenizer=SimpleNamespace(from_pretrained=answers.tokenizer),
         TransformerBridge=cls,
+        **_without_pip(found),
         **{
             _CHOOSE: lambda *a, **kw: _Models(answers, found[_CHOOSE](*a, **kw), asked),
             configure: _unless_none(found.get(configure)),
@@ -84,8 +85,19 @@ def boot_in_memory(cls: type, name: str, **arguments: Any) -> Any:
         label="TransformerBridge.boot_transformers",
         needs=("TransformerBridge",),
         TransformerBridge=cls,
+        **_without_pip(stock_boot().__globals__),
     )
     return run(name, **arguments)
+
+
+def _without_pip(found: dict[str, Any]) -> dict[str, Any]:
+    """The function that looks for a model's processor of pictures and sounds, which installs
+    torchvision where that is missing, without this.
+    """
+    name = "load_modality_processor"
+    if name not in found:
+        return {}
+    return {name: borrow(found[name], _ensure_torchvision=lambda: False)}
 
 
 def _unless_none(configure: Any) -> Callable[..., Any]:

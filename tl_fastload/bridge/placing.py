@@ -12,8 +12,13 @@ import torch
 from torch import nn
 
 from tl_fastload.bridge.slots import Slot, Views, by_memory, slots_of
-from tl_fastload.recipes.nodes import dense_strides
+from tl_fastload.ground.sizes import bytes_of
+from tl_fastload.recipes.nodes import Call, SourceView, aten, dense_strides
 from tl_fastload.recipes.promise import Promise
+from tl_fastload.source.reader import FileSource
+
+_ALLOCATED_AT = 64
+_SMALL_BYTES = 64 << 10
 
 
 class Shelf(nn.Module):
@@ -34,6 +39,7 @@ class BridgeShelf(Shelf):
 
     Args:
         bridge: the bridge.
+        is_raw: nothing was processed.
         on_meta: whether parameters are put in (and not copied into).
 
     Attributes:
@@ -42,7 +48,7 @@ class BridgeShelf(Shelf):
         devices: name -> where what it is made from lies.
     """
 
-    def __init__(self, bridge: Any, on_meta: bool = True) -> None:
+    def __init__(self, bridge: Any, *, is_raw: bool, on_meta: bool = True) -> None:
         super().__init__()
         self.cfg = bridge.cfg
         self.recipes: dict[str, Promise] = {}
@@ -51,6 +57,8 @@ class BridgeShelf(Shelf):
         for views in by_memory(slots_of(bridge)):
             name = self._add(views, on_meta)
             self.recipes[name], self.devices[name] = views.whole, views.whole.device
+            if not is_raw:
+                self.recipes[name] = _as_allocated(views.whole)
             self._homes[name] = _Home(views)
 
     def _add(self, views: Views, on_meta: bool) -> str:
@@ -81,6 +89,27 @@ class BridgeShelf(Shelf):
         for name, home in self._homes.items():
             if not tensors[name].is_meta:
                 home.fill(tensors[name])
+
+
+def _as_allocated(promise: Promise) -> Promise:
+    """A recipe that makes memory of its own for a small tensor that lies anywhere in a file."""
+    node = promise.node
+    if not isinstance(node, SourceView) or not isinstance(node.source, FileSource):
+        return promise
+    offset = node.geometry.storage_offset() * node.geometry.element_size()
+    if not is_small_and_odd(int(node.source.entry.offset + offset), promise):
+        return promise
+    copied = Call(aten.clone.default, (node,), {}, promise.meta)
+    return type(promise)(copied, promise.meta, promise.device)
+
+
+def is_small_and_odd(address: int, tensor: torch.Tensor) -> bool:
+    """Whether a tensor at this address is not kept where it lies.
+
+    TransformerLens' processing copies what it does not change, and products with one row round
+    otherwise where memory begins otherwise.
+    """
+    return address % _ALLOCATED_AT != 0 and bytes_of(tensor) <= _SMALL_BYTES
 
 
 def strides_in(order: str, module: nn.Module, leaf: str, shape: torch.Size) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tl_fastload.bridge.leftovers import require_none_left
-from tl_fastload.bridge.placing import BridgeShelf, strides_in
+from tl_fastload.bridge.placing import BridgeShelf, is_small_and_odd, strides_in
 from tl_fastload.bridge.slots import ATTRIBUTE, Slot, slots_of
 from tl_fastload.errors import HalfWrittenError, LeanLoadError, NotEnoughMemory, is_out_of_memory
 from tl_fastload.ground.mark import MARK, Mark
@@ -47,7 +47,7 @@ def process_in_place(bridge: Any, stock: Callable[[], None], progress: Progress)
     mark = Mark("enable_compatibility_mode")
     bridge.__dict__[MARK] = mark
 
-    shelf = BridgeShelf(bridge)
+    shelf = BridgeShelf(bridge, is_raw=False)
 
     def writing(name: str) -> None:
         before.forget(shelf.slots(name))
@@ -114,7 +114,8 @@ class _Before:
             if id(promise.home) not in known:
                 known.add(id(promise.home))
                 node = promise.node
-                assert isinstance(node, SourceView) and isinstance(node.source, MemorySource)
+                assert isinstance(node, SourceView)
+                assert isinstance(node.source, MemorySource)
                 self._memories.append((promise.home, node.source, slot.tensor))
             slot.tensor = promise
 
@@ -145,7 +146,7 @@ class _Before:
             # Processing in float32 leaves a copy of what it does not change in any other dtype.
             source = _source_of(slot.tensor)
             held = free.pop(id(source), None) if source is not None else None
-            if held is not None:
+            if held is not None and not is_small_and_odd(held.untyped_storage().data_ptr(), held):
                 slot.tensor = self._kept(slot, slot.tensor, held, made)
         self._memories.clear()
         for slot in slots:

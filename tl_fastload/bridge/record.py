@@ -9,12 +9,15 @@ import re
 from typing import Any
 
 import torch
+from torch import nn
 
 from tl_fastload.bridge.boot import run_boot
 from tl_fastload.bridge.leftovers import require_none_left
 from tl_fastload.bridge.placing import BridgeShelf
+from tl_fastload.bridge.slots import slots_of
 from tl_fastload.errors import ArgumentError
-from tl_fastload.ground.hf_configs import text_config
+from tl_fastload.ground.hf_configs import declared_architectures, text_config
+from tl_fastload.ground.words import listed
 from tl_fastload.huggingface.pretrained import Pretrained
 from tl_fastload.huggingface.runnable import make_runnable, own_configuration
 from tl_fastload.huggingface.tokenizer import (
@@ -72,7 +75,11 @@ def record(
         finally:
             del bridge.__dict__[IS_RECORDING]
     pretrained.is_recording = False
-    shelf = BridgeShelf(bridge, on_meta=request.options.assigns)
+    shelf = BridgeShelf(
+        bridge,
+        is_raw=not arguments.get(COMPATIBILITY, True),
+        on_meta=request.options.assigns,
+    )
     found = Recording(shelf, requested, pretrained, shelf.recipes, notes=answers.notes)
     found.finish = lambda: _finished(bridge, shelf)
     return found
@@ -105,7 +112,19 @@ def _finished(bridge: Any, shelf: BridgeShelf) -> Any:
     shelf.clear()
     bridge._layout, bridge._quantization = shelf._layout, shelf._quantization
     require_none_left(bridge)
+    _move_tables(bridge)
     return bridge
+
+
+def _move_tables(bridge: Any) -> None:
+    """Put what was computed, not placed, on the bridge's device."""
+    device = torch.device(bridge.cfg.device)
+    for slot in slots_of(bridge):
+        if slot.tensor.device.type != device.type and slot.tensor.device.type == "cpu":
+            moved = slot.tensor.detach().to(device)
+            is_parameter = isinstance(slot.tensor, nn.Parameter)
+            trainable = slot.tensor.requires_grad
+            slot.tensor = nn.Parameter(moved, trainable) if is_parameter else moved
 
 
 class _Answers:
@@ -171,6 +190,8 @@ class _Answers:
         if found.hf_model is None:
             found.model_class, found.config = model_class, hf_config
         model = found.tree(dtype, self._revision)
+        if model_class.__name__ not in declared_architectures(hf_config.architectures):
+            self._leave_out(model_class)
         if self._n_layers is not None:
             found.ledger.unexpected = [n for n in found.ledger.unexpected if not self._is_beyond(n)]
         if found.hf_model is not None:
@@ -178,6 +199,16 @@ class _Answers:
         folder = None if found.location is None else found.location.folder
         make_runnable(model, hf_config, dtype, folder, attention)
         return model
+
+    def _leave_out(self, model_class: Any) -> None:
+        """Let the weights of parts go that the class which TransformerLens takes does not have."""
+        ledger = self._pretrained.ledger
+        if ledger.unexpected:
+            self.notes.append(
+                f"{model_class.__name__}, which TransformerLens takes for this model, has no place "
+                f"for {listed(ledger.unexpected)}."
+            )
+            ledger.unexpected = []
 
     def _is_beyond(self, name: str) -> bool:
         layer = _LAYER.search("." + name)

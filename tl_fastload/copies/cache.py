@@ -194,12 +194,12 @@ def why_not_trusted(folder: Path) -> str | None:
 
 def entry_for(request: Request) -> Path | None:
     """The folder of the cache entry that a load would use, whether it is there or not; None for a
-    load without a cache.
+    load without a cache, or of a copy.
 
     Args:
         request: the call, resolved.
     """
-    home = folder_for(request.options.cache)
+    home = None if request.copy is not None else folder_for(request.options.cache)
     if home is None or why_not_kept(request.arguments) is not None:
         return None
     return home / entry_name(request)

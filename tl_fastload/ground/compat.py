@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from packaging.version import Version
 
+from tl_fastload.errors import MissingPackageError
 from tl_fastload.ground.borrow import borrow
 
 if TYPE_CHECKING:
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
 
 
 def _version(distribution: str) -> Version:
-    return Version(metadata.version(distribution))
+    try:
+        return Version(metadata.version(distribution))
+    except metadata.PackageNotFoundError:  # not everything here needs TransformerLens
+        return Version("0")
 
 
 TORCH = _version("torch")
@@ -157,11 +161,12 @@ CONFIG_DTYPE_NAME = "dtype" if Version("4.56") <= TRANSFORMERS else "torch_dtype
 
 
 def require_hooked_transformer() -> None:
-    """Raise ImportError on a TransformerLens that has no HookedTransformer any more."""
+    """Raise MissingPackageError on a TransformerLens that has no HookedTransformer any more."""
     if TRANSFORMER_LENS >= HOOKED_TRANSFORMER_GONE_IN:
-        raise ImportError(
-            f"TransformerLens {TRANSFORMER_LENS} has no HookedTransformer, which tl_fastload loads "
-            'into: pip install "transformer-lens>=2.8,<4".'
+        raise MissingPackageError(
+            f"TransformerLens {TRANSFORMER_LENS} has no HookedTransformer, which "
+            "LeanHookedTransformer loads into. Take tl_fastload.LeanTransformerBridge, or pip "
+            'install "transformer-lens>=2.8,<4".'
         )
 
 

@@ -123,7 +123,7 @@ def read_config(
         elif in_checkpoint:
             config = PretrainedConfig.from_dict({**_CODE_IN_CHECKPOINT[in_checkpoint], **raw})
         else:
-            values = copy.deepcopy({**raw, "model_type": model_type})
+            values = _with_special_floats(copy.deepcopy({**raw, "model_type": model_type}))
             config = CONFIG_MAPPING[str(model_type)].from_dict(values, name_or_path=folder)
     except Exception as error:  # config classes raise anything for values they do not expect
         raise CheckpointError(
@@ -132,6 +132,13 @@ def read_config(
         ) from error
     architecture_of(config, supported)
     return config  # type: ignore[no-any-return]
+
+
+def _with_special_floats(values: dict[str, Any]) -> dict[str, Any]:
+    """Fields with the numbers that JSON lacks, for which transformers 5 writes an object."""
+    decode: Any = getattr(PretrainedConfig, "_decode_special_floats", lambda fields: fields)
+    found: dict[str, Any] = decode(values)
+    return found
 
 
 def _is_read_otherwise(raw: Mapping[str, Any]) -> bool:

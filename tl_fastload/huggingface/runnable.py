@@ -5,8 +5,10 @@ tables computed, generation settings read, in evaluation mode.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -46,6 +48,11 @@ def make_runnable(
         UnsupportedArchitectureError: a table cannot be computed.
     """
     _make_alive(model, dtype)
+    for module in model.modules():
+        if _asks_for_default_dtype(module):
+            for leaf, buffer in module._buffers.items():
+                if buffer is not None and _is_empty(buffer) and buffer.is_floating_point():
+                    module._buffers[leaf] = buffer.to(dtype)
     _compute_tables(model)
     _set_configuration(model, hf_config, dtype, attention)
     if not hasattr(model, "generation_config"):
@@ -94,19 +101,30 @@ def configuration_for(model_class: Any, hf_config: Any) -> Any:
 
 
 def _make_alive(model: nn.Module, dtype: torch.dtype) -> None:
+    computed = _computed_weights(model)
     made: dict[int, LivePromise] = {}
-    for module in model.modules():
+    for prefix, module in model.named_modules():
         both: Any = ((module._parameters, True), (module._buffers, False))
         for tensors, is_parameter in both:
             for leaf, tensor in tensors.items():
                 if not isinstance(tensor, Promise):
                     continue
-                if not is_parameter and _is_missing(tensor):
-                    tensors[leaf] = tensor.meta  # transformers computes what old files lack
+                is_computed = not is_parameter or computed(f"{prefix}.{leaf}" if prefix else leaf)
+                if is_computed and _is_missing(tensor):
+                    empty = tensor.meta.to(dtype) if is_parameter else tensor.meta
+                    tensors[leaf] = nn.Parameter(empty) if is_parameter else empty
                     continue
                 if id(tensor) not in made:
                     made[id(tensor)] = _alive(tensor, is_parameter, dtype)
                 tensors[leaf] = made[id(tensor)]
+
+
+def _computed_weights(model: Any) -> Callable[[str], bool]:
+    """Whether transformers computes a weight that a checkpoint lacks, such as fixed positions."""
+    patterns = [
+        re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    ]
+    return lambda name: any(pattern.search(name) for pattern in patterns)
 
 
 def _alive(promise: Promise, is_parameter: bool, dtype: torch.dtype) -> LivePromise:
@@ -124,25 +142,31 @@ def _is_missing(promise: Promise) -> bool:
 
 
 def _compute_tables(model: Any) -> None:
-    """Give buffers that no file has (rotary tables, scales) their values, as transformers does when
-    it has loaded a model.
+    """Give what no file has (rotary tables, scales, fixed positions) its values, as transformers
+    does when it has loaded a model.
     """
-    lost = []
-    with torch.no_grad(), Defaults(), SkipRandomInit():  # type: ignore[no-untyped-call]
-        for name, module, owner in _with_owners(model, "", model):
-            buffers = {
-                leaf: buffer
-                for leaf, buffer in module._buffers.items()
-                if buffer is not None and buffer.is_meta
-            }
-            if not buffers:
-                continue
-            for leaf, buffer in buffers.items():
-                module._buffers[leaf] = _unset(buffer)
-            _initialize(owner, module)
-            lost += [
-                f"{name}.{leaf}".lstrip(".") for leaf in buffers if _is_unset(module._buffers[leaf])
-            ]
+    wanted = {name: tensor for name, tensor in _tensors(model) if _is_empty(tensor)}
+    if not wanted:
+        return
+    kept = [(module, dict(module._parameters)) for module in model.modules()]
+    try:
+        with torch.no_grad(), Defaults(), SkipRandomInit():  # type: ignore[no-untyped-call]
+            for module in model.modules():
+                _empty(module)
+            modules = list(_with_owners(model, model))
+            # Each module's own tables first: the others may only be known further up.
+            modules.sort(key=lambda found: not any(map(_is_unset, found[0]._buffers.values())))
+            for module, owner in modules:
+                owner._init_weights(module)
+        made = dict(_tensors(model))
+    finally:
+        for module, parameters in kept:
+            for leaf, parameter in parameters.items():
+                if parameter is None or not _is_empty(parameter):
+                    # Some are frozen by the rules for fresh values.
+                    _freeze(parameter, module._parameters[leaf])
+                    module._parameters[leaf] = parameter
+    lost = [name for name in wanted if _is_unset(made[name])]
     if lost:
         raise UnsupportedArchitectureError(
             f"transformers {compat.TRANSFORMERS} does not say how {listed(lost)} of a "
@@ -150,24 +174,53 @@ def _compute_tables(model: Any) -> None:
         )
 
 
-def _with_owners(module: nn.Module, name: str, owner: Any) -> Iterator[tuple[str, nn.Module, Any]]:
-    """Modules by name, each with the model whose rules for fresh values apply to it."""
+def _freeze(parameter: torch.Tensor | None, like: torch.Tensor | None) -> None:
+    if parameter is not None and like is not None and not like.requires_grad:
+        parameter.requires_grad_(False)
+
+
+def _asks_for_default_dtype(module: nn.Module) -> bool:
+    """Whether a module's tables have the default dtype, which transformers sets to the model's
+    while it builds one, and nobody sets here.
+    """
+    members = (getattr(member, "__func__", member) for member in vars(type(module)).values())
+    return any(
+        "get_default_dtype" in m.__code__.co_names for m in members if isinstance(m, FunctionType)
+    )
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _is_empty(tensor: torch.Tensor) -> bool:
+    return tensor.is_meta and not isinstance(tensor, Promise)
+
+
+def _empty(module: nn.Module) -> None:
+    """Put memory without values in place of what is to be computed, and nothing in place of weights
+    that have values.
+    """
+    for leaf, buffer in module._buffers.items():
+        if buffer is not None and _is_empty(buffer):
+            module._buffers[leaf] = _unset(buffer)
+    for leaf, parameter in module._parameters.items():
+        if parameter is None:
+            continue
+        if _is_empty(parameter):
+            made = _unset(parameter)
+        else:
+            made = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+        module._parameters[leaf] = nn.Parameter(made, parameter.requires_grad)
+
+
+def _with_owners(module: nn.Module, owner: Any) -> Iterator[tuple[nn.Module, Any]]:
+    """Modules, each with the model whose rules for fresh values apply to it."""
     owner = module if isinstance(module, PreTrainedModel) else owner
-    yield name, module, owner
-    for leaf, child in module.named_children():
-        yield from _with_owners(child, f"{name}.{leaf}" if name else leaf, owner)
-
-
-def _initialize(owner: Any, module: nn.Module) -> None:
-    kept = dict(module._parameters)
-    for leaf, parameter in kept.items():
-        if parameter is not None:
-            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-            module._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
-    try:
-        owner._init_weights(module)
-    finally:
-        module._parameters.update(kept)
+    yield module, owner
+    for child in module.children():
+        yield from _with_owners(child, owner)
 
 
 def _unset(like: torch.Tensor) -> torch.Tensor:
@@ -177,12 +230,12 @@ def _unset(like: torch.Tensor) -> torch.Tensor:
     return made.zero_() if made.dtype == torch.bool else made.fill_(torch.iinfo(made.dtype).min)
 
 
-def _is_unset(buffer: torch.Tensor | None) -> bool:
-    if buffer is None or buffer.numel() == 0 or buffer.dtype == torch.bool:
+def _is_unset(tensor: torch.Tensor | None) -> bool:
+    if tensor is None or tensor.is_meta or isinstance(tensor, Promise) or not tensor.numel():
         return False
-    if buffer.is_floating_point():
-        return bool(buffer.isnan().all())
-    return bool((buffer == torch.iinfo(buffer.dtype).min).all())
+    if tensor.is_floating_point():
+        return bool(tensor.isnan().all())
+    return tensor.dtype != torch.bool and bool((tensor == torch.iinfo(tensor.dtype).min).all())
 
 
 def _set_configuration(

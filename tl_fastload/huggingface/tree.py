@@ -274,7 +274,8 @@ def _put(model: nn.Module, name: str, promise: Promise) -> None:
     parent_name, _, leaf = name.rpartition(".")
     parent = model.get_submodule(parent_name)
     holder = parent._parameters if leaf in parent._parameters else parent._buffers
-    promise.is_trained = getattr(holder[leaf], "requires_grad", False)
+    # transformers lets whatever it loads be trained.
+    promise.is_trained = leaf in parent._parameters and promise.is_floating_point()
     holder[leaf] = _as_parameter(promise)  # type: ignore[assignment]
 
 

@@ -28,14 +28,14 @@ from tl_fastload.recipes.promise import Promise
 from tl_fastload.report.load_report import LoadReport
 from tl_fastload.report.memory import PeakSampler
 from tl_fastload.report.progress import Progress
-from tl_fastload.roads.road import Recording, Road, describe_steps
+from tl_fastload.roads.known import describe_steps, road_of
+from tl_fastload.roads.road import Recording
 
 Record = Callable[[dict[str, Any], dict[str, bool]], Recording]
 """Records what TransformerLens makes of a state dict, from it and the processing steps."""
 
 
 def load_state_dict(
-    road: Road,
     model: Any,
     state_dict: Mapping[str, Any],
     flags: dict[str, bool],
@@ -44,7 +44,6 @@ def load_state_dict(
     """Write what TransformerLens' `load_and_process_state_dict` would load.
 
     Args:
-        road: of the model.
         model: the model to fill.
         state_dict: TransformerLens names -> tensors; not changed.
         flags: the processing steps.
@@ -60,17 +59,16 @@ def load_state_dict(
         )
     require_given(named, doing)
     named, tables = _own_tables_kept(model, named)
-    road.check_flags(model.cfg, flags)
+    road_of(model).check_flags(model.cfg, flags)
     checks.check_state_dict(model, named, flags)
     require_cover(model, doing, named)
-    _check_norms_and_biases(road, model, named, flags)
+    _check_norms_and_biases(model, named, flags)
     with InPlaceStep(model, doing) as step:
         notes = [*renaming.notes, *tables]
-        _run(road, model, lambda: record(named, flags), step, set(), notes)
+        _run(model, lambda: record(named, flags), step, set(), notes)
 
 
 def process(
-    road: Road,
     model: Any,
     flags: dict[str, bool],
     record: Record,
@@ -79,7 +77,6 @@ def process(
     """TransformerLens' `process_weights_` of a live model, once.
 
     Args:
-        road: of the model.
         model: the model.
         flags: the processing steps.
         record: runs TransformerLens' code on a state dict.
@@ -88,27 +85,27 @@ def process(
     """
     require_whole(model, "process_weights_")
     require_values(model, "process_weights_")
-    if _is_already_processed(road, model, flags):
+    if _is_already_processed(model, flags):
         return
-    road.check_flags(model.cfg, flags)
+    road_of(model).check_flags(model.cfg, flags)
     before: set[str] = getattr(model, "_processed", (set(), None))[0]
     with InPlaceStep(model, "process_weights_") as step:
 
         def load(state_dict: dict[str, Any], **asked: bool) -> None:
             checks.check_state_dict(model, state_dict, flags)
-            _run(road, model, lambda: record(state_dict, {**flags, **asked}), step, before, [])
+            _run(model, lambda: record(state_dict, {**flags, **asked}), step, before, [])
 
         hand_over(load)
 
 
-def _is_already_processed(road: Road, model: Any, flags: dict[str, bool]) -> bool:
+def _is_already_processed(model: Any, flags: dict[str, bool]) -> bool:
     """Whether these steps were done and no parameter has changed since; the report says so then."""
     asked = {step for step, value in flags.items() if value}
     done, at_the_time = getattr(model, "_processed", (set(), None))
     if not asked <= done or parameter_versions(model) != at_the_time:
         return False
     # Quantized bytes cannot be edited in place; other values can, unseen, through `.data`.
-    if not has_quantized(model) and not road.is_processed(model, flags):
+    if not has_quantized(model) and not road_of(model).is_processed(model, flags):
         return False
     note = "process_weights_ was called again with nothing changed: nothing was done."
     model.load_report = replace(model.load_report, notes=(*model.load_report.notes, note))
@@ -116,7 +113,6 @@ def _is_already_processed(road: Road, model: Any, flags: dict[str, bool]) -> boo
 
 
 def _run(
-    road: Road,
     model: Any,
     record: Callable[[], Recording],
     step: InPlaceStep,
@@ -133,7 +129,7 @@ def _run(
         sampler.watch(set(_homes(model).values()))
         quantizer = Quantizer(None, recording.shifts) if has_quantized(model) else None
         with Progress(False) as progress:
-            written = write_recipes(road, model, recording.recipes, step, quantizer, progress)
+            written = write_recipes(model, recording.recipes, step, quantizer, progress)
     asked = {name for name, on in recording.requested.items() if on}
     model._processed = (asked | before, parameter_versions(model))
     kinds = ", ".join(sorted(quantized_kinds(model)))
@@ -142,7 +138,7 @@ def _run(
         strategy="copy",
         reason="parameters keep their identity",
         source="state_dict",
-        processing=describe_steps(road, recording.requested, model.cfg),
+        processing=describe_steps(model, recording.requested),
         quantization=f"{kinds}, as in the model" if kinds else None,
         not_quantized={} if quantizer is None else quantizer.not_quantized,
         notes=(*notes, *recording.notes, *written),
@@ -151,7 +147,6 @@ def _run(
 
 
 def write_recipes(
-    road: Road,
     model: Any,
     recipes: dict[str, Promise],
     step: InPlaceStep,
@@ -161,7 +156,6 @@ def write_recipes(
     """Write into the tensors of a live model, one at a time.
 
     Args:
-        road: of the model.
         model: keeps its Parameter objects.
         recipes: name -> what its values become.
         step: that has begun on the model.
@@ -178,7 +172,7 @@ def write_recipes(
         maps=None,
         map_any_layout=False,
         progress=progress,
-        strides_of=road.strides_in,
+        strides_of=road_of(model).strides_in,
         quantizer=quantizer,
         fresh=False,
         writing=step.writes,
@@ -209,12 +203,12 @@ def _own_tables_kept(model: Any, state_dict: dict[str, Any]) -> tuple[dict[str, 
 
 
 def _check_norms_and_biases(
-    road: Road, model: Any, state_dict: Mapping[str, Any], flags: Mapping[str, bool]
+    model: Any, state_dict: Mapping[str, Any], flags: Mapping[str, bool]
 ) -> None:
     """Raise MissingWeightsError where the model's own norms or biases would be mixed with other
     weights, or norms of the state dict would be lost.
     """
-    own = dict(model.named_parameters())
+    own, road = dict(model.named_parameters()), road_of(model)
     missing = [
         name
         for name, parameter in own.items()

@@ -34,36 +34,36 @@ def plan_load(request: Request) -> LoadPlan:
     """
     started = time.perf_counter()
     with own_defaults():
-        mapped = _copy_of(request)
-        plan = _of_checkpoint(request) if mapped is None else _of_copy(request, *mapped)
+        entry = cache.entry_for(request)
+        mapped = _copy_of(request, entry)
+        plan = None if mapped is None else _of_copy(request, *mapped)
+        plan = _of_checkpoint(request, entry) if plan is None else plan
     return replace(plan, seconds=time.perf_counter() - started)
 
 
-def _copy_of(request: Request) -> tuple[Request, Path] | None:
-    """The processed copy that would be loaded: the one that is named, or the cache's."""
+def _copy_of(request: Request, entry: Path | None) -> tuple[Request, Path] | None:
+    """The processed copy that would be loaded: the one that is named, or the cache's entry."""
     if request.copy is not None:
         return request, request.copy
-    entry = cache.entry_for(request)
     if entry is None or not cache.is_usable(entry):
         return None
     return cache.hit_request(request), entry
 
 
-def _of_copy(request: Request, mapped: Request, folder: Path) -> LoadPlan:
-    is_named = mapped is request
+def _of_copy(request: Request, mapped: Request, folder: Path) -> LoadPlan | None:
+    """The plan of a copy; None for a damaged entry, which the load would fill again."""
     try:
         with boundary("while planning"):
             return of_copy.plan_copy(mapped, folder)
     except cache.BAD_ENTRY:
-        if is_named:
+        if mapped is request:
             raise
-        return _of_checkpoint(request)  # as the load, which fills a damaged entry again
+        return None
 
 
-def _of_checkpoint(request: Request) -> LoadPlan:
+def _of_checkpoint(request: Request, entry: Path | None) -> LoadPlan:
     draft = Draft.of(request, StockLedger())
     plan = _plan(draft)
-    entry = cache.entry_for(request)
     if entry is not None:
         plan = _with_entry(plan, entry, _entry_bytes(plan, draft))
     return plan if plan.fits_memory else replace(plan, advise=_advise(request, draft))
@@ -110,7 +110,7 @@ def _with_entry(plan: LoadPlan, entry: Path, size: int) -> LoadPlan:
 def with_advice(request: Request, error: NotEnoughMemory) -> NotEnoughMemory:
     """The error with the choices that would fit."""
     with own_defaults():
-        mapped = _copy_of(request)
+        mapped = _copy_of(request, cache.entry_for(request))
         if mapped is None:
             found = list(advice.choices(request, Draft.of(request)))
         else:
@@ -120,7 +120,7 @@ def with_advice(request: Request, error: NotEnoughMemory) -> NotEnoughMemory:
 
 def require_room(request: Request) -> None:
     """Raise NotEnoughMemory if a load does not fit; for loads that read weights early."""
-    if _copy_of(request) is not None:
+    if _copy_of(request, cache.entry_for(request)) is not None:
         return
     with own_defaults():
         draft = Draft.of(request)

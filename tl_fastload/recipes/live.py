@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tl_fastload.errors import RecordingError
+from tl_fastload.recipes.evaluate import evaluate
 from tl_fastload.recipes.nodes import MemorySource, SourceView, aten
 from tl_fastload.recipes.promise import Promise, node_of
 
@@ -93,6 +94,9 @@ class LivePromise(Promise):
                     one.require_fresh()
         if func in _WRITES and isinstance(args[0], LivePromise):
             return _write(func, args, kwargs or {})
+        if func._schema.is_mutable and not isinstance(args[0], Promise):
+            # A tensor with values takes values: they are read now.
+            return func(*(_valued(x) for x in args), **(kwargs or {}))
         made = super().__torch_dispatch__(func, types, args, kwargs)
         if args and isinstance(args[0], LivePromise):
             for one in made if isinstance(made, (list, tuple)) else (made,):
@@ -107,6 +111,10 @@ class LivePromise(Promise):
                 "A recorded parameter was written to, and a view of it from before is used "
                 "afterwards: its recipe would be that of the old values. Load the model first."
             )
+
+
+def _valued(x: Any) -> Any:
+    return evaluate(x.node, x.device).tensor if isinstance(x, Promise) else x
 
 
 def _alive(tensor: Any) -> LivePromise:
