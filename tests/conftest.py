@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.support import environments
+from tests.support import bridge_zoo, environments
 from tests.support import zoo as zoo_module
 from tests.support.fake_hub import forbid_network
 from tl_fastload.source.reader import FileReader
@@ -39,11 +39,35 @@ def pytest_report_header() -> str:
     return environments.describe()
 
 
+class _NotImported(pytest.Module):
+    """Stands where a file is that needs what the installed versions do not have."""
+
+    def collect(self) -> Iterator[pytest.Item]:
+        reason = environments.why_not_file(_name_of(self.path)) or ""
+        test = pytest.Function.from_parent(self, name="test_file", callobj=lambda: None)
+        test.add_marker(pytest.mark.parity)
+        test.add_marker(pytest.mark.skip(reason=reason))
+        yield test
+
+    def _getobj(self) -> Any:
+        return None
+
+
+def pytest_pycollect_makemodule(
+    module_path: Path, parent: pytest.Collector
+) -> pytest.Module | None:
+    if environments.why_not_file(_name_of(module_path)) is None:
+        return None
+    return _NotImported.from_parent(parent, path=module_path)
+
+
+def _name_of(path: Path) -> str:
+    return path.relative_to(TESTS).as_posix()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        reason = environments.why_not_test(
-            f"{item.path.relative_to(TESTS).as_posix()}::{item.name}"
-        )
+        reason = environments.why_not_test(f"{_name_of(item.path)}::{item.name}")
         case_id = getattr(item, "callspec", None) and item.callspec.params.get("case_id")
         reason = reason or environments.why_not_case(str(case_id))
         if reason is not None:
@@ -91,6 +115,21 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
             if tokenizer:
                 zoo_module.add_tokenizer(folder, case.d_vocab)
             built[key] = folder
+        return built[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def bridge_zoo_folder(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    """`zoo` for the cases of the bridge's zoo, which all have a tokenizer."""
+    root = tmp_path_factory.mktemp("bridge-zoo")
+    built: dict[str, Path] = {}
+
+    def get(case_id: str, **options: Any) -> Path:
+        key = repr((case_id, sorted(options.items(), key=str)))
+        if key not in built:
+            built[key] = bridge_zoo.build(case_id, root / str(len(built)) / case_id, **options)
         return built[key]
 
     return get

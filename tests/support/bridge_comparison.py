@@ -45,7 +45,7 @@ def snapshot(bridge: Any, case_id: str, *, forward: bool = True) -> Snapshot:
     with quiet(), torch.no_grad():
         if forward:
             logits, cache = bridge.run_with_cache(first, **others)
-        found = {path: tensor for path, tensor in tensors_of(bridge)}
+        found = dict(tensors_of(bridge))
         names = {
             "state_dict": list(bridge.state_dict()),
             "parameters": [name for name, _ in bridge.named_parameters()],

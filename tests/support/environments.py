@@ -25,6 +25,7 @@ class Lack:
     why: the reason that a skipped test gives.
     cases: cases of the zoo that need it.
     tests: beginnings of test names, such as "whole/test_versions.py::test_quantized", that need it.
+    files: test files that need it to be imported: of each, one test is left, which is skipped.
     """
 
     package: str
@@ -32,6 +33,7 @@ class Lack:
     why: str
     cases: tuple[str, ...] = ()
     tests: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
 
     def applies(self) -> bool:
         """Whether the installed version is one of them."""
@@ -39,6 +41,33 @@ class Lack:
 
 
 LACKS: tuple[Lack, ...] = (
+    Lack(
+        "transformer_lens",
+        ">=4",
+        "TransformerLens has no HookedTransformer",
+        files=(
+            "hooked/test_processing.py",
+            "whole/test_parity.py",
+            "whole/test_parity_sources.py",
+            "whole/test_quantized_fidelity.py",
+            "whole/test_quantized_on_the_fly.py",
+            "whole/test_sae_lens.py",
+            "whole/test_versions.py",
+            "whole/test_versions_features.py",
+        ),
+    ),
+    Lack(
+        "transformer_lens",
+        "<3",
+        "TransformerLens has no TransformerBridge",
+        files=(
+            "bridge/test_bridge_errors.py",
+            "bridge/test_bridge_features.py",
+            "bridge/test_bridge_parity.py",
+            "bridge/test_bridge_zoo.py",
+            "whole/test_sae_bridge.py",
+        ),
+    ),
     Lack(
         "transformer_lens",
         "<3",
@@ -180,6 +209,11 @@ def why_not_case(case_id: str) -> str | None:
 def why_not_test(name: str) -> str | None:
     """Why a test ("test_file.py::test_name") cannot run here, or None."""
     return next((_reason(lack) for lack in lacks() if name.startswith(lack.tests or "-")), None)
+
+
+def why_not_file(name: str) -> str | None:
+    """Why a test file ("folder/test_file.py") cannot even be imported here, or None."""
+    return next((_reason(lack) for lack in lacks() if name in lack.files), None)
 
 
 def expected_skips() -> int | None:

@@ -18,7 +18,6 @@ import torch
 from huggingface_hub import constants, file_download
 from safetensors.torch import save
 
-from tl_fastload.hooked.official_names import resolve_model
 from tl_fastload.source.checkpoint import Checkpoint, open_weights
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -41,6 +40,8 @@ def _digest(content: bytes) -> str:
 
 def resolve(name: str | Path, **options: Any) -> Checkpoint:
     """Find a model and its weights."""
+    from tl_fastload.hooked.official_names import resolve_model  # TransformerLens 4 has no names
+
     choice = {"weights_file", "variant", "use_safetensors"} & options.keys()
     chosen = {option: options.pop(option) for option in choice}
     return open_weights(resolve_model(name, **options), **chosen)

@@ -163,6 +163,8 @@ def _compute_tables(model: Any) -> None:
         for module, parameters in kept:
             for leaf, parameter in parameters.items():
                 if parameter is None or not _is_empty(parameter):
+                    # Some are frozen by the rules for fresh values.
+                    _freeze(parameter, module._parameters[leaf])
                     module._parameters[leaf] = parameter
     lost = [name for name in wanted if _is_unset(made[name])]
     if lost:
@@ -170,6 +172,11 @@ def _compute_tables(model: Any) -> None:
             f"transformers {compat.TRANSFORMERS} does not say how {listed(lost)} of a "
             f"{type(model).__name__} are computed. Load it with transformers, and pass hf_model=."
         )
+
+
+def _freeze(parameter: torch.Tensor | None, like: torch.Tensor | None) -> None:
+    if parameter is not None and like is not None and not like.requires_grad:
+        parameter.requires_grad_(False)
 
 
 def _asks_for_default_dtype(module: nn.Module) -> bool:
