@@ -296,7 +296,7 @@ def tied(model: Any) -> None:
 
 
 def one_parameter(model: Any) -> None:
-    model.embed.W_more = model.unembed.W_more = nn.Parameter(torch.zeros(2, 3))
+    model.embed.W_more = model.unembed.W_U
 
 
 def distributed(model: Any) -> None:
@@ -312,7 +312,7 @@ def sparse(model: Any) -> None:
 
 CANNOT: dict[str, tuple[Callable[[Any], Any], tuple[str, ...]]] = {
     "tied": (tied, ("embed.W_E", "unembed.W_U", "share memory")),
-    "one parameter": (one_parameter, ("embed.W_more", "unembed.W_more", "one parameter")),
+    "one parameter": (one_parameter, ("embed.W_more", "unembed.W_U", "one parameter")),
     "shared": (lambda model: model.share_memory(), ("share_memory",)),
     "meta": (lambda model: model.blocks.to("meta"), ("blocks.0", "meta", "offloaded")),
     "distributed": (distributed, ("blocks.0.attn.W_Q", "Sharded", "layout=")),

@@ -38,8 +38,8 @@ except ImportError as error:
 """
 PLACES = """
 import torch, transformers
-from tl_fastload.ground.own_defaults import own_defaults
 from tl_fastload.ground.geometry import strides_of_order
+from tl_fastload.ground.own_defaults import own_defaults
 from tl_fastload.ground.role import Role
 from tl_fastload.huggingface.config import Supported
 from tl_fastload.huggingface.empty import empty_model
@@ -68,7 +68,7 @@ with own_defaults():
         maps=reader.maps,
         map_any_layout=True,
         progress=Progress(False),
-        strides_of=lambda order, module, leaf, shape: strides_of_order(shape, range(len(shape))),
+        strides_of=lambda order, module, name, shape: strides_of_order(shape, range(len(shape))),
         quantizer=None if found.spec is None else Quantizer(None, lambda name: Role(kind="matrix")),
     ).place(dict(root.named_parameters()))
 values = dict(model.named_parameters())
