@@ -73,7 +73,7 @@ $(ENVIRONMENTS:%=parity-%): parity-%: .venv-%/.installed
 
 # Memory and time there, stock's and ours, for instance `make bench-old ARGS="--models gpt2-medium"`.
 $(ENVIRONMENTS:%=bench-%): bench-%: .venv-%/.installed
-	.venv-$*/bin/python -m benchmarks --only load $(ARGS)
+	.venv-$*/bin/python -m benchmarks --only $(if $(filter tl4%,$*),bridge,load) $(ARGS)
 
 lint: $(DEV) ## ruff's rules and formatting
 	$(BIN)/ruff check .
