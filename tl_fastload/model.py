@@ -281,7 +281,7 @@ class LeanLoadingMixin:
         def record(given: dict[str, Any], flags: dict[str, bool]) -> Recording:
             return record_state_dict(self, given, flags, stock)
 
-        live.load_state_dict(ROAD, self, state_dict, steps, record)
+        live.load_state_dict(self, state_dict, steps, record)
 
     @guarded("while processing weights")
     def process_weights_(
@@ -321,7 +321,7 @@ class LeanLoadingMixin:
         def record(given: dict[str, Any], flags: dict[str, bool]) -> Recording:
             return record_state_dict(self, given, flags, stock_load)
 
-        live.process(ROAD, self, steps, record, partial(process_with, self, steps, stock))
+        live.process(self, steps, record, partial(process_with, self, steps, stock))
 
     def to_layout_(self, layout: str) -> Any:
         """Put every parameter of this model, and its gradient, into another memory order, one at a
@@ -344,7 +344,7 @@ class LeanLoadingMixin:
                 with other tensors or processes, or of a kind that has no strides of its own
                 (DTensor, sparse). Names them; nothing has changed.
         """
-        put_in_layout(ROAD, self, layout)
+        put_in_layout(self, layout)
         return self
 
     def save_lean(

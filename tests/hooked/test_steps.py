@@ -6,13 +6,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformer_lens import HookedTransformer
 
 from tests.support import reference
 from tests.support.comparison import STEPS, changed, lean_model, log_probs, values
 from tl_fastload.hooked import steps
-from tl_fastload.hooked.road import ROAD
 from tl_fastload.request.steps import STEPS as ALL_STEPS
-from tl_fastload.roads.road import describe_steps
+from tl_fastload.roads.known import describe_steps
 
 # step -> cases that forbid it, a word of the reason
 FORBIDDEN: dict[str, dict[str, str]] = {
@@ -86,10 +86,16 @@ def _cfg(**fields: Any) -> SimpleNamespace:
     return SimpleNamespace(**{**plain, **fields})
 
 
+def _model(cfg: Any) -> Any:
+    model: Any = object.__new__(HookedTransformer)
+    model.__dict__["cfg"] = cfg
+    return model
+
+
 def test_a_plain_model_allows_everything() -> None:
     assert [steps.reason_to_skip(step, _cfg()) for step in ALL_STEPS] == [None] * 5
     requested = dict.fromkeys(ALL_STEPS, True)
-    assert describe_steps(ROAD, requested, _cfg()) == dict.fromkeys(ALL_STEPS, "done")
+    assert describe_steps(_model(_cfg()), requested) == dict.fromkeys(ALL_STEPS, "done")
 
 
 @pytest.mark.parametrize(
@@ -113,6 +119,6 @@ def test_each_reason_alone(fields: dict[str, Any], forbidden: set[str]) -> None:
 
 
 def test_what_nobody_asked_for_is_called_so() -> None:
-    described = describe_steps(ROAD, {"fold_ln": True}, _cfg(use_attention_sinks=True))
+    described = describe_steps(_model(_cfg(use_attention_sinks=True)), {"fold_ln": True})
     assert described.pop("fold_ln") == "done"
     assert set(described.values()) == {"skipped: not asked for"}

@@ -161,7 +161,7 @@ def test_files_that_are_none(model: Any, tmp_path: Path) -> None:
 
 
 def test_models_that_are_none(model: Any) -> None:
-    with pytest.raises(ArgumentError, match="not into a Linear"):
+    with pytest.raises(ArgumentError, match="not with a Linear"):
         load_weights_(torch.nn.Linear(2, 2), model.state_dict())
     with torch.device("meta"):
         empty = HookedTransformer(model.cfg, move_to_device=False)

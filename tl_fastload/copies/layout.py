@@ -8,7 +8,7 @@ from torch import nn
 from tl_fastload.copies.manifest import Manifest
 from tl_fastload.ground.geometry import same_layout
 from tl_fastload.request.options import DEFAULT_LAYOUT, Options
-from tl_fastload.roads.road import Road
+from tl_fastload.roads.known import road_of
 
 
 def layout_of(manifest: Manifest, options: Options) -> str:
@@ -16,13 +16,10 @@ def layout_of(manifest: Manifest, options: Options) -> str:
     return manifest.layout if options.layout is DEFAULT_LAYOUT else options.layout
 
 
-def moved(
-    road: Road, model: nn.Module, manifest: Manifest, options: Options
-) -> dict[str, tuple[int, ...]]:
+def moved(model: nn.Module, manifest: Manifest, options: Options) -> dict[str, tuple[int, ...]]:
     """The strides of parameters that are to have others than were saved: they are read.
 
     Args:
-        road: of the model.
         model: whose parameters they are.
         manifest: of the copy.
         options: of the load.
@@ -32,7 +29,7 @@ def moved(
         if order != manifest.layout and view.quantized is None:
             module = model.get_submodule(name.rpartition(".")[0])
             shape = torch.Size(view.shape)
-            strides = road.strides_in(order, module, name, shape)
+            strides = road_of(model).strides_in(order, module, name, shape)
             if not same_layout(shape, view.strides, strides):
                 found[name] = strides
     return found

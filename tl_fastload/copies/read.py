@@ -36,7 +36,8 @@ from tl_fastload.report.memory import PeakSampler, return_freed_memory
 from tl_fastload.report.progress import Progress
 from tl_fastload.request.keywords import Keywords
 from tl_fastload.request.options import Options, is_on_network
-from tl_fastload.roads.road import Request, describe_steps
+from tl_fastload.roads.known import describe_steps
+from tl_fastload.roads.road import Request
 from tl_fastload.source.choose import stays_inside
 from tl_fastload.source.links import leads_out
 from tl_fastload.source.reader import FileMaps, FileReader, FileSource
@@ -119,18 +120,18 @@ def _load(
     reader: FileReader,
     sampler: PeakSampler,
 ) -> tuple[Any, LoadReport]:
-    options, road = request.options, request.road
+    options = request.options
     entries = stored_tensors(folder, manifest)
     cfg = checked_configuration(manifest, request, folder)
     hf_config = _hf_config(manifest, request)
     notes: list[str] = []
     model = _build(request, cfg, manifest, hf_config, folder, notes)
-    device_of = road.device_map(model, request.arguments["move_to_device"])
+    device_of = request.road.device_map(model, request.arguments["move_to_device"])
     check_names(model, manifest, folder)
     if may_map(options, folder):
         reader.maps = FileMaps(reader.files)
     sampler.watch({device_of(name) for name in manifest.parameters})
-    moves = moved(road, model, manifest, options)
+    moves = moved(model, manifest, options)
     if options.check_memory:
         _check_room(manifest, entries, reader, device_of, moves)
     with let_go_on_error(model, manifest.source or manifest.model_class):
@@ -151,7 +152,7 @@ def _load(
         source=manifest.source or str(folder),
         revision=manifest.revision,
         mapped_bytes=mapped_bytes,
-        processing=describe_steps(road, manifest.flags, model.cfg),
+        processing=describe_steps(model, manifest.flags),
         quantization=f"{manifest.quantization.kind}, as saved" if manifest.quantization else None,
         not_quantized=manifest.not_quantized,
         adapters=tuple(manifest.adapters),

@@ -46,7 +46,6 @@ from tl_fastload.report.progress import Progress, ProgressOption
 from tl_fastload.request.argument_types import checked
 from tl_fastload.request.steps import STEPS
 from tl_fastload.roads.known import road_of
-from tl_fastload.roads.road import Road
 from tl_fastload.source.safetensors import DTYPES, header_of
 
 MAX_SHARD_BYTES = 4 << 30
@@ -69,7 +68,6 @@ class _Stored:
 class _Plan:
     """Everything that will be written, found before the first byte is."""
 
-    road: Road
     model: nn.Module
     stored: list[_Stored] = field(default_factory=list)
     parameters: dict[str, View] = field(default_factory=dict)
@@ -94,7 +92,7 @@ class _Plan:
         cfg: Any = self.model.cfg
         is_dynamic = getattr(cfg, "use_dynamic_ntk_rope", False)
         for name, buffer in self.model.named_buffers(remove_duplicate=False):
-            if is_dynamic and self.road.role(name).what == "rotary table":
+            if is_dynamic and road_of(self.model).role(name).what == "rotary table":
                 continue  # depend on the longest prompt so far; computed anew when needed
             _check_dtype(name, buffer)
             flat = buffer.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -108,7 +106,7 @@ class _Plan:
         if not isinstance(parameter, QuantizedTensor):
             _check_dtype(name, parameter)
             module = self.model.get_submodule(name.rpartition(".")[0])
-            strides = self.road.strides_in(self.order, module, name, parameter.shape)
+            strides = road_of(self.model).strides_in(self.order, module, name, parameter.shape)
             return self._plain(name, parameter, strides)
         tensors, quantized = parameter.content.parts()
         keys = {}
@@ -203,10 +201,10 @@ def write_copy(
             else write to this one.
     """
     model = unwrapped(model)
-    road = _road_of(model)
+    _check_model(model)
     target = folder.expanduser().absolute()
     check_target(target)
-    plan = _Plan(road, model)
+    plan = _Plan(model)
     plan.add_parameters()
     plan.add_buffers()
     try:
@@ -230,13 +228,10 @@ def write_copy(
         ) from error
 
 
-def _road_of(model: Any) -> Road:
-    road = road_of(model)
-    if road is None:
-        raise SaveError(f"{type(model).__name__} is not a HookedTransformer.")
+def _check_model(model: Any) -> None:
+    road_of(model, SaveError)
     require_whole(model, "save_lean")
     require_values(model, "save_lean", SaveError)
-    return road
 
 
 def check_target(target: Path) -> None:
@@ -283,7 +278,7 @@ def _describe(model: Any, plan: _Plan, tokenizer_home: Path | None) -> Manifest:
         copy_id=copy_id,
         source=getattr(report, "source", None),
         revision=getattr(report, "revision", None),
-        flags=_flags(plan.road, model),
+        flags=_flags(model),
         quantization=getattr(model, "_quantization", None),
         not_quantized=dict(getattr(report, "not_quantized", {})),
         model_class=type(model).__name__,
@@ -304,13 +299,14 @@ def _hf_config(model: Any) -> dict[str, Any] | None:
     return None if config is None else json.loads(config.to_json_string(use_diff=False))
 
 
-def _flags(road: Road, model: Any) -> dict[str, bool]:
+def _flags(model: Any) -> dict[str, bool]:
     """The processing steps that were asked for; of a model that was not loaded lean, those that
     would change nothing.
     """
     record = getattr(model, "_processed", None)
     if record is not None:
         return {step: step in record[0] for step in STEPS}
+    road = road_of(model)
     done = {step for step in STEPS if road.is_processed(model, {step: True})}
     done.discard("refactor_factored_attn_matrices")  # nobody can tell afterwards
     unfolded = road.why_skipped("fold_ln", model.cfg) is None and "fold_ln" not in done

@@ -31,7 +31,8 @@ from tl_fastload.recipes.evaluate import sources
 from tl_fastload.recipes.promise import Promise
 from tl_fastload.request.contradictions import CHECKPOINT_ARGUMENTS, device_asked_for
 from tl_fastload.request.options import Options
-from tl_fastload.roads.road import Recording, Road
+from tl_fastload.roads.known import road_of
+from tl_fastload.roads.road import Recording
 
 # What TransformerLens raises for fields that make no sense.
 _OF_A_CONFIGURATION = (
@@ -145,13 +146,13 @@ def check_in_place(model: Any, recipes: Mapping[str, Promise]) -> None:
                 ) from error
 
 
-def check_recipes(road: Road, recording: Recording) -> None:
+def check_recipes(recording: Recording) -> None:
     """Raise MissingWeightsError for everything of the checkpoint that does not fit the model."""
     if recording.pretrained is not None:
-        _raise_for(recording.pretrained, recipe_problems(road, recording, recording.pretrained))
+        _raise_for(recording.pretrained, recipe_problems(recording, recording.pretrained))
 
 
-def recipe_problems(road: Road, recording: Recording, pretrained: Pretrained) -> list[str]:
+def recipe_problems(recording: Recording, pretrained: Pretrained) -> list[str]:
     """Everything of the checkpoint that does not fit the model, a line each."""
     recipes = recording.recipes
     read = [view.source for promise in recipes.values() for view in sources(promise.node)]
@@ -162,8 +163,9 @@ def recipe_problems(road: Road, recording: Recording, pretrained: Pretrained) ->
         if name in own and not _fits(promise, own[name]):
             found, wanted = tuple(promise.shape), tuple(own[name].shape)
             problems.append(f"misshapen: {name} comes out as {found} instead of {wanted}")
-    unread = _unread(road, pretrained, {id(source) for source in read}, recording.model.cfg)
-    return problems + [f"no place in {road.name} for: {name}" for name in unread]
+    unread = _unread(recording.model, pretrained, {id(source) for source in read})
+    kind = road_of(recording.model).name
+    return problems + [f"no place in {kind} for: {name}" for name in unread]
 
 
 def explain(pretrained: Pretrained, error: Exception, arguments: dict[str, Any]) -> None:
@@ -235,17 +237,17 @@ def _fits(tensor: torch.Tensor, parameter: torch.Tensor) -> bool:
     return tensor.shape == parameter.shape or (tensor.numel() == 1 and parameter.dim() == 0)
 
 
-def _unread(road: Road, pretrained: Pretrained, read: set[int], cfg: Any) -> list[str]:
+def _unread(model: Any, pretrained: Pretrained, read: set[int]) -> list[str]:
     """Weights of the checkpoint that no parameter of the model depends on."""
     if pretrained.root is None or not hasattr(pretrained.root, "named_parameters"):
         return []
     unread = []
     for name, promise in pretrained.root.named_parameters():
         layer = layer_of(name)
-        beyond = layer is not None and layer >= cfg.n_layers
+        beyond = layer is not None and layer >= model.cfg.n_layers
         if (
             beyond
-            or road.is_unused(name, cfg)
+            or road_of(model).is_unused(name, model.cfg)
             or _NOT_TEXT.search(name)
             or not isinstance(promise, Promise)
         ):

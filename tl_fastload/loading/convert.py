@@ -31,6 +31,7 @@ from tl_fastload.recipes.evaluate import sources
 from tl_fastload.recipes.nodes import MemorySource
 from tl_fastload.recipes.promise import Promise
 from tl_fastload.request.steps import STEPS
+from tl_fastload.roads.known import road_of
 from tl_fastload.roads.road import Recording, Road
 from tl_fastload.source.checkpoint import resolve_config
 from tl_fastload.source.reader import FileReader
@@ -59,7 +60,7 @@ class Converted:
     problems: list[str] = field(default_factory=list)
 
 
-def find_config(road: Road, given: Any, weights: WeightSource, model: Any) -> Any:
+def find_config(given: Any, weights: WeightSource, model: Any) -> Any:
     """Hugging Face's configuration of some weights: the one that is given, or lies beside them, or
     that the model was loaded with.
 
@@ -67,6 +68,7 @@ def find_config(road: Road, given: Any, weights: WeightSource, model: Any) -> An
         ArgumentError: there is none.
         CheckpointError, UnsupportedArchitectureError: the one that is given cannot be used.
     """
+    road = road_of(model)
     if isinstance(given, (str, os.PathLike)):
         folder = resolve_config(given, aliases=road.aliases()).folder
         given = read_config(folder, road.supported, trust_remote_code=False)
@@ -99,7 +101,7 @@ def _beside(road: Road, folder: Path | None) -> Any:
         return None
 
 
-def steps_of(road: Road, model: Any, asked: Mapping[str, bool] | None) -> dict[str, bool]:
+def steps_of(model: Any, asked: Mapping[str, bool] | None) -> dict[str, bool]:
     """The processing steps that make weights what the model's own are.
 
     Args:
@@ -110,6 +112,7 @@ def steps_of(road: Road, model: Any, asked: Mapping[str, bool] | None) -> dict[s
     Raises:
         ArgumentError: a step that does not exist, or that contradicts the model's norms.
     """
+    road = road_of(model)
     unknown = sorted(set(asked or ()) - set(STEPS))
     if unknown:
         raise ArgumentError(f"processing has {unknown[0]!r}, which is none of {', '.join(STEPS)}.")
@@ -120,8 +123,7 @@ def steps_of(road: Road, model: Any, asked: Mapping[str, bool] | None) -> dict[s
             f"processing= with all of {', '.join(STEPS)}."
         )
     flags = {
-        step: step in done if done is not None else _looks_processed(road, model, step)
-        for step in STEPS
+        step: step in done if done is not None else _looks_processed(model, step) for step in STEPS
     }
     flags.update(asked or {})
     folded = str(model.cfg.normalization_type).endswith("Pre")
@@ -139,12 +141,12 @@ def steps_of(road: Road, model: Any, asked: Mapping[str, bool] | None) -> dict[s
 
 
 @torch.no_grad()
-def _looks_processed(road: Road, model: Any, step: str) -> bool:
+def _looks_processed(model: Any, step: str) -> bool:
+    road = road_of(model)
     return road.why_skipped(step, model.cfg) is None and road.is_processed(model, {step: True})
 
 
 def converted(
-    road: Road,
     model: Any,
     weights: WeightSource,
     hf_config: Any,
@@ -154,7 +156,6 @@ def converted(
     """Run TransformerLens' converter and processing on promises of some weights.
 
     Args:
-        road: of the model.
         model: not changed.
         weights: in Hugging Face's naming.
         hf_config: the configuration that goes with them.
@@ -164,6 +165,7 @@ def converted(
     Raises:
         MissingWeightsError: TransformerLens' converter cannot go on.
     """
+    road = road_of(model)
     promises = {
         name: as_promise(source.tensor, name)
         if isinstance(source, MemorySource)
@@ -184,10 +186,10 @@ def converted(
             "left out."
         )
     recording.notes = notes
-    return _sorted_out(road, recording, pretrained)
+    return _sorted_out(recording, pretrained)
 
 
-def _sorted_out(road: Road, recording: Recording, pretrained: Pretrained) -> Converted:
+def _sorted_out(recording: Recording, pretrained: Pretrained) -> Converted:
     """What the recipes determine, what they lack, and what was of no use."""
     given = {
         id(view.source)
@@ -209,9 +211,9 @@ def _sorted_out(road: Road, recording: Recording, pretrained: Pretrained) -> Con
             found.determined |= {name} if reads_given else set()
         elif reads_given:
             found.half_known[name] = lacking
-    for line in checks.recipe_problems(road, recording, pretrained):
+    for line in checks.recipe_problems(recording, pretrained):
         kind, _, rest = line.partition(": ")
-        if kind in ("unexpected", f"no place in {road.name} for"):
+        if kind in ("unexpected", f"no place in {road_of(recording.model).name} for"):
             found.unexpected.append(rest)
         elif kind not in ("missing", "not complete"):
             found.problems.append(line)

@@ -29,14 +29,14 @@ from tl_fastload.recipes.promise import Promise
 from tl_fastload.report.load_report import LoadReport
 from tl_fastload.report.memory import PeakSampler
 from tl_fastload.report.progress import Progress
-from tl_fastload.roads.road import Recording, Road, describe_steps
+from tl_fastload.roads.known import describe_steps, road_of
+from tl_fastload.roads.road import Recording
 
 Record = Callable[[dict[str, Any], dict[str, bool]], Recording]
 """Records what TransformerLens makes of a state dict, from it and the processing steps."""
 
 
 def load_state_dict(
-    road: Road,
     model: Any,
     state_dict: Mapping[str, Any],
     flags: dict[str, bool],
@@ -45,7 +45,6 @@ def load_state_dict(
     """Write what TransformerLens' `load_and_process_state_dict` would load.
 
     Args:
-        road: of the model.
         model: the model to fill.
         state_dict: TransformerLens names -> tensors; not changed.
         flags: the processing steps.
@@ -53,7 +52,7 @@ def load_state_dict(
     """
     doing = "load_and_process_state_dict"
     require_values(model, doing)
-    named, renaming = named_as(model, dict(state_dict), road.folded_names(model))
+    named, renaming = named_as(model, dict(state_dict), road_of(model).folded_names(model))
     if renaming.ambiguous is not None:
         raise MissingWeightsError(
             f"The state dict's keys do not fit the model, and {renaming.ambiguous}. Nothing was "
@@ -61,17 +60,16 @@ def load_state_dict(
         )
     require_given(named, doing)
     named, tables = _own_tables_kept(model, named)
-    road.check_flags(model.cfg, flags)
+    road_of(model).check_flags(model.cfg, flags)
     checks.check_state_dict(model, named, flags)
     require_cover(model, doing, named)
-    _check_norms_and_biases(road, model, named, flags)
+    _check_norms_and_biases(model, named, flags)
     with InPlaceStep(model, doing) as step:
         notes = [*renaming.notes, *tables]
-        _run(road, model, lambda: record(named, flags), step, set(), notes)
+        _run(model, lambda: record(named, flags), step, set(), notes)
 
 
 def process(
-    road: Road,
     model: Any,
     flags: dict[str, bool],
     record: Record,
@@ -80,7 +78,6 @@ def process(
     """TransformerLens' `process_weights_` of a live model, once.
 
     Args:
-        road: of the model.
         model: the model.
         flags: the processing steps.
         record: runs TransformerLens' code on a state dict.
@@ -89,27 +86,27 @@ def process(
     """
     require_whole(model, "process_weights_")
     require_values(model, "process_weights_")
-    if _is_already_processed(road, model, flags):
+    if _is_already_processed(model, flags):
         return
-    road.check_flags(model.cfg, flags)
+    road_of(model).check_flags(model.cfg, flags)
     before: set[str] = getattr(model, "_processed", (set(), None))[0]
     with InPlaceStep(model, "process_weights_") as step:
 
         def load(state_dict: dict[str, Any], **asked: bool) -> None:
             checks.check_state_dict(model, state_dict, flags)
-            _run(road, model, lambda: record(state_dict, {**flags, **asked}), step, before, [])
+            _run(model, lambda: record(state_dict, {**flags, **asked}), step, before, [])
 
         hand_over(load)
 
 
-def _is_already_processed(road: Road, model: Any, flags: dict[str, bool]) -> bool:
+def _is_already_processed(model: Any, flags: dict[str, bool]) -> bool:
     """Whether these steps were done and no parameter has changed since; the report says so then."""
     asked = {step for step, value in flags.items() if value}
     done, at_the_time = getattr(model, "_processed", (set(), None))
     if not asked <= done or parameter_versions(model) != at_the_time:
         return False
     # Quantized bytes cannot be edited in place; other values can, unseen, through `.data`.
-    if not has_quantized(model) and not road.is_processed(model, flags):
+    if not has_quantized(model) and not road_of(model).is_processed(model, flags):
         return False
     note = "process_weights_ was called again with nothing changed: nothing was done."
     model.load_report = replace(model.load_report, notes=(*model.load_report.notes, note))
@@ -117,7 +114,6 @@ def _is_already_processed(road: Road, model: Any, flags: dict[str, bool]) -> boo
 
 
 def _run(
-    road: Road,
     model: Any,
     record: Callable[[], Recording],
     step: InPlaceStep,
@@ -132,10 +128,11 @@ def _run(
         checks.check_in_place(model, recording.recipes)
         sampler.mark("placing")
         sampler.watch(set(_homes(model).values()))
-        shifts = recording.shifts
-        quantizer = Quantizer(None, road.role, shifts) if has_quantized(model) else None
+        quantizer = None
+        if has_quantized(model):
+            quantizer = Quantizer(None, road_of(model).role, recording.shifts)
         with Progress(False) as progress:
-            written = write_recipes(road, model, recording.recipes, step, quantizer, progress)
+            written = write_recipes(model, recording.recipes, step, quantizer, progress)
     asked = {name for name, on in recording.requested.items() if on}
     model._processed = (asked | before, parameter_versions(model))
     kinds = ", ".join(sorted(quantized_kinds(model)))
@@ -144,7 +141,7 @@ def _run(
         strategy="copy",
         reason="parameters keep their identity",
         source="state_dict",
-        processing=describe_steps(road, recording.requested, model.cfg),
+        processing=describe_steps(model, recording.requested),
         quantization=f"{kinds}, as in the model" if kinds else None,
         not_quantized={} if quantizer is None else quantizer.not_quantized,
         notes=(*notes, *recording.notes, *written),
@@ -153,7 +150,6 @@ def _run(
 
 
 def write_recipes(
-    road: Road,
     model: Any,
     recipes: dict[str, Promise],
     step: InPlaceStep,
@@ -163,7 +159,6 @@ def write_recipes(
     """Write into the tensors of a live model, one at a time.
 
     Args:
-        road: of the model.
         model: keeps its Parameter objects.
         recipes: name -> what its values become.
         step: that has begun on the model.
@@ -180,7 +175,7 @@ def write_recipes(
         maps=None,
         map_any_layout=False,
         progress=progress,
-        strides_of=road.strides_in,
+        strides_of=road_of(model).strides_in,
         quantizer=quantizer,
         fresh=False,
         writing=step.writes,
@@ -211,12 +206,12 @@ def _own_tables_kept(model: Any, state_dict: dict[str, Any]) -> tuple[dict[str, 
 
 
 def _check_norms_and_biases(
-    road: Road, model: Any, state_dict: Mapping[str, Any], flags: Mapping[str, bool]
+    model: Any, state_dict: Mapping[str, Any], flags: Mapping[str, bool]
 ) -> None:
     """Raise MissingWeightsError where the model's own norms or biases would be mixed with other
     weights, or norms of the state dict would be lost.
     """
-    own = dict(model.named_parameters())
+    own, road = dict(model.named_parameters()), road_of(model)
     missing = [
         name
         for name, parameter in own.items()

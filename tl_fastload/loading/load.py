@@ -26,8 +26,9 @@ from tl_fastload.report.load_report import LoadReport
 from tl_fastload.report.memory import PeakSampler, return_freed_memory
 from tl_fastload.report.progress import Progress
 from tl_fastload.request.options import Options
+from tl_fastload.roads.known import describe_steps
 from tl_fastload.roads.observer import Observer
-from tl_fastload.roads.road import Recording, Request, describe_steps
+from tl_fastload.roads.road import Recording, Request
 from tl_fastload.source.reader import FileReader
 
 Watch = Callable[[Iterable[torch.device]], None]
@@ -44,7 +45,7 @@ def load(request: Request) -> Any:
         with torch.inference_mode(False), own_defaults(), PeakSampler() as sampler:
             sampler.mark("configuration")
             recording = record(request, reader, mark=sampler.mark)
-            checks.check_recipes(request.road, recording)
+            checks.check_recipes(recording)
             sampler.mark("placing")
             placer = place(request, recording, sampler.watch)
             reader.files.check_all()
@@ -171,7 +172,7 @@ def report_of(request: Request, recording: Recording, placer: Placer) -> LoadRep
         reason=options.reason(),
         source=pretrained.label,
         mapped_bytes=placer.mapped_bytes,
-        processing=describe_steps(request.road, recording.requested, recording.model.cfg),
+        processing=describe_steps(recording.model, recording.requested),
         quantization=quantization(options, pretrained),
         not_quantized={} if placer.quantizer is None else placer.quantizer.not_quantized,
         adapters=tuple(adapter.describe() for adapter in pretrained.adapters),

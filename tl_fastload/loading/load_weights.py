@@ -35,8 +35,7 @@ from tl_fastload.report.load_report import LoadReport
 from tl_fastload.report.memory import PeakSampler, return_freed_memory
 from tl_fastload.report.progress import Progress, ProgressOption
 from tl_fastload.request.argument_types import checked
-from tl_fastload.roads.known import road_of
-from tl_fastload.roads.road import Road, describe_steps
+from tl_fastload.roads.known import describe_steps, road_of
 from tl_fastload.source.reader import FileReader
 
 
@@ -120,7 +119,8 @@ def load_weights_(
     checked(strict=strict, processing=processing)
     checked(**dict(processing or {}))
     model = unwrapped(model)
-    road = _road_of(model)
+    road = road_of(model)
+    require_values(model, "load_weights_")
     reader = FileReader()
     try:
         with (
@@ -147,32 +147,19 @@ def load_weights_(
                         "model.load_and_process_state_dict."
                     )
                 found = _load_as_named(
-                    road, model, weights, named, [*renaming.notes], strict, reader, bar
+                    model, weights, named, [*renaming.notes], strict, reader, bar
                 )
             else:
-                found = _load_converted(
-                    road, model, weights, config, processing, strict, reader, bar
-                )
+                found = _load_converted(model, weights, config, processing, strict, reader, bar)
     finally:
         reader.close()
-    report = _report(road, model, weights, found, sampler, time.perf_counter() - started)
+    report = _report(model, weights, found, sampler, time.perf_counter() - started)
     if hasattr(model, "_recorder"):  # of the lean classes
         model.load_report = report
     return report
 
 
-def _road_of(model: Any) -> Road:
-    road = road_of(model)
-    if road is None:
-        raise ArgumentError(
-            f"load_weights_ loads into a HookedTransformer, not into a {type(model).__name__}."
-        )
-    require_values(model, "load_weights_")
-    return road
-
-
 def _load_as_named(
-    road: Road,
     model: Any,
     weights: WeightSource,
     named: Mapping[str, Source],
@@ -195,7 +182,7 @@ def _load_as_named(
     writes = []
     for name, source in named.items():
         if name not in own:
-            if road.role(name).kind != "table" and name not in buffers:
+            if road_of(model).role(name).kind != "table" and name not in buffers:
                 found.unexpected.append(name)
             continue
         target = state[own[name]]
@@ -215,7 +202,7 @@ def _load_as_named(
         and not _may_be_missing(model, name, parameters)
     ]
     found.flags = None if found.missing else weights.flags
-    found.notes += _hints(road, model, found)
+    found.notes += _hints(model, found)
     found.check(weights.label, strict, len(writes))
     _check_kinds(writes)
     given = {write.name: getattr(write.source, "tensor", None) for write in writes}
@@ -253,8 +240,9 @@ def _may_be_missing(model: nn.Module, name: str, parameters: Mapping[str, Any]) 
     return type(owner).__module__.partition(".")[0] in ("transformer_lens", "transformers")
 
 
-def _hints(road: Road, model: Any, found: _Found) -> list[str]:
+def _hints(model: Any, found: _Found) -> list[str]:
     """What is probably wrong when norm weights are too many or too few."""
+    road = road_of(model)
     norms = [name for name in found.unexpected if road.role(name).is_folded]
     if norms and road.folded_names(model):
         return [
@@ -294,7 +282,6 @@ def _check_kind(name: str, given: Any, target: QuantizedTensor) -> None:
 
 
 def _load_converted(
-    road: Road,
     model: Any,
     weights: WeightSource,
     config: Any,
@@ -304,9 +291,9 @@ def _load_converted(
     bar: Progress,
 ) -> _Found:
     """Weights in Hugging Face's naming: converted and processed one parameter at a time."""
-    flags = steps_of(road, model, processing)
-    hf_config = find_config(road, config, weights, model)
-    result = converted(road, model, weights, hf_config, flags, reader)
+    flags = steps_of(model, processing)
+    hf_config = find_config(config, weights, model)
+    result = converted(model, weights, hf_config, flags, reader)
     notes = [*weights.notes, *result.recording.notes]
     found = _Found(result.missing, result.unexpected, result.problems, notes, flags)
     found.unexpected += [f"{name} ({why})" for name, why in weights.unusable.items()]
@@ -317,11 +304,11 @@ def _load_converted(
     found.check(weights.label, strict, len(result.determined))
     own = own_names(model)
     recipes = {own[name]: promise for name, promise in recipes.items()}
-    quantizer = _quantizer(road, model, recipes, result)
+    quantizer = _quantizer(model, recipes, result)
     require_cover(model, "load_weights_", recipes)
     read_through(weights.table, reader)
     with InPlaceStep(model, "load_weights_") as step:
-        found.notes += write_recipes(road, model, recipes, step, quantizer, bar)
+        found.notes += write_recipes(model, recipes, step, quantizer, bar)
         reader.files.check_all()
         _remember(model, flags)
     return found
@@ -335,14 +322,12 @@ def _half_known(result: Converted) -> list[str]:
     ]
 
 
-def _quantizer(
-    road: Road, model: Any, recipes: Mapping[str, Promise], result: Converted
-) -> Quantizer | None:
+def _quantizer(model: Any, recipes: Mapping[str, Promise], result: Converted) -> Quantizer | None:
     """What makes quantized parameters of the recipes; a rehearsal shows that it can."""
     targets = {n: p for n, p in model.named_parameters() if isinstance(p, QuantizedTensor)}
     if not targets:
         return None
-    quantizer = Quantizer(None, road.role, result.recording.shifts)
+    quantizer = Quantizer(None, road_of(model).role, result.recording.shifts)
     for name, target in targets.items():
         if name in recipes:
             made = quantizer.keep(name, recipes[name], target.dtype, target.device)
@@ -351,7 +336,6 @@ def _quantizer(
 
 
 def _report(
-    road: Road,
     model: Any,
     weights: WeightSource,
     found: _Found,
@@ -359,7 +343,7 @@ def _report(
     seconds: float,
 ) -> LoadReport:
     return_freed_memory()
-    processing = {} if found.flags is None else describe_steps(road, found.flags, model.cfg)
+    processing = {} if found.flags is None else describe_steps(model, found.flags)
     kinds = {p.content.stored.kind for p in model.parameters() if isinstance(p, QuantizedTensor)}
     report = LoadReport.of(
         model,

@@ -15,7 +15,7 @@ from tl_fastload.ground.memory_orders import check_layout
 from tl_fastload.placement.own_values import parameter_versions
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.report.memory import return_freed_memory
-from tl_fastload.roads.road import Road
+from tl_fastload.roads.known import road_of
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,10 @@ class _Move:
         return same_layout(tensor.shape, tuple(tensor.stride()), self.strides)
 
 
-def put_in_layout(road: Road, model: Any, order: str) -> None:
+def put_in_layout(model: Any, order: str) -> None:
     """Put every parameter of a model, and its gradient, into a memory order.
 
     Args:
-        road: of the model.
         model: one that was loaded lean; its Parameter objects stay.
         order: of `ground.memory_orders.LAYOUTS`.
 
@@ -58,7 +57,7 @@ def put_in_layout(road: Road, model: Any, order: str) -> None:
         ArgumentError: `order`, or parameters that cannot be moved; nothing has changed.
     """
     check_layout(order)
-    moves = _moves(road, model, order)
+    moves = _moves(model, order)
     _check_memory(model, moves)
     done, at_the_time = getattr(model, "_processed", (set(), None))
     is_known = at_the_time is not None and parameter_versions(model) == at_the_time
@@ -73,14 +72,14 @@ def put_in_layout(road: Road, model: Any, order: str) -> None:
     model._layout = order
 
 
-def _moves(road: Road, model: nn.Module, order: str) -> list[_Move]:
+def _moves(model: nn.Module, order: str) -> list[_Move]:
     found: dict[int, _Move] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if isinstance(parameter, QuantizedTensor):
             continue
         _check_plain(name, parameter)
         module = model.get_submodule(name.rpartition(".")[0])
-        strides = road.strides_in(order, module, name, parameter.shape)
+        strides = road_of(model).strides_in(order, module, name, parameter.shape)
         move = _Move(name, parameter, strides)
         other = found.setdefault(id(parameter), move)
         if not same_layout(parameter.shape, other.strides, strides):

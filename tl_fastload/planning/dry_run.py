@@ -69,7 +69,7 @@ class Draft:
         try:
             with torch.inference_mode(False), own_defaults():
                 recording = record(request, reader, headers_only=True, observer=ledger)
-                check_recipes(request.road, recording)
+                check_recipes(recording)
                 pretrained = recording.pretrained
                 assert pretrained is not None
                 pretrained.root = None

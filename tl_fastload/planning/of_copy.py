@@ -55,7 +55,7 @@ def plan_copy(request: Request, folder: Path) -> LoadPlan:
     model = request.road.model_on_meta(request.cls, cfg)
     check_names(model, manifest, folder)
     device_of = request.road.device_map(model, request.arguments["move_to_device"])
-    moves = moved(request.road, model, manifest, request.options)
+    moves = moved(model, manifest, request.options)
     mapped = may_map(request.options, folder)
     role = request.road.role
     sizes = _sizes(manifest, entries, role, device_of, moves, is_mapped=mapped)

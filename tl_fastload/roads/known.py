@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
+from tl_fastload.errors import ArgumentError, LeanLoadError
+from tl_fastload.request.steps import STEPS
 from tl_fastload.roads.road import Road
 
 # By name: none of them is imported, nor TransformerLens, before somebody has such a model.
 _HOMES = {"HookedTransformer": "tl_fastload.hooked.road"}
 
 
-def road_of(model: Any) -> Road | None:
-    """The road of a model, loaded by tl_fastload or not; None if it is of no class that has one."""
+def road_of(model: Any, error: type[LeanLoadError] = ArgumentError) -> Road:
+    """The road of a model, loaded by tl_fastload or not.
+
+    Args:
+        model: any module.
+        error: what is raised if it is of no class that has one.
+    """
     for cls in type(model).__mro__:
         library = cls.__module__.partition(".")[0]
         if library == "transformer_lens" and cls.__name__ in _HOMES:
             road: Road = import_module(_HOMES[cls.__name__]).ROAD
             return road
-    return None
+    kinds = " or ".join(f"a {name}" for name in _HOMES)
+    raise error(f"tl_fastload works with {kinds}, not with a {type(model).__name__}.")
+
+
+def describe_steps(model: Any, requested: Mapping[str, bool]) -> dict[str, str]:
+    """What becomes of each processing step, for the report."""
+    road, outcome = road_of(model), {}
+    for step in STEPS:
+        reason = road.why_skipped(step, model.cfg)
+        outcome[step] = "done" if reason is None else f"skipped: {reason}"
+        if not requested.get(step, False):
+            outcome[step] = "skipped: not asked for"
+    return outcome

@@ -21,7 +21,6 @@ from tl_fastload.recipes.promise import Promise
 from tl_fastload.request.contradictions import check_arguments
 from tl_fastload.request.keywords import Keywords
 from tl_fastload.request.options import Options
-from tl_fastload.request.steps import STEPS
 from tl_fastload.roads.observer import Observer
 from tl_fastload.source.aliases import Aliases
 
@@ -207,15 +206,3 @@ class Road(Protocol):
 
     def is_unused(self, name: str, cfg: Any) -> bool:
         """Whether a weight of a checkpoint has no place in the model, which the report says."""
-
-
-def describe_steps(road: Road, requested: Mapping[str, bool], cfg: Any) -> dict[str, str]:
-    """What becomes of each processing step, for the report."""
-    outcome = {}
-    for step in STEPS:
-        reason = road.why_skipped(step, cfg)
-        if not requested.get(step, False):
-            outcome[step] = "skipped: not asked for"
-        else:
-            outcome[step] = "done" if reason is None else f"skipped: {reason}"
-    return outcome
