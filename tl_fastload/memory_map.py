@@ -2,9 +2,6 @@
 
 from typing import Any
 
-from tl_fastload.errors import ArgumentError
-from tl_fastload.ground.role import RoleOf
-from tl_fastload.hooked import names
 from tl_fastload.report import memory_map as maps
 from tl_fastload.report.memory_map import STATES, Part
 from tl_fastload.roads.known import road_of
@@ -22,16 +19,7 @@ def memory_map(model: Any) -> list[Part]:
         model: a `HookedTransformer`.
 
     Raises:
+        ArgumentError: a model of another class.
         HalfWrittenError: a step in place was interrupted in it.
     """
-    return maps.memory_map(model, role_in(model))
-
-
-def role_in(model: Any) -> RoleOf:
-    """What each parameter of a model is; those of classes without a road may have the names that
-    TransformerLens gives to most.
-    """
-    try:
-        return road_of(model).role
-    except ArgumentError:
-        return names.role
+    return maps.memory_map(model, road_of(model).role)

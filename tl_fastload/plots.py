@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from tl_fastload.memory_map import role_in
 from tl_fastload.report.pictures import layers
 from tl_fastload.report.pictures.loads import Series, plot_load, plot_peaks, plot_timelines
 from tl_fastload.report.pictures.plan import plot_plan
+from tl_fastload.roads.known import road_of
 
 __all__ = ["Series", "plot_load", "plot_memory_map", "plot_peaks", "plot_plan", "plot_timelines"]
 
@@ -20,4 +20,4 @@ def plot_memory_map(model: Any, path: str | Path | None = None) -> Any:
         model: a `HookedTransformer`.
         path: a file to write as well.
     """
-    return layers.plot_memory_map(model, role_in(model), path)
+    return layers.plot_memory_map(model, road_of(model).role, path)

@@ -128,8 +128,9 @@ def _run(
         checks.check_in_place(model, recording.recipes)
         sampler.mark("placing")
         sampler.watch(set(_homes(model).values()))
-        shifts = recording.shifts
-        quantizer = Quantizer(None, road_of(model).role, shifts) if has_quantized(model) else None
+        quantizer = None
+        if has_quantized(model):
+            quantizer = Quantizer(None, road_of(model).role, recording.shifts)
         with Progress(False) as progress:
             written = write_recipes(model, recording.recipes, step, quantizer, progress)
     asked = {name for name, on in recording.requested.items() if on}

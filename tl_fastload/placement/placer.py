@@ -380,7 +380,7 @@ def _is_itself(promise: Promise, target: torch.Tensor) -> bool:
         and not node.casts
         and isinstance(node.source, MemorySource)
         and node.source.tensor.data_ptr() == target.data_ptr()
-        and node.geometry.storage_offset() == 0
+        and int(node.geometry.storage_offset()) == 0
         and node.geometry.shape == target.shape
         and node.geometry.stride() == target.stride()
     )
