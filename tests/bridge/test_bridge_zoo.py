@@ -51,7 +51,8 @@ def test_stock_is_transformers(case_id: str, bridge_zoo_folder: BridgeZoo) -> No
     processed = snapshot(bridge_stock.process(bridge), case_id)
     off_by = (bridge_stock.log_probs(processed.logits) - wanted).abs().max().item()
     if case_id in WRONG_WHEN_PROCESSED:
-        assert off_by == pytest.approx(WRONG_WHEN_PROCESSED[case_id], rel=0.2)
+        wrong_by, why = WRONG_WHEN_PROCESSED[case_id]
+        assert off_by == pytest.approx(wrong_by, rel=0.2), why
     else:
         assert off_by < TOLERANCE
 
