@@ -56,6 +56,14 @@ LACKS: tuple[Lack, ...] = (
             "whole/test_versions_features.py",
         ),
     ),
+    Lack("transformer_lens", "<4.3", "TransformerLens has no adapter for it", ("roberta",)),
+    Lack("transformer_lens", "<4.2", "TransformerLens has no adapter for it", ("muse-glimmer",)),
+    Lack(
+        "transformer_lens",
+        "<4",
+        "TransformerLens 3 is tested on one of each kind",
+        tests=("bridge/test_bridge_zoo.py::test_every_architecture_is_there",),
+    ),
     Lack(
         "transformer_lens",
         "<3",
