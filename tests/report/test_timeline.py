@@ -10,7 +10,7 @@ import pytest
 
 import tl_fastload
 from tests.support.comparison import lean_model
-from tl_fastload.report.timeline import MOST_POINTS, Phase, Recorder, PhaseWatch
+from tl_fastload.report.timeline import MOST_POINTS, Phase, PhaseWatch, Recorder
 
 
 def until(happens: Callable[[], bool]) -> None:
