@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.models import SHAPES, entry_shapes
+from benchmarks.models import SHAPES
+from tl_fastload.cli.bench.synthetic import entry_shapes
 
 RANK = 16
 _STD = 0.02

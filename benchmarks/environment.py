@@ -6,27 +6,17 @@ import os
 import platform
 import re
 from importlib import metadata
-from pathlib import Path
 
-import psutil
-
-_PACKAGES = (
-    "tl_fastload",
-    "transformer_lens",
-    "transformers",
-    "torch",
-    "safetensors",
-    "bitsandbytes",
-    "numpy",
-)
+from tl_fastload.cli import diagnosis
 
 
 def machine() -> dict[str, str | int | float]:
     """Processor, cores, memory, kernel, and how busy it was at the start."""
+    found = diagnosis.machine()
     return {
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
-        "ram_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "cpu": found["processor"],
+        "cores": found["cores"],
+        "ram_gb": round(found["memory_bytes"] / 1e9, 1),
         "kernel": platform.release().split("-")[0],
         "load_average": round(os.getloadavg()[0], 2),
     }
@@ -34,23 +24,12 @@ def machine() -> dict[str, str | int | float]:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that take part."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    found = {**diagnosis.versions(), "numpy": metadata.version("numpy")}
+    return {package: version or "not installed" for package, version in found.items()}
 
 
 def label() -> str:
     """A file name for this kind of machine, such as "intel-xeon-processor-2-cores"."""
-    slug = re.sub(r"[^a-z0-9]+", "-", _cpu_model().lower().replace("(r)", "")).strip("-")
-    return f"{slug}-{len(os.sched_getaffinity(0))}-cores"
-
-
-def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
+    found = diagnosis.machine()
+    slug = re.sub(r"[^a-z0-9]+", "-", found["processor"].lower().replace("(r)", "")).strip("-")
+    return f"{slug}-{found['cores']}-cores"

@@ -9,6 +9,7 @@ from pathlib import Path
 from benchmarks import copies, models
 from benchmarks.quantized_checkpoints import make_quantized_checkpoint
 from tl_fastload.cli.bench.process import Measurement, measure, read_ahead
+from tl_fastload.cli.bench.synthetic import item_bytes
 from tl_fastload.report.available import available_host_bytes
 
 __all__ = ["Case", "Measurement", "run_case"]
@@ -102,12 +103,9 @@ def run_case(case: Case, cache: Path | None = None) -> Measurement:
 def needed_bytes(case: Case) -> int:
     """Memory that must be free for the case to be run, on the safe side."""
     shape = models.SHAPES[case.model]
-    file_bytes = models.file_bytes(shape)
-    elements = file_bytes // models.item_bytes(shape.file_dtype)
-    if case.road in (
-        "stock",
-        "bridge-stock",
-    ):  # its processing upcasts everything, whatever the dtype
-        return _IMPORTS_BYTES + elements * models.item_bytes("float32") * 7 // 2
-    held_by_caller = file_bytes if case.from_hf_model else 0
-    return _IMPORTS_BYTES + held_by_caller + elements * models.item_bytes(case.dtype) * 3 // 2
+    numbers = shape.file_numbers()
+    # Stock's processing upcasts everything, whatever the dtype.
+    if case.road in ("stock", "bridge-stock"):
+        return _IMPORTS_BYTES + numbers * item_bytes("float32") * 7 // 2
+    held_by_caller = shape.file_bytes() if case.from_hf_model else 0
+    return _IMPORTS_BYTES + held_by_caller + numbers * item_bytes(case.dtype) * 3 // 2

@@ -3,35 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from tl_fastload.cli.bench import synthetic
-from tl_fastload.cli.bench.synthetic import (
-    GPT2_NAME,
-    LLAMA_NAME,
-    entry_shapes,
-    file_bytes,
-    hf_config,
-    item_bytes,
-    weights_file,
-    write_checkpoint,
-    write_hub_layout,
-)
-
-__all__ = [
-    "SHAPES",
-    "Shape",
-    "default_cache",
-    "entry_shapes",
-    "file_bytes",
-    "hf_config",
-    "hub_home",
-    "item_bytes",
-    "make_checkpoint",
-    "weights_file",
-]
+from tl_fastload.cli.bench.synthetic import GPT2_NAME, LLAMA_NAME, item_bytes
 
 CACHE_VARIABLE = "TL_FASTLOAD_BENCH_CACHE"
 RECIPE = 1  # raise it when the contents of the files change
@@ -44,6 +22,19 @@ class Shape(synthetic.Shape):
     """
 
     bounded: bool = True
+
+    @property
+    def tied_key(self) -> str | None:
+        """The checkpoint entry that serves as embedding and as unembedding, if there is one."""
+        return "transformer.wte.weight" if self.family == "gpt2" else None
+
+    def file_numbers(self) -> int:
+        """How many numbers the checkpoint holds."""
+        return sum(math.prod(dims) for dims in synthetic.entry_shapes(self).values())
+
+    def file_bytes(self) -> int:
+        """Size of the weights in the checkpoint."""
+        return self.file_numbers() * item_bytes(self.file_dtype)
 
 
 SHAPES = {
@@ -80,11 +71,11 @@ def make_checkpoint(name: str, cache: Path | None = None) -> Path:
     """
     shape = SHAPES[name]
     folder = (cache or default_cache()) / name
-    recipe = {"recipe": RECIPE, "config": hf_config(shape)}
+    recipe = {"recipe": RECIPE, "config": synthetic.hf_config(shape)}
     stamp = folder / "recipe.json"
     if not stamp.exists() or json.loads(stamp.read_text()) != recipe:
         stamp.unlink(missing_ok=True)
-        write_checkpoint(shape, folder)
-        write_hub_layout(folder, shape.official_name, hub_home(folder))
+        synthetic.write_checkpoint(shape, folder)
+        synthetic.write_hub_layout(folder, shape.official_name, hub_home(folder))
         stamp.write_text(json.dumps(recipe))  # last: an interrupted run starts again
     return folder

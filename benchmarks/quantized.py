@@ -10,8 +10,9 @@ from rich.table import Table
 from benchmarks import bounds, cases
 from benchmarks.bounds import Check, Results
 from benchmarks.measure import Case, Measurement
-from benchmarks.models import SHAPES, entry_shapes
+from benchmarks.models import SHAPES
 from benchmarks.quantized_checkpoints import KINDS
+from tl_fastload.cli.bench.synthetic import entry_shapes
 
 _DTYPE = "bfloat16"
 _PARAMETER_BYTES = 1.01  # a ratio of one, with room for zero biases

@@ -23,6 +23,7 @@ from tl_fastload.cli.bench.loads import (
     stock_load,
     torch_dtype,
 )
+from tl_fastload.cli.bench.synthetic import weights_file
 from tl_fastload.report.memory import host_memory
 
 Load = Callable[[], Any]
@@ -127,7 +128,7 @@ def _floor(case: Case, folder: Path) -> Load:
     from benchmarks.floor import load_floor
 
     tied = models.SHAPES[case.model].tied_key
-    return lambda: load_floor(models.weights_file(folder), torch_dtype(case.dtype), twice=tied)
+    return lambda: load_floor(weights_file(folder), torch_dtype(case.dtype), twice=tied)
 
 
 def _stock(case: Case, folder: Path) -> Load:

@@ -23,12 +23,13 @@ from benchmarks.roads import prepare, viewed_bytes
 from tests.support.measured_actions import MB, Prepared, allocate, fail, read_mapped, report_threads
 from tl_fastload import LeanHookedTransformer
 from tl_fastload.cli.bench import process
-from tl_fastload.cli.bench.process import Measurement, WorkerError, combine, run_action
+from tl_fastload.cli.bench.process import Measurement, combine
+from tl_fastload.cli.bench.synthetic import entry_shapes, weights_file
 
 
 def measure(function: Callable[..., Prepared], **arguments: Any) -> Measurement:
     target = f"tests.support.measured_actions:{function.__name__}"
-    return run_action(target, arguments, timeout_seconds=900)
+    return process.measure(target, arguments, timeout_seconds=900)
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +69,9 @@ def test_mapped_file_is_resident_and_not_anonymous(tmp_path: Path) -> None:
 
 
 def test_failure_carries_the_message_of_the_process() -> None:
-    with pytest.raises(WorkerError, match="ValueError: out of cheese"):
-        measure(fail, message="out of cheese")
+    found = measure(fail, message="out of cheese")
+    assert found.error is not None
+    assert found.error.startswith("failed: ValueError: out of cheese")
 
 
 def test_measured_process_uses_every_core(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +100,7 @@ def test_gaps_of_a_view_do_not_count() -> None:
 @pytest.mark.parametrize("name", ["tiny-gpt2", "tiny-llama"])
 def test_checkpoint_is_a_valid_file_made_once(name: str, cache: Path) -> None:
     folder = models.make_checkpoint(name, cache)
-    path = models.weights_file(folder)
+    path = weights_file(folder)
     written = path.stat().st_mtime_ns
     assert models.make_checkpoint(name, cache) == folder
     assert path.stat().st_mtime_ns == written
@@ -106,9 +108,9 @@ def test_checkpoint_is_a_valid_file_made_once(name: str, cache: Path) -> None:
     shape = models.SHAPES[name]
     with safe_open(path, framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no dict
-    assert {key: tuple(t.shape) for key, t in tensors.items()} == models.entry_shapes(shape)
+    assert {key: tuple(t.shape) for key, t in tensors.items()} == entry_shapes(shape)
     assert {t.dtype for t in tensors.values()} == {getattr(torch, shape.file_dtype)}
-    assert sum(t.nbytes for t in tensors.values()) == models.file_bytes(shape)
+    assert sum(t.nbytes for t in tensors.values()) == shape.file_bytes()
     norms = [t for key, t in tensors.items() if t.dim() == 1 and key.endswith("weight")]
     assert all(0.8 < t.float().mean() < 1.2 and t.float().std() > 0.01 for t in norms)
 
@@ -116,11 +118,11 @@ def test_checkpoint_is_a_valid_file_made_once(name: str, cache: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["tiny-gpt2", "tiny-llama"])
 def test_floor_reads_the_right_values(name: str, dtype: torch.dtype, cache: Path) -> None:
-    path = models.weights_file(models.make_checkpoint(name, cache))
+    path = weights_file(models.make_checkpoint(name, cache))
     tied = models.SHAPES[name].tied_key
     tensors = load_floor(path, dtype, twice=tied)
     with safe_open(path, framework="pt") as file:
-        expected = [file.get_tensor(key) for key in models.entry_shapes(models.SHAPES[name])]
+        expected = [file.get_tensor(key) for key in entry_shapes(models.SHAPES[name])]
     if tied is not None:  # the first entry, read a second time into memory of its own
         assert tensors[0].data_ptr() != tensors[1].data_ptr()
         expected.insert(0, expected[0])
@@ -140,7 +142,7 @@ def test_stock_and_transformers_load_the_same_function(cache: Path) -> None:
     difference = bounds.log_prob_difference(stock, reference)
     assert difference is not None
     assert difference < 1e-4
-    assert stock.parameter_bytes > models.file_bytes(models.SHAPES[name])
+    assert stock.parameter_bytes > models.SHAPES[name].file_bytes()
     assert stock.facts["forward_seconds"]["1"] > 0
 
 
@@ -276,9 +278,9 @@ def test_quantized_table_has_a_row_for_each_load() -> None:
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_quantized_roads_load_the_same_function(kind: str, cache: Path) -> None:
     folder = make_quantized_checkpoint("tiny-llama", kind, cache)
-    written = models.weights_file(folder).stat().st_mtime_ns
+    written = weights_file(folder).stat().st_mtime_ns
     assert make_quantized_checkpoint("tiny-llama", kind, cache) == folder
-    assert models.weights_file(folder).stat().st_mtime_ns == written
+    assert weights_file(folder).stat().st_mtime_ns == written
     found = {
         case.road: run_case(replace(case, forward_tokens=(1,)), cache)
         for case in (
@@ -304,7 +306,7 @@ def test_stored_bytes_are_those_of_the_report(kind: str, cache: Path) -> None:
     model = LeanHookedTransformer.from_pretrained_lean(folder, quantize=kind, device="cpu")
     held = viewed_bytes(stored_tensors(model))
     assert held == model.load_report.parameter_bytes
-    assert held < models.file_bytes(models.SHAPES["tiny-llama"])
+    assert held < models.SHAPES["tiny-llama"].file_bytes()
 
 
 def test_command_writes_the_figures(
@@ -320,7 +322,7 @@ def test_command_writes_the_figures(
     found = json.loads(text)
     assert {"machine", "versions", "checks"} <= found.keys()
     floor, lean = found["measurements"]
-    assert floor["facts"]["parameter_bytes"] == 2 * models.file_bytes(models.SHAPES[model])
+    assert floor["facts"]["parameter_bytes"] == 2 * models.SHAPES[model].file_bytes()
     assert lean["facts"]["report"]["parameter_bytes"] == lean["facts"]["parameter_bytes"]
     assert str(Path.home()) not in text
 

@@ -17,7 +17,7 @@ import torch
 
 from tl_fastload.cache import default_folder
 from tl_fastload.ground import compat
-from tl_fastload.ground.words import format_bytes
+from tl_fastload.ground.words import format_bytes, text_table
 from tl_fastload.quantized import formats
 from tl_fastload.quantized.formats.base import Format
 from tl_fastload.report.available import available_bytes
@@ -114,6 +114,9 @@ class Diagnosis:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
+
+    def __str__(self) -> str:
+        return text_table("Diagnosis", self.rows())
 
     def rows(self) -> list[tuple[str, str]]:
         """The facts as (label, text) pairs, in reading order."""

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from rich.table import Table
 from rich.text import Text
 
-from tl_fastload.cli.console import console, give
+from tl_fastload.cli.console import console, give, show_rows
 from tl_fastload.cli.options import Written, command
-
-if TYPE_CHECKING:
-    from tl_fastload.cli.diagnosis import Diagnosis
 
 
 @command
@@ -32,21 +26,12 @@ def doctor(json: Written = None) -> None:
     from tl_fastload.cli.diagnosis import diagnose
 
     found = diagnose()
-    give(json, found.to_dict, lambda: _show(found))
 
+    def show() -> None:
+        show_rows(found)
+        out = console()
+        out.print("\n[bold]To fix[/]" if found.fixes else "\n[green]Nothing to fix.[/]")
+        for fix in found.fixes:
+            out.print(Text(f"- {fix}"))
 
-def _show(found: Diagnosis) -> None:
-    out = console()
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-    for label, text in found.rows():
-        table.add_row(label, Text(text))
-    out.print(table)
-    out.print()
-    if not found.fixes:
-        out.print("[green]Nothing to fix.[/]")
-        return
-    out.print("[bold]To fix[/]")
-    for fix in found.fixes:
-        out.print(Text(f"- {fix}"))
+    give(json, found.to_dict, show)

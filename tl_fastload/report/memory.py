@@ -177,25 +177,26 @@ class _Device:
 
     def __init__(self, index: int) -> None:
         self._index = index
-        self._start = self._allocated()
-        self._highest_before = self._highest()
+        self._start, self._highest_before = self._read()
         self._seen = 0
 
-    def _allocated(self) -> int:
-        return torch.cuda.memory_allocated(self._index) if cuda_is_in_use() else 0
-
-    def _highest(self) -> int:
-        return torch.cuda.max_memory_allocated(self._index) if cuda_is_in_use() else 0
+    def _read(self) -> tuple[int, int]:
+        """What is allocated, and the most that ever was."""
+        if not cuda_is_in_use():
+            return 0, 0
+        return torch.cuda.memory_allocated(self._index), torch.cuda.max_memory_allocated(
+            self._index
+        )
 
     def look(self) -> int:
         """What it is now."""
-        growth = self._allocated() - self._start
+        growth = self._read()[0] - self._start
         self._seen = max(self._seen, growth)
         return growth
 
     def peak(self) -> int:
         """The most that it was."""
-        highest = self._highest()
+        highest = self._read()[1]
         return highest - self._start if highest > self._highest_before else self._seen
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tl_fastload.ground import compat
 from tl_fastload.report.memory import unique_bytes
 from tl_fastload.report.timeline import PhaseWatch
 
-Load = Callable[[], Any]
+Load = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -101,29 +102,28 @@ def stock_load(name: str, dtype: str, processed: bool, hf_model: Load | None = N
     from transformer_lens import HookedTransformer
 
     way = "from_pretrained" if processed else "from_pretrained_no_processing"
-    arguments: dict[str, Any] = {"dtype": torch_dtype(dtype), "device": "cpu"}
-    blank_tokenizer()  # its imports
-    return lambda: getattr(HookedTransformer, way)(
-        name, hf_model=hf_model and hf_model(), tokenizer=blank_tokenizer(), **arguments
-    )
+    load = _onto_the_cpu(getattr(HookedTransformer, way), name, dtype)
+    return load if hf_model is None else lambda: load(hf_model=hf_model())
 
 
 def lean_load(model: str | Path, dtype: str, processed: bool, **more: Any) -> Load:
     """This package's loader."""
     from tl_fastload import LeanHookedTransformer
 
-    way = "from_pretrained_lean" if processed else "from_pretrained_no_processing_lean"
-    arguments: dict[str, Any] = {"dtype": torch_dtype(dtype), "device": "cpu", **more}
-    if arguments.get("quantize"):
+    if more.get("quantize"):
         from tl_fastload.quantized import formats
 
-        spec = formats.read_quantization(arguments["quantize"])
+        spec = formats.read_quantization(more["quantize"])
         if spec is not None:  # imports kernels, which is not a part of the load
             formats.of_kind(spec.kind).require_device(torch.device("cpu"))
+    way = "from_pretrained_lean" if processed else "from_pretrained_no_processing_lean"
+    return partial(_onto_the_cpu(getattr(LeanHookedTransformer, way), model, dtype), **more)
+
+
+def _onto_the_cpu(load: Load, model: str | Path, dtype: str) -> Load:
     blank_tokenizer()  # its imports
-    return lambda: getattr(LeanHookedTransformer, way)(
-        model, tokenizer=blank_tokenizer(), **arguments
-    )
+    arguments: dict[str, Any] = {"dtype": torch_dtype(dtype), "device": "cpu"}
+    return lambda **more: load(model, tokenizer=blank_tokenizer(), **arguments, **more)
 
 
 def torch_dtype(name: str) -> torch.dtype:

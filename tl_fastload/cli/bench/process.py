@@ -82,15 +82,12 @@ class Measurement:
         return int(self.facts["parameter_bytes"])
 
 
-class WorkerError(RuntimeError):
-    """The measured process failed; the message is the last line it wrote."""
-
-
-def run_action(
+def measure(
     target: str,
     arguments: Mapping[str, Any],
     name: str = "",
     environment: Mapping[str, str] | None = None,
+    needed_bytes: int = 0,
     timeout_seconds: float = 1800,
     with_timeline: bool = False,
 ) -> Measurement:
@@ -103,22 +100,30 @@ def run_action(
         arguments: JSON, for the function.
         name: of the measurement.
         environment: variables to set.
+        needed_bytes: memory that must be free.
         timeout_seconds: after which the process is ended.
         with_timeline: keep memory over time, too; `facts["phases"]` gives its phases.
 
-    Raises:
-        WorkerError: the process failed or took too long.
+    Returns:
+        The measurement; its `error` says so if the process would not fit, failed or took too long.
     """
+    free = available_host_bytes()
+    if needed_bytes > free:
+        need = f"needs {format_bytes(needed_bytes)}, {format_bytes(free)} are free"
+        return Measurement(name, error=f"not measured: {need}")
     request = {"target": target, "arguments": dict(arguments), "path": sys.path}
-    with _worker(environment or {}, timeout_seconds) as (process, ask):
-        ask(request)
-        peak_is_exact = _reset_peak_resident(process)
-        with PeakSampler(process=process, every_seconds=_SAMPLE_SECONDS) as sampler:
-            seconds = ask("go")["seconds"]
-        ask("collect garbage")
-        after = sampler.growth()
-        facts = ask("describe")["facts"]
-        used = sampler.growth()
+    try:
+        with _worker(environment or {}, timeout_seconds) as (process, ask):
+            ask(request)
+            peak_is_exact = _reset_peak_resident(process)
+            with PeakSampler(process=process, every_seconds=_SAMPLE_SECONDS) as sampler:
+                seconds = ask("go")["seconds"]
+            ask("collect garbage")
+            after = sampler.growth()
+            facts = ask("describe")["facts"]
+            used = sampler.growth()
+    except ChildProcessError as error:
+        return Measurement(name, error=f"failed: {error}")
     timeline = sampler.timeline()
     phases = tuple(Phase(**phase) for phase in facts.get("phases", ()))
     return Measurement(
@@ -134,31 +139,6 @@ def run_action(
         facts=facts,
         timeline=replace(timeline, phases=phases) if with_timeline else None,
     )
-
-
-def measure(
-    target: str,
-    arguments: Mapping[str, Any],
-    name: str,
-    environment: Mapping[str, str],
-    needed_bytes: int = 0,
-    **more: Any,
-) -> Measurement:
-    """`run_action`, where a process that fails, or would not fit in memory, is a measurement whose
-    `error` says so.
-
-    Args:
-        target: as for `run_action`, like `arguments`, `name`, `environment` and `more`.
-        needed_bytes: what must be free.
-    """
-    free = available_host_bytes()
-    if needed_bytes > free:
-        need = f"needs {format_bytes(needed_bytes)}, {format_bytes(free)} are free"
-        return Measurement(name, error=f"not measured: {need}")
-    try:
-        return run_action(target, arguments, name, environment, **more)
-    except WorkerError as error:
-        return Measurement(name, error=f"failed: {error}")
 
 
 def measure_in_turns(
@@ -185,7 +165,7 @@ def _worker(
     environment: Mapping[str, str], timeout_seconds: float
 ) -> Iterator[tuple[int, Callable[[Any], dict[str, Any]]]]:
     """A fresh process: its number, and a function that tells it something and waits for the
-    answer.
+    answer, or raises ChildProcessError with its last words.
     """
     variables = {k: v for k, v in os.environ.items() if k not in _THREAD_VARIABLES}
     with tempfile.TemporaryFile() as errors:
@@ -207,7 +187,7 @@ def _worker(
                 told.flush()
             line = answers.readline()
             if not line:
-                raise WorkerError(_last_words(process.wait(), errors))
+                raise ChildProcessError(_last_words(process.wait(), errors))
             answer: dict[str, Any] = json.loads(line)
             return answer
 

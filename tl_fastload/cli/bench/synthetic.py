@@ -47,11 +47,6 @@ class Shape:
     d_vocab: int
     n_ctx: int
 
-    @property
-    def tied_key(self) -> str | None:
-        """The checkpoint entry that serves as embedding and as unembedding, if there is one."""
-        return "transformer.wte.weight" if self.family == "gpt2" else None
-
 
 _FAMILIES = {"gpt2": (GPT2_NAME, 50257), "llama": (LLAMA_NAME, 32000)}
 _NUMBERS = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_mlp", "d_vocab", "n_ctx")
@@ -163,42 +158,33 @@ def item_bytes(dtype: str) -> int:
     return _ITEM_BYTES[dtype]
 
 
-def file_bytes(shape: Shape) -> int:
-    """Size of the weights in the checkpoint."""
-    elements = sum(math.prod(dims) for dims in entry_shapes(shape).values())
-    return elements * item_bytes(shape.file_dtype)
-
-
 def weights_file(folder: Path) -> Path:
     """The one weight file of a folder that `write_checkpoint` wrote."""
     return folder / "model.safetensors"
 
 
 def write_checkpoint(shape: Shape, folder: Path) -> None:
-    """Write `config.json` and `model.safetensors`, and no tokenizer; always the same values."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").unlink(missing_ok=True)  # which may be a link
-    (folder / "config.json").write_text(json.dumps(hf_config(shape), indent=2))
-    _write_weights(shape, weights_file(folder))
-
-
-def _write_weights(shape: Shape, path: Path) -> None:
-    """Write the safetensors file entry by entry; no tensor is ever whole in memory."""
+    """Write `config.json` and `model.safetensors`, and no tokenizer; always the same values, and no
+    tensor is ever whole in memory.
+    """
     import torch  # not needed when the file is already there
 
     from tl_fastload.source.safetensors import header_of
 
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").unlink(missing_ok=True)  # which may be a link
+    (folder / "config.json").write_text(json.dumps(hf_config(shape), indent=2))
     dtype = getattr(torch, shape.file_dtype)
     entries = entry_shapes(shape)
     generator = torch.Generator().manual_seed(0)
-    partial = path.with_suffix(".partial")
+    partial = weights_file(folder).with_suffix(".partial")
     partial.unlink(missing_ok=True)
     with partial.open("xb") as file:
         file.write(header_of({k: (dtype, dims) for k, dims in entries.items()}))
         for key, dims in entries.items():
             for chunk in _random_chunks(key, math.prod(dims), generator):
                 chunk.to(dtype).view(torch.uint8).numpy().tofile(file)
-    partial.replace(path)
+    partial.replace(weights_file(folder))
 
 
 def _random_chunks(key: str, elements: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
