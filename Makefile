@@ -67,13 +67,13 @@ parity-tl40: ## ... TransformerLens 4.0, the oldest without HookedTransformer
 parity-tl2: ## ... TransformerLens 2.18, transformers 4.57
 parity-tl216: ## ... TransformerLens 2.16.1, the oldest that SAELens admits
 parity-old: ## ... TransformerLens 2.8.1, torch 2.0.1, transformers 4.40, Python 3.10 (5 GB)
-parity-sae: ## SAELens' HookedSAETransformer as the base class
+parity-sae: ## SAELens' HookedSAETransformer and SAETransformerBridge as base classes
 $(ENVIRONMENTS:%=parity-%): parity-%: .venv-%/.installed
-	OMP_NUM_THREADS=1 .venv-$*/bin/python $(PARITY) $(if $(filter sae,$*),tests/whole/test_sae_lens.py,$(PARITY_FILES))
+	OMP_NUM_THREADS=1 .venv-$*/bin/python $(PARITY) $(if $(filter sae,$*),tests/whole/test_sae_lens.py tests/whole/test_sae_bridge.py,$(PARITY_FILES))
 
 # Memory and time there, stock's and ours, for instance `make bench-old ARGS="--models gpt2-medium"`.
 $(ENVIRONMENTS:%=bench-%): bench-%: .venv-%/.installed
-	.venv-$*/bin/python -m benchmarks --only load $(ARGS)
+	.venv-$*/bin/python -m benchmarks --only $(if $(filter tl4%,$*),bridge,load) $(ARGS)
 
 lint: $(DEV) ## ruff's rules and formatting
 	$(BIN)/ruff check .

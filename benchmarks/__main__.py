@@ -10,13 +10,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import bounds, cases, environment, quantized, table
+from benchmarks import bounds, bridge, cases, environment, quantized, table
 from benchmarks.imports import measure_import
 from benchmarks.measure import Case, Measurement
 from benchmarks.models import SHAPES, make_checkpoint
 from benchmarks.predictions import with_predictions
+from tl_fastload.ground import compat
 
 _STAGES = ("load", "forward", "quantized", "import")
+_BRIDGE = "bridge"
 _BOUNDED = tuple(shape.name for shape in SHAPES.values() if shape.bounded)
 _TINY = tuple(shape.name for shape in SHAPES.values() if not shape.bounded)
 _RESULTS = Path(__file__).parent / "results"
@@ -39,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if has_quantized:
         with_stock = options.stock and not forward  # which measures stock in bfloat16 already
         planned += quantized.all_cases(options.models, with_stock=with_stock)
+    if _BRIDGE in options.only:
+        planned += bridge.all_cases(options.models, options.dtypes, with_stock=options.stock)
     if planned:
         for model in options.models:
             errors.print(f"checkpoint {model}: {make_checkpoint(model, options.cache)}")
@@ -50,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     checks = bounds.checks(results, options.models, load=load, forward=forward)
     if has_quantized:
         checks += quantized.checks(results, options.models)
+    if _BRIDGE in options.only:
+        checks += bridge.checks(results, options.models)
     if imported is not None:
         checks.append(bounds.import_check(None if imported.error else imported.median_seconds))
     table.show(Console(), results, planned, checks, imported, machine)
@@ -65,10 +71,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
         "--only",
-        type=_choices("stage", {stage: (stage,) for stage in _STAGES}),
-        default=_STAGES,
+        type=_choices("stage", {stage: (stage,) for stage in (*_STAGES, _BRIDGE)}),
+        default=_STAGES if compat.TRANSFORMER_LENS.major < 4 else (_BRIDGE, "import"),
         metavar="STAGES",
-        help=f"any of {','.join(_STAGES)}",
+        help=f"any of {','.join(_STAGES)}, and {_BRIDGE}, all that TransformerLens 4 can",
     )
     parser.add_argument(
         "--models",

@@ -23,7 +23,8 @@ class Case:
     Attributes:
         model: a key of `benchmarks.models.SHAPES`.
         road: who loads: a key of `benchmarks.roads.ROADS` ("lean", "stock", "transformers",
-            "floor", "reload", "touch", "save") or of `benchmarks.quantized_roads.ROADS`.
+            "floor", "reload", "touch", "save"), of `benchmarks.quantized_roads.ROADS` or of
+            `benchmarks.bridge_roads.ROADS`.
         dtype: of the loaded parameters, a torch name such as "float32".
         processed: whether TransformerLens' processing (folding, centring) is on.
         strategy: passed to the lean loader.
@@ -56,7 +57,7 @@ class Case:
         parts = [self.model, self.dtype, self.road]
         if self.kind:
             parts[2:] = [self.kind, self.road, "saved" if self.saved else "quantize"]
-        if self.road in ("lean", "stock", "densify"):
+        if self.road in ("lean", "stock", "densify") or self.road.startswith("bridge"):
             parts.append("processed" if self.processed else "unprocessed")
         if self.strategy != "auto":
             parts.append(self.strategy)
@@ -103,7 +104,10 @@ def needed_bytes(case: Case) -> int:
     shape = models.SHAPES[case.model]
     file_bytes = models.file_bytes(shape)
     elements = file_bytes // models.item_bytes(shape.file_dtype)
-    if case.road == "stock":  # its processing upcasts everything, whatever the dtype
+    if case.road in (
+        "stock",
+        "bridge-stock",
+    ):  # its processing upcasts everything, whatever the dtype
         return _IMPORTS_BYTES + elements * models.item_bytes("float32") * 7 // 2
     held_by_caller = file_bytes if case.from_hf_model else 0
     return _IMPORTS_BYTES + held_by_caller + elements * models.item_bytes(case.dtype) * 3 // 2

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import copies, models, quantized_roads
+from benchmarks import bridge_roads, copies, models, quantized_roads
 from benchmarks.adapters import make_adapter
 from benchmarks.forward import sample_log_probs, time_forward
 from benchmarks.loading import dtype_argument
@@ -33,7 +33,7 @@ def prepare(case: dict[str, Any], folder: str) -> tuple[Load, Callable[[Any], di
     wanted = Case(**case)
     if wanted.road != "floor":  # every loader starts from the same imports
         importlib.import_module("transformer_lens")
-    roads = quantized_roads.ROADS if wanted.kind else ROADS
+    roads = quantized_roads.ROADS if wanted.kind else {**ROADS, **bridge_roads.ROADS}
     load = roads[wanted.road](wanted, Path(folder))
     repeated = _Repeated(load, wanted.loads) if wanted.loads > 1 else None
 

@@ -12,7 +12,7 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks import bounds, cases, environment, quantized
+from benchmarks import bounds, bridge, cases, environment, quantized
 from benchmarks.bounds import Check, Results
 from benchmarks.measure import Case, Measurement
 
@@ -226,12 +226,15 @@ def show(
     if not console.is_terminal:
         console.width = _WIDTH  # a pipe or a log has no width of its own
     parts: list[RenderableType] = []
-    dense = [case for case in planned if not case.kind]
+    bridged = bridge.of(planned)
+    dense = [case for case in planned if not case.kind and case not in bridged]
     if any(case.road == "lean" for case in dense):
         parts.append(load_table(results, dense))
         if any(case.forward_tokens for case in dense):
             parts.append(forward_table(results, dense))
-    if len(dense) < len(planned):
+    if bridged:
+        parts.append(bridge.table(results, bridged))
+    if any(case.kind for case in planned):
         parts.append(quantized.table(results, planned))
     if checks:
         parts.append(checks_table(checks))

@@ -295,13 +295,12 @@ def test_the_most_that_is_allocated_from_files(
 
 @pytest.mark.parametrize("case_id", ["llama-gqa", "gpt2"])
 def test_the_most_that_is_allocated_in_place(case_id: str, bridge_zoo_folder: BridgeZoo) -> None:
-    """Beside the weights that are there, one parameter at a time."""
+    """One parameter at a time: what takes a weight's place is counted, that weight is not."""
     large = {"n_embd": 96, "n_layer": 6} if case_id == "gpt2" else LARGE
     folder = bridge_zoo_folder(case_id, **large)
+    wanted = _bytes_of(stock(folder))  # of GPT-2, the fused matrices stay beside their parts
     bridge = LeanTransformerBridge.of(bridge_stock.boot(folder))
-    size = _bytes_of(bridge)
     with Allocations() as allocations:
         bridge_stock.process(bridge)
-    # What replaces a weight is counted; the weight that it replaces, made before, is not.
-    assert allocations.peak_bytes < 1.10 * size
-    assert _bytes_of(bridge) < 1.05 * size
+    assert allocations.peak_bytes < 1.10 * wanted
+    assert _bytes_of(bridge) < 1.02 * wanted

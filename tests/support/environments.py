@@ -174,7 +174,12 @@ LACKS: tuple[Lack, ...] = (
             "whole/test_quantized_fidelity.py::test_log_probs_of_every_architecture[neox-int8]",
         ),
     ),
-    Lack("sae-lens", "<1", "not installed", tests=("whole/test_sae_lens.py",)),
+    Lack(
+        "sae-lens",
+        "<1",
+        "not installed",
+        tests=("whole/test_sae_lens.py", "whole/test_sae_bridge.py"),
+    ),
 )
 
 # TransformerLens, torch, SAELens ("0": not installed) -> skipped tests of the parity suite.

@@ -1,0 +1,165 @@
+"""TransformerBridge: which loads are measured, their bounds, and the table of the figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+from rich.table import Table
+
+from benchmarks import bounds, cases
+from benchmarks.bounds import Check, Results
+from benchmarks.measure import Case, Measurement
+from benchmarks.models import SHAPES
+
+_RAW_BYTES = 0.02
+_MAPPED_BYTES = 0.70  # of a model that is processed in its file's bfloat16: embeddings are mapped
+_READ_BYTES = 1.03
+_FASTER_LOAD = {"gpt2": 2.0, "llama": 5.0}
+_NO_SLOWER = 0.95  # a ratio of one, with room for noise
+_SAME_LOG_PROBS = 1e-4
+
+
+def lean(model: str, dtype: str, processed: bool = True) -> Case:
+    return Case(model, "bridge-lean", dtype, processed)
+
+
+def in_place(model: str, dtype: str) -> Case:
+    return Case(model, "bridge-in-place", dtype)
+
+
+def stock(model: str, dtype: str, processed: bool = True) -> Case:
+    return Case(model, "bridge-stock", dtype, processed)
+
+
+def all_cases(
+    models: Iterable[str], dtypes: Iterable[str] = cases.DTYPES, *, with_stock: bool = True
+) -> list[Case]:
+    """The cases of the benchmark; what is compared with each other stands together.
+
+    Args:
+        models: keys of `benchmarks.models.SHAPES`.
+        dtypes: of the loaded parameters; nothing is mapped where the file's is another.
+        with_stock: measure TransformerLens' own bridge too.
+    """
+    found: list[Case] = []
+    for model in models:
+        for dtype in dtypes:
+            if SHAPES[model].family == "gpt2" and dtype != SHAPES[model].file_dtype:
+                continue
+            timed = [lean(model, dtype), cases.transformers(model, dtype)]
+            if with_stock:
+                timed.append(stock(model, dtype))
+            if dtype == SHAPES[model].file_dtype:
+                timed.append(lean(model, dtype, processed=False))
+                timed += [stock(model, dtype, processed=False)] if with_stock else []
+            found += [replace(case, forward_tokens=cases.FORWARD_TOKENS) for case in timed]
+            found.append(in_place(model, dtype))
+    return found
+
+
+def of(planned: Sequence[Case]) -> list[Case]:
+    """Those of a run that belong in the table of bridges: with what they are compared to."""
+    dtypes = {(case.model, case.dtype) for case in planned if case.road.startswith("bridge")}
+    return [
+        case
+        for case in planned
+        if case.road.startswith("bridge")
+        or (case.road == "transformers" and not case.kind and (case.model, case.dtype) in dtypes)
+    ]
+
+
+def checks(results: Results, models: Iterable[str]) -> list[Check]:
+    """Every promise about the models measured. Tiny models, for trying things out, have none."""
+    found: list[Check] = []
+    for shape in (SHAPES[model] for model in models):
+        for dtype in cases.DTYPES if shape.bounded else ():
+            if lean(shape.name, dtype).name in results:
+                found += _memory(results, shape.name, dtype)
+                found += _time(results, shape.name, dtype)
+    return found
+
+
+def _memory(results: Results, model: str, dtype: str) -> Iterator[Check]:
+    same = dtype == SHAPES[model].file_dtype
+    limits = [(lean(model, dtype), _READ_BYTES)]
+    if same and dtype == "bfloat16":
+        limits = [(lean(model, dtype), _MAPPED_BYTES)]
+    if same:
+        limits.append((lean(model, dtype, processed=False), _RAW_BYTES))
+    for case, limit in limits:
+        found = _get(results, case)
+        value = bounds.ratio(found.peak_anonymous_bytes, found) if found else None
+        yield Check(case.name, "peak anonymous memory", value, limit)
+
+
+def _time(results: Results, model: str, dtype: str) -> Iterator[Check]:
+    case, other = lean(model, dtype), stock(model, dtype)
+    found, reference = _get(results, case), _get(results, other)
+    value, limit = bounds.faster(found, reference), _FASTER_LOAD[SHAPES[model].family]
+    promise = "faster than boot and compatibility mode"
+    yield Check(case.name, promise, value, limit, at_least=True)
+    for tokens in cases.FORWARD_TOKENS:
+        for processed in (True, False):
+            case = lean(model, dtype, processed)
+            if case.name in results:
+                reference = _get(results, stock(model, dtype, processed))
+                value = bounds.forward_ratio(reference, _get(results, case), tokens)
+                promise = f"forward not slower than stock's, {tokens} tokens"
+                yield Check(case.name, promise, value, _NO_SLOWER, at_least=True)
+    if dtype == "float32":
+        theirs = _get(results, cases.transformers(model, dtype))
+        difference = bounds.log_prob_difference(found, theirs)
+        promise = "log-probabilities, largest difference from transformers'"
+        yield Check(lean(model, dtype).name, promise, difference, _SAME_LOG_PROBS, unit="")
+
+
+def table(results: Results, planned: Sequence[Case]) -> Table:
+    """Memory and time of every bridge, and the forward time of transformers' own model."""
+    made = Table(
+        title="TransformerBridge, each in a fresh process (time: median, memory: largest)",
+        caption="Memory above the imports, as multiples of the parameters' bytes: highest private, "
+        "highest resident with file pages, and private when loaded. /hf: multiple of the time of "
+        "transformers' own model. log-probs: largest difference from its.",
+    )
+    made.add_column("load", no_wrap=True)
+    for column in ("peak anon", "resident", "after", "vs stock", "s", "MB"):
+        made.add_column(column, justify="right")
+    for tokens in cases.FORWARD_TOKENS:
+        for part in ("ms", "/hf"):
+            made.add_column(f"{tokens} tok {part}", justify="right")
+    made.add_column("log-probs", justify="right")
+    previous = ""
+    for case in planned:
+        group = f"{case.model} {case.dtype}"
+        if group != previous:
+            made.add_section()
+            made.add_row(f"[bold]{group}[/]")
+        previous = group
+        found = _get(results, case)
+        label = case.name.removeprefix(group).strip()
+        made.add_row(label, *(_row(results, case, found) if found else ["[red]none[/]"]))
+    return made
+
+
+def _row(results: Results, case: Case, found: Measurement) -> list[str]:
+    memory = (found.peak_anonymous_bytes, found.peak_resident_bytes, found.after_anonymous_bytes)
+    row = [f"{bounds.ratio(size, found):.2f}x" for size in memory]
+    compared = case.road.startswith("bridge")
+    reference = _get(results, stock(case.model, case.dtype, case.processed))
+    faster = bounds.faster(found, reference) if compared else None
+    row.append("-" if faster is None else f"{faster:.1f}x")
+    row += [f"{found.median_seconds:.2f}", f"{found.parameter_bytes / 1e6:.0f}"]
+    theirs = _get(results, cases.transformers(case.model, case.dtype))
+    for tokens in cases.FORWARD_TOKENS:
+        seconds = found.facts["forward_seconds"].get(str(tokens))
+        row.append("-" if seconds is None else f"{seconds * 1e3:.1f}")
+        ratio = bounds.forward_ratio(found, theirs, tokens)
+        row.append("-" if ratio is None else f"{ratio:.2f}")
+    difference = bounds.log_prob_difference(found, theirs)
+    return [*row, "-" if difference is None else f"{difference:.1e}"]
+
+
+def _get(results: Results, case: Case) -> Measurement | None:
+    found = results.get(case.name)
+    return found if found is not None and found.error is None else None
