@@ -13,13 +13,15 @@ from tl_fastload.bridge.boot import boot_in_memory
 from tl_fastload.bridge.processing import process_in_place
 from tl_fastload.bridge.record import COMPATIBILITY, IS_RECORDING
 from tl_fastload.bridge.road import ROAD
-from tl_fastload.bridge.steps import with_right_steps
+from tl_fastload.bridge.steps import right_steps, run_stock
 from tl_fastload.copies.cache import folder_for
 from tl_fastload.errors import ArgumentError
 from tl_fastload.ground.boundary import guarded
+from tl_fastload.ground.mark import require_whole
 from tl_fastload.ground.own_defaults import own_defaults
 from tl_fastload.loading.load import load
 from tl_fastload.loading.resolve import resolved
+from tl_fastload.placement.values_here import require_values
 from tl_fastload.quantized.formats import read_quantization
 from tl_fastload.quantized.spec import as_dtype, quantization_argument
 from tl_fastload.report.load_report import LoadReport
@@ -255,7 +257,7 @@ class LeanBridgeMixin:
         if not isinstance(bridge, versions.bridge_class()):
             raise ArgumentError(
                 f"bridge is a {type(bridge).__name__}: pass what "
-                "TransformerBridge.boot_transformers(...) returns."
+                "TransformerBridge.boot_transformers(...) returns, before it is compiled."
             )
         if not isinstance(bridge, LeanBridgeMixin):
             kinds: Any = (cls, type(bridge))
@@ -263,24 +265,54 @@ class LeanBridgeMixin:
         return bridge
 
     @guarded("while processing")
-    def process_weights(self, *args: Any, **kwargs: Any) -> None:
+    def process_weights(
+        self,
+        verbose: bool = False,
+        fold_ln: bool = True,
+        center_writing_weights: bool = True,
+        center_unembed: bool = True,
+        fold_value_biases: bool = True,
+        refactor_factored_attn_matrices: bool = False,
+    ) -> None:
         """TransformerLens' `process_weights`, which `enable_compatibility_mode` calls: recorded,
-        then done in place, one parameter at a time.
+        then done in place, one parameter at a time. A step that would change the model's output is
+        left out with a NumbersWarning.
+
+        Args:
+            verbose: print what is done.
+            fold_ln: fold the norm weights into the following layer.
+            center_writing_weights: give what writes to the residual stream zero mean.
+            center_unembed: give the unembedding zero mean over the vocabulary.
+            fold_value_biases: fold the value biases into the output bias.
+            refactor_factored_attn_matrices: make the factors of the QK and OV circuits even.
 
         Raises:
             ArgumentError: weights that are not here, or a step that this model cannot have.
-            HalfWrittenError: it was stopped in the middle.
+            UnsupportedArchitectureError: TransformerLens does not process such a model.
+            HalfWrittenError: it was stopped in the middle, now or before.
         """
+        flags = {
+            "fold_ln": fold_ln,
+            "center_writing_weights": center_writing_weights,
+            "center_unembed": center_unembed,
+            "fold_value_biases": fold_value_biases,
+            "refactor_factored_attn_matrices": refactor_factored_attn_matrices,
+        }
+        bridge: Any = self
+        require_whole(bridge, "enable_compatibility_mode")
         stock = super().process_weights  # type: ignore[misc]
-        if versions.is_processed(self):
-            stock(*args, **kwargs)  # says that it does nothing
+        if versions.is_processed(bridge):
+            stock(verbose)  # says that it does nothing
             return
-        arguments = with_right_steps(stock, self, args, kwargs)
-        if IS_RECORDING in self.__dict__:
-            stock(**arguments)
+        is_recording = IS_RECORDING in bridge.__dict__
+        if not is_recording:
+            require_values(bridge.original_model, "enable_compatibility_mode")
+        flags = right_steps(bridge.cfg, flags)
+        if is_recording:
+            stock(verbose, **flags)
             return
         with torch.inference_mode(False), own_defaults(), Progress(None) as progress:
-            process_in_place(self, lambda: stock(**arguments), progress)
+            process_in_place(bridge, lambda: run_stock(lambda: stock(verbose, **flags)), progress)
 
 
 @cache

@@ -15,11 +15,12 @@ from tl_fastload.bridge.boot import run_boot
 from tl_fastload.bridge.leftovers import require_none_left
 from tl_fastload.bridge.placing import BridgeShelf
 from tl_fastload.bridge.slots import slots_of
-from tl_fastload.errors import ArgumentError
+from tl_fastload.bridge.steps import run_stock
+from tl_fastload.errors import ArgumentError, UnsupportedArchitectureError
 from tl_fastload.ground.hf_configs import declared_architectures, text_config
 from tl_fastload.ground.words import listed
 from tl_fastload.huggingface.pretrained import Pretrained
-from tl_fastload.huggingface.runnable import make_runnable, own_configuration
+from tl_fastload.huggingface.runnable import make_runnable, own_configuration, tie_equal
 from tl_fastload.huggingface.tokenizer import (
     is_failure,
     load_tokenizer,
@@ -71,7 +72,11 @@ def record(
         bridge.__dict__[IS_RECORDING] = True
         try:
             with torch.no_grad():
-                bridge.enable_compatibility_mode(**requested)
+                run_stock(lambda: bridge.enable_compatibility_mode(**requested))
+        except UnsupportedArchitectureError as error:
+            if pretrained.missing() or not pretrained.ledger.fits:
+                raise (error.__cause__ or error) from None  # the load says what is wrong with them
+            raise
         finally:
             del bridge.__dict__[IS_RECORDING]
     pretrained.is_recording = False
@@ -196,6 +201,8 @@ class _Answers:
             found.ledger.unexpected = [n for n in found.ledger.unexpected if not self._is_beyond(n)]
         if found.hf_model is not None:
             own_configuration(model)
+        elif not self._on_meta:
+            tie_equal(model, found.ledger.tied)
         folder = None if found.location is None else found.location.folder
         make_runnable(model, hf_config, dtype, folder, attention)
         return model

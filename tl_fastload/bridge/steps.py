@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from tl_fastload.bridge import versions
-from tl_fastload.errors import ArgumentError, warn_numbers
+from tl_fastload.errors import (
+    ArgumentError,
+    LeanLoadError,
+    UnsupportedArchitectureError,
+    is_out_of_memory,
+    warn_numbers,
+)
 
+_OF_STOCK = (RuntimeError, NotImplementedError, LookupError, ValueError, AttributeError, TypeError)
 _LAYER_NORMS = ("LN", "LNPre")
-_WITH_SINKS = ("GptOssForCausalLM",)
+_WRONG = {
+    ("GptOssForCausalLM", "fold_value_biases"): (
+        "attention sinks make pattern rows sum to less than one, so the fold would change the "
+        "model's output"
+    ),
+    ("FalconH1ForCausalLM", "fold_ln"): (
+        "TransformerLens folds the norm into attention alone, and the state space reads it as well"
+    ),
+}
+"""Architecture, step -> why what TransformerLens does there changes the model's output."""
+
+_WRONG_AT_ALL = {
+    "BitNetForCausalLM": (
+        "BitNet's layers quantize their weights as they run, which TransformerLens' processing "
+        "does not foresee: the output is another one (boot_transformers_lean leaves it as it is)"
+    ),
+}
 
 
 def why_skipped(step: str, cfg: Any) -> str | None:
-    """Why TransformerLens leaves out a step for a model of this configuration; None if it runs."""
+    """Why a step is left out for a model of this configuration; None if it runs."""
     adapter = versions.adapters().get(getattr(cfg, "architecture", None) or "")
     name = getattr(adapter, "__name__", "")
     norm = getattr(cfg, "normalization_type", "LN")
@@ -27,12 +49,16 @@ def why_skipped(step: str, cfg: Any) -> str | None:
             return "RMSNorm does not remove the mean"
     if step == "center_unembed" and (getattr(cfg, "output_logits_soft_cap", None) or 0) > 0:
         return "a soft cap on logits is not invariant under a shift"
-    if step == "fold_value_biases" and getattr(cfg, "architecture", None) in _WITH_SINKS:
-        return (
-            "attention sinks make pattern rows sum to less than one, so the fold would change the "
-            "model's output"
-        )
-    return None
+    return _why_wrong(step, cfg)
+
+
+def _why_wrong(step: str, cfg: Any) -> str | None:
+    """Why TransformerLens' step would change the model's output; None if it does not."""
+    architecture = getattr(cfg, "architecture", None)
+    width = getattr(cfg, "moe_intermediate_size", None) or 0
+    if (architecture, step) == ("Ernie4_5_MoeForCausalLM", "fold_ln") and 2 * width == cfg.d_model:
+        return "TransformerLens folds the norm into the wrong side of square experts"
+    return _WRONG.get((str(architecture), step))
 
 
 def check_flags(cfg: Any, flags: Mapping[str, bool]) -> None:
@@ -45,20 +71,39 @@ def check_flags(cfg: Any, flags: Mapping[str, bool]) -> None:
         )
 
 
-def with_right_steps(stock: Callable[..., None], bridge: Any, args: Any, kwargs: Any) -> Any:
-    """The arguments of `process_weights` without steps that would change the model's output.
+def right_steps(cfg: Any, flags: Mapping[str, bool]) -> dict[str, bool]:
+    """The steps that are asked for, without those that would change the model's output.
 
-    Args:
-        stock: TransformerLens' bound method.
-        bridge: the bridge.
-        args: the caller's.
-        kwargs: the caller's.
+    Warns with NumbersWarning of each that is left out.
+
+    Raises:
+        ArgumentError: a step that such a model cannot even skip.
     """
-    bound = inspect.signature(stock).bind(*args, **kwargs)
-    bound.apply_defaults()
-    check_flags(bridge.cfg, bound.arguments)
-    reason = why_skipped("fold_value_biases", bridge.cfg)
-    if bound.arguments["fold_value_biases"] and reason is not None:
-        bound.arguments["fold_value_biases"] = False
-        warn_numbers(f"fold_value_biases is left out: {reason}.")
-    return bound.arguments
+    check_flags(cfg, flags)
+    found = dict(flags)
+    for step, is_on in flags.items():
+        reason = _why_wrong(step, cfg)
+        if is_on and reason is not None:
+            found[step] = False
+            warn_numbers(f"{step} is left out: {reason}.")
+    at_all = _WRONG_AT_ALL.get(str(getattr(cfg, "architecture", None)))
+    if at_all is not None:
+        warn_numbers(f"{at_all}.")
+    return found
+
+
+def run_stock(stock: Callable[[], None]) -> None:
+    """Run TransformerLens' processing, with an error of this family if it does not take the model.
+
+    Raises:
+        UnsupportedArchitectureError: it does not.
+    """
+    try:
+        stock()
+    except _OF_STOCK as error:
+        if isinstance(error, LeanLoadError) or is_out_of_memory(error):
+            raise
+        raise UnsupportedArchitectureError(
+            f"TransformerLens' processing does not take this model ({type(error).__name__}: "
+            f"{error}). LeanTransformerBridge.boot_transformers_lean loads it unprocessed."
+        ) from error

@@ -48,6 +48,11 @@ class Ledger:
     tied: list[list[str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def fits(self) -> bool:
+        """Whether all weights that the checkpoint has can be the model's."""
+        return not (self.unexpected or self.misshapen or self.integers or self.incomplete)
+
     def note(self, renaming: Renaming) -> None:
         """Take the notes of a renaming, or why there was none."""
         self.notes.extend(renaming.notes)

@@ -22,7 +22,7 @@ from tl_fastload.ground.words import listed
 from tl_fastload.huggingface.empty import SkipRandomInit
 from tl_fastload.huggingface.tree import MissingSource
 from tl_fastload.recipes.live import LivePromise
-from tl_fastload.recipes.nodes import SourceView
+from tl_fastload.recipes.nodes import PIECE_ELEMENTS, SourceView
 from tl_fastload.recipes.promise import Promise
 
 
@@ -58,6 +58,31 @@ def make_runnable(
     if not hasattr(model, "generation_config"):
         _read_generation_config(model, hf_config, folder)
     model.eval()
+
+
+def tie_equal(model: nn.Module, groups: list[list[str]]) -> None:
+    """Make one parameter of weights that a model ties and a checkpoint has several times, if they
+    are equal, as transformers does.
+
+    Args:
+        model: a tree of promises.
+        groups: names of what is tied.
+    """
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    for names in groups:
+        first: Any = tensors[names[0]]
+        for name in names[1:]:
+            parent, _, leaf = name.rpartition(".")
+            if tensors[name] is not first and _are_equal(first, tensors[name]):
+                model.get_submodule(parent)._parameters[leaf] = first
+
+
+def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    rows = max(1, PIECE_ELEMENTS * one.shape[0] // max(one.numel(), 1))
+    pieces = zip(torch.split(one, rows), torch.split(other, rows), strict=True)
+    return all(bool((a == b).all()) for a, b in pieces)
 
 
 def own_configuration(shadow: nn.Module) -> None:
@@ -153,6 +178,7 @@ def _compute_tables(model: Any) -> None:
         with torch.no_grad(), Defaults(), SkipRandomInit():  # type: ignore[no-untyped-call]
             for module in model.modules():
                 _empty(module)
+            marks = {module: _mark_padding(module) for module in model.modules()}
             modules = list(_with_owners(model, model))
             # Each module's own tables first: the others may only be known further up.
             modules.sort(key=lambda found: not any(map(_is_unset, found[0]._buffers.values())))
@@ -166,12 +192,36 @@ def _compute_tables(model: Any) -> None:
                     # Some are frozen by the rules for fresh values.
                     _freeze(parameter, module._parameters[leaf])
                     module._parameters[leaf] = parameter
+    for module, mark in marks.items():
+        if mark is not None and not mark[-1].any():
+            _clear_padding(module)
     lost = [name for name in wanted if _is_unset(made[name])]
     if lost:
         raise UnsupportedArchitectureError(
             f"transformers {compat.TRANSFORMERS} does not say how {listed(lost)} of a "
             f"{type(model).__name__} are computed. Load it with transformers, and pass hf_model=."
         )
+
+
+def _mark_padding(module: nn.Module) -> torch.Tensor | None:
+    """Put a mark in place of a loaded embedding: it shows whether transformers' rules for fresh
+    values clear the row of the padding all the same, as some do.
+    """
+    weight = module._parameters.get("weight")
+    if not isinstance(module, nn.Embedding) or module.padding_idx is None or weight is None:
+        return None
+    if not weight.is_meta:
+        return None
+    mark = nn.Parameter(torch.ones(module.padding_idx + 1, 1), weight.requires_grad)
+    mark._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' own flag
+    module._parameters["weight"] = mark
+    return mark
+
+
+def _clear_padding(module: Any) -> None:
+    weight, row = module._parameters["weight"], module.padding_idx
+    with torch.no_grad():
+        weight.data = torch.cat((weight[:row], torch.zeros_like(weight[:1]), weight[row + 1 :]))
 
 
 def _freeze(parameter: torch.Tensor | None, like: torch.Tensor | None) -> None:

@@ -15,6 +15,8 @@ _HOMES = {
     "HookedTransformer": "tl_fastload.hooked.road",
     "TransformerBridge": "tl_fastload.bridge.road",
 }
+# What stands for a model until it is filled.
+_STANDING_IN = {"BridgeShelf": "tl_fastload.bridge.road"}
 
 
 def road_of(model: Any, error: type[LeanLoadError] = ArgumentError) -> Road:
@@ -26,8 +28,9 @@ def road_of(model: Any, error: type[LeanLoadError] = ArgumentError) -> Road:
     """
     for cls in type(model).__mro__:
         library = cls.__module__.partition(".")[0]
-        if library == "transformer_lens" and cls.__name__ in _HOMES:
-            road: Road = import_module(_HOMES[cls.__name__]).ROAD
+        known = {"transformer_lens": _HOMES, "tl_fastload": _STANDING_IN}.get(library, {})
+        if cls.__name__ in known:
+            road: Road = import_module(known[cls.__name__]).ROAD
             return road
     kinds = " or ".join(f"a {name}" for name in _HOMES)
     raise error(f"tl_fastload works with {kinds}, not with a {type(model).__name__}.")

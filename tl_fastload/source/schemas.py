@@ -53,6 +53,7 @@ TEXTS = Rule("a list of texts", lambda v: _all(v, TEXT.fits))
 FLAG = Rule("true or false", lambda v: isinstance(v, bool))
 NUMBER = Rule("a finite number", is_number)
 SIZE = Rule(f"a whole number from 1 to {_MOST:,}", _is_whole)
+LENGTH = Rule(SIZE.what, lambda v: is_number(v) and v == int(v) and _is_whole(int(v)))
 COUNT = Rule(
     f"a whole number from 1 to {_MOST_MODULES:,}", lambda v: _is_whole(v, 1, _MOST_MODULES)
 )
@@ -140,10 +141,12 @@ MODEL: Mapping[str, Rule] = {
     **_rules("layer_types", TEXTS | NOTHING),
     **_rules(
         "hidden_size n_embd num_attention_heads n_head num_heads num_key_value_heads head_dim "
-        "intermediate_size n_inner ffn_dim vocab_size max_position_embeddings n_positions n_ctx "
+        "intermediate_size n_inner ffn_dim vocab_size n_positions n_ctx "
         "word_embed_proj_dim num_experts_per_tok seq_length",
         SIZE | NOTHING,
     ),
+    # Some of transformers' own configurations have 1200.0.
+    **_rules("max_position_embeddings", LENGTH | NOTHING),
     **_rules("num_hidden_layers n_layer num_layers num_local_experts num_experts", COUNT | NOTHING),
     **_rules(
         "initializer_range final_logit_softcapping attn_logit_softcapping query_pre_attn_scalar",
