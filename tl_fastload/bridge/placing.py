@@ -49,6 +49,8 @@ class BridgeShelf(Shelf):
         devices: name -> where what it is made from lies.
     """
 
+    stands_for = "TransformerBridge"
+
     def __init__(self, bridge: Any, *, is_raw: bool, on_meta: bool = True) -> None:
         super().__init__()
         self.cfg = bridge.cfg

@@ -23,7 +23,7 @@ def road_of(model: Any, error: type[LeanLoadError] = ArgumentError) -> Road:
     """The road of a model, loaded by tl_fastload or not.
 
     Args:
-        model: any module.
+        model: any module; one that a road fills in place of a model says so: `stands_for`.
         error: what is raised if it is of no class that has one.
     """
     for cls in type(model).__mro__:
