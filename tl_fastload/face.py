@@ -1,5 +1,5 @@
-"""What the public classes of all roads share: a call made of its arguments, a load and a plan of it,
-and the methods that every lean model has.
+"""What the public classes of all roads share: a call made of its arguments, a load and a plan of
+it, and the methods that every lean model has.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from tl_fastload.bridge import versions
 from tl_fastload.bridge.placing import Shelf
 from tl_fastload.bridge.record import COMPATIBILITY, boot_and_process, completed
 from tl_fastload.bridge.slots import ATTRIBUTE, Slot, is_plain, slots_of
@@ -49,10 +48,11 @@ class StoredShelf(Shelf):
 def stored(bridge: Any) -> StoredShelf:
     """As `tl_fastload.roads.road.Road.stored`."""
     slots = _by_name(slots_of(bridge))
+    forms: dict[str, Any] = {}
     built = {
         "road": "TransformerBridge",
         "compatibility": bool(bridge.compatibility_mode),
-        "slots": {},
+        "slots": forms,
     }
     shelf = StoredShelf(bridge.cfg, built)
     shelf._hf_config = bridge.original_model.config
@@ -65,7 +65,7 @@ def stored(bridge: Any) -> StoredShelf:
         for name, slot in entries.items():
             home = first.setdefault(id(slot.tensor), name) if whole is None else whole
             same = first.setdefault(id(slot.tensor), name)
-            built["slots"][name] = _form(slot, home, same, offset=whole is not None)
+            forms[name] = _form(slot, home, same, offset=whole is not None)
         for name in first.values() if whole is None else (whole,):
             _store(shelf, name, slots[name].tensor)
     return shelf
@@ -114,7 +114,7 @@ def _store(shelf: StoredShelf, name: str, tensor: torch.Tensor) -> None:
     assert made == name
 
 
-def on_meta(cls: type, cfg: Any, built: Mapping[str, Any] | None) -> Shelf:
+def on_meta(cls: type, cfg: Any, built: Mapping[str, Any] | None) -> StoredShelf:
     """As `tl_fastload.roads.road.Road.model_on_meta`: the memories that a copy holds."""
     shelf = StoredShelf(cfg, dict(built or {}))
     for name, form in shelf.built.get("slots", {}).items():

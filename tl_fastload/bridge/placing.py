@@ -6,6 +6,7 @@ under the name of the first slot that it belongs to. When it is full, its tensor
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,7 +28,10 @@ class Shelf(nn.Module):
 
     Attributes:
         strides: of each own parameter and buffer, as TransformerLens would have them.
+        finish: puts what was filled into the bridge that it stands for, and returns that.
     """
+
+    finish: Callable[[], Any]
 
     def __init__(self) -> None:
         super().__init__()

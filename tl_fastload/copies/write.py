@@ -96,7 +96,7 @@ class _Plan:
                 continue  # depend on the longest prompt so far; computed anew when needed
             _check_dtype(name, buffer)
             flat = buffer.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest = hashlib.sha256(memoryview(flat.numpy())).hexdigest()  # type: ignore[arg-type]
+            digest = hashlib.sha256(memoryview(flat.numpy())).hexdigest()
             key = (buffer.dtype, buffer.shape, digest)
             if key not in same:  # every layer has the same tables
                 same[key] = self._plain(name, buffer, tuple(buffer.contiguous().stride()))
@@ -158,7 +158,8 @@ def save_lean(
     from. A failure, or the end of the process, leaves what was there before.
 
     Args:
-        model: a HookedTransformer or a TransformerBridge, also inside `torch.compile` or a parallel wrapper.
+        model: a HookedTransformer or a TransformerBridge, also inside `torch.compile` or a parallel
+            wrapper.
         folder: a new or empty folder, or an earlier copy.
         max_shard_bytes: size of a weight file, unless one parameter is larger.
         progress: None for a bar when somebody watches, True or False, or a function of a
