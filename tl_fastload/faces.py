@@ -7,13 +7,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from tl_fastload.copies.manifest import is_copy, read_manifest
 from tl_fastload.ground import compat
+from tl_fastload.ground.paths import expanded
 from tl_fastload.planning.plan import LoadPlan
 
 _CLASSES = {
     "hooked": ("tl_fastload.model", "LeanHookedTransformer"),
     "bridge": ("tl_fastload.bridge_model", "LeanTransformerBridge"),
 }
+ROADS = tuple(_CLASSES)
 
 
 def installed() -> tuple[str, ...]:
@@ -26,7 +29,7 @@ def lean_class(road: str | None = None) -> Any:
     """The class that loads lean.
 
     Args:
-        road: "hooked" or "bridge"; None for the first that is installed.
+        road: of `ROADS`; None for the first that is installed.
 
     Raises:
         MissingPackageError: the installed TransformerLens does not have it.
@@ -34,6 +37,19 @@ def lean_class(road: str | None = None) -> Any:
     found = road or next(iter(installed()), "hooked")
     module, name = _CLASSES[found]
     return getattr(import_module(module), name)
+
+
+def road_for(model_name: str) -> str | None:
+    """The road that wrote a processed copy, if a name means one; None for anything else.
+
+    Raises:
+        CheckpointError: the copy is damaged.
+    """
+    folder = expanded(Path(model_name))
+    if not is_copy(folder):
+        return None
+    written = f"Lean{read_manifest(folder).road}"
+    return next((road for road, (_, name) in _CLASSES.items() if name == written), None)
 
 
 def plan(model_name: str | Path, *args: Any, **kwargs: Any) -> LoadPlan:

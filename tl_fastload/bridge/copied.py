@@ -1,8 +1,8 @@
-"""A bridge in a processed copy: which memory each of its tensors is, and the bridge built anew around
-what was saved.
+"""A bridge in a processed copy: which memory each of its tensors is, and the bridge built anew
+around what was saved.
 
-A copy holds each memory once. What a bridge looks like around it (modules, hooks, aliases) is made by
-TransformerLens' boot and processing, on promises that are never evaluated.
+A copy holds each memory once. What a bridge looks like around it (modules, hooks, aliases) is made
+by TransformerLens' boot and processing, on promises that are never evaluated.
 """
 
 from __future__ import annotations

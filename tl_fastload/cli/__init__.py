@@ -96,7 +96,8 @@ def _main(
     ] = False,
     debug: Annotated[bool, typer.Option(_DEBUG, help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Load models into TransformerLens' HookedTransformer with one copy of the weights in memory.
+    """Load models into TransformerLens' HookedTransformer or TransformerBridge with one copy of the
+    weights in memory.
 
     [bold]Examples[/]
 

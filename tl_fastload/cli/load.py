@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tl_fastload.cli.console import console, draw, give, libraries_to_stderr, show_rows
-from tl_fastload.cli.options import Drawn, Model, Written, command
+from tl_fastload.cli.options import Drawn, Model, Written, command, lean_class
 from tl_fastload.errors import ArgumentError
 
 
@@ -43,11 +43,10 @@ def load(
         map: Draw where the memory of each layer lies into this file.
         cache: Keep a processed copy and map it the next time. By default as TL_FASTLOAD_CACHE says.
     """
-    from tl_fastload.model import LeanHookedTransformer
     from tl_fastload.plots import plot_memory_map
 
     with libraries_to_stderr():
-        loaded = LeanHookedTransformer.from_pretrained_lean(model, cache=cache, **arguments)
+        loaded = lean_class(model, arguments).from_pretrained_lean(model, cache=cache, **arguments)
         predicted = None if prompt is None else _predictions(loaded, prompt, top)
     report = loaded.load_report
 

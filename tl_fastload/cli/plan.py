@@ -7,7 +7,7 @@ from typing import Any
 import typer
 
 from tl_fastload.cli.console import draw, give, libraries_to_stderr, show_rows
-from tl_fastload.cli.options import Drawn, Model, Written, command
+from tl_fastload.cli.options import Drawn, Model, Written, command, lean_class
 
 
 @command
@@ -28,10 +28,8 @@ def plan_command(
         json: Write the plan as JSON; - for standard output.
         plot: Draw the plan into this file (.png, .pdf ...).
     """
-    from tl_fastload import plan
-
     with libraries_to_stderr():
-        found = plan(model, **arguments)
+        found = lean_class(model, arguments).plan(model, **arguments)
     give(json, found.to_dict, lambda: show_rows(found))
     draw(plot, found.plot)
     if not found.fits:

@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from tl_fastload.cli.console import console, libraries_to_stderr
-from tl_fastload.cli.options import Model, command
+from tl_fastload.cli.options import Model, command, lean_class
 from tl_fastload.ground.words import format_bytes
 
 
@@ -33,11 +33,10 @@ def save(
         folder: Where to write the copy; a new or empty folder.
     """
     from tl_fastload.copies.write import check_target
-    from tl_fastload.model import LeanHookedTransformer
 
     check_target(folder)
     with libraries_to_stderr():
-        loaded = LeanHookedTransformer.from_pretrained_lean(model, **arguments)
+        loaded = lean_class(model, arguments).from_pretrained_lean(model, **arguments)
         written = loaded.save_lean(folder)
     size_bytes = sum(path.stat().st_size for path in written.rglob("*") if path.is_file())
     console().print(Text(f"Saved {loaded.load_report.source} in {written}"))
