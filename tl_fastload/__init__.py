@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from tl_fastload.bridge_model import LeanBridgeMixin, LeanTransformerBridge
     from tl_fastload.copies.verify import verify_copy
     from tl_fastload.copies.write import save_lean
+    from tl_fastload.faces import plan
     from tl_fastload.loading.load_weights import load_weights_
-    from tl_fastload.model import LeanHookedTransformer, LeanLoadingMixin, plan
+    from tl_fastload.model import LeanHookedTransformer, LeanLoadingMixin
     from tl_fastload.planning.plan import LoadPlan
     from tl_fastload.report.load_report import LoadReport
     from tl_fastload.report.memory import watch_memory
@@ -48,7 +49,7 @@ else:
         "LoadReport": "report.load_report",
         "ProgressEvent": "report.progress",
         "load_weights_": "loading.load_weights",
-        "plan": "model",
+        "plan": "faces",
         "save_lean": "copies.write",
         "verify_copy": "copies.verify",
         "watch_memory": "report.memory",

@@ -14,29 +14,23 @@ from tl_fastload.bridge.processing import process_in_place
 from tl_fastload.bridge.record import COMPATIBILITY, IS_RECORDING
 from tl_fastload.bridge.road import ROAD
 from tl_fastload.bridge.steps import right_steps, run_stock
-from tl_fastload.copies.cache import folder_for
 from tl_fastload.errors import ArgumentError
+from tl_fastload.face import Face, loaded, request_of
 from tl_fastload.ground.boundary import guarded
 from tl_fastload.ground.mark import require_whole
 from tl_fastload.ground.own_defaults import own_defaults
-from tl_fastload.loading.load import load
-from tl_fastload.loading.resolve import resolved
 from tl_fastload.placement.values_here import require_values
-from tl_fastload.quantized.formats import read_quantization
-from tl_fastload.quantized.spec import as_dtype, quantization_argument
+from tl_fastload.quantized.spec import as_dtype
 from tl_fastload.report.load_report import LoadReport
 from tl_fastload.report.progress import Progress, ProgressOption
-from tl_fastload.request.adapters import read_adapter_argument
-from tl_fastload.request.argument_types import checked, checked_keywords
-from tl_fastload.request.keywords import sort_keywords
-from tl_fastload.request.options import DEFAULT_DTYPE, DEFAULT_LAYOUT, OWN_ARGUMENTS, Options
+from tl_fastload.request.argument_types import checked
+from tl_fastload.request.options import DEFAULT_DTYPE, DEFAULT_LAYOUT
 from tl_fastload.request.steps import STEPS
-from tl_fastload.roads.road import Request
 
 _SPREADING = ("device_map", "n_devices", "max_memory", "offload_folder")
 
 
-class LeanBridgeMixin:
+class LeanBridgeMixin(Face):
     """Makes a `TransformerBridge` class load lean: `class Mine(LeanBridgeMixin, TheirClass)`.
 
     Attributes:
@@ -44,6 +38,7 @@ class LeanBridgeMixin:
     """
 
     load_report: LoadReport
+    _road = ROAD
 
     @classmethod
     @guarded("while loading")
@@ -92,7 +87,9 @@ class LeanBridgeMixin:
             print(bridge.load_report)  # time, memory, and what was done
 
         Args:
-            model_name: TransformerLens name or alias, any hub name, or a local folder.
+            model_name: TransformerLens name or alias, any hub name, a local folder, or a folder
+                that `save_lean` wrote. Arguments that contradict such a copy are errors, the
+                defaults of the processing steps included.
             fold_ln: fold the norm weights into the following layer.
             center_writing_weights: give what writes to the residual stream zero mean.
             center_unembed: give the unembedding zero mean over the vocabulary.
@@ -124,8 +121,10 @@ class LeanBridgeMixin:
                 "organisation/name", "organisation/name@revision"; or a list of adapters, each alone
                 or as (adapter, weight).
             requantize: False; for quantized weights.
-            cache: None or False: processed copies are kept of HookedTransformers.
-            verify: False; for processed copies.
+            cache: keep a processed copy of what is loaded, and map it the next time: True for the
+                usual folder, or a folder; None for what the environment variable
+                TL_FASTLOAD_CACHE says; False for not. See `tl_fastload.cache`.
+            verify: compare every byte of a processed copy with its checksums.
             check_memory: raise NotEnoughMemory before weights are read if they cannot be held.
             check_base: raise AdapterError if the base model that an adapter names is known to be
                 another than this one.
@@ -143,7 +142,7 @@ class LeanBridgeMixin:
                 AdapterError, NotEnoughMemory. Raised before weights are read whenever that is
                 possible; nothing half-loaded is returned.
         """
-        return _load(**locals())
+        return loaded(request_of(road=cls._road, **locals()))
 
     @classmethod
     @guarded("while booting")
@@ -152,7 +151,7 @@ class LeanBridgeMixin:
         model_name: str | Path,
         hf_config_overrides: dict[str, Any] | None = None,
         device: str | torch.device | None = None,
-        dtype: str | torch.dtype = torch.float32,
+        dtype: str | torch.dtype = DEFAULT_DTYPE,
         tokenizer: Any = None,
         load_weights: bool = True,
         trust_remote_code: bool = False,
@@ -173,10 +172,11 @@ class LeanBridgeMixin:
         `enable_compatibility_mode()` does that, in place.
 
         Args:
-            model_name: TransformerLens name or alias, any hub name, or a local folder.
+            model_name: TransformerLens name or alias, any hub name, a local folder, or a folder
+                that `save_lean` wrote of a bridge that was booted and not processed.
             hf_config_overrides: fields of transformers' configuration to set.
             device: where the parameters go; by default what TransformerLens chooses.
-            dtype: dtype of the parameters.
+            dtype: dtype of the parameters; by default float32, and for a copy what was saved.
             tokenizer: the tokenizer; by default the one that lies with the model, or none.
             load_weights: False makes random weights, as TransformerLens does.
             trust_remote_code: whether code that comes with the checkpoint may run.
@@ -223,23 +223,12 @@ class LeanBridgeMixin:
                 **stock_arguments,
                 **{**given, "dtype": as_dtype(given["dtype"])},
             )
-        return _load(
-            cls=cls,
-            model_name=model_name,
-            **given,
-            **boot,
-            checkpoint_index=checkpoint_index,
-            checkpoint_value=checkpoint_value,
-            mmap=mmap,
-            progress=progress,
-            check_memory=check_memory,
-            **{COMPATIBILITY: False},
-            from_pretrained_kwargs={
-                "revision": revision,
-                "trust_remote_code": trust_remote_code,
-                **stock_arguments,
-            },
-        )
+        given |= {"model_name": model_name, "mmap": mmap, "progress": progress}
+        given |= {"checkpoint_index": checkpoint_index, "checkpoint_value": checkpoint_value}
+        given |= {"check_memory": check_memory, COMPATIBILITY: False}
+        keywords = {"revision": revision, "trust_remote_code": trust_remote_code}
+        keywords |= stock_arguments
+        return loaded(request_of(cls, cls._road, keywords, **{**_DEFAULTS, **boot, **given}))
 
     @classmethod
     def of(cls, bridge: Any) -> Any:
@@ -333,29 +322,6 @@ _DEFAULTS: dict[str, Any] = {
     **{"n_devices": 1, "move_to_device": True, "strategy": "auto", "mmap": "auto"},
     **{"cache": False, "check_memory": True, "check_base": True, "layout": DEFAULT_LAYOUT},
 }
-
-
-def _load(cls: type, from_pretrained_kwargs: dict[str, Any], **arguments: Any) -> Any:
-    keywords = checked_keywords(from_pretrained_kwargs)
-    arguments = {**_DEFAULTS, **checked(**arguments)}
-    own = {name: arguments.pop(name) for name in OWN_ARGUMENTS}
-    own["quantize"] = read_quantization(quantization_argument(own["quantize"], keywords))
-    own["adapter"] = read_adapter_argument(own["adapter"])
-    if own["cache"] and folder_for(own["cache"]) is not None:
-        raise ArgumentError(
-            "cache= keeps processed copies of HookedTransformers: leave it out for a "
-            "TransformerBridge, whose unchanged weights are mapped from the checkpoint."
-        )
-    if "torch_dtype" in keywords:
-        arguments["torch_dtype"] = keywords.pop("torch_dtype")
-    request = Request(cls, ROAD, Options(**own), arguments, sort_keywords(keywords))
-    request = resolved(request)
-    if request.copy is not None:
-        raise ArgumentError(
-            f"{request.copy} is a processed copy of a HookedTransformer: load it with "
-            "LeanHookedTransformer.from_pretrained_lean, or pass the model's own folder or name."
-        )
-    return load(request)
 
 
 class LeanTransformerBridge(LeanBridgeMixin, versions.bridge_class()):  # type: ignore[misc]  # a class that mypy does not see

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tl_fastload.copies.write import MAX_SHARD_BYTES, save_lean
-from tl_fastload.errors import NotEnoughMemory
+from tl_fastload.face import Face, loaded, request_of
 from tl_fastload.ground.boundary import guarded
 from tl_fastload.ground.memory_orders import FORWARD
 from tl_fastload.hooked import HookedTransformer
@@ -20,24 +18,15 @@ from tl_fastload.hooked.processing import Recorder
 from tl_fastload.hooked.road import ROAD
 from tl_fastload.hooked.state_dicts import fill_missing_keys
 from tl_fastload.loading import live
-from tl_fastload.loading.relayout import put_in_layout
-from tl_fastload.loading.resolve import resolved
-from tl_fastload.loading.through_cache import load_through_cache
 from tl_fastload.placement.half_written import forgive
-from tl_fastload.planning import make
-from tl_fastload.planning.plan import LoadPlan
-from tl_fastload.quantized.formats import read_quantization
-from tl_fastload.quantized.spec import quantization_argument
 from tl_fastload.report.load_report import LoadReport
 from tl_fastload.report.progress import ProgressOption
-from tl_fastload.request.adapters import read_adapter_argument
-from tl_fastload.request.argument_types import checked, checked_keywords
-from tl_fastload.request.keywords import sort_keywords
-from tl_fastload.request.options import DEFAULT_DTYPE, DEFAULT_LAYOUT, OWN_ARGUMENTS, Options
-from tl_fastload.roads.road import Recording, Request
+from tl_fastload.request.argument_types import checked
+from tl_fastload.request.options import DEFAULT_DTYPE, DEFAULT_LAYOUT
+from tl_fastload.roads.road import Recording
 
 
-class LeanLoadingMixin:
+class LeanLoadingMixin(Face):
     """Makes a `HookedTransformer` class load lean: `class Mine(LeanLoadingMixin, TheirClass)`.
 
     A class with a loading method of its own, which has to run, comes first instead:
@@ -52,6 +41,7 @@ class LeanLoadingMixin:
     """
 
     load_report: LoadReport
+    _road = ROAD
     _recorder: Recorder | None = None  # while TransformerLens' loading code runs
     _processed: tuple[set[str], Any]
     _hf_config: Any = None  # Hugging Face's configuration, for weights in its naming
@@ -171,13 +161,7 @@ class LeanLoadingMixin:
                 AdapterError, NotEnoughMemory, StrategyError. Raised before weights are read
                 whenever that is possible; nothing half-loaded is returned.
         """
-        request = resolved(_request(**locals()))
-        if check_memory and dequantize:  # transformers reads the weights early
-            make.require_room(request)
-        try:
-            return load_through_cache(request)
-        except NotEnoughMemory as error:
-            raise make.with_advice(request, error) from None
+        return loaded(request_of(road=cls._road, **locals()))
 
     @classmethod
     def from_pretrained_no_processing_lean(
@@ -323,42 +307,6 @@ class LeanLoadingMixin:
 
         live.process(self, steps, record, partial(process_with, self, steps, stock))
 
-    def to_layout_(self, layout: str) -> Any:
-        """Put every parameter of this model, and its gradient, into another memory order, one at a
-        time. Values, shapes, dtypes and the Parameter objects stay.
-
-            optimizer = torch.optim.AdamW(model.to_layout_("stock").parameters(), fused=True)
-
-        Make optimizers afterwards: the states of one that has run keep the order they had.
-        Quantized parameters stay as they are, mapped ones that move are mapped no more.
-
-        Args:
-            layout: "stock" for row-major, "forward" for the order in which the forward pass
-                multiplies.
-
-        Returns:
-            This model.
-
-        Raises:
-            ArgumentError: another `layout`; or parameters without values here (on meta), shared
-                with other tensors or processes, or of a kind that has no strides of its own
-                (DTensor, sparse). Names them; nothing has changed.
-        """
-        put_in_layout(self, layout)
-        return self
-
-    def save_lean(
-        self,
-        folder: str | Path,
-        *,
-        max_shard_bytes: int = MAX_SHARD_BYTES,
-        progress: ProgressOption = None,
-    ) -> Path:
-        """Write this model as it is in memory (processed, quantized, edited) into a folder that
-        `from_pretrained_lean` maps in an instant; see `tl_fastload.save_lean`.
-        """
-        return save_lean(self, folder, max_shard_bytes=max_shard_bytes, progress=progress)
-
     def fill_missing_keys(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Complete a state dict with the model's own defaults; a missing weight matrix is an
         error.
@@ -381,49 +329,5 @@ class LeanLoadingMixin:
         return found
 
 
-def _request(cls: type, from_pretrained_kwargs: dict[str, Any], **arguments: Any) -> Request:
-    """The arguments of `from_pretrained_lean`, sorted by who takes them."""
-    keywords = checked_keywords(from_pretrained_kwargs)
-    arguments = checked(**arguments)
-    own = {name: arguments.pop(name) for name in OWN_ARGUMENTS}
-    own["quantize"] = read_quantization(quantization_argument(own["quantize"], keywords))
-    own["adapter"] = read_adapter_argument(own["adapter"])
-    if "torch_dtype" in keywords:
-        arguments["torch_dtype"] = keywords.pop("torch_dtype")
-    return Request(cls, ROAD, Options(**own), arguments, sort_keywords(keywords))
-
-
 class LeanHookedTransformer(LeanLoadingMixin, HookedTransformer):  # type: ignore[misc]  # our order of arguments
     """`HookedTransformer` that loads lean; everything else about it is TransformerLens' own."""
-
-
-_SIGNATURE = inspect.signature(LeanHookedTransformer.from_pretrained_lean)
-
-
-@guarded("while planning")
-def plan(model_name: str | Path, *args: Any, **kwargs: Any) -> LoadPlan:
-    """Predict what `LeanHookedTransformer.from_pretrained_lean` would take, without loading.
-
-    Reads `config.json` and the headers of the weight files. Of a hub name that is not cached,
-    these are all that is downloaded (of torch files, which have no header to read alone, the
-    sizes).
-
-    Args:
-        model_name: TransformerLens name or alias, any hub name, or a local folder.
-        *args: as for `from_pretrained_lean`.
-        **kwargs: as for `from_pretrained_lean`.
-
-    Returns:
-        Sizes, predicted peaks of this load and of TransformerLens' own, whether it fits here, and
-        what would if it does not.
-
-    Raises:
-        LeanLoadError: what the load itself would raise before it reads weights, but for
-            NotEnoughMemory.
-    """
-    bound = _SIGNATURE.bind(model_name, *args, **kwargs)
-    bound.apply_defaults()
-    return make.plan_load(resolved(_request(cls=LeanHookedTransformer, **bound.arguments)))
-
-
-plan.__signature__ = _SIGNATURE.replace(return_annotation=LoadPlan)  # type: ignore[attr-defined]

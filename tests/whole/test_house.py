@@ -29,7 +29,7 @@ SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("
 ROOMS = (
     *("printable", "errors", "ground", "report", "recipes", "source", "quantized", "request"),
     *("huggingface", "placement", "roads", "hooked", "bridge", "copies", "loading", "planning"),
-    *("cache", "model", "bridge_model"),
+    *("cache", "face", "model", "bridge_model", "faces"),
     *("lightning", "embedded_model", "memory_map", "plots", "quantization", "timeline"),
     *("cli", "__main__"),
 )

@@ -85,7 +85,7 @@ def test_names_are_there_when_they_are_asked_for() -> None:
 
     named = tl_fastload.__getattr__("cache")  # imported by now: as if it were not
     assert named is sys.modules["tl_fastload.cache"]
-    assert tl_fastload.__getattr__("plan") is sys.modules["tl_fastload.model"].plan
+    assert tl_fastload.__getattr__("plan") is sys.modules["tl_fastload.faces"].plan
     assert {"plan", "cache", "__version__"} <= set(dir(tl_fastload))
     assert not hasattr(tl_fastload, "no_such_thing")
     assert not hasattr(tl_fastload, "_hidden")

@@ -2,3 +2,7 @@
 
 Must not know HookedTransformer, planning, copies.
 """
+
+from tl_fastload.ground import compat
+
+compat.require_bridge()

@@ -6,6 +6,7 @@ under the name of the first slot that it belongs to. When it is full, its tensor
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,11 +28,29 @@ class Shelf(nn.Module):
 
     Attributes:
         strides: of each own parameter and buffer, as TransformerLens would have them.
+        finish: puts what was filled into the bridge that it stands for, and returns that.
     """
+
+    finish: Callable[[], Any]
 
     def __init__(self) -> None:
         super().__init__()
         self.strides: dict[str, tuple[int, ...]] = {}
+
+    def put(self, name: str, tensor: torch.Tensor, strides: tuple[int, ...]) -> str:
+        """Add a parameter or a buffer; returns its name, which no other one has."""
+        *path, leaf = name.split(".")
+        owner: Shelf = self
+        for part in path:
+            owner = owner._modules.setdefault(part, Shelf())  # type: ignore[assignment]
+        while leaf in owner._parameters or leaf in owner._buffers:
+            leaf += "_"  # two modules under one name
+        owner.strides[leaf] = strides
+        if isinstance(tensor, nn.Parameter):
+            owner._parameters[leaf] = tensor
+        else:
+            owner._buffers[leaf] = tensor
+        return ".".join((*path, leaf))
 
 
 class BridgeShelf(Shelf):
@@ -64,21 +83,12 @@ class BridgeShelf(Shelf):
 
     def _add(self, views: Views, on_meta: bool) -> str:
         slot, promise = views.slots[0], views.whole
-        *path, leaf = slot.name.split(".")
-        owner: Shelf = self
-        for part in path:
-            owner = owner._modules.setdefault(part, Shelf())  # type: ignore[assignment]
-        while leaf in owner._parameters or leaf in owner._buffers:
-            leaf += "_"  # two modules under one name
-        strides = owner.strides[leaf] = dense_strides(promise.meta)
+        strides = dense_strides(promise.meta)
         device = "meta" if on_meta and slot.is_parameter else "cpu"
         empty = torch.empty_strided(promise.shape, strides, dtype=promise.dtype, device=device)
         if slot.is_parameter:
-            trainable = promise.requires_grad
-            owner._parameters[leaf] = nn.Parameter(empty, requires_grad=trainable)
-        else:
-            owner._buffers[leaf] = empty
-        return ".".join((*path, leaf))
+            empty = nn.Parameter(empty, requires_grad=promise.requires_grad)
+        return self.put(slot.name, empty, strides)
 
     def slots(self, name: str) -> list[Slot]:
         """The slots that a value goes into."""
@@ -113,10 +123,12 @@ def is_small_and_odd(address: int, tensor: torch.Tensor) -> bool:
     return address % _ALLOCATED_AT != 0 and bytes_of(tensor) <= _SMALL_BYTES
 
 
-def strides_in(order: str, module: nn.Module, leaf: str, shape: torch.Size) -> tuple[int, ...]:
-    """Strides of a parameter on a shelf; a bridge has one memory order."""
-    assert isinstance(module, Shelf)
-    return module.strides[leaf]
+def strides_in(order: str, module: nn.Module, name: str, shape: torch.Size) -> tuple[int, ...]:
+    """Strides of a parameter on a shelf, or of a bridge, which has one memory order: its own."""
+    leaf = name.rpartition(".")[2]
+    if isinstance(module, Shelf):
+        return module.strides[leaf]
+    return tuple(getattr(module, leaf).stride())
 
 
 class _Home:

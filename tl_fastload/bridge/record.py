@@ -50,10 +50,30 @@ def record(
     observer: Observer | None = None,
 ) -> Recording:
     """As `tl_fastload.roads.road.Road.record`."""
-    arguments = request.arguments
     _check(request, pretrained)
-    answers = _Answers(request, pretrained, on_meta)
-    requested = {step: bool(arguments[step]) for step in STEPS}
+    bridge, notes = boot_and_process(request, pretrained, is_quiet=on_meta)
+    requested = {step: bool(request.arguments[step]) for step in STEPS}
+    shelf = BridgeShelf(
+        bridge,
+        is_raw=not request.arguments.get(COMPATIBILITY, True),
+        on_meta=request.options.assigns,
+    )
+    shelf.finish = lambda: _finished(bridge, shelf)
+    return Recording(shelf, requested, pretrained, shelf.recipes, notes=notes)
+
+
+def boot_and_process(
+    request: Request, pretrained: Pretrained, *, is_quiet: bool
+) -> tuple[Any, list[str]]:
+    """TransformerLens' bridge, on promises; and notes for the report.
+
+    Args:
+        request: the call; its arguments say what is processed.
+        pretrained: the model.
+        is_quiet: look for no tokenizer.
+    """
+    arguments = request.arguments
+    answers = _Answers(request, pretrained, is_quiet)
     boot = {name: arguments[name] for name in BOOT_ARGUMENTS if arguments.get(name) is not None}
     value = arguments["checkpoint_value"]
     value = arguments["checkpoint_label"] if value is None else value
@@ -71,6 +91,7 @@ def record(
     if arguments.get(COMPATIBILITY, True):
         bridge.__dict__[IS_RECORDING] = True
         try:
+            requested = {step: bool(arguments[step]) for step in STEPS}
             with torch.no_grad():
                 run_stock(lambda: bridge.enable_compatibility_mode(**requested))
         except UnsupportedArchitectureError as error:
@@ -80,14 +101,7 @@ def record(
         finally:
             del bridge.__dict__[IS_RECORDING]
     pretrained.is_recording = False
-    shelf = BridgeShelf(
-        bridge,
-        is_raw=not arguments.get(COMPATIBILITY, True),
-        on_meta=request.options.assigns,
-    )
-    found = Recording(shelf, requested, pretrained, shelf.recipes, notes=answers.notes)
-    found.finish = lambda: _finished(bridge, shelf)
-    return found
+    return bridge, answers.notes
 
 
 def _check(request: Request, pretrained: Pretrained) -> None:
@@ -116,6 +130,11 @@ def _set_up(bridge: Any, arguments: dict[str, Any]) -> None:
 def _finished(bridge: Any, shelf: BridgeShelf) -> Any:
     shelf.clear()
     bridge._layout, bridge._quantization = shelf._layout, shelf._quantization
+    return completed(bridge)
+
+
+def completed(bridge: Any) -> Any:
+    """A bridge whose weights are in their slots: with its tables beside them."""
     require_none_left(bridge)
     _move_tables(bridge)
     return bridge

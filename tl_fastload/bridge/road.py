@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 import torch
 
-from tl_fastload.bridge import steps, versions
+from tl_fastload.bridge import copied, steps, versions
 from tl_fastload.bridge.placing import strides_in
 from tl_fastload.bridge.record import record
 from tl_fastload.errors import ArgumentError
@@ -31,31 +32,36 @@ def _default_device() -> str:
     return str(import_module("transformer_lens.utilities").get_device())
 
 
-def _not_offered(*args: Any, **kwargs: Any) -> Any:
-    raise ArgumentError(
-        "Processed copies, plans and weights under Hugging Face's names are for HookedTransformer; "
-        "a TransformerBridge is loaded with LeanTransformerBridge.from_pretrained_lean."
-    )
+def _finished(model: Any) -> Any:
+    return model.finish()
 
 
 def _record_weights(model: Any, pretrained: Pretrained, flags: Mapping[str, bool]) -> Recording:
-    raise _not_offered()
+    raise ArgumentError(
+        "Weights under Hugging Face's names go into a HookedTransformer only. Load the bridge anew "
+        "from them: LeanTransformerBridge.from_pretrained_lean."
+    )
 
 
 def _folded_names(model: Any) -> list[str]:
     return []  # a bridge keeps the modules of norms that it has folded, with their weights
 
 
+_SUPPORTED = Supported(tuple(sorted(versions.adapters())), _why_not)
+
+
 class BridgeRoad:
     """What `tl_fastload.roads.road.Road` asks for."""
 
     name = "TransformerBridge"
-    supported = Supported(tuple(sorted(versions.adapters())), _why_not)
+    supported = _SUPPORTED
     aliases = staticmethod(versions.aliases)
     record = staticmethod(record)
     record_weights = staticmethod(_record_weights)
-    empty_model = staticmethod(_not_offered)
-    model_on_meta = staticmethod(_not_offered)
+    empty_model = partial(copied.empty_model, supported=_SUPPORTED)
+    model_on_meta = staticmethod(copied.on_meta)
+    finished = staticmethod(_finished)
+    stored = staticmethod(copied.stored)
     default_device = staticmethod(_default_device)
     device_map = staticmethod(_device_map)
     strides_in = staticmethod(strides_in)

@@ -6,10 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
-from tl_fastload.ground import compat
 from tl_fastload.source.aliases import Aliases
 
 _SOURCES = "transformer_lens.model_bridge.sources"
@@ -26,11 +24,6 @@ def bridge_class() -> Any:
 def stock_boot() -> Any:
     """The function behind `TransformerBridge.boot_transformers`."""
     return import_module(f"{_SOURCES}.transformers").boot
-
-
-def has_bridge() -> bool:
-    """Whether this TransformerLens has a TransformerBridge that is known here."""
-    return compat.TRANSFORMER_LENS.major >= 3 and find_spec(_SOURCES) is not None
 
 
 def is_processed(bridge: Any) -> bool:

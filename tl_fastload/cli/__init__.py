@@ -85,7 +85,8 @@ def _main(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Load models into TransformerLens' HookedTransformer with one copy of the weights in memory.
+    """Load models into TransformerLens' HookedTransformer or TransformerBridge with one copy of the
+    weights in memory.
 
     [bold]Examples[/]
 

@@ -16,6 +16,7 @@ import psutil
 import torch
 
 from tl_fastload.cache import default_folder
+from tl_fastload.faces import installed
 from tl_fastload.ground import compat
 from tl_fastload.ground.words import format_bytes, text_table
 from tl_fastload.quantized import formats
@@ -95,6 +96,7 @@ class Diagnosis:
 
     Attributes:
         versions: package -> version, or None where it is not installed.
+        roads: TransformerLens' classes that models can be loaded into, the default first.
         machine: system, processor, cores and memory.
         strategy: which strategy `strategy="auto"` is, and why.
         devices: the CPU first.
@@ -104,6 +106,7 @@ class Diagnosis:
     """
 
     versions: dict[str, str | None]
+    roads: tuple[str, ...]
     machine: dict[str, Any]
     strategy: str
     devices: tuple[Device, ...]
@@ -124,6 +127,7 @@ class Diagnosis:
         del machine["memory_bytes"]  # the CPU's row has it
         return [
             *((name, version or "not installed") for name, version in self.versions.items()),
+            ("loads into", ", ".join(self.roads) or "nothing: TransformerLens is not installed"),
             ("strategy", self.strategy),
             *machine.items(),
             *(device.row() for device in self.devices),
@@ -143,6 +147,7 @@ def diagnose() -> Diagnosis:
     caches = _caches()
     return Diagnosis(
         versions=found,
+        roads=roads(),
         machine=machine(),
         strategy=f"{'assign' if options.assigns else 'copy'} ({options.reason()})",
         devices=devices,
@@ -166,6 +171,12 @@ def versions() -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             found[name] = None
     return found
+
+
+def roads() -> tuple[str, ...]:
+    """TransformerLens' classes that models can be loaded into, as --road names them."""
+    names = {"hooked": "HookedTransformer", "bridge": "TransformerBridge"}
+    return tuple(f"{names[road]} (--road {road})" for road in installed())
 
 
 def machine() -> dict[str, Any]:

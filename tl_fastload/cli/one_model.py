@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tl_fastload.cli.console import console, draw, give, libraries_to_stderr, show_rows
-from tl_fastload.cli.options import Drawn, Model, Written, command
+from tl_fastload.cli.options import Drawn, Model, Written, command, lean_class
 from tl_fastload.errors import ArgumentError
 from tl_fastload.ground.words import format_bytes
 
@@ -32,10 +32,8 @@ def plan(model: Model, arguments: dict[str, Any], json: Written = None, plot: Dr
         json: Write the plan as JSON; - for standard output.
         plot: Draw the plan into this file (.png, .pdf ...).
     """
-    from tl_fastload import model as models
-
     with libraries_to_stderr():
-        found = models.plan(model, **arguments)
+        found = lean_class(model, arguments).plan(model, **arguments)
     give(json, found.to_dict, lambda: show_rows(found))
     draw(plot, found.plot)
     if not found.fits:
@@ -71,11 +69,10 @@ def load(
         map: Draw where the memory of each layer lies into this file.
         cache: Keep a processed copy and map it the next time. By default as TL_FASTLOAD_CACHE says.
     """
-    from tl_fastload.model import LeanHookedTransformer
     from tl_fastload.plots import plot_memory_map
 
     with libraries_to_stderr():
-        loaded = LeanHookedTransformer.from_pretrained_lean(model, cache=cache, **arguments)
+        loaded = lean_class(model, arguments).from_pretrained_lean(model, cache=cache, **arguments)
         predicted = None if prompt is None else _predictions(loaded, prompt, top)
     report = loaded.load_report
 
@@ -138,11 +135,10 @@ def save(
         folder: Where to write the copy; a new or empty folder.
     """
     from tl_fastload.copies.write import check_target
-    from tl_fastload.model import LeanHookedTransformer
 
     check_target(folder)
     with libraries_to_stderr():
-        loaded = LeanHookedTransformer.from_pretrained_lean(model, **arguments)
+        loaded = lean_class(model, arguments).from_pretrained_lean(model, **arguments)
         written = loaded.save_lean(folder)
     size_bytes = sum(path.stat().st_size for path in written.rglob("*") if path.is_file())
     console().print(Text(f"Saved {loaded.load_report.source} in {written}"))

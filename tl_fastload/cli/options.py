@@ -18,6 +18,8 @@ from tl_fastload.request.steps import STEPS
 
 QUANTIZATIONS = ("8bit", "nf4", "fp4")
 """What `quantize=` may say. The formats tell (a test compares), but take torch to import."""
+ROADS = ("hooked", "bridge")
+"""What `--road` may say. `tl_fastload.faces` tells (a test compares), but takes torch to import."""
 # The last of them is no part of the processing that is on by default.
 _STEPS = STEPS[:-1]
 
@@ -59,6 +61,7 @@ def _always(*, debug: Debug = False) -> None:
 
 def _shared(
     *,
+    road: Annotated[str | None, typer.Option(metavar="ROAD")] = None,
     dtype: str | None = None,
     processing: bool = True,
     skip: Annotated[list[str] | None, typer.Option(metavar="STEP")] = None,
@@ -82,6 +85,9 @@ def _shared(
     """The options of a load.
 
     What to load:
+        road: Into which of TransformerLens' classes: hooked (HookedTransformer) or bridge
+            (TransformerBridge). By default what a processed copy is of, else the first of the two
+            that is installed.
         dtype: Of the parameters: float32, bfloat16 or float16. By default float32, or what a
             processed copy was saved in.
         processing: TransformerLens' folding and centring, as from_pretrained does or as
@@ -124,12 +130,20 @@ def _arguments(given: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `from_pretrained_lean` for what was given on the command line."""
     skipped, processing, mmap = given.pop("skip") or [], given.pop("processing"), given.pop("mmap")
     check_known("--skip", skipped, _STEPS)
+    check_known("--road", [given["road"]] if given["road"] else [], ROADS)
     steps = {step: processing and step not in skipped for step in _STEPS}
     arguments = {**given, **steps, "mmap": "auto" if mmap is None else mmap}
     arguments["local_files_only"] = arguments.pop("offline")
     return {
         name: value for name, value in arguments.items() if value or name not in _PASSED_IF_GIVEN
     }
+
+
+def lean_class(model: str, arguments: dict[str, Any]) -> Any:
+    """The class that a command loads with; takes the road out of the arguments."""
+    from tl_fastload import faces
+
+    return faces.lean_class(arguments.pop("road") or faces.road_for(model))
 
 
 def check_known(option: str, given: Sequence[str], known: Sequence[str]) -> None:

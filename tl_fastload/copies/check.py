@@ -21,6 +21,16 @@ from tl_fastload.roads.road import Request
 _PICKED = (*CHECKPOINT_ARGUMENTS, "hf_model")
 
 
+def check_road(manifest: Manifest, request: Request, folder: Path) -> None:
+    """Raise ArgumentError if a copy is of another of TransformerLens' classes than is loaded."""
+    if manifest.road != request.road.name:
+        raise ArgumentError(
+            f"{folder} is a processed copy of a {manifest.road}, and {request.cls.__name__} loads "
+            f"a {request.road.name}: use Lean{manifest.road}, or load the original "
+            f"({manifest.source})."
+        )
+
+
 def check_asked_for(manifest: Manifest, cfg: Any, request: Request, folder: Path) -> None:
     """Raise ArgumentError if the caller asks for something else than what was saved."""
     options, arguments, keywords = request.options, request.arguments, request.keywords
@@ -81,9 +91,9 @@ def check_steps(manifest: Manifest, cfg: Any, request: Request, folder: Path) ->
     flags = ", ".join(f"{step}={manifest.flags[step]}" for step in STEPS)
     remedy = f"Pass {flags}"
     if not done:
-        remedy = (
-            "Load it with from_pretrained_no_processing_lean (then process_weights_() processes it)"
-        )
+        ways = ("boot_transformers_lean", "from_pretrained_no_processing_lean")
+        way = next((way for way in ways if hasattr(request.cls, way)), ways[0])
+        remedy = f"Load it with {way} (then process_weights_() processes it)"
     raise ArgumentError(
         f"{folder} was saved with these processing steps: {', '.join(done) or 'none'}; asked for: "
         f"{', '.join(wanted) or 'none'}. {remedy}, or load the original ({manifest.source})."

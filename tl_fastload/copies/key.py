@@ -46,6 +46,8 @@ def entry_name(request: Request) -> str:
         "versions": versions(),
         "numbers": _NUMBERS,
         "class": f"{request.cls.__module__}.{request.cls.__qualname__}",
+        # Not for the first road: keys are those of versions that had no other.
+        **({} if request.road.name == "HookedTransformer" else {"road": request.road.name}),
         "source": _source(located.location),
         "files": keywords.files,
         "overrides": keywords.overrides,
@@ -59,7 +61,7 @@ def entry_name(request: Request) -> str:
             for item in fields(options)
             if item.name not in (*_NOT_IN_THE_NUMBERS, "layout")
         },
-        # Not where it is the default: keys are those of versions that had no other.
+        # Not where it is the default: likewise.
         **({} if options.layout == FORWARD else {"layout": options.layout}),
         "adapter": [
             (_source(place), weight)

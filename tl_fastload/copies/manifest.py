@@ -90,6 +90,8 @@ class Manifest:
         files: name of a weight file -> its size "bytes", and "header", the SHA-256 of its header.
         versions: of the libraries that wrote it.
         layout: memory order of the parameters; in the JSON where it is not "forward".
+        built: what the road needs beside tensors to build the model, its name under "road"; None
+            for a HookedTransformer.
         read_checksum: `model_checksum` of the JSON that this was read from; None for a new copy.
     """
 
@@ -111,7 +113,13 @@ class Manifest:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: versions())
     layout: str = FORWARD
+    built: dict[str, Any] | None = None
     read_checksum: str | None = field(default=None, compare=False)
+
+    @property
+    def road(self) -> str:
+        """TransformerLens' class whose model it is."""
+        return "HookedTransformer" if self.built is None else str(self.built["road"])
 
     @property
     def payload(self) -> list[str]:
@@ -135,6 +143,8 @@ class Manifest:
             values["quantization"] = asdict(self.quantization)
         if self.layout == FORWARD:  # earlier versions, which know no other, read such copies
             del values["layout"]
+        if self.built is None:  # likewise
+            del values["built"]
         return {"format_version": FORMAT_VERSION, **_encode(values)}
 
 
@@ -263,15 +273,26 @@ def checked_geometry(view: View, entry: TensorEntry) -> torch.Tensor:
     return torch.empty_strided(view.shape, view.strides, dtype=entry.dtype, device="meta")
 
 
-def configuration_fields(cfg: Any) -> tuple[dict[str, Any], list[str]]:
+def configuration_fields(cfg: Any, *, is_computed: bool) -> tuple[dict[str, Any], list[str]]:
     """The fields of a configuration, and which of them another TransformerLens may lack.
+
+    Args:
+        cfg: of the model.
+        is_computed: whether it is computed anew when the copy is loaded; what its class does not
+            declare and JSON cannot hold is left out then.
 
     Raises:
         SaveError: a field holds what JSON cannot.
     """
-    values = {name: _plain(name, value) for name, value in vars(cfg).items()}
-    values["device"] = None  # chosen when the copy is loaded
     declared = {item.name: item.default for item in fields(cfg)}
+    values = {}
+    for name, value in vars(cfg).items():
+        try:
+            values[name] = _plain(name, value)
+        except SaveError:
+            if not is_computed or name in declared:
+                raise
+    values["device"] = None  # chosen when the copy is loaded
     optional = [n for n in values if n not in declared or values[n] == declared[n]]
     return values, optional
 
@@ -347,7 +368,8 @@ def _decode(value: Any) -> Any:
 
 
 def _model_checksum(body: Mapping[str, Any]) -> str:
-    return _checksum({name: body.get(name) for name in _OF_THE_MODEL})
+    named = {name: body.get(name) for name in _OF_THE_MODEL}
+    return _checksum({**named, **({"built": body["built"]} if "built" in body else {})})
 
 
 def _checksum(body: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tl_fastload import quantized
-from tl_fastload.copies.check import check_asked_for, check_names, check_steps
+from tl_fastload.copies.check import check_asked_for, check_names, check_road, check_steps
 from tl_fastload.copies.layout import layout_of, moved
 from tl_fastload.copies.manifest import (
     Manifest,
@@ -132,6 +132,7 @@ def _load(
         _check_room(manifest, entries, reader, device_of, moves)
     with let_go_on_error(model, manifest.source or manifest.model_class):
         mapped_bytes = _place(model, manifest, entries, reader, options, device_of, moves)
+    model = request.road.finished(model)
     model._layout = str(layout_of(manifest, options))
     model._processed = (
         {step for step, on in manifest.flags.items() if on},
@@ -164,6 +165,7 @@ def checked_configuration(manifest: Manifest, request: Request, folder: Path) ->
         ArgumentError: arguments that contradict what was saved.
         CheckpointError: this TransformerLens lacks a field of the configuration.
     """
+    check_road(manifest, request, folder)
     cfg = build_configuration(manifest, request.road.config_class, str(folder))
     check_asked_for(manifest, cfg, request, folder)
     check_steps(manifest, cfg, request, folder)
@@ -216,19 +218,20 @@ def _build(
     def build() -> Any:
         found: list[str] = []
         model = request.road.empty_model(
-            request.cls,
+            request,
             cfg,
             found,
             tokenizer,
             hf_config=hf_config,
-            trust_remote_code=trust,
+            built=manifest.built,
             **made,
         )
         notes[:] = [*earlier, *found]
         return model
 
     earlier = list(notes)
-    model = _build_without_values(build, manifest) if request.options.assigns else None
+    on_meta = request.options.assigns and manifest.built is None
+    model = _build_without_values(build, manifest) if on_meta else None
     model = build() if model is None else model
     cfg.tokenizer_name, cfg.init_weights = as_saved
     return model

@@ -54,7 +54,9 @@ _MANIFEST: Mapping[str, Rule] = {
     "files": table_of(TABLE),
     "versions": table_of(TEXT),
 }
-_LATER: Mapping[str, Rule] = {"adapters": TEXTS, "hf_config": TABLE | NOTHING}
+_LATER: Mapping[str, Rule] = {
+    **{"adapters": TEXTS, "hf_config": TABLE | NOTHING, "built": TABLE | NOTHING},
+}
 _VERSIONS = ("tl_fastload", "torch", "transformers", "transformer_lens")
 _VIEW: Mapping[str, Rule] = {
     "tensors": table_of(TEXT),
@@ -97,6 +99,8 @@ def check_manifest(values: Mapping[str, Any], label: str, remedy: str) -> None:
 
     check(values, _MANIFEST, "")
     check(values, _LATER, "", required=False)
+    if values.get("built") is not None:
+        check(values["built"], {"road": TEXT}, ", built")
     check(values["flags"], dict.fromkeys(STEPS, FLAG), ", flags")
     check(values["versions"], dict.fromkeys(_VERSIONS, TEXT), ", versions")
     check(values["configuration"], _CONFIGURATION, ", configuration", required=False)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import nn
 
 from tl_fastload.copies.folders import (
     is_planted,
@@ -69,7 +68,7 @@ class _Stored:
 class _Plan:
     """Everything that will be written, found before the first byte is."""
 
-    model: nn.Module
+    model: Any
     stored: list[_Stored] = field(default_factory=list)
     parameters: dict[str, View] = field(default_factory=dict)
     buffers: dict[str, View] = field(default_factory=dict)
@@ -97,7 +96,7 @@ class _Plan:
                 continue  # depend on the longest prompt so far; computed anew when needed
             _check_dtype(name, buffer)
             flat = buffer.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest = hashlib.sha256(memoryview(flat.numpy())).hexdigest()  # type: ignore[arg-type]
+            digest = hashlib.sha256(memoryview(flat.numpy())).hexdigest()
             key = (buffer.dtype, buffer.shape, digest)
             if key not in same:  # every layer has the same tables
                 same[key] = self._plain(name, buffer, tuple(buffer.contiguous().stride()))
@@ -159,7 +158,8 @@ def save_lean(
     from. A failure, or the end of the process, leaves what was there before.
 
     Args:
-        model: a HookedTransformer, also inside `torch.compile` or a parallel wrapper.
+        model: a HookedTransformer or a TransformerBridge, also inside `torch.compile` or a parallel
+            wrapper.
         folder: a new or empty folder, or an earlier copy.
         max_shard_bytes: size of a weight file, unless one parameter is larger.
         progress: None for a bar when somebody watches, True or False, or a function of a
@@ -205,7 +205,7 @@ def write_copy(
     _check_model(model)
     target = expanded_to_write(folder, SaveError).absolute()
     check_target(target)
-    plan = _Plan(model)
+    plan = _Plan(road_of(model).stored(model))
     plan.add_parameters()
     plan.add_buffers()
     try:
@@ -273,7 +273,8 @@ def _payload(target: Path) -> list[str]:
 
 def _describe(model: Any, plan: _Plan, tokenizer_home: Path | None) -> Manifest:
     report = getattr(model, "load_report", None)
-    configuration, optional = configuration_fields(model.cfg)
+    built = getattr(plan.model, "built", None)
+    configuration, optional = configuration_fields(model.cfg, is_computed=built is not None)
     copy_id = new_owner()
     return Manifest(
         copy_id=copy_id,
@@ -289,8 +290,9 @@ def _describe(model: Any, plan: _Plan, tokenizer_home: Path | None) -> Manifest:
         parameters=plan.parameters,
         buffers=plan.buffers,
         adapters=list(getattr(report, "adapters", ())),
-        hf_config=_hf_config(model),
+        hf_config=_hf_config(plan.model),
         layout=plan.order,
+        built=built,
     )
 
 

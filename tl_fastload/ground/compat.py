@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module, metadata
+from importlib.util import find_spec
+from pathlib import Path
 from types import FunctionType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -162,11 +164,34 @@ CONFIG_DTYPE_NAME = "dtype" if Version("4.56") <= TRANSFORMERS else "torch_dtype
 
 def require_hooked_transformer() -> None:
     """Raise MissingPackageError on a TransformerLens that has no HookedTransformer any more."""
-    if TRANSFORMER_LENS >= HOOKED_TRANSFORMER_GONE_IN:
+    if not has_hooked_transformer():
         raise MissingPackageError(
             f"TransformerLens {TRANSFORMER_LENS} has no HookedTransformer, which "
             "LeanHookedTransformer loads into. Take tl_fastload.LeanTransformerBridge, or pip "
             'install "transformer-lens>=2.8,<4".'
+        )
+
+
+def has_hooked_transformer() -> bool:
+    """Whether the installed TransformerLens has the HookedTransformer."""
+    return Version("0") < TRANSFORMER_LENS < HOOKED_TRANSFORMER_GONE_IN
+
+
+@cache
+def has_bridge() -> bool:
+    """Whether the installed TransformerLens has a TransformerBridge that is known here."""
+    found = find_spec("transformer_lens")  # not of a part of it, which would import it
+    folders = [] if found is None else found.submodule_search_locations or []
+    return any((Path(folder) / "model_bridge" / "sources").is_dir() for folder in folders)
+
+
+def require_bridge() -> None:
+    """Raise MissingPackageError on a TransformerLens that has no TransformerBridge yet."""
+    if not has_bridge():
+        raise MissingPackageError(
+            f"TransformerLens {TRANSFORMER_LENS} has no TransformerBridge, which "
+            "LeanTransformerBridge loads into. Take tl_fastload.LeanHookedTransformer, or pip "
+            'install "transformer-lens>=3".'
         )
 
 

@@ -45,7 +45,8 @@ def check_bases(cls: type, mixin: type) -> None:
         )
     settled = {name for one in before for name in vars(one)}
     for base in behind:
-        if not issubclass(HookedTransformer, base):  # which the mixin is made for
+        # Those of the class that the mixin is made for, and the mixin's own, go together.
+        if not (issubclass(HookedTransformer, base) or issubclass(mixin, base)):
             found = [text for name, text in _hidden(base, mixin) if name not in settled]
             if found:
                 raise ArgumentError(_message(cls, base, found))

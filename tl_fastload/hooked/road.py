@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from transformer_lens import HookedTransformerConfig
@@ -15,12 +14,28 @@ from tl_fastload.hooked.empty import build_empty, build_on_meta, device_map
 from tl_fastload.hooked.layout import strides_in
 from tl_fastload.hooked.official_names import aliases
 from tl_fastload.hooked.record import record
-from tl_fastload.roads.road import Road
+from tl_fastload.roads.road import Request, Road
 
 
 def _is_unused(name: str, cfg: Any) -> bool:
     # TransformerLens before 3 has no attention sinks.
     return name.endswith(".sinks") and not hasattr(cfg, "use_attention_sinks")
+
+
+def _empty_model(
+    request: Request, cfg: Any, notes: list[str], tokenizer: Any, *, built: Any, **keywords: Any
+) -> Any:
+    trust = request.keywords.trust_remote_code
+    return build_empty(
+        *(request.cls, cfg, notes, tokenizer),
+        trust_remote_code=trust,
+        move_to_device=False,
+        **keywords,
+    )
+
+
+def _itself(model: Any) -> Any:
+    return model
 
 
 class HookedRoad:
@@ -32,8 +47,10 @@ class HookedRoad:
     aliases = staticmethod(aliases)
     record = staticmethod(record)
     record_weights = staticmethod(record_weights)
-    empty_model = partial(build_empty, move_to_device=False)
-    model_on_meta = staticmethod(build_on_meta)
+    empty_model = staticmethod(_empty_model)
+    model_on_meta = staticmethod(lambda cls, cfg, built: build_on_meta(cls, cfg))
+    finished = staticmethod(_itself)
+    stored = staticmethod(_itself)
     default_device = staticmethod(default_device)
     device_map = staticmethod(device_map)
     strides_in = staticmethod(strides_in)

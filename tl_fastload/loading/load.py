@@ -48,8 +48,7 @@ def load(request: Request) -> Any:
             checks.check_recipes(recording)
             sampler.mark("placing")
             placer = place(request, recording, sampler.watch)
-            if recording.finish is not None:
-                recording.model = recording.finish()
+            recording.model = request.road.finished(recording.model)
             reader.files.check_all()
     finally:
         reader.close()

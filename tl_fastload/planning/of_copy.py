@@ -52,7 +52,7 @@ def plan_copy(request: Request, folder: Path) -> LoadPlan:
     manifest, entries = open_copy(folder)
     cfg = checked_configuration(manifest, request, folder)
     cfg.init_weights = False  # no seed is to be set
-    model = request.road.model_on_meta(request.cls, cfg)
+    model = request.road.model_on_meta(request.cls, cfg, manifest.built)
     check_names(model, manifest, folder)
     device_of = request.road.device_map(model, request.arguments["move_to_device"])
     moves = moved(model, manifest, request.options)

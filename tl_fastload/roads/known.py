@@ -16,14 +16,14 @@ _HOMES = {
     "TransformerBridge": "tl_fastload.bridge.road",
 }
 # What stands for a model until it is filled.
-_STANDING_IN = {"BridgeShelf": "tl_fastload.bridge.road"}
+_STANDING_IN = {"Shelf": "tl_fastload.bridge.road"}
 
 
 def road_of(model: Any, error: type[LeanLoadError] = ArgumentError) -> Road:
     """The road of a model, loaded by tl_fastload or not.
 
     Args:
-        model: any module.
+        model: any module, or what a road fills in place of one.
         error: what is raised if it is of no class that has one.
     """
     for cls in type(model).__mro__:

@@ -81,7 +81,6 @@ class Recording:
         recipes: name of a parameter or buffer -> how its value comes about. Others are ignored.
         shifts: name of a quantized matrix -> what processing takes out of its inputs.
         notes: for the report.
-        finish: makes the model that the load returns of the filled one, if that is another.
     """
 
     model: Any
@@ -90,7 +89,6 @@ class Recording:
     recipes: dict[str, Promise] = field(default_factory=dict)
     shifts: dict[str, Promise] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    finish: Callable[[], Any] | None = None
 
 
 class Road(Protocol):
@@ -145,29 +143,41 @@ class Road(Protocol):
 
     def empty_model(
         self,
-        cls: type,
+        request: Request,
         cfg: Any,
         notes: list[str],
         tokenizer: Any,
         *,
         hf_config: Any,
-        trust_remote_code: bool,
+        built: Mapping[str, Any] | None,
         **keywords: Any,
     ) -> Any:
-        """A model without values, of a configuration that was saved.
+        """A model without values, of a configuration that was saved, or what is filled in its
+        place.
 
         Args:
-            cls: its class.
+            request: the call; its processing steps are those that were done.
             cfg: its configuration; not changed.
             notes: gets what the report has to say.
             tokenizer: its tokenizer; None for a model without one.
             hf_config: transformers' configuration, or None.
-            trust_remote_code: whether code that comes with a tokenizer may run.
+            built: what `stored` said; None without.
             **keywords: for the class.
+
+        Raises:
+            LeanLoadError: there can be no such model here.
         """
 
-    def model_on_meta(self, cls: type, cfg: Any) -> Any:
+    def model_on_meta(self, cls: type, cfg: Any, built: Mapping[str, Any] | None) -> Any:
         """The same on the meta device, without a tokenizer: shapes and dtypes only."""
+
+    def finished(self, model: Any) -> Any:
+        """The model that a load returns of what it has filled, which may stand for another one."""
+
+    def stored(self, model: Any) -> Any:
+        """A module whose parameters and buffers are what a copy holds of a model; under the name
+        `built` it may say what else is needed to build the model, as JSON has it.
+        """
 
     def default_device(self) -> str:
         """The device on which TransformerLens puts a model if none is asked for."""

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from tl_fastload.cli.bench.synthetic import Shape, parse_shape
 from tl_fastload.cli.console import console, draw, give, say
-from tl_fastload.cli.options import QUANTIZATIONS, Drawn, Written, check_known, command
+from tl_fastload.cli.options import QUANTIZATIONS, ROADS, Drawn, Written, check_known, command
 from tl_fastload.ground.words import format_bytes
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def bench(
     dtype: list[str] | None = None,
     strategy: list[str] | None = None,
     quantize: list[str] | None = None,
+    road: str | None = None,
     processing: bool = True,
     stock: bool = True,
     repeats: Annotated[int, typer.Option(min=1)] = 3,
@@ -61,6 +62,8 @@ def bench(
         dtype: To load in, by default float32; may be repeated.
         strategy: auto, assign or copy, by default auto; may be repeated.
         quantize: Also quantized while loading; may be repeated.
+        road: Into which of TransformerLens' classes: hooked (HookedTransformer) or bridge
+            (TransformerBridge); by default the first of the two that is installed.
         processing: Fold and centre the weights.
         stock: Measure TransformerLens' own loader, too; it takes several times the memory.
         repeats: Processes for each load.
@@ -74,14 +77,19 @@ def bench(
     check_known("--dtype", dtypes, _DTYPES)
     check_known("--strategy", strategies, _STRATEGIES)
     check_known("--quantize", kinds, QUANTIZATIONS)
+    check_known("--road", [road] if road else [], ROADS)
     from tl_fastload.cli.bench import run
     from tl_fastload.cli.bench.loads import Contender
+    from tl_fastload.faces import installed
 
+    on = road or next(iter(installed()), "hooked")
     contenders = []  # what is compared stands together
     for one in dict.fromkeys(dtypes):
-        contenders += [Contender("stock", one, processing)] if stock else []
-        contenders += [Contender("lean", one, processing, way) for way in strategies]
-    contenders += [Contender("lean", dtypes[0], processing, quantize=kind) for kind in kinds]
+        contenders += [Contender("stock", one, processing, road=on)] if stock else []
+        contenders += [Contender("lean", one, processing, way, road=on) for way in strategies]
+    contenders += [
+        Contender("lean", dtypes[0], processing, quantize=kind, road=on) for kind in kinds
+    ]
     with run.subject_of(what, keep) as subject:
         found = run.run(subject, list(dict.fromkeys(contenders)), repeats, _announce)
     label = subject.label

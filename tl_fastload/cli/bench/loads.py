@@ -28,6 +28,7 @@ class Contender:
         processed: whether TransformerLens' processing (folding, centring) is on.
         strategy: passed to the lean loader.
         quantize: passed to the lean loader.
+        road: into which class, "hooked" or "bridge".
     """
 
     loader: str
@@ -35,6 +36,7 @@ class Contender:
     processed: bool = True
     strategy: str = "auto"
     quantize: str | None = None
+    road: str = "hooked"
 
     @property
     def name(self) -> str:
@@ -42,6 +44,8 @@ class Contender:
         parts = [self.loader, self.quantize or self.dtype]
         if not self.processed:
             parts.append("unprocessed")
+        if self.road != "hooked":
+            parts.append(self.road)
         if self.strategy != "auto":
             parts.append(self.strategy)
         return " ".join(parts)
@@ -61,6 +65,12 @@ def prepare(
     wanted = Contender(**contender)
     with contextlib.suppress(ValueError, KeyError):  # transformers does not know the toy models
         import_architecture(Path(folder))
+    if wanted.road == "bridge":
+        if wanted.loader == "stock":
+            found = stock_bridge(folder, wanted.dtype, wanted.processed)
+            return found, lambda loaded: {"parameter_bytes": unique_bytes(loaded.parameters())}
+        more = {"strategy": wanted.strategy, "quantize": wanted.quantize}
+        return lean_bridge(model, wanted.dtype, wanted.processed, **more), _describe_lean
     if wanted.loader == "stock":
         return _with_phases(stock_load(stock_name, wanted.dtype, wanted.processed))
     more = {"strategy": wanted.strategy, "quantize": wanted.quantize}
@@ -124,6 +134,34 @@ def _onto_the_cpu(load: Load, model: str | Path, dtype: str) -> Load:
     blank_tokenizer()  # its imports
     arguments: dict[str, Any] = {"dtype": torch_dtype(dtype), "device": "cpu"}
     return lambda **more: load(model, tokenizer=blank_tokenizer(), **arguments, **more)
+
+
+def stock_bridge(folder: str | Path, dtype: str, processed: bool) -> Load:
+    """TransformerLens' own TransformerBridge of a folder, in compatibility mode if processed."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    wanted, tokenizer = torch_dtype(dtype), blank_tokenizer()
+
+    def act() -> Any:
+        bridge = TransformerBridge.boot_transformers(
+            str(folder), dtype=wanted, device="cpu", tokenizer=tokenizer
+        )
+        if processed:
+            bridge.enable_compatibility_mode(disable_warnings=True)
+        return bridge
+
+    return act
+
+
+def lean_bridge(model: str | Path, dtype: str, processed: bool, **more: Any) -> Load:
+    """This package's loader of a TransformerBridge."""
+    from tl_fastload import LeanTransformerBridge
+
+    arguments: dict[str, Any] = {"dtype": torch_dtype(dtype), "device": "cpu"}
+    arguments["tokenizer"] = blank_tokenizer()
+    if not processed:
+        return lambda: LeanTransformerBridge.boot_transformers_lean(model, **arguments)
+    return lambda: LeanTransformerBridge.from_pretrained_lean(model, **arguments, **more)
 
 
 def torch_dtype(name: str) -> torch.dtype:

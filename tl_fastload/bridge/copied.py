@@ -1,0 +1,229 @@
+"""A bridge in a processed copy: which memory each of its tensors is, and the bridge built anew
+around what was saved.
+
+A copy holds each memory once. What a bridge looks like around it (modules, hooks, aliases) is made
+by TransformerLens' boot and processing, on promises that are never evaluated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from tl_fastload.bridge.placing import Shelf
+from tl_fastload.bridge.record import COMPATIBILITY, boot_and_process, completed
+from tl_fastload.bridge.slots import ATTRIBUTE, Slot, is_plain, slots_of
+from tl_fastload.errors import ArgumentError, CheckpointError
+from tl_fastload.ground.geometry import dense_strides
+from tl_fastload.ground.sizes import bytes_of
+from tl_fastload.ground.words import listed
+from tl_fastload.huggingface.config import Supported
+from tl_fastload.huggingface.pretrained import Pretrained
+from tl_fastload.quantized import QuantizedTensor
+from tl_fastload.request.contradictions import CHECKPOINT_ARGUMENTS
+from tl_fastload.roads.road import Request
+from tl_fastload.source.reader import FileReader
+
+_REBUILT = ("device", "tokenizer_name", "init_weights", "trust_remote_code")
+"""Fields of a configuration that are the new bridge's own."""
+
+
+class StoredShelf(Shelf):
+    """The memories of a bridge, each once, under the name of its first slot.
+
+    Attributes:
+        cfg: the bridge's.
+        built: what a copy says of the bridge; "slots" has for each slot its memory and its form.
+    """
+
+    def __init__(self, cfg: Any, built: dict[str, Any]) -> None:
+        super().__init__()
+        self.cfg, self.built = cfg, built
+
+
+def stored(bridge: Any) -> StoredShelf:
+    """As `tl_fastload.roads.road.Road.stored`."""
+    slots = _by_name(slots_of(bridge))
+    forms: dict[str, Any] = {}
+    built = {
+        "road": "TransformerBridge",
+        "compatibility": bool(bridge.compatibility_mode),
+        "slots": forms,
+    }
+    shelf = StoredShelf(bridge.cfg, built)
+    shelf._hf_config = bridge.original_model.config
+    homes: dict[int, dict[str, Slot]] = {}
+    for name, slot in slots.items():
+        homes.setdefault(_memory(slot.tensor), {})[name] = slot
+    for entries in homes.values():
+        whole = next((name for name, slot in entries.items() if _fills(slot.tensor)), None)
+        first: dict[int, str] = {}
+        for name, slot in entries.items():
+            home = first.setdefault(id(slot.tensor), name) if whole is None else whole
+            same = first.setdefault(id(slot.tensor), name)
+            forms[name] = _form(slot, home, same, offset=whole is not None)
+        for name in first.values() if whole is None else (whole,):
+            _store(shelf, name, slots[name].tensor)
+    return shelf
+
+
+def _by_name(slots: list[Slot]) -> dict[str, Slot]:
+    found: dict[str, Slot] = {}
+    for slot in slots:
+        name = slot.name
+        while name in found:
+            name += "_"  # two modules under one name
+        found[name] = slot
+    return found
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    is_strided = not isinstance(tensor, QuantizedTensor)
+    return int(tensor.untyped_storage()._cdata) if is_strided else id(tensor)
+
+
+def _fills(tensor: torch.Tensor) -> bool:
+    if isinstance(tensor, QuantizedTensor):
+        return True
+    return is_plain(tensor) and tensor.untyped_storage().nbytes() == bytes_of(tensor)
+
+
+def _form(slot: Slot, home: str, same: str, *, offset: bool) -> dict[str, Any]:
+    tensor, is_parameter = slot.tensor, isinstance(slot.tensor, nn.Parameter)
+    return {
+        "memory": home,
+        "same": same,
+        "kind": slot.kind,
+        "shape": list(tensor.shape),
+        "strides": list(tensor.stride()) if offset else list(dense_strides(tensor.to("meta"))),
+        "offset": int(tensor.storage_offset()) if offset else 0,
+        "is_parameter": is_parameter,
+        "requires_grad": bool(tensor.requires_grad),
+    }
+
+
+def _store(shelf: StoredShelf, name: str, tensor: torch.Tensor) -> None:
+    strides = tuple(tensor.stride())
+    if not isinstance(tensor, QuantizedTensor):
+        strides = strides if is_plain(tensor) else dense_strides(tensor.to("meta"))
+    made = shelf.put(name, tensor if isinstance(tensor, nn.Parameter) else tensor.detach(), strides)
+    assert made == name
+
+
+def on_meta(cls: type, cfg: Any, built: Mapping[str, Any] | None) -> StoredShelf:
+    """As `tl_fastload.roads.road.Road.model_on_meta`: the memories that a copy holds."""
+    shelf = StoredShelf(cfg, dict(built or {}))
+    for name, form in shelf.built.get("slots", {}).items():
+        if form["memory"] == name:
+            strides = tuple(form["strides"])
+            tensor = torch.empty_strided(form["shape"], strides, dtype=cfg.dtype, device="meta")
+            tensor = nn.Parameter(tensor, form["requires_grad"]) if form["is_parameter"] else tensor
+            shelf.put(name, tensor, strides)
+    return shelf
+
+
+def empty_model(
+    request: Request,
+    cfg: Any,
+    notes: list[str],
+    tokenizer: Any,
+    *,
+    hf_config: Any,
+    built: Mapping[str, Any] | None,
+    supported: Supported,
+    **keywords: Any,
+) -> Shelf:
+    """As `tl_fastload.roads.road.Road.empty_model`: what is filled in place of the bridge, and
+    whose `finish` gives it.
+    """
+    label = str(request.arguments["model_name"])
+    if built is None or hf_config is None:
+        raise CheckpointError(
+            f"{label} has no configuration of transformers' that this version can read, and no "
+            "bridge can be built without. Load the original."
+        )
+    _check_mode(request, built, label)
+    bridge = _built(request, cfg, tokenizer, hf_config, supported, label)
+    _as_saved(bridge, cfg)
+    if "default_padding_side" in keywords and bridge.tokenizer is not None:
+        bridge.tokenizer.padding_side = keywords["default_padding_side"]
+    slots = _by_name(slots_of(bridge))
+    _check_slots(slots, built["slots"], label)
+    shelf = on_meta(request.cls, bridge.cfg, built)
+    shelf.finish = lambda: _filled(bridge, slots, shelf)
+    return shelf
+
+
+def _check_mode(request: Request, built: Mapping[str, Any], label: str) -> None:
+    asked = bool(request.arguments.get(COMPATIBILITY, True))
+    if asked != bool(built["compatibility"]):
+        how = "from_pretrained_lean" if built["compatibility"] else "boot_transformers_lean"
+        raise ArgumentError(
+            f"{label} was saved {'in' if built['compatibility'] else 'without'} compatibility "
+            f"mode: load it with {request.cls.__name__}.{how}."
+        )
+
+
+def _built(
+    request: Request, cfg: Any, tokenizer: Any, hf_config: Any, supported: Supported, label: str
+) -> Any:
+    """The bridge on promises, whose weights are nowhere."""
+    chosen = dict.fromkeys((*CHECKPOINT_ARGUMENTS, "hf_model", "first_n_layers", "n_ctx"))
+    chosen |= dict.fromkeys(("default_prepend_bos", "default_padding_side"))
+    as_saved = {**chosen, "dtype": cfg.dtype, "device": str(cfg.device), "tokenizer": tokenizer}
+    changed = replace(request, arguments={**request.arguments, **as_saved})
+    pretrained = Pretrained.of_weights(label, {}, hf_config, supported, FileReader())
+    pretrained.keywords = request.keywords
+    return boot_and_process(changed, pretrained, is_quiet=True)[0]
+
+
+def _as_saved(bridge: Any, cfg: Any) -> None:
+    """Put the fields of the configuration right that somebody has changed since the boot."""
+    for name, value in vars(cfg).items():
+        if not name.startswith("_") and name not in _REBUILT:
+            own = getattr(bridge.cfg, name, None)
+            if (list(own) if isinstance(own, tuple) else own) != value:
+                setattr(bridge.cfg, name, value)
+
+
+def _check_slots(slots: Mapping[str, Slot], saved: Mapping[str, Any], label: str) -> None:
+    """Raise CheckpointError if the bridge is built of other tensors than were saved."""
+    wrong = [
+        f"missing in the copy: {name}"
+        for name, slot in slots.items()
+        if name not in saved and (slot.kind != ATTRIBUTE or type(slot.tensor) is not torch.Tensor)
+    ]
+    for name, form in saved.items():
+        if name not in slots:
+            wrong += [f"not in the bridge: {name}"] if form["kind"] != ATTRIBUTE else []
+        elif list(slots[name].tensor.shape) != form["shape"]:
+            shape = list(slots[name].tensor.shape)
+            wrong.append(f"{name} is {form['shape']} in the copy, {shape} in the bridge")
+    if wrong:
+        raise CheckpointError(
+            f"{label} does not hold the bridge that TransformerLens builds here: "
+            f"{listed(sorted(wrong), 10)}. Load it with the class and versions that saved it, or "
+            "load the original."
+        )
+
+
+def _filled(bridge: Any, slots: Mapping[str, Slot], shelf: StoredShelf) -> Any:
+    tensors = {**dict(shelf.named_parameters()), **dict(shelf.named_buffers())}
+    made: dict[str, torch.Tensor] = {}
+    for name, form in shelf.built["slots"].items():
+        if form["same"] not in made:
+            whole = tensors[form["memory"]]
+            made[form["same"]] = whole if form["memory"] == name else _view(whole, form)
+        if name in slots:
+            slots[name].tensor = made[form["same"]]
+    return completed(bridge)
+
+
+def _view(whole: torch.Tensor, form: Mapping[str, Any]) -> torch.Tensor:
+    offset = whole.storage_offset() + form["offset"]
+    view = whole.detach().as_strided(form["shape"], form["strides"], offset)
+    return nn.Parameter(view, form["requires_grad"]) if form["is_parameter"] else view
