@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -48,6 +49,28 @@ def test_every_command_has_help_with_examples(name: str) -> None:
     assert "Examples" in written
     assert f"tl-fastload {name}" in written
     assert "--debug" in written
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_says_what_it_means(name: str) -> None:
+    found: Any = typer.main.get_command(cli.app)
+    for word in name.split():
+        found = found.commands[word]
+    assert len(found.params) > 1
+    for parameter in found.params:
+        assert len(parameter.help or "") > 8, parameter.name
+        assert parameter.help == " ".join(parameter.help.split())
+
+
+def test_options_stand_in_groups_and_what_is_off_has_one_name() -> None:
+    loads: Any = typer.main.get_command(cli.app)
+    options = {one.name: one for one in loads.commands["load"].params}
+    groups = {one.rich_help_panel for one in options.values()}
+    assert groups == {None, "What to load", "How to load it", "Where it is"}
+    assert options["revision"].rich_help_panel == "Where it is"
+    assert (options["offline"].opts, options["offline"].secondary_opts) == (["--offline"], [])
+    assert options["check_base"].secondary_opts == ["--no-check-base"]
+    assert options["n_ctx"].metavar == "N"
 
 
 def test_the_list_of_commands_tells_the_exit_codes() -> None:

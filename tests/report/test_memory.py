@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -49,6 +52,20 @@ def test_the_thread_samples_by_itself_and_ends() -> None:
         del block
     assert sampler.peak_anonymous_bytes > 60 * MIB
     assert not sampler._thread.is_alive()
+
+
+def test_another_process_is_watched_until_it_ends() -> None:
+    code = "held = bytearray(b'x') * (64 << 20); print(flush=True); input()"
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert host_memory(process.pid).anonymous_bytes > 60 * MIB
+        with PeakSampler(process=process.pid) as sampler:
+            process.kill()
+            process.wait()
+            sampler.look()  # finds nothing, and says nothing
+    assert sampler.peak_host_bytes < MIB
 
 
 def test_the_thread_ends_after_an_error() -> None:

@@ -126,6 +126,13 @@ def test_peaks_as_bars() -> None:
         plots.plot_peaks([Measurement("stock", error="failed: x")], "Peaks")
 
 
+def test_figures_stand_behind_the_bar_and_the_mark() -> None:
+    mapped = Measurement("lean", (1.5,), MIB, 2 * MIB, facts={"parameter_bytes": 10 * MIB})
+    held = Measurement("stock", (1.5,), 30 * MIB, 30 * MIB, facts={"parameter_bytes": 10 * MIB})
+    axes = plots.plot_peaks([mapped, held], "Peaks").axes[0]
+    assert [text.xy[0] for text in axes.texts] == [10, 30]
+
+
 def test_the_memory_map_counts_every_byte_once(zoo: Any) -> None:
     model = lean_model(zoo("llama-gqa"))
     parts = memory_map(model)

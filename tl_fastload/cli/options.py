@@ -190,6 +190,7 @@ def _parameters(function: Callable[..., None]) -> dict[str, inspect.Parameter]:
         for name, text in _ENTRY.findall(entries):
             type_, info = _declared(found[name])
             info.help = " ".join(text.split())
+            info.show_default = found[name].default is not None
             info.rich_help_panel = None if panel == "Args" else panel
             found[name] = found[name].replace(annotation=Annotated[type_, info])
     return found
