@@ -42,7 +42,6 @@ def test_stock_is_transformers(case_id: str, bridge_zoo_folder: BridgeZoo) -> No
     wanted = bridge_stock.hf_log_probs(case_id, folder, type(bridge.original_model))
     raw = snapshot(bridge, case_id)
     assert (bridge_stock.log_probs(raw.logits) - wanted).abs().max() < TOLERANCE
-    assert differences(raw, snapshot(bridge, case_id)) == []  # no random numbers in the forward
     assert without_values(bridge) == []
     if case_id in RAW_ONLY:
         with pytest.raises(Exception, match=RAW_ONLY[case_id]):

@@ -66,6 +66,12 @@ LACKS: tuple[Lack, ...] = (
     ),
     Lack(
         "transformer_lens",
+        "<4",
+        "TransformerLens 3 offloads no bridge",
+        tests=("bridge/test_bridge_errors.py::test_an_offloaded_bridge",),
+    ),
+    Lack(
+        "transformer_lens",
         "<3",
         "TransformerLens has no TransformerBridge",
         files=(
@@ -192,11 +198,13 @@ LACKS: tuple[Lack, ...] = (
 
 # TransformerLens, torch, SAELens ("0": not installed) -> skipped tests of the parity suite.
 SKIPPED: dict[tuple[str, str, str], int] = {
-    ("3.9.0", "2.13.0", "0"): 16,
+    ("4.3.0", "2.13.0", "0"): 16,
+    ("4.0.0", "2.13.0", "0"): 32,
+    ("3.9.0", "2.13.0", "0"): 28,
     ("3.9.0", "2.13.0", "6.54.12"): 0,
-    ("2.18.0", "2.13.0", "0"): 96,
-    ("2.16.1", "2.13.0", "0"): 139,
-    ("2.8.1", "2.0.1", "0"): 346,
+    ("2.18.0", "2.13.0", "0"): 101,
+    ("2.16.1", "2.13.0", "0"): 144,
+    ("2.8.1", "2.0.1", "0"): 351,
 }
 
 
