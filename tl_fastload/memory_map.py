@@ -3,7 +3,6 @@
 from typing import Any
 
 from tl_fastload.ground.role import RoleOf
-from tl_fastload.hooked import names
 from tl_fastload.report import memory_map as maps
 from tl_fastload.report.memory_map import STATES, Part
 from tl_fastload.roads.known import road_of
@@ -18,7 +17,7 @@ def memory_map(model: Any) -> list[Part]:
     systems than Linux), it counts as dense.
 
     Args:
-        model: a `HookedTransformer`.
+        model: a HookedTransformer or a TransformerBridge.
 
     Raises:
         HalfWrittenError: a step in place was interrupted in it.
@@ -27,8 +26,5 @@ def memory_map(model: Any) -> list[Part]:
 
 
 def role_in(model: Any) -> RoleOf:
-    """What each parameter of a model is; those of classes without a road may have the names that
-    TransformerLens gives to most.
-    """
-    road = road_of(model)
-    return names.role if road is None else road.role
+    """What each parameter of a model is."""
+    return road_of(model).role
