@@ -226,5 +226,6 @@ def test_weights_for_a_live_bridge_are_refused(
     bridge_zoo_folder: BridgeZoo,
 ) -> None:
     bridge = lean(bridge_zoo_folder("gpt2"))
-    with pytest.raises(ArgumentError, match="TransformerBridge"):
-        load_weights_(bridge, bridge_zoo_folder("gpt2"))
+    for source in (bridge_zoo_folder("gpt2"), bridge.state_dict(), bridge):
+        with pytest.raises(ArgumentError, match="fills a HookedTransformer"):
+            load_weights_(bridge, source)
