@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from tests.cli.test_cli import flat, run
 from tl_fastload import cli, faces
 from tl_fastload.cli import options
 from tl_fastload.errors import MissingPackageError
 from tl_fastload.ground import compat
 
 pytestmark = pytest.mark.skipif(not compat.has_bridge(), reason="no TransformerBridge")
+
+
+def run(*arguments: str | Path, code: int = 0) -> Any:
+    """Run a command in this process, which must end with `code`."""
+    done = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    assert done.exit_code == code, (done.exit_code, done.output, done.exception)
+    return done
+
+
+def flat(text: str) -> str:
+    """Text without the frames and line breaks of a block."""
+    return re.sub(r"[\s│╭╮╰╯─]+", " ", text)
 
 
 def test_the_roads_are_those_that_there_are() -> None:
@@ -47,7 +61,6 @@ def test_doctor_tells_the_roads() -> None:
 
 
 def test_a_road_that_is_lacking_names_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    compat.has_bridge.cache_clear()
     monkeypatch.setattr(compat, "has_bridge", lambda: False)
     monkeypatch.setattr(compat, "has_hooked_transformer", lambda: False)
     with pytest.raises(MissingPackageError, match="LeanHookedTransformer"):
@@ -55,4 +68,3 @@ def test_a_road_that_is_lacking_names_the_other(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(MissingPackageError, match="LeanTransformerBridge"):
         compat.require_hooked_transformer()
     assert faces.installed() == ()
-    assert cli.app is not None
