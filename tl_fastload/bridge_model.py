@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tl_fastload.face import Face, loaded, request_of
 from tl_fastload.ground.boundary import guarded
 from tl_fastload.ground.mark import require_whole
 from tl_fastload.ground.own_defaults import own_defaults
+from tl_fastload.placement.own_values import parameter_versions
 from tl_fastload.placement.values_here import require_values
 from tl_fastload.quantized.spec import as_dtype
 from tl_fastload.report.load_report import LoadReport
@@ -26,6 +28,7 @@ from tl_fastload.report.progress import Progress, ProgressOption
 from tl_fastload.request.argument_types import checked
 from tl_fastload.request.options import DEFAULT_DTYPE, DEFAULT_LAYOUT
 from tl_fastload.request.steps import STEPS
+from tl_fastload.roads.known import describe_steps
 
 _SPREADING = ("device_map", "n_devices", "max_memory", "offload_folder")
 
@@ -302,6 +305,40 @@ class LeanBridgeMixin(Face):
             return
         with torch.inference_mode(False), own_defaults(), Progress(None) as progress:
             process_in_place(bridge, lambda: run_stock(lambda: stock(verbose, **flags)), progress)
+        bridge._processed = ({n for n, on in flags.items() if on}, parameter_versions(bridge))
+        if hasattr(bridge, "load_report"):
+            steps = describe_steps(bridge, flags)
+            bridge.load_report = replace(bridge.load_report, processing=steps)
+
+    def process_weights_(
+        self,
+        fold_ln: bool = True,
+        center_writing_weights: bool = True,
+        center_unembed: bool = True,
+        refactor_factored_attn_matrices: bool = False,
+        fold_value_biases: bool = True,
+    ) -> None:
+        """`enable_compatibility_mode` under the name that it has on `LeanHookedTransformer`.
+
+        Args:
+            fold_ln: fold the norm weights into the following layer.
+            center_writing_weights: give what writes to the residual stream zero mean.
+            center_unembed: give the unembedding zero mean over the vocabulary.
+            refactor_factored_attn_matrices: make the factors of the QK and OV circuits even.
+            fold_value_biases: fold the value biases into the output bias.
+
+        Raises:
+            LeanLoadError: as `process_weights`.
+        """
+        bridge: Any = self
+        bridge.enable_compatibility_mode(
+            disable_warnings=True,
+            fold_ln=fold_ln,
+            center_writing_weights=center_writing_weights,
+            center_unembed=center_unembed,
+            fold_value_biases=fold_value_biases,
+            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
+        )
 
 
 @cache

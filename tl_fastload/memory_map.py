@@ -16,7 +16,7 @@ def memory_map(model: Any) -> list[Part]:
     systems than Linux), it counts as dense.
 
     Args:
-        model: a `HookedTransformer`.
+        model: a HookedTransformer or a TransformerBridge.
 
     Raises:
         ArgumentError: a model of another class.

@@ -79,4 +79,6 @@ def test_shared_elements_count_once() -> None:
     x = torch.zeros(10, 10)
     assert unique_bytes([x, x.view(10, 10), torch.zeros(3)]) == 412
     assert unique_bytes([x[:5], x[5:]]) == 400
+    y = torch.zeros(4, 6)
+    assert unique_bytes([y.T[:2], y, y[:, 2:4]]) == 96  # views into one of them
     assert unique_bytes([]) == 0

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from tl_fastload.bridge import versions
 from tl_fastload.bridge.placing import Shelf
-from tl_fastload.bridge.record import COMPATIBILITY, boot_and_process, completed
+from tl_fastload.bridge.record import COMPATIBILITY, PROCESSED, boot_and_process, completed
 from tl_fastload.bridge.slots import ATTRIBUTE, Slot, is_plain, slots_of
 from tl_fastload.errors import ArgumentError, CheckpointError
 from tl_fastload.ground.geometry import dense_strides
@@ -27,7 +28,18 @@ from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.request.contradictions import CHECKPOINT_ARGUMENTS
 from tl_fastload.roads.road import Request
 from tl_fastload.source.reader import FileReader
+from tl_fastload.source.schemas import FLAG, OFFSET, OFFSETS, TEXT, Rule, check, table_of
 
+_FORM = Rule(
+    "the form of a tensor",
+    lambda form: (
+        isinstance(form, dict)
+        and all(TEXT.fits(form.get(name)) for name in ("memory", "same"))
+        and all(OFFSETS.fits(form.get(name)) for name in ("shape", "strides"))
+        and all(OFFSET.fits(form.get(name)) for name in ("kind", "offset"))
+        and all(FLAG.fits(form.get(name)) for name in ("is_parameter", "requires_grad"))
+    ),
+)
 _REBUILT = ("device", "tokenizer_name", "init_weights", "trust_remote_code")
 """Fields of a configuration that are the new bridge's own."""
 
@@ -52,6 +64,7 @@ def stored(bridge: Any) -> StoredShelf:
     built = {
         "road": "TransformerBridge",
         "compatibility": bool(bridge.compatibility_mode),
+        "processed": versions.is_processed(bridge),
         "slots": forms,
     }
     shelf = StoredShelf(bridge.cfg, built)
@@ -141,12 +154,17 @@ def empty_model(
     whose `finish` gives it.
     """
     label = str(request.arguments["model_name"])
+    if built is not None:
+        rules = {"compatibility": FLAG, "processed": FLAG, "slots": table_of(_FORM)}
+        check(built, rules, f"{label} is damaged, built", "Save the copy again.")
     if built is None or hf_config is None:
         raise CheckpointError(
             f"{label} has no configuration of transformers' that this version can read, and no "
             "bridge can be built without. Load the original."
         )
     _check_mode(request, built, label)
+    mode = {COMPATIBILITY: built["compatibility"], PROCESSED: built["processed"]}
+    request = request.changed(**mode)
     bridge = _built(request, cfg, tokenizer, hf_config, supported, label)
     _as_saved(bridge, cfg)
     if "default_padding_side" in keywords and bridge.tokenizer is not None:
@@ -160,10 +178,11 @@ def empty_model(
 
 def _check_mode(request: Request, built: Mapping[str, Any], label: str) -> None:
     asked = bool(request.arguments.get(COMPATIBILITY, True))
-    if asked != bool(built["compatibility"]):
-        how = "from_pretrained_lean" if built["compatibility"] else "boot_transformers_lean"
+    # One whose weights alone were processed comes back as it was.
+    if asked != (built["compatibility"] or built["processed"]):
+        how = "from_pretrained_lean" if not asked else "boot_transformers_lean"
         raise ArgumentError(
-            f"{label} was saved {'in' if built['compatibility'] else 'without'} compatibility "
+            f"{label} was saved {'without' if asked else 'in'} compatibility "
             f"mode: load it with {request.cls.__name__}.{how}."
         )
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import re
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,9 @@ from tl_fastload.roads.road import Recording, Request
 IS_RECORDING = "_is_recording"
 COMPATIBILITY = "compatibility"
 """An argument of requests: False leaves a bridge as it is booted."""
+
+PROCESSED = "processed"
+"""Likewise: whether weights are processed; by default in compatibility mode, and not without."""
 
 BOOT_ARGUMENTS = ("hf_config_overrides", "model_class", "checkpoint_index", "n_ctx", "tokenizer")
 """Arguments of `boot_transformers` that it gets as they are."""
@@ -88,12 +92,18 @@ def boot_and_process(
         **boot,
     )
     _set_up(bridge, arguments)
-    if arguments.get(COMPATIBILITY, True):
+    in_mode = arguments.get(COMPATIBILITY, True)
+    is_processed = arguments.get(PROCESSED, in_mode)
+    if in_mode or is_processed:
         bridge.__dict__[IS_RECORDING] = True
         try:
             requested = {step: bool(arguments[step]) for step in STEPS}
+            if in_mode:
+                act = partial(bridge.enable_compatibility_mode, no_processing=not is_processed)
+            else:
+                act = bridge.process_weights
             with torch.no_grad():
-                run_stock(lambda: bridge.enable_compatibility_mode(**requested))
+                run_stock(lambda: act(**requested))
         except UnsupportedArchitectureError as error:
             if pretrained.missing() or not pretrained.ledger.fits:
                 raise (error.__cause__ or error) from None  # the load says what is wrong with them

@@ -38,8 +38,7 @@ def _finished(model: Any) -> Any:
 
 def _record_weights(model: Any, pretrained: Pretrained, flags: Mapping[str, bool]) -> Recording:
     raise ArgumentError(
-        "Weights under Hugging Face's names go into a HookedTransformer only. Load the bridge anew "
-        "from them: LeanTransformerBridge.from_pretrained_lean."
+        "Weights under Hugging Face's names go into a HookedTransformer only: load the bridge anew."
     )
 
 

@@ -120,6 +120,11 @@ def load_weights_(
     checked(**dict(processing or {}))
     model = unwrapped(model)
     road = road_of(model)
+    if road.stored(model) is not model:
+        raise ArgumentError(
+            f"load_weights_ fills a HookedTransformer, and this is a {road.name}: load it anew "
+            "from these weights with from_pretrained_lean, or call load_state_dict with its names."
+        )
     require_values(model, "load_weights_")
     reader = FileReader()
     try:

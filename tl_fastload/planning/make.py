@@ -188,6 +188,9 @@ class _Stock:
         ledger, options = draft.ledger, draft.request.options
         if draft.pretrained.spec is not None or options.dequantize or ledger is None:
             return cls(note="TransformerLens' own loader does not load quantized checkpoints.")
+        if not ledger.is_told:
+            name = draft.request.road.name
+            return cls(note=f"What TransformerLens' own loader of a {name} takes is not predicted.")
         buffers = sum(draft.buffer_bytes().values())
         device = None
         if any(draft.placer.device_of(name).type != "cpu" for name in draft.recording.recipes):

@@ -44,9 +44,11 @@ class StockLedger:
         peak_anonymous_bytes: highest host memory that no file backs.
         peak_host_bytes: highest resident host memory, file pages included.
         peak_device_bytes: highest memory on the other device.
+        is_told: whether a road has told of anything.
     """
 
     def __init__(self) -> None:
+        self.is_told = False
         self.peak_anonymous_bytes = 0
         self.peak_host_bytes = 0
         self.peak_device_bytes = 0
@@ -112,6 +114,7 @@ class StockLedger:
 
     def prepare(self, model: nn.Module) -> None:
         """Count what building the model touches: torch fills the weights of its linear layers."""
+        self.is_told = True
         self._to_fill = {name: bytes_of(parameter) for name, parameter in model.named_parameters()}
         for prefix, module in model.named_modules():
             if isinstance(module, nn.Linear):

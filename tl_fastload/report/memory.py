@@ -225,12 +225,25 @@ def stored_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 def unique_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the elements that these tensors hold; tensors on the same elements count once."""
-    seen: set[tuple[int, int]] = set()
-    total = 0
-    parts = [part for tensor in tensors for part in stored_parts(tensor)]
-    for tensor in parts:
-        size = bytes_of(tensor)
-        if (tensor.data_ptr(), size) not in seen:
-            seen.add((tensor.data_ptr(), size))
+    spans = {(str(part.device), *_span(part), bytes_of(part)) for part in _parts_of(tensors)}
+    total, device, reached = 0, "", 0
+    # The first at an address is the longest: others may be views into it.
+    for where, start, end, size in sorted(spans, key=lambda span: (*span[:2], -span[2])):
+        if where != device or end > reached or start == 0:
             total += size
+            reached = end if where != device else max(reached, end)
+            device = where
     return total
+
+
+def _parts_of(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    return [part for tensor in tensors for part in stored_parts(tensor)]
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """The first address of a tensor's elements, and the first behind them."""
+    start, size = tensor.data_ptr(), bytes_of(tensor)
+    if size and tensor.layout == torch.strided:
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        size = (sum((n - 1) * step for n, step in steps) + 1) * tensor.element_size()
+    return start, start + size

@@ -1,0 +1,70 @@
+"""The command line on both roads."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from tl_fastload import cli, faces
+from tl_fastload.cli import options
+from tl_fastload.errors import MissingPackageError
+from tl_fastload.ground import compat
+
+pytestmark = pytest.mark.skipif(not compat.has_bridge(), reason="no TransformerBridge")
+
+
+def run(*arguments: str | Path, code: int = 0) -> Any:
+    """Run a command in this process, which must end with `code`."""
+    done = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    assert done.exit_code == code, (done.exit_code, done.output, done.exception)
+    return done
+
+
+def flat(text: str) -> str:
+    """Text without the frames and line breaks of a block."""
+    return re.sub(r"[\s│╭╮╰╯─]+", " ", text)
+
+
+def test_the_roads_are_those_that_there_are() -> None:
+    assert options.ROADS == faces.ROADS
+    assert set(faces.installed()) <= set(faces.ROADS)
+    written = flat(run("plan", "x", "--road", "cars", code=2).output)
+    assert "'cars' is none of hooked, bridge" in written
+
+
+def test_a_bridge_from_plan_to_copy(bridge_zoo_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder = bridge_zoo_folder("gpt2")
+    arguments = ["--road", "bridge", "--device", "cpu"]
+    planned = json.loads(run("plan", folder, *arguments, "--json", "-").stdout)
+    assert "TransformerBridge" in planned["stock_note"]
+    done = run("load", folder, *arguments, "--prompt", "w5 w9", "--json", "-")
+    loaded = json.loads(done.stdout)
+    assert loaded["report"]["processing"]["fold_ln"] == "done"
+    assert len(loaded["predictions"]) == 5
+    copy = tmp_path / "copy"
+    run("save", folder, copy, *arguments)
+    # The copy says which road it is of.
+    again = json.loads(run("load", copy, "--prompt", "w5 w9", "--json", "-").stdout)
+    assert again["report"]["reason"] == "a processed copy"
+    assert again["predictions"] == loaded["predictions"]
+    assert "A processed copy" in run("plan", copy).stdout
+
+
+def test_doctor_tells_the_roads() -> None:
+    assert "TransformerBridge (--road bridge)" in flat(run("doctor").output)
+
+
+def test_a_road_that_is_lacking_names_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "has_bridge", lambda: False)
+    monkeypatch.setattr(compat, "has_hooked_transformer", lambda: False)
+    with pytest.raises(MissingPackageError, match="LeanHookedTransformer"):
+        compat.require_bridge()
+    with pytest.raises(MissingPackageError, match="LeanTransformerBridge"):
+        compat.require_hooked_transformer()
+    assert faces.installed() == ()
