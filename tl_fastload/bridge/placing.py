@@ -11,9 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from tl_fastload.bridge import names
 from tl_fastload.bridge.slots import Slot, Views, by_memory, slots_of
 from tl_fastload.ground.geometry import dense_strides
+from tl_fastload.ground.role import Role, RoleOf
 from tl_fastload.ground.sizes import bytes_of
+from tl_fastload.huggingface.keys import is_conv1d
+from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.recipes.nodes import Call, SourceView, aten
 from tl_fastload.recipes.promise import Promise
 from tl_fastload.source.reader import FileSource
@@ -80,6 +84,19 @@ class BridgeShelf(Shelf):
             owner._buffers[leaf] = empty
         return ".".join((*path, leaf))
 
+    def role(self, name: str) -> Role:
+        """What a parameter is, as the module that holds it has it."""
+        found = names.role(name)
+        home = self._homes.get(name)
+        if home is None or found.kind != "matrix":
+            return found
+        module = home.slots[0].module
+        if found.what == "router" and name.replace(".gate.", ".in.") in self._homes:
+            found = names.role(name.replace(".gate.", ".gate_proj."))
+        if found.part == "other" and not isinstance(module, nn.Linear):
+            return Role() if not is_conv1d(type(module)) else names.turned(found)
+        return names.turned(found) if is_conv1d(type(module)) else found
+
     def slots(self, name: str) -> list[Slot]:
         """The slots that a value goes into."""
         return self._homes[name].slots
@@ -113,10 +130,23 @@ def is_small_and_odd(address: int, tensor: torch.Tensor) -> bool:
     return address % _ALLOCATED_AT != 0 and bytes_of(tensor) <= _SMALL_BYTES
 
 
-def strides_in(order: str, module: nn.Module, leaf: str, shape: torch.Size) -> tuple[int, ...]:
+def roles_in(model: nn.Module) -> RoleOf:
+    """What the parameters of a shelf, or of a bridge, are."""
+    return model.role if isinstance(model, BridgeShelf) else names.role
+
+
+def strides_in(order: str, module: nn.Module, name: str, shape: torch.Size) -> tuple[int, ...]:
     """Strides of a parameter on a shelf; a bridge has one memory order."""
     assert isinstance(module, Shelf)
-    return module.strides[leaf]
+    return module.strides[name.rpartition(".")[2]]
+
+
+def _view(tensor: torch.Tensor, meta: torch.Tensor, offset: int) -> torch.Tensor:
+    if isinstance(tensor, QuantizedTensor):
+        # Rows are taken out once, not at each product; successive ones stay shared.
+        place = meta.shape, meta.stride(), offset
+        return QuantizedTensor.of_view(tensor.content, *place, tensor.dtype).compact()
+    return tensor.detach().as_strided(meta.shape, meta.stride(), offset)
 
 
 class _Home:
@@ -145,7 +175,8 @@ class _Home:
         ):
             if same == len(made):
                 offset = tensor.storage_offset() + meta.storage_offset()
-                view = tensor.detach().as_strided(meta.shape, meta.stride(), offset)
+                view: Any = _view(tensor, meta, offset)
+                trainable = trainable and not isinstance(view, QuantizedTensor)
                 made.append(nn.Parameter(view, trainable) if is_parameter else view)
             else:
                 made.append(made[same])

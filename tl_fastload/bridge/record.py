@@ -91,12 +91,6 @@ def record(
 
 
 def _check(request: Request, pretrained: Pretrained) -> None:
-    if pretrained.spec is not None or request.options.quantize is not None:
-        raise ArgumentError(
-            "A TransformerBridge is loaded lean from unquantized weights, without quantize=. "
-            "TransformerBridge.boot_transformers takes quantized ones, and dequantize=True makes "
-            "ordinary weights of them here."
-        )
     if request.arguments["n_devices"] > 1:
         raise ArgumentError(
             "n_devices= above 1 spreads a model by transformers' own loading: use "
@@ -150,6 +144,8 @@ class _Answers:
         """transformers' configuration, with as many layers as are wanted."""
         self._revision = revision
         config = copy.deepcopy(self._pretrained.config)
+        # Its layers are plain ones, whose weights are bytes.
+        config.__dict__.pop("quantization_config", None)
         part = text_config(config)
         if self._n_layers is None:
             return config

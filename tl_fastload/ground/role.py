@@ -58,7 +58,7 @@ class Role:
     @property
     def is_projection(self) -> bool:
         """Whether it is a matrix of a linear map inside a block, such as quantization is for."""
-        return self.kind == "matrix" and self.part != "embedding" and self.what != "router"
+        return self.kind == "matrix" and self.part != "embedding" and "expert" not in self.sides
 
     @property
     def writes(self) -> int | None:
