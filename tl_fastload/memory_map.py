@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from tl_fastload.errors import ArgumentError
 from tl_fastload.ground.role import RoleOf
 from tl_fastload.hooked import names
 from tl_fastload.report import memory_map as maps
@@ -30,5 +31,7 @@ def role_in(model: Any) -> RoleOf:
     """What each parameter of a model is; those of classes without a road may have the names that
     TransformerLens gives to most.
     """
-    road = road_of(model)
-    return names.role if road is None else road.role
+    try:
+        return road_of(model).role
+    except ArgumentError:
+        return names.role

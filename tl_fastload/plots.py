@@ -5,13 +5,8 @@ from typing import Any
 
 from tl_fastload.memory_map import role_in
 from tl_fastload.report.pictures import layers
-from tl_fastload.report.pictures.loads import (
-    Series,
-    plot_load,
-    plot_peaks,
-    plot_plan,
-    plot_timelines,
-)
+from tl_fastload.report.pictures.loads import Series, plot_load, plot_peaks, plot_timelines
+from tl_fastload.report.pictures.plan import plot_plan
 
 __all__ = ["Series", "plot_load", "plot_memory_map", "plot_peaks", "plot_plan", "plot_timelines"]
 

@@ -16,7 +16,6 @@ from tl_fastload import plots
 from tl_fastload.cli.bench.process import Measurement
 from tl_fastload.errors import ArgumentError, MissingPackageError
 from tl_fastload.memory_map import memory_map
-from tl_fastload.report.pictures import loads
 from tl_fastload.report.timeline import Phase, Timeline
 
 MIB = 1 << 20
@@ -58,7 +57,7 @@ def test_what_is_no_stock_load_is_refused(zoo: Any) -> None:
 
 def test_no_timeline_is_an_error() -> None:
     with pytest.raises(ArgumentError, match="no memory over time"):
-        loads.plot_timelines([loads.Series("lean", Timeline(), 1)], "nothing")
+        plots.plot_timelines([plots.Series("lean", Timeline(), 1)], "nothing")
 
 
 def test_the_watched_memory_of_a_stock_load_is_drawn(zoo: Any) -> None:
@@ -119,12 +118,12 @@ def test_peaks_as_bars() -> None:
     good = Measurement(
         "lean float32", (1.5,), 20 * MIB, 30 * MIB, facts={"parameter_bytes": 10 * MIB}
     )
-    written = texts(loads.plot_peaks([good, Measurement("stock", error="failed: x")], "Peaks"))
+    written = texts(plots.plot_peaks([good, Measurement("stock", error="failed: x")], "Peaks"))
     assert "lean float32" in written
     assert "2.00x, 1.50 s" in written
     assert "stock" not in written
     with pytest.raises(ArgumentError, match="nothing to draw"):
-        loads.plot_peaks([Measurement("stock", error="failed: x")], "Peaks")
+        plots.plot_peaks([Measurement("stock", error="failed: x")], "Peaks")
 
 
 def test_the_memory_map_counts_every_byte_once(zoo: Any) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 import tl_fastload
 from tests.support.comparison import lean_model
-from tl_fastload.report.timeline import MOST_POINTS, Phase, Recorder, StockPhases
+from tl_fastload.report.timeline import MOST_POINTS, Phase, PhaseWatch, Recorder
 
 
 def until(happens: Callable[[], bool]) -> None:
@@ -71,7 +71,7 @@ def test_phases_of_a_stock_load_are_read_from_the_stack() -> None:
     def load_and_process_state_dict() -> None:
         until(lambda: len(seen.phases) > 2)
 
-    with StockPhases() as seen:
+    with PhaseWatch() as seen:
         get_pretrained_state_dict()
         load_and_process_state_dict()
     names = [phase.name for phase in seen.phases]

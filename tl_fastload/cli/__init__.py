@@ -21,15 +21,13 @@ from typer.core import TyperGroup
 from tl_fastload.cli.bench import bench
 from tl_fastload.cli.cache import cache_app
 from tl_fastload.cli.console import show_error
-from tl_fastload.cli.doctor import doctor_command
-from tl_fastload.cli.load import load
-from tl_fastload.cli.plan import plan_command
-from tl_fastload.cli.save import save
+from tl_fastload.cli.doctor import doctor
+from tl_fastload.cli.one_model import load, plan, save
+from tl_fastload.cli.options import Debug
 from tl_fastload.errors import LeanLoadError
 from tl_fastload.ground.compat import __version__
 
 EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
-_DEBUG = "--debug"
 _PASSED_ON = ("Exit", "Abort", "ClickException", "UsageError", "BadParameter")
 
 
@@ -43,31 +41,22 @@ class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except LeanLoadError as error:
-            _show_traceback()
-            show_error("Error", str(error))
-            raise typer.Exit(EXIT_ERROR) from None
-        except (KeyboardInterrupt, _Terminated) as error:
-            _show_traceback()
-            terminated = isinstance(error, _Terminated)
-            show_error("Ended" if terminated else "Interrupted", "Nothing is left behind.")
-            raise typer.Exit(EXIT_TERMINATED if terminated else EXIT_INTERRUPTED) from None
-        except Exception as error:
+        except (Exception, KeyboardInterrupt, _Terminated) as error:
             if any(cls.__name__ in _PASSED_ON for cls in type(error).__mro__):
                 raise  # how typer says usage errors and exits
-            _show_traceback()
-            hint = "" if _debug() else f"Run it again with {_DEBUG} for the traceback."
-            show_error(type(error).__name__, str(error), hint)
+            debug = "--debug" in sys.argv or bool(os.environ.get("TL_FASTLOAD_DEBUG"))
+            if debug:
+                traceback.print_exc()
+            if isinstance(error, (KeyboardInterrupt, _Terminated)):
+                terminated = isinstance(error, _Terminated)
+                show_error("Ended" if terminated else "Interrupted", "Nothing is left behind.")
+                raise typer.Exit(EXIT_TERMINATED if terminated else EXIT_INTERRUPTED) from None
+            if isinstance(error, LeanLoadError):
+                show_error("Error", str(error))
+            else:
+                hint = "" if debug else "Run it again with --debug for the traceback."
+                show_error(type(error).__name__, str(error), hint)
             raise typer.Exit(EXIT_ERROR) from None
-
-
-def _debug() -> bool:
-    return _DEBUG in sys.argv or bool(os.environ.get("TL_FASTLOAD_DEBUG"))
-
-
-def _show_traceback() -> None:
-    if _debug():
-        traceback.print_exc()
 
 
 app = typer.Typer(
@@ -94,7 +83,7 @@ def _main(
         bool,
         typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
     ] = False,
-    debug: Annotated[bool, typer.Option(_DEBUG, help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Load models into TransformerLens' HookedTransformer with one copy of the weights in memory.
 
@@ -113,12 +102,12 @@ def _main(
     warnings.filterwarnings("ignore", message="HookedTransformer", category=DeprecationWarning)
 
 
-app.command("plan")(plan_command)
+app.command("plan")(plan)
 app.command("load")(load)
 app.command("bench")(bench)
 app.command("save")(save)
 app.add_typer(cache_app, name="cache")
-app.command("doctor")(doctor_command)
+app.command("doctor")(doctor)
 
 
 def main() -> None:

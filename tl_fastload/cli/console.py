@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.panel import Panel
@@ -21,12 +21,6 @@ from tl_fastload.ground.words import one_line
 from tl_fastload.printable import printable
 
 _PIPE_WIDTH = 120
-
-
-class Rows(Protocol):
-    """A report or a plan."""
-
-    def rows(self) -> list[tuple[str, str]]: ...
 
 
 class _Printable(Console):
@@ -51,7 +45,7 @@ def libraries_to_stderr() -> AbstractContextManager[Any]:
     return contextlib.redirect_stdout(sys.stderr)
 
 
-def show_rows(found: Rows) -> None:
+def show_rows(found: Any) -> None:
     """A report or a plan, long texts below their start on a terminal, as whole lines in a pipe."""
     out = console()
     if not out.is_terminal:

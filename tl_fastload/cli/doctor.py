@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @command
-def doctor_command(json: Written = None) -> None:
+def doctor(json: Written = None) -> None:
     """Show versions, devices, kernels, caches and memory limits, and what to fix.
 
     Runs the kernels of bitsandbytes on small matrices, so that "works" means that they do.

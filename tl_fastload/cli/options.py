@@ -49,7 +49,12 @@ Drawn = Annotated[Path | None, typer.Option(callback=_can_be_drawn)]
 """A file to draw into."""
 
 
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 _Number = Annotated[int | None, typer.Option(metavar="N")]
+
+
+def _always(*, debug: Debug = False) -> None:
+    """The option of every command; what shows errors looks for it itself."""
 
 
 def _shared(
@@ -136,14 +141,6 @@ def check_known(option: str, given: Sequence[str], known: Sequence[str]) -> None
             )
 
 
-_DEBUG = inspect.Parameter(
-    "debug",
-    inspect.Parameter.KEYWORD_ONLY,
-    default=False,
-    annotation=Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")],
-)
-
-
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """What typer makes a command of. Each option means what the docstring says of it under "Args";
     under another heading, the help shows it in a group of that name.
@@ -152,18 +149,19 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         function: a parameter `arguments` is told the arguments of a load, and gives the command
             the options that name them.
     """
-    own = _parameters(function)
+    own = {**_parameters(function), **_parameters(_always)}
     shared = _parameters(_shared) if own.pop("arguments", None) else {}
 
-    def run(*, debug: bool, **given: Any) -> None:
+    def run(**given: Any) -> None:
+        del given["debug"]
         if shared:
             given["arguments"] = _arguments({name: given.pop(name) for name in shared})
         function(**given)
 
     made: Any = run
-    parameters = [*own.values(), _DEBUG, *shared.values()]
-    made.__signature__ = inspect.Signature(parameters)
-    made.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    parameters = {**own, **shared}
+    made.__signature__ = inspect.Signature(list(parameters.values()))
+    made.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()}
     made.__doc__ = _SECTION.sub("", inspect.getdoc(function) or "").rstrip()
     return run
 

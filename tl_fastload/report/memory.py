@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from tl_fastload.ground.sizes import bytes_of
-from tl_fastload.report.timeline import Recorder, Timeline, Watcher
+from tl_fastload.report.timeline import PhaseWatch, Recorder, Timeline
 
 SAMPLE_SECONDS = 0.005
 _STATUS_FIELDS = (b"VmRSS:", b"RssAnon:", b"RssFile:", b"VmHWM:")
@@ -58,7 +58,7 @@ def _bytes(status: bytes, name: bytes) -> int:
     return int(status[start : status.index(b"kB", start)]) * 1024
 
 
-class PeakSampler(Watcher):
+class PeakSampler(PhaseWatch):
     """Samples the memory of a process in a thread; keeps the peaks above where it started, and a
     timeline.
 
@@ -70,14 +70,15 @@ class PeakSampler(Watcher):
         samples: how often it has looked.
 
     Args:
-        every_device: watch every CUDA device from the first sample on which CUDA is in use.
+        of_stock: tell the phases of a stock load, and watch every CUDA device from the first sample
+            on which CUDA is in use.
         process: the number of the process; None for this one.
         every_seconds: how long to wait between samples; `SAMPLE_SECONDS` by default.
     """
 
     def __init__(
         self,
-        every_device: bool = False,
+        of_stock: bool = False,
         process: int | None = None,
         every_seconds: float | None = None,
     ) -> None:
@@ -86,7 +87,7 @@ class PeakSampler(Watcher):
         self.peak_device_bytes: int | None = None
         self.samples = 0
         self._process = process
-        self._every_device = every_device
+        self._of_stock = of_stock
         self._devices: dict[int, _Device] = {}
         self._recorder = Recorder()
 
@@ -101,6 +102,8 @@ class PeakSampler(Watcher):
         return self.peak.anonymous_bytes
 
     def __enter__(self: Sampling) -> Sampling:
+        if self._of_stock:
+            return_freed_memory()
         self._start = host_memory(self._process)
         self._watch_every_device()
         self._recorder.add(0.0, 0, 0, 0)
@@ -122,7 +125,7 @@ class PeakSampler(Watcher):
                 self._devices = {**self._devices, index: self._devices.get(index) or _Device(index)}
 
     def _watch_every_device(self) -> None:
-        if self._every_device and not self._devices and cuda_is_in_use():
+        if self._of_stock and not self._devices and cuda_is_in_use():
             self.watch(torch.device("cuda", i) for i in range(torch.cuda.device_count()))
 
     def growth(self) -> HostMemory:
@@ -130,6 +133,8 @@ class PeakSampler(Watcher):
         return HostMemory(*map(operator.sub, host_memory(self._process), self._start))
 
     def look(self) -> None:
+        if self._of_stock:
+            super().look()
         try:
             growth = self.growth()
         except (OSError, MemoryError, psutil.Error):
@@ -161,17 +166,7 @@ def watch_memory() -> PeakSampler:
         A context manager with `peak_host_bytes`, `peak_anonymous_bytes`, `peak_device_bytes` and
         `timeline()`.
     """
-    return _StockSampler(every_device=True)
-
-
-class _StockSampler(PeakSampler):
-    def __enter__(self: Sampling) -> Sampling:
-        return_freed_memory()
-        return super().__enter__()
-
-    def look(self) -> None:
-        self.mark_phase_of_stock()
-        super().look()
+    return PeakSampler(of_stock=True)
 
 
 class _Device:

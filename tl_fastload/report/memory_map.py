@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_right
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,28 +47,21 @@ def memory_map(model: Any, role: RoleOf) -> list[Part]:
         HalfWrittenError: a step in place was interrupted in it.
     """
     require_whole(model, "A picture of the model")
-    is_mapped = _file_pages()
+    spans = _mapped_spans()
     sizes: dict[tuple[str, str, str], int] = {}
     seen: set[tuple[int, int]] = set()
-    for name, tensor, is_buffer in _tensors(model):
+    buffers = dict(model.named_buffers())
+    for name, tensor in (*model.named_parameters(), *buffers.items()):
         pieces = stored_parts(tensor)
-        is_quantized = not (len(pieces) == 1 and pieces[0] is tensor)
         for piece in pieces:
-            size_bytes = bytes_of(piece)
-            if size_bytes == 0 or (piece.data_ptr(), size_bytes) in seen:
-                continue
-            seen.add((piece.data_ptr(), size_bytes))
-            state = _state(piece, is_quantized, is_mapped(piece.data_ptr()))
-            layer, component = _place(role(name), is_buffer)
-            key = (layer, component, state)
-            sizes[key] = sizes.get(key, 0) + size_bytes
+            address, size_bytes = piece.data_ptr(), bytes_of(piece)
+            if size_bytes and (address, size_bytes) not in seen:
+                seen.add((address, size_bytes))
+                state = _state(piece, pieces[0] is not tensor, _lies_in(address, spans))
+                key = (*_place(role(name), name in buffers), state)
+                sizes[key] = sizes.get(key, 0) + size_bytes
     parts = [Part(*key, size_bytes) for key, size_bytes in sizes.items()]
     return sorted(parts, key=lambda part: _rank(part.layer))
-
-
-def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor, bool]]:
-    yield from ((name, tensor, False) for name, tensor in model.named_parameters())
-    yield from ((name, tensor, True) for name, tensor in model.named_buffers())
 
 
 def _state(piece: torch.Tensor, is_quantized: bool, is_mapped: bool) -> str:
@@ -90,24 +83,22 @@ def _rank(layer: str) -> tuple[int, int]:
     return ({"embed": 0, "unembed": 2}.get(layer, 1), int(layer) if layer.isdecimal() else 0)
 
 
-def _file_pages() -> Any:
-    """A function that says whether an address lies in a mapped file."""
-    starts: list[int] = []
-    ends: list[int] = []
+def _mapped_spans() -> list[tuple[int, int]]:
+    """Addresses at which mapped files begin and end, in order."""
     try:
         lines = Path("/proc/self/maps").read_text(errors="replace").splitlines()
     except OSError:
-        lines = []
+        return []
+    spans = []
     for line in lines:
         span, _, _, _, inode, *path = line.split(maxsplit=5)
         # torch shares tensors between processes through /dev/shm, which is memory.
         if inode != "0" and path and not path[0].startswith("/dev/"):
             start, end = span.split("-")
-            starts.append(int(start, 16))
-            ends.append(int(end, 16))
+            spans.append((int(start, 16), int(end, 16)))
+    return spans
 
-    def is_mapped(address: int) -> bool:
-        index = bisect_right(starts, address) - 1
-        return index >= 0 and address < ends[index]
 
-    return is_mapped
+def _lies_in(address: int, spans: list[tuple[int, int]]) -> bool:
+    after = bisect_right(spans, (address, sys.maxsize))
+    return after > 0 and address < spans[after - 1][1]

@@ -92,11 +92,12 @@ def _highest(
     return one[0], tuple(map(max, one[1], other[1]))
 
 
-Watching = TypeVar("Watching", bound="Watcher")
+Watching = TypeVar("Watching", bound="PhaseWatch")
 
 
-class Watcher:
-    """Looks at something again and again, in a thread of its own, for as long as a `with` lasts.
+class PhaseWatch:
+    """Tells the phases of a load for as long as a `with` lasts: those that are marked, and those of
+    a stock load, which marks none, by looking at the stack of the thread that made this.
 
     Attributes:
         phases: those marked so far.
@@ -105,16 +106,12 @@ class Watcher:
         every_seconds: how long to wait between looks.
     """
 
-    def __init__(self, every_seconds: float) -> None:
+    def __init__(self, every_seconds: float = _LOOK_SECONDS) -> None:
         self.phases: list[Phase] = []
         self._every_seconds = every_seconds
         self._watched_thread = threading.get_ident()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tl_fastload-watch", daemon=True)
-
-    def look(self) -> None:
-        """Look once, now."""
-        raise NotImplementedError
 
     def __enter__(self: Watching) -> Watching:
         self._start_seconds = time.perf_counter()
@@ -125,34 +122,24 @@ class Watcher:
         self._stop.set()
         self._thread.join()
 
-    def seconds(self) -> float:
-        """Since the watching began."""
-        return time.perf_counter() - self._start_seconds
-
-    def mark(self, phase: str) -> None:
-        """A phase of the load begins, or goes on."""
-        if not self.phases or self.phases[-1].name != phase:
-            self.phases.append(Phase(phase, self.seconds()))
-
-    def mark_phase_of_stock(self) -> None:
-        """Tell the phase of a stock load, which marks none, from the stack of its thread."""
+    def look(self) -> None:
+        """Look once, now."""
         phase = _phase_of(sys._current_frames().get(self._watched_thread))
         if phase is not None:
             self.mark(phase)
 
+    def mark(self, phase: str) -> None:
+        """A phase begins, or goes on."""
+        if not self.phases or self.phases[-1].name != phase:
+            self.phases.append(Phase(phase, self.seconds()))
+
+    def seconds(self) -> float:
+        """Since the watching began."""
+        return time.perf_counter() - self._start_seconds
+
     def _run(self) -> None:
         while not self._stop.wait(self._every_seconds):
             self.look()
-
-
-class StockPhases(Watcher):
-    """The phases of a stock load, and nothing else of it."""
-
-    def __init__(self) -> None:
-        super().__init__(_LOOK_SECONDS)
-
-    def look(self) -> None:
-        self.mark_phase_of_stock()
 
 
 def _phase_of(frame: FrameType | None) -> str | None:

@@ -12,7 +12,7 @@ import torch
 
 from tl_fastload.ground import compat
 from tl_fastload.report.memory import unique_bytes
-from tl_fastload.report.timeline import StockPhases
+from tl_fastload.report.timeline import PhaseWatch
 
 Load = Callable[[], Any]
 
@@ -67,7 +67,7 @@ def prepare(
 
 
 def _with_phases(load: Load) -> tuple[Load, Callable[[Any], dict[str, Any]]]:
-    watch = StockPhases()
+    watch = PhaseWatch()
 
     def act() -> Any:
         with watch:

@@ -9,13 +9,12 @@ from typing import Any
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from tl_fastload.errors import ArgumentError
 from tl_fastload.ground.whole_files import write_whole
 
-__all__ = ["Line2D", "Patch", "Picture", "check_format", "style"]
+__all__ = ["Patch", "Picture", "check_format", "style"]
 
 _STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib

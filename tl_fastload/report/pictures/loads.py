@@ -5,51 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tl_fastload.errors import ArgumentError
 from tl_fastload.ground.words import format_bytes
-from tl_fastload.report.pictures.plan import plot_plan
-from tl_fastload.report.pictures.style import (
-    BLACK,
-    BLUE,
-    GREEN,
-    ORANGE,
-    OTHER,
-    PURPLE,
-    SKY,
-    VERMILION,
-    YELLOW,
-    bar,
-    draw_mark,
-    draw_peak,
-    figure_of,
-    finish,
-    label_rows,
-    legend,
-    pictures,
-    styled,
-    unit,
-    write_beside,
-)
+from tl_fastload.report.pictures import style
 from tl_fastload.report.timeline import Phase, Timeline
 
-__all__ = ["Series", "plot_load", "plot_peaks", "plot_plan", "plot_timelines"]
-
 _LINES = (
-    {"color": BLUE, "linestyle": "-"},
-    {"color": VERMILION, "linestyle": (0, (6, 2))},
-    {"color": GREEN, "linestyle": (0, (4, 2, 1, 2))},
-    {"color": PURPLE, "linestyle": (0, (1, 1.2))},
+    {"color": style.BLUE, "linestyle": "-"},
+    {"color": style.VERMILION, "linestyle": (0, (6, 2))},
+    {"color": style.GREEN, "linestyle": (0, (4, 2, 1, 2))},
+    {"color": style.PURPLE, "linestyle": (0, (1, 1.2))},
 )
 _PHASES = {
     "configuration": ("#FFFFFF", "...."),
-    "recording": (YELLOW, ""),
-    "placing": (SKY, "////"),
-    "transformers loads": (PURPLE, "\\\\\\\\"),
-    "conversion": (BLACK, ""),
-    "processing": (ORANGE, "xxxx"),
+    "recording": (style.YELLOW, ""),
+    "placing": (style.SKY, "////"),
+    "transformers loads": (style.PURPLE, "\\\\\\\\"),
+    "conversion": (style.BLACK, ""),
+    "processing": (style.ORANGE, "xxxx"),
 }
+_FILE_PAGES = {"linewidth": 1.1, "linestyle": ":"}
 
 
 @dataclass(frozen=True)
@@ -61,39 +38,11 @@ class Series:
     final_bytes: int
 
 
-class Loaded(Protocol):
-    """What a picture needs of a load: a `LoadReport` has it."""
-
-    @property
-    def source(self) -> str: ...
-    @property
-    def parameter_bytes(self) -> int: ...
-    @property
-    def timeline(self) -> Timeline: ...
-
-
-class Measured(Protocol):
-    """What a bar needs of a measured load: a `Measurement` of the command line has it."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def error(self) -> str | None: ...
-    @property
-    def peak_anonymous_bytes(self) -> int: ...
-    @property
-    def peak_resident_bytes(self) -> int: ...
-    @property
-    def parameter_bytes(self) -> int: ...
-    @property
-    def median_seconds(self) -> float: ...
-
-
-def plot_load(report: Loaded, stock: Any = None, path: str | Path | None = None) -> Any:
+def plot_load(report: Any, stock: Any = None, path: str | Path | None = None) -> Any:
     """Draw the memory of a lean load over its time, and of a stock load beside it.
 
     Args:
-        report: of the lean load.
+        report: the `LoadReport` of the lean load.
         stock: what `tl_fastload.watch_memory()` gave, a `Timeline`, or None.
         path: a file to write as well.
 
@@ -116,7 +65,6 @@ def plot_load(report: Loaded, stock: Any = None, path: str | Path | None = None)
     return plot_timelines(series, f"Memory while loading {_short(report.source)}", path)
 
 
-@styled
 def plot_timelines(series: Sequence[Series], title: str, path: str | Path | None = None) -> Any:
     """Draw the memory of several loads over the same axes: phases below, final sizes as lines.
 
@@ -128,31 +76,37 @@ def plot_timelines(series: Sequence[Series], title: str, path: str | Path | None
     for one in series:
         if not one.timeline.seconds:
             raise ArgumentError(f"There is no memory over time to draw of {one.label}.")
-    figure = figure_of()
-    upper, lower = figure.subplots(
-        2, 1, sharex=True, height_ratios=(5, 0.35 + 0.3 * len(series)), gridspec_kw={"hspace": 0.06}
-    )
     device = any(any(one.timeline.device_bytes) for one in series)
-    highest = max(max(_curve(one.timeline, device)) for one in series)
     files = not device and any(_has_file_pages(one) for one in series)
-    if files:
-        highest = max(highest, *(max(one.timeline.resident_bytes) for one in series))
     finals = sorted({one.final_bytes for one in series})
-    unit_bytes, unit_name = unit(max(highest, *finals))
-    for number, one in reversed(list(enumerate(series))):
-        _draw_curve(upper, one, _LINES[number % len(_LINES)], unit_bytes, device, number == 0)
-    _draw_finals(upper, finals, unit_bytes)
-    upper.set_ylim(0, 1.16 * max(highest, *finals) / unit_bytes)
-    upper.set_xlim(0, 1.01 * max(one.timeline.seconds[-1] for one in series))
-    upper.set_ylabel(f"{'device' if device else 'host'} memory above the start ({unit_name})")
-    upper.set_title(title)
-    handles, labels = upper.get_legend_handles_labels()
-    if files:
-        handles.append(_file_pages_handle())
-        labels.append("with file pages")
-    upper.legend(handles, labels, loc="best", framealpha=0.95)
-    _draw_phases(lower, series)
-    return finish(figure, path)
+    curves = [_curve(one.timeline, device) for one in series]
+    curves += [one.timeline.resident_bytes for one in series] if files else []
+    highest = max(*finals, *(max(curve) for curve in curves))
+    unit_bytes, unit_name = style.unit(highest)
+    with style.picture(path) as figure:
+        strips = 0.35 + 0.3 * len(series)
+        upper, lower = figure.subplots(
+            2, 1, sharex=True, height_ratios=(5, strips), gridspec_kw={"hspace": 0.06}
+        )
+        for number, one in reversed(list(enumerate(series))):
+            _draw_curve(upper, one, _LINES[number % len(_LINES)], unit_bytes, device)
+        front = [size / unit_bytes for size in curves[0]]
+        fill = {"color": _LINES[0]["color"], "alpha": 0.15, "linewidth": 0}
+        upper.fill_between(series[0].timeline.seconds, front, **fill)
+        for number, size_bytes in enumerate(finals):
+            look = {"color": style.BLACK, "linewidth": 1.2}
+            look["linestyle"] = ("-.", (0, (8, 3)))[number % 2]
+            label = f"parameters: {format_bytes(size_bytes)}"
+            upper.axhline(size_bytes / unit_bytes, label=label, **look)
+        if files:
+            upper.plot([], [], color=style.BLACK, label="with file pages", **_FILE_PAGES)
+        upper.set_ylim(0, 1.16 * highest / unit_bytes)
+        upper.set_xlim(0, 1.01 * max(one.timeline.seconds[-1] for one in series))
+        upper.set_ylabel(f"{'device' if device else 'host'} memory above the start ({unit_name})")
+        upper.set_title(title)
+        upper.legend(loc="best", framealpha=0.95)
+        _draw_phases(lower, series)
+    return figure
 
 
 def _curve(timeline: Timeline, device: bool) -> tuple[int, ...]:
@@ -168,92 +122,74 @@ def _has_file_pages(one: Series) -> bool:
 
 
 def _draw_curve(
-    axes: Any, one: Series, style: dict[str, Any], unit_bytes: int, device: bool, filled: bool
+    axes: Any, one: Series, look: dict[str, Any], unit_bytes: int, device: bool
 ) -> None:
-    timeline = one.timeline
-    curve = _curve(timeline, device)
-    sizes = [size / unit_bytes for size in curve]
-    peak = max(curve)
+    seconds, curve = one.timeline.seconds, _curve(one.timeline, device)
+    sizes, peak = [size / unit_bytes for size in curve], max(curve)
     label = f"{one.label}: peak {format_bytes(peak)} ({peak / max(one.final_bytes, 1):.2f}x)"
-    axes.plot(timeline.seconds, sizes, label=label, linewidth=2.2, **style)
-    if filled:
-        axes.fill_between(timeline.seconds, sizes, color=style["color"], alpha=0.15, linewidth=0)
+    axes.plot(seconds, sizes, label=label, linewidth=2.2, **look)
     if not device and _has_file_pages(one):
-        resident = [size / unit_bytes for size in timeline.resident_bytes]
-        axes.plot(timeline.seconds, resident, color=style["color"], linewidth=1.1, linestyle=":")
-    at = max(range(len(curve)), key=curve.__getitem__)
-    axes.plot(timeline.seconds[at], sizes[at], "o", color=style["color"], markersize=6)
-
-
-def _file_pages_handle() -> Any:
-    return pictures().Line2D([], [], color=BLACK, linewidth=1.1, linestyle=":")
-
-
-def _draw_finals(axes: Any, finals: Sequence[int], unit_bytes: int) -> None:
-    for number, size_bytes in enumerate(finals):
-        label = f"parameters: {format_bytes(size_bytes)}"
-        style = ("-.", (0, (8, 3)))[number % 2]
-        axes.axhline(
-            size_bytes / unit_bytes, color=BLACK, linewidth=1.2, linestyle=style, label=label
-        )
+        resident = [size / unit_bytes for size in one.timeline.resident_bytes]
+        axes.plot(seconds, resident, color=look["color"], **_FILE_PAGES)
+    at = curve.index(peak)
+    axes.plot(seconds[at], sizes[at], "o", color=look["color"], markersize=6)
 
 
 def _draw_phases(axes: Any, series: Sequence[Series]) -> None:
     """A strip for each load, in which its phases follow each other."""
-    names: list[str] = []
+    looks = {}
     for row, one in enumerate(series):
         phases = one.timeline.phases or (Phase("loading", 0.0),)
         ends = [phase.start_seconds for phase in phases[1:]] + [one.timeline.seconds[-1]]
         for phase, end in zip(phases, ends, strict=True):
-            length = end - phase.start_seconds
-            style = _PHASES.get(phase.name, OTHER)
-            bar(axes, row, length, phase.start_seconds, style, thick=0.72)
-            if phase.name not in names:
-                names.append(phase.name)
-    label_rows(axes, [one.label for one in series])
+            look = looks[phase.name] = _PHASES.get(phase.name, style.OTHER)
+            start = phase.start_seconds
+            style.bar(axes, row, end - start, start, look, thick=0.72)
+    style.label_rows(axes, [one.label for one in series])
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("seconds")
-    legend(axes.figure, {name: _PHASES.get(name, OTHER) for name in names})
+    style.legend(axes.figure, looks)
 
 
-@styled
-def plot_peaks(measurements: Sequence[Measured], title: str, path: str | Path | None = None) -> Any:
+def plot_peaks(measurements: Sequence[Any], title: str, path: str | Path | None = None) -> Any:
     """Draw the peak memory of measured loads as bars, with the size of the parameters in each.
 
     Args:
-        measurements: of loads; those with an error are left out.
+        measurements: of loads, as the command line's `Measurement`s: `name`, `error`,
+            `peak_anonymous_bytes`, `peak_resident_bytes`, `parameter_bytes`, `median_seconds`;
+            those with an error are left out.
         title: of the picture.
         path: a file to write as well.
     """
     good = [found for found in measurements if found.error is None]
     if not good:
         raise ArgumentError("There is nothing to draw: no load could be measured.")
-    figure = figure_of(2.1 + 0.58 * len(good))
-    axes = figure.subplots()
     largest = max(max(m.peak_resident_bytes, m.parameter_bytes) for m in good)
-    unit_bytes, unit_name = unit(largest)
-    for row, found in enumerate(good):
-        _draw_peak(axes, row, found, unit_bytes)
-    label_rows(axes, [found.name for found in good])
-    axes.set_xlim(0, 1.25 * largest / unit_bytes)
-    axes.set_xlabel(
-        f"peak memory above the start of the load ({unit_name}); beside it, the part of it\n"
-        "that no file backs as a multiple of the parameters, and the time"
-    )
-    axes.set_title(title)
-    legend(figure)
-    return finish(figure, path)
+    unit_bytes, unit_name = style.unit(largest)
+    with style.picture(path, 2.1 + 0.58 * len(good)) as figure:
+        axes, label = figure.subplots(), "size of the parameters"
+        style.draw_peaks(axes, [_peak(m, unit_bytes) for m in good], style.ORANGE, label)
+        axes.set_xlim(0, 1.25 * largest / unit_bytes)
+        axes.set_xlabel(
+            f"peak memory above the start of the load ({unit_name}); beside it, the part of it\n"
+            "that no file backs as a multiple of the parameters, and the time"
+        )
+        axes.set_title(title)
+        style.legend(figure)
+    return figure
 
 
-def _draw_peak(axes: Any, row: int, found: Measured, unit_bytes: int) -> None:
-    anonymous = found.peak_anonymous_bytes / unit_bytes
-    resident = max(found.peak_resident_bytes, found.peak_anonymous_bytes) / unit_bytes
-    final = found.parameter_bytes / unit_bytes
-    draw_peak(axes, row, anonymous, resident)
-    draw_mark(axes, row, final, ORANGE, "size of the parameters" if row == 0 else None)
+def _peak(found: Any, unit_bytes: int) -> style.Peak:
     ratio = found.peak_anonymous_bytes / max(found.parameter_bytes, 1)
-    text = f"{ratio:.2f}x, {found.median_seconds:.2f} s"
-    write_beside(axes, row, max(resident, final), text)
+    resident = max(found.peak_resident_bytes, found.peak_anonymous_bytes)
+    return style.Peak(
+        label=found.name,
+        held=found.peak_anonymous_bytes / unit_bytes,
+        resident=resident / unit_bytes,
+        mark=found.parameter_bytes / unit_bytes,
+        text=f"{ratio:.2f}x, {found.median_seconds:.2f} s",
+        text_at=max(resident, found.parameter_bytes) / unit_bytes,
+    )
 
 
 def _short(source: str) -> str:

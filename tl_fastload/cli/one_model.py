@@ -1,8 +1,9 @@
-"""`tl-fastload load`: load a model, print its report, and what it predicts."""
+"""`tl-fastload plan`, `load` and `save`: what is done with one model."""
 
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +13,33 @@ from rich.text import Text
 from tl_fastload.cli.console import console, draw, give, libraries_to_stderr, show_rows
 from tl_fastload.cli.options import Drawn, Model, Written, command
 from tl_fastload.errors import ArgumentError
+from tl_fastload.ground.words import format_bytes
+
+
+@command
+def plan(model: Model, arguments: dict[str, Any], json: Written = None, plot: Drawn = None) -> None:
+    """Tell what loading would take and whether it fits, from headers alone.
+
+    Exits with 1 if the model does not fit.
+
+    [bold]Examples[/]
+
+      tl-fastload plan gpt2-xl
+
+      tl-fastload plan gpt2-xl --quantize nf4 --plot plan.png
+
+    Args:
+        json: Write the plan as JSON; - for standard output.
+        plot: Draw the plan into this file (.png, .pdf ...).
+    """
+    from tl_fastload import model as models
+
+    with libraries_to_stderr():
+        found = models.plan(model, **arguments)
+    give(json, found.to_dict, lambda: show_rows(found))
+    draw(plot, found.plot)
+    if not found.fits:
+        raise typer.Exit(1)
 
 
 @command
@@ -88,3 +116,34 @@ def _show_predictions(predicted: list[dict[str, Any]]) -> None:
     for one in predicted:
         table.add_row(Text(repr(one["token"])), f"{one['probability']:.3f}", str(one["id"]))
     console().print(table)
+
+
+@command
+def save(
+    model: Model, folder: Annotated[Path, typer.Argument()], arguments: dict[str, Any]
+) -> None:
+    """Load a model and save it, processed and quantized as asked, for loading in an instant.
+
+    The copy is written whole or not at all.
+
+    [bold]Examples[/]
+
+      tl-fastload save gpt2-xl ./gpt2-xl-processed --dtype bfloat16
+
+      tl-fastload save ./my-model ./my-model-nf4 --quantize nf4
+
+      tl-fastload load ./gpt2-xl-processed
+
+    Args:
+        folder: Where to write the copy; a new or empty folder.
+    """
+    from tl_fastload.copies.write import check_target
+    from tl_fastload.model import LeanHookedTransformer
+
+    check_target(folder)
+    with libraries_to_stderr():
+        loaded = LeanHookedTransformer.from_pretrained_lean(model, **arguments)
+        written = loaded.save_lean(folder)
+    size_bytes = sum(path.stat().st_size for path in written.rglob("*") if path.is_file())
+    console().print(Text(f"Saved {loaded.load_report.source} in {written}"))
+    console().print(Text(f"{format_bytes(size_bytes)}; load it with: tl-fastload load {written}"))
