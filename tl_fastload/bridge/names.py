@@ -8,10 +8,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from tl_fastload.ground.role import Part, Role
+from tl_fastload.ground.role import ATTENTION_NORM, MLP_NORM, Part, Role
 from tl_fastload.ground.wrappers import without_wrapper_parts
 
-ATTENTION_NORM, MLP_NORM, FINAL_NORM = "attention norm", "MLP norm", "final norm"
+FINAL_NORM = "final norm"
 # Modules (transformers' names and TransformerLens' components), part, what their weight is, its
 # sides (what it multiplies in brackets), and the norm that it reads.
 _MATRICES: tuple[tuple[str, Part, str, str, str], ...] = (
@@ -106,7 +106,3 @@ def role(name: str) -> Role:
         found = known or (_OTHER if is_weight else Role())
     return found if block is None else replace(found, layer=int(block.group(1)))
 
-
-def turned(found: Role) -> Role:
-    """The role of a matrix that lies the other way round, as transformers' Conv1D has it."""
-    return replace(found, sides=found.sides[::-1])

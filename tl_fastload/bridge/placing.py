@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from tl_fastload.bridge import names
+from tl_fastload.bridge.quantizing import role_in
 from tl_fastload.bridge.slots import Slot, Views, by_memory, slots_of
 from tl_fastload.ground.geometry import dense_strides
 from tl_fastload.ground.role import Role, RoleOf
 from tl_fastload.ground.sizes import bytes_of
-from tl_fastload.huggingface.keys import is_conv1d
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.recipes.nodes import Call, SourceView, aten
 from tl_fastload.recipes.promise import Promise
@@ -86,16 +86,7 @@ class BridgeShelf(Shelf):
 
     def role(self, name: str) -> Role:
         """What a parameter is, as the module that holds it has it."""
-        found = names.role(name)
-        home = self._homes.get(name)
-        if home is None or found.kind != "matrix":
-            return found
-        module = home.slots[0].module
-        if found.what == "router" and name.replace(".gate.", ".in.") in self._homes:
-            found = names.role(name.replace(".gate.", ".gate_proj."))
-        if found.part == "other" and not isinstance(module, nn.Linear):
-            return Role() if not is_conv1d(type(module)) else names.turned(found)
-        return names.turned(found) if is_conv1d(type(module)) else found
+        return role_in(name, self._homes[name].slots[0].module, self._homes)
 
     def slots(self, name: str) -> list[Slot]:
         """The slots that a value goes into."""

@@ -14,8 +14,9 @@ from torch import nn
 from tl_fastload.bridge.boot import run_boot
 from tl_fastload.bridge.leftovers import require_none_left
 from tl_fastload.bridge.placing import BridgeShelf
+from tl_fastload.bridge.quantizing import Inputs
 from tl_fastload.bridge.slots import slots_of
-from tl_fastload.bridge.steps import run_stock
+from tl_fastload.bridge.steps import run_stock, why_skipped
 from tl_fastload.errors import ArgumentError, UnsupportedArchitectureError
 from tl_fastload.ground.hf_configs import declared_architectures, text_config
 from tl_fastload.ground.words import listed
@@ -68,6 +69,7 @@ def record(
         **boot,
     )
     _set_up(bridge, arguments)
+    inputs = Inputs(bridge)
     if arguments.get(COMPATIBILITY, True):
         bridge.__dict__[IS_RECORDING] = True
         try:
@@ -85,7 +87,9 @@ def record(
         is_raw=not arguments.get(COMPATIBILITY, True),
         on_meta=request.options.assigns,
     )
-    found = Recording(shelf, requested, pretrained, shelf.recipes, notes=answers.notes)
+    ran = {step: on and why_skipped(step, bridge.cfg) is None for step, on in requested.items()}
+    shifts = inputs.shifts(shelf.recipes, ran)
+    found = Recording(shelf, requested, pretrained, shelf.recipes, shifts, answers.notes)
     found.finish = lambda: _finished(bridge, shelf)
     return found
 

@@ -13,6 +13,9 @@ from typing import Literal
 Part = Literal["embedding", "attention", "MLP", "norms", "other"]
 Kind = Literal["matrix", "bias", "norm", "table", "other"]
 
+ATTENTION_NORM, MLP_NORM = "attention norm", "MLP norm"
+"""`what` of the norms whose output a block's matrices read."""
+
 
 @dataclass(frozen=True)
 class Role:

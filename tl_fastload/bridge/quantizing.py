@@ -1,0 +1,76 @@
+"""What quantized weights of a bridge need beside their bytes: which way round they lie, and what
+processing takes out of their inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from tl_fastload.bridge import names
+from tl_fastload.bridge.slots import slots_of
+from tl_fastload.ground.role import Role
+from tl_fastload.huggingface.keys import is_conv1d
+from tl_fastload.quantized.recipes import reads_quantized
+from tl_fastload.recipes.promise import Promise
+from tl_fastload.roads.shifts import kernel_shifts
+
+
+def role_in(name: str, module: nn.Module, others: Container[str]) -> Role:
+    """What a parameter is, by its name and by the module that holds it.
+
+    Args:
+        name: of the parameter.
+        module: the module.
+        others: names of all parameters of the bridge.
+    """
+    found = names.role(name)
+    if found.what == "router" and name.replace(".gate.", ".in.") in others:
+        # One half of what the model has in one matrix; routers have no other half.
+        found = names.role(name.replace(".gate.", ".gate_proj."))
+    if found.kind == "matrix" and is_conv1d(type(module)):
+        return replace(found, sides=found.sides[::-1])
+    if found.part == "other" and not isinstance(module, nn.Linear):
+        return Role()
+    return found
+
+
+class Inputs:
+    """The parameters of a bridge before processing, if any of them is quantized: what kernels that
+    round activations were quantized for.
+
+    Args:
+        bridge: the bridge, on promises.
+    """
+
+    def __init__(self, bridge: Any) -> None:
+        slots = {slot.name: slot for slot in slots_of(bridge) if slot.is_parameter}
+        found = {name: s.tensor for name, s in slots.items() if isinstance(s.tensor, Promise)}
+        self._cfg = bridge.cfg
+        self._before: dict[str, Promise] = {}
+        self._roles: dict[str, Role] = {}
+        if any(reads_quantized(promise.node) for promise in found.values()):
+            # A promise in a bridge may be written to; recipes stay what they are.
+            self._before = {n: Promise(p.node, p.meta, p.device) for n, p in found.items()}
+            self._roles = {name: role_in(name, slots[name].module, slots) for name in found}
+
+    def shifts(self, recipes: Mapping[str, Promise], flags: Mapping[str, bool]) -> dict[str, Promise]:
+        """Name of a matrix -> what processing has taken out of its input.
+
+        Args:
+            recipes: of all parameters after processing.
+            flags: the steps that ran.
+        """
+        made = kernel_shifts(self._before, self._roles.__getitem__, self._cfg, flags)
+        return {
+            name: shift
+            for name, shift in made.items()
+            # TransformerLens keeps some matrices that it has split, as they were.
+            if not self._roles[name].reads or self._is_changed(name, recipes)
+        }
+
+    def _is_changed(self, name: str, recipes: Mapping[str, Promise]) -> bool:
+        return name in recipes and recipes[name].node is not self._before[name].node
