@@ -312,7 +312,9 @@ class LeanBridgeMixin:
             stock(verbose, **flags)
             return
         with torch.inference_mode(False), own_defaults(), Progress(None) as progress:
-            process_in_place(bridge, lambda: run_stock(lambda: stock(verbose, **flags)), progress)
+            process_in_place(
+                bridge, lambda: run_stock(lambda: stock(verbose, **flags)), flags, progress
+            )
 
 
 @cache

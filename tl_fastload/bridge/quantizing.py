@@ -12,11 +12,21 @@ from torch import nn
 
 from tl_fastload.bridge import names
 from tl_fastload.bridge.slots import slots_of
+from tl_fastload.bridge.steps import why_skipped
 from tl_fastload.ground.role import Role
 from tl_fastload.huggingface.keys import is_conv1d
+from tl_fastload.huggingface.tree import plain_layer
+from tl_fastload.quantized import QuantizedTensor, formats
+from tl_fastload.quantized.content import Content
 from tl_fastload.quantized.recipes import reads_quantized
 from tl_fastload.recipes.promise import Promise
 from tl_fastload.roads.shifts import kernel_shifts
+
+_MARKS = (
+    *("hf_quantizer", "is_quantized", "quantization_method"),
+    *("is_loaded_in_4bit", "is_loaded_in_8bit"),
+)
+"""Attributes by which transformers' models say that they are quantized."""
 
 
 def role_in(name: str, module: nn.Module, others: Container[str]) -> Role:
@@ -36,6 +46,29 @@ def role_in(name: str, module: nn.Module, others: Container[str]) -> Role:
     if found.part == "other" and not isinstance(module, nn.Linear):
         return Role()
     return found
+
+
+def forget_quantizer(model: Any) -> None:
+    """Let a transformers model be one of plain layers, whose weights are bytes."""
+    model.config.__dict__.pop("quantization_config", None)
+    for name in _MARKS:
+        model.__dict__.pop(name, None)
+
+
+def make_plain(bridge: Any) -> None:
+    """Make plain layers of a bridge's quantized ones, in place, on the same bytes."""
+    for name, module in list(nn.Module.named_modules(bridge.original_model)):
+        layer = formats.of_layer(module, f"{name}.weight")
+        if layer is None:
+            continue
+        weight: Any = QuantizedTensor(Content(*layer), None, bridge.cfg.dtype)
+        weight = weight.t() if is_conv1d(getattr(module, "source_cls", None)) else weight
+        plain = plain_layer(module, weight.shape)
+        plain._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+        plain._parameters["bias"] = module._parameters.get("bias")
+        module.__dict__ = plain.__dict__
+        module.__class__ = type(plain)
+    forget_quantizer(bridge.original_model)
 
 
 class Inputs:
@@ -62,9 +95,10 @@ class Inputs:
 
         Args:
             recipes: of all parameters after processing.
-            flags: the steps that ran.
+            flags: the steps that were asked for.
         """
-        made = kernel_shifts(self._before, self._roles.__getitem__, self._cfg, flags)
+        ran = {step: on and why_skipped(step, self._cfg) is None for step, on in flags.items()}
+        made = kernel_shifts(self._before, self._roles.__getitem__, self._cfg, ran)
         return {
             name: shift
             for name, shift in made.items()

@@ -14,9 +14,9 @@ from torch import nn
 from tl_fastload.bridge.boot import run_boot
 from tl_fastload.bridge.leftovers import require_none_left
 from tl_fastload.bridge.placing import BridgeShelf
-from tl_fastload.bridge.quantizing import Inputs
+from tl_fastload.bridge.quantizing import Inputs, forget_quantizer
 from tl_fastload.bridge.slots import slots_of
-from tl_fastload.bridge.steps import run_stock, why_skipped
+from tl_fastload.bridge.steps import run_stock
 from tl_fastload.errors import ArgumentError, UnsupportedArchitectureError
 from tl_fastload.ground.hf_configs import declared_architectures, text_config
 from tl_fastload.ground.words import listed
@@ -87,8 +87,7 @@ def record(
         is_raw=not arguments.get(COMPATIBILITY, True),
         on_meta=request.options.assigns,
     )
-    ran = {step: on and why_skipped(step, bridge.cfg) is None for step, on in requested.items()}
-    shifts = inputs.shifts(shelf.recipes, ran)
+    shifts = inputs.shifts(shelf.recipes, requested)
     found = Recording(shelf, requested, pretrained, shelf.recipes, shifts, answers.notes)
     found.finish = lambda: _finished(bridge, shelf)
     return found
@@ -148,8 +147,7 @@ class _Answers:
         """transformers' configuration, with as many layers as are wanted."""
         self._revision = revision
         config = copy.deepcopy(self._pretrained.config)
-        # Its layers are plain ones, whose weights are bytes.
-        config.__dict__.pop("quantization_config", None)
+        config.__dict__.pop("quantization_config", None)  # its layers are plain ones
         part = text_config(config)
         if self._n_layers is None:
             return config
@@ -201,6 +199,7 @@ class _Answers:
             found.ledger.unexpected = [n for n in found.ledger.unexpected if not self._is_beyond(n)]
         if found.hf_model is not None:
             own_configuration(model)
+            forget_quantizer(model)
         elif not self._on_meta:
             tie_equal(model, found.ledger.tied)
         folder = None if found.location is None else found.location.folder

@@ -142,7 +142,7 @@ def _viewed(node: Call, matrix: QuantizedTensor) -> QuantizedTensor:
         view: QuantizedTensor = node.func(matrix, *node.args[1:])
     except RuntimeError as error:
         # A copy in front of it was not made: whole rows can be, as with interleaved heads.
-        rows = matrix.contiguous_rows()
+        rows = matrix.packed_rows()
         if rows is None:
             raise QuantizationError("a view needs its values in another order") from error
         view = node.func(rows, *node.args[1:])
