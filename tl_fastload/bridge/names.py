@@ -15,7 +15,10 @@ FINAL_NORM = "final norm"
 # Modules (transformers' names and TransformerLens' components), part, what their weight is, its
 # sides (what it multiplies in brackets), and the norm that it reads.
 _MATRICES: tuple[tuple[str, Part, str, str, str], ...] = (
-    ("wte embed embed_tokens word_embeddings embed_in", "embedding", "embedding", "[v] d_model", ""),
+    (
+        *("wte embed embed_tokens word_embeddings embed_in", "embedding", "embedding"),
+        *("[v] d_model", ""),
+    ),
     ("wpe pos_embed embed_positions", "embedding", "position embedding", "[n_ctx] d_model", ""),
     ("lm_head unembed embed_out", "embedding", "unembedding", "v [d_model]", FINAL_NORM),
     ("q q_proj", "attention", "query", "d_attn [d_model]", ATTENTION_NORM),
@@ -105,4 +108,3 @@ def role(name: str) -> Role:
         is_weight = block is not None and leaf == "weight"
         found = known or (_OTHER if is_weight else Role())
     return found if block is None else replace(found, layer=int(block.group(1)))
-

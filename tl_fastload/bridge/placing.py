@@ -165,7 +165,7 @@ class _Home:
             self._same, self._parts, strict=True
         ):
             if same == len(made):
-                offset = tensor.storage_offset() + meta.storage_offset()
+                offset = int(tensor.storage_offset() + meta.storage_offset())
                 view: Any = _view(tensor, meta, offset)
                 trainable = trainable and not isinstance(view, QuantizedTensor)
                 made.append(nn.Parameter(view, trainable) if is_parameter else view)

@@ -10,7 +10,7 @@ from torch import nn
 
 from tl_fastload.bridge.leftovers import require_none_left
 from tl_fastload.bridge.placing import BridgeShelf, is_small_and_odd, strides_in
-from tl_fastload.bridge.quantizing import Inputs, make_plain
+from tl_fastload.bridge.quantizing import Inputs
 from tl_fastload.bridge.slots import ATTRIBUTE, Slot, slots_of
 from tl_fastload.errors import HalfWrittenError, LeanLoadError, NotEnoughMemory, is_out_of_memory
 from tl_fastload.ground.mark import MARK, Mark
@@ -42,7 +42,6 @@ def process_in_place(
         HalfWrittenError: it stopped after some parameters had new values; NotEnoughMemory, if that
             is why.
     """
-    make_plain(bridge)
     before = _Before(bridge)
     try:
         before.replace()

@@ -13,10 +13,11 @@ from torch import nn
 from tl_fastload.bridge import names
 from tl_fastload.bridge.slots import slots_of
 from tl_fastload.bridge.steps import why_skipped
+from tl_fastload.errors import ArgumentError
 from tl_fastload.ground.role import Role
 from tl_fastload.huggingface.keys import is_conv1d
 from tl_fastload.huggingface.tree import plain_layer
-from tl_fastload.quantized import QuantizedTensor, formats
+from tl_fastload.quantized import QuantizedTensor, formats, has_quantized
 from tl_fastload.quantized.content import Content
 from tl_fastload.quantized.recipes import reads_quantized
 from tl_fastload.recipes.promise import Promise
@@ -71,6 +72,16 @@ def make_plain(bridge: Any) -> None:
     forget_quantizer(bridge.original_model)
 
 
+def require_bytes_can_follow(bridge: Any, flags: Mapping[str, bool]) -> None:
+    """Raise ArgumentError for a step that quantized weights cannot take."""
+    if flags["refactor_factored_attn_matrices"] and has_quantized(bridge.original_model):
+        raise ArgumentError(
+            "refactor_factored_attn_matrices=True mixes the values of several matrices, which "
+            "quantized bytes cannot follow. Load the unquantized checkpoint with quantize=, which "
+            "refactors first."
+        )
+
+
 class Inputs:
     """The parameters of a bridge before processing, if any of them is quantized: what kernels that
     round activations were quantized for.
@@ -90,7 +101,9 @@ class Inputs:
             self._before = {n: Promise(p.node, p.meta, p.device) for n, p in found.items()}
             self._roles = {name: role_in(name, slots[name].module, slots) for name in found}
 
-    def shifts(self, recipes: Mapping[str, Promise], flags: Mapping[str, bool]) -> dict[str, Promise]:
+    def shifts(
+        self, recipes: Mapping[str, Promise], flags: Mapping[str, bool]
+    ) -> dict[str, Promise]:
         """Name of a matrix -> what processing has taken out of its input.
 
         Args:

@@ -22,6 +22,7 @@ from tl_fastload.recipes.evaluate import evaluate
 from tl_fastload.recipes.promise import Promise
 from tl_fastload.roads.observer import Observer
 from tl_fastload.roads.road import Recording
+from tl_fastload.roads.shifts import kernel_shifts
 
 
 @dataclass
