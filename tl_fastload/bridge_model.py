@@ -12,6 +12,7 @@ import torch
 from tl_fastload.bridge import versions
 from tl_fastload.bridge.boot import boot_in_memory
 from tl_fastload.bridge.processing import process_in_place
+from tl_fastload.bridge.quantizing import make_plain, require_bytes_can_follow
 from tl_fastload.bridge.record import COMPATIBILITY, IS_RECORDING
 from tl_fastload.bridge.road import ROAD
 from tl_fastload.bridge.steps import right_steps, run_stock
@@ -117,13 +118,15 @@ class LeanBridgeMixin(Face):
                 "auto" does so on local disks.
             progress: None for a bar when somebody watches, True or False, or a function of a
                 `tl_fastload.ProgressEvent`.
-            quantize: None; a bridge is loaded from unquantized weights.
+            quantize: quantize the matrices of the blocks while loading, after processing: "int8",
+                "nf4", "fp4", or a `transformers.BitsAndBytesConfig`.
             dequantize: let transformers turn a quantized checkpoint into ordinary weights, and load
                 these.
             adapter: a LoRA adapter of peft to merge before processing: a folder,
                 "organisation/name", "organisation/name@revision"; or a list of adapters, each alone
                 or as (adapter, weight).
-            requantize: False; for quantized weights.
+            requantize: with adapter= for a checkpoint that is quantized already: dequantize, merge,
+                and quantize again, which rounds twice.
             cache: keep a processed copy of what is loaded, and map it the next time: True for the
                 usual folder, or a folder; None for what the environment variable
                 TL_FASTLOAD_CACHE says; False for not. See `tl_fastload.cache`.
@@ -298,13 +301,17 @@ class LeanBridgeMixin(Face):
             return
         is_recording = IS_RECORDING in bridge.__dict__
         if not is_recording:
+            make_plain(bridge)
             require_values(bridge.original_model, "enable_compatibility_mode")
+            require_bytes_can_follow(bridge, flags)
         flags = right_steps(bridge.cfg, flags)
         if is_recording:
             stock(verbose, **flags)
             return
         with torch.inference_mode(False), own_defaults(), Progress(None) as progress:
-            process_in_place(bridge, lambda: run_stock(lambda: stock(verbose, **flags)), progress)
+            process_in_place(
+                bridge, lambda: run_stock(lambda: stock(verbose, **flags)), flags, progress
+            )
         bridge._processed = ({n for n, on in flags.items() if on}, parameter_versions(bridge))
         if hasattr(bridge, "load_report"):
             steps = describe_steps(bridge, flags)

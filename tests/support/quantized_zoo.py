@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from tests.support import reference, zoo
+from tests.support import zoo
 from tl_fastload.quantized import QuantizedTensor
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -110,7 +110,7 @@ def hf_model(folder: Path, kind: str, **changes: Any) -> Any:
 def hf_log_probs(folder: Path, kind: str, case_id: str, **changes: Any) -> torch.Tensor:
     """Log-probabilities of `hf_model` on the case's tokens."""
     with torch.no_grad():
-        return reference.log_probs(hf_model(folder, kind, **changes)(zoo.tokens(case_id)).logits)
+        return hf_model(folder, kind, **changes)(zoo.tokens(case_id)).logits.float().log_softmax(-1)
 
 
 @functools.cache
@@ -140,7 +140,7 @@ def dequantized(layer: Any) -> torch.Tensor:
 def dense_folder(case_id: str, folder: Path, kind: str) -> Path:
     """An ordinary checkpoint that holds the dequantized weights."""
     target = folder.parent / f"{folder.name}-{kind}-dense"
-    dense = reference.hf_model(case_id, folder)
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         for name, layer in layers(hf_model(folder, kind)):
             weight, value = dense.get_submodule(name).weight, dequantized(layer)
@@ -150,9 +150,9 @@ def dense_folder(case_id: str, folder: Path, kind: str) -> Path:
 
 
 def log_probs(model: Any, case_id: str) -> torch.Tensor:
-    """Log-probabilities of a `HookedTransformer` on the case's tokens."""
+    """Log-probabilities of a `HookedTransformer`, or of a bridge, on the case's tokens."""
     with torch.no_grad():
-        return reference.log_probs(model(zoo.tokens(case_id)))
+        return model(zoo.tokens(case_id)).float().log_softmax(-1)
 
 
 def gap(one: torch.Tensor, other: torch.Tensor) -> float:

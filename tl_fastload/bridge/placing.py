@@ -12,9 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from tl_fastload.bridge import names
+from tl_fastload.bridge.quantizing import role_in
 from tl_fastload.bridge.slots import Slot, Views, by_memory, slots_of
 from tl_fastload.ground.geometry import dense_strides
+from tl_fastload.ground.role import Role, RoleOf
 from tl_fastload.ground.sizes import bytes_of
+from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.recipes.nodes import Call, SourceView, aten
 from tl_fastload.recipes.promise import Promise
 from tl_fastload.source.reader import FileSource
@@ -90,6 +94,10 @@ class BridgeShelf(Shelf):
             empty = nn.Parameter(empty, requires_grad=promise.requires_grad)
         return self.put(slot.name, empty, strides)
 
+    def role(self, name: str) -> Role:
+        """What a parameter is, as the module that holds it has it."""
+        return role_in(name, self._homes[name].slots[0].module, self._homes)
+
     def slots(self, name: str) -> list[Slot]:
         """The slots that a value goes into."""
         return self._homes[name].slots
@@ -123,12 +131,25 @@ def is_small_and_odd(address: int, tensor: torch.Tensor) -> bool:
     return address % _ALLOCATED_AT != 0 and bytes_of(tensor) <= _SMALL_BYTES
 
 
+def roles_in(model: nn.Module) -> RoleOf:
+    """What the parameters of a shelf, or of a bridge, are."""
+    return model.role if isinstance(model, BridgeShelf) else names.role
+
+
 def strides_in(order: str, module: nn.Module, name: str, shape: torch.Size) -> tuple[int, ...]:
     """Strides of a parameter on a shelf, or of a bridge, which has one memory order: its own."""
     leaf = name.rpartition(".")[2]
     if isinstance(module, Shelf):
         return module.strides[leaf]
     return tuple(getattr(module, leaf).stride())
+
+
+def _view(tensor: torch.Tensor, meta: torch.Tensor, offset: int) -> torch.Tensor:
+    if isinstance(tensor, QuantizedTensor):
+        # Rows are taken out once, not at each product; successive ones stay shared.
+        place = meta.shape, meta.stride(), offset
+        return QuantizedTensor.of_view(tensor.content, *place, tensor.dtype).compact()
+    return tensor.detach().as_strided(meta.shape, meta.stride(), offset)
 
 
 class _Home:
@@ -156,8 +177,9 @@ class _Home:
             self._same, self._parts, strict=True
         ):
             if same == len(made):
-                offset = tensor.storage_offset() + meta.storage_offset()
-                view = tensor.detach().as_strided(meta.shape, meta.stride(), offset)
+                offset = int(tensor.storage_offset() + meta.storage_offset())
+                view: Any = _view(tensor, meta, offset)
+                trainable = trainable and not isinstance(view, QuantizedTensor)
                 made.append(nn.Parameter(view, trainable) if is_parameter else view)
             else:
                 made.append(made[same])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,11 +10,15 @@ from torch import nn
 
 from tl_fastload.bridge.leftovers import require_none_left
 from tl_fastload.bridge.placing import BridgeShelf, is_small_and_odd, strides_in
+from tl_fastload.bridge.quantizing import Inputs
 from tl_fastload.bridge.slots import ATTRIBUTE, Slot, slots_of
 from tl_fastload.errors import HalfWrittenError, LeanLoadError, NotEnoughMemory, is_out_of_memory
 from tl_fastload.ground.mark import MARK, Mark
 from tl_fastload.huggingface.empty import SkipRandomInit
 from tl_fastload.placement.placer import Placer
+from tl_fastload.quantized import QuantizedTensor
+from tl_fastload.quantized.quantizer import Quantizer
+from tl_fastload.quantized.recipes import promise_of_tensor
 from tl_fastload.recipes.live import LivePromise, Memory, live_tensors
 from tl_fastload.recipes.nodes import MemorySource, SourceView
 from tl_fastload.report.progress import Progress
@@ -22,13 +26,16 @@ from tl_fastload.report.progress import Progress
 _Key = tuple[int, int, str]
 
 
-def process_in_place(bridge: Any, stock: Callable[[], None], progress: Progress) -> None:
+def process_in_place(
+    bridge: Any, stock: Callable[[], None], flags: Mapping[str, bool], progress: Progress
+) -> None:
     """Run TransformerLens' `process_weights` on promises of a bridge's weights, then give each
     parameter its new value, one at a time; what does not change stays where it is.
 
     Args:
         bridge: the bridge, with values.
         stock: runs the processing.
+        flags: the steps that it is asked for.
         progress: told of each parameter.
 
     Raises:
@@ -38,6 +45,7 @@ def process_in_place(bridge: Any, stock: Callable[[], None], progress: Progress)
     before = _Before(bridge)
     try:
         before.replace()
+        inputs = Inputs(bridge)
         with torch.no_grad(), SkipRandomInit():  # type: ignore[no-untyped-call]
             stock()
         before.keep_unchanged(slots_of(bridge))
@@ -61,6 +69,7 @@ def process_in_place(bridge: Any, stock: Callable[[], None], progress: Progress)
         map_any_layout=False,
         progress=progress,
         strides_of=strides_in,
+        quantizer=Quantizer(None, shelf.role, inputs.shifts(shelf.recipes, flags)),
         writing=writing,
     )
     try:
@@ -105,13 +114,19 @@ class _Before:
         once: dict[int, tuple[str, Slot]] = {}
         for slot in self._slots.values():
             once.setdefault(id(slot.tensor), (slot.name, slot))
-        made = live_tensors({f"{name}#{key}": s.tensor for key, (name, s) in once.items()})
-        promises = {key: made[f"{name}#{key}"] for key, (name, _) in once.items()}
+        quantized = {k: s.tensor for k, (_, s) in once.items() if _is_quantized(s.tensor)}
+        dense = {k: found for k, found in once.items() if k not in quantized}
+        made = live_tensors({f"{name}#{key}": s.tensor for key, (name, s) in dense.items()})
+        promises = {key: made[f"{name}#{key}"] for key, (name, _) in dense.items()}
+        for key, tensor in quantized.items():
+            bytes_ = promise_of_tensor(tensor, once[key][0])
+            promises[key] = LivePromise(bytes_.node, bytes_.meta, bytes_.device)
         known: set[int] = set()
         for slot in self._slots.values():
             promise = promises[id(slot.tensor)]
             promise._is_param = isinstance(slot.tensor, nn.Parameter)
-            if id(promise.home) not in known:
+            # Who holds bytes and changes nothing shares them.
+            if id(promise.home) not in known and not _is_quantized(slot.tensor):
                 known.add(id(promise.home))
                 node = promise.node
                 assert isinstance(node, SourceView)
@@ -170,6 +185,10 @@ class _Before:
                 old = nn.Parameter(view, promise.requires_grad) if promise._is_param else view
             made[place] = old
         return made[place]
+
+
+def _is_quantized(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, QuantizedTensor)
 
 
 def _key(slot: Slot) -> _Key:

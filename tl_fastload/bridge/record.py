@@ -15,6 +15,7 @@ from torch import nn
 from tl_fastload.bridge.boot import run_boot
 from tl_fastload.bridge.leftovers import require_none_left
 from tl_fastload.bridge.placing import BridgeShelf
+from tl_fastload.bridge.quantizing import Inputs, forget_quantizer
 from tl_fastload.bridge.slots import slots_of
 from tl_fastload.bridge.steps import run_stock
 from tl_fastload.errors import ArgumentError, UnsupportedArchitectureError
@@ -55,7 +56,7 @@ def record(
 ) -> Recording:
     """As `tl_fastload.roads.road.Road.record`."""
     _check(request, pretrained)
-    bridge, notes = boot_and_process(request, pretrained, is_quiet=on_meta)
+    bridge, inputs, notes = boot_and_process(request, pretrained, is_quiet=on_meta)
     requested = {step: bool(request.arguments[step]) for step in STEPS}
     shelf = BridgeShelf(
         bridge,
@@ -63,13 +64,14 @@ def record(
         on_meta=request.options.assigns,
     )
     shelf.finish = lambda: _finished(bridge, shelf)
-    return Recording(shelf, requested, pretrained, shelf.recipes, notes=notes)
+    shifts = inputs.shifts(shelf.recipes, requested)
+    return Recording(shelf, requested, pretrained, shelf.recipes, shifts, notes)
 
 
 def boot_and_process(
     request: Request, pretrained: Pretrained, *, is_quiet: bool
-) -> tuple[Any, list[str]]:
-    """TransformerLens' bridge, on promises; and notes for the report.
+) -> tuple[Any, Inputs, list[str]]:
+    """TransformerLens' bridge, on promises; what its matrices read; and notes for the report.
 
     Args:
         request: the call; its arguments say what is processed.
@@ -92,6 +94,7 @@ def boot_and_process(
         **boot,
     )
     _set_up(bridge, arguments)
+    inputs = Inputs(bridge)
     in_mode = arguments.get(COMPATIBILITY, True)
     is_processed = arguments.get(PROCESSED, in_mode)
     if in_mode or is_processed:
@@ -111,16 +114,10 @@ def boot_and_process(
         finally:
             del bridge.__dict__[IS_RECORDING]
     pretrained.is_recording = False
-    return bridge, answers.notes
+    return bridge, inputs, answers.notes
 
 
 def _check(request: Request, pretrained: Pretrained) -> None:
-    if pretrained.spec is not None or request.options.quantize is not None:
-        raise ArgumentError(
-            "A TransformerBridge is loaded lean from unquantized weights, without quantize=. "
-            "TransformerBridge.boot_transformers takes quantized ones, and dequantize=True makes "
-            "ordinary weights of them here."
-        )
     if request.arguments["n_devices"] > 1:
         raise ArgumentError(
             "n_devices= above 1 spreads a model by transformers' own loading: use "
@@ -179,6 +176,7 @@ class _Answers:
         """transformers' configuration, with as many layers as are wanted."""
         self._revision = revision
         config = copy.deepcopy(self._pretrained.config)
+        config.__dict__.pop("quantization_config", None)  # its layers are plain ones
         part = text_config(config)
         if self._n_layers is None:
             return config
@@ -230,6 +228,7 @@ class _Answers:
             found.ledger.unexpected = [n for n in found.ledger.unexpected if not self._is_beyond(n)]
         if found.hf_model is not None:
             own_configuration(model)
+            forget_quantizer(model)
         elif not self._on_meta:
             tie_equal(model, found.ledger.tied)
         folder = None if found.location is None else found.location.folder

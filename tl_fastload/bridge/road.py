@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
-from tl_fastload.bridge import copied, steps, versions
-from tl_fastload.bridge.placing import strides_in
+from tl_fastload.bridge import copied, names, steps, versions
+from tl_fastload.bridge.placing import roles_in, strides_in
 from tl_fastload.bridge.record import record
 from tl_fastload.errors import ArgumentError
-from tl_fastload.ground.role import Role
 from tl_fastload.huggingface.config import Supported
 from tl_fastload.huggingface.pretrained import Pretrained
 from tl_fastload.roads.road import Recording, Road
@@ -67,7 +66,8 @@ class BridgeRoad:
     why_skipped = staticmethod(steps.why_skipped)
     check_flags = staticmethod(steps.check_flags)
     is_processed = staticmethod(lambda model, flags: versions.is_processed(model))
-    role = staticmethod(lambda name: Role())
+    role = staticmethod(names.role)
+    roles_in = staticmethod(roles_in)
     folded_names = staticmethod(_folded_names)
     is_unused = staticmethod(lambda name, cfg: False)
 

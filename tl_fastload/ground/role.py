@@ -13,6 +13,9 @@ from typing import Literal
 Part = Literal["embedding", "attention", "MLP", "norms", "other"]
 Kind = Literal["matrix", "bias", "norm", "table", "other"]
 
+ATTENTION_NORM, MLP_NORM = "attention norm", "MLP norm"
+"""`what` of the norms whose output a block's matrices read."""
+
 
 @dataclass(frozen=True)
 class Role:
@@ -58,7 +61,7 @@ class Role:
     @property
     def is_projection(self) -> bool:
         """Whether it is a matrix of a linear map inside a block, such as quantization is for."""
-        return self.kind == "matrix" and self.part != "embedding" and self.what != "router"
+        return self.kind == "matrix" and self.part != "embedding" and "expert" not in self.sides
 
     @property
     def writes(self) -> int | None:

@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from tl_fastload.ground.role import Part, Role
+from tl_fastload.ground.role import ATTENTION_NORM, MLP_NORM, Part, Role
 from tl_fastload.ground.wrappers import without_wrapper_parts
 
-ATTENTION_NORM, MLP_NORM = "attention norm", "MLP norm"
 _HIDDEN_NORM, _FINAL_NORM = "hidden norm", "final norm"
 # Name (without numbers), part, what it is, its sides (what it multiplies in brackets), and the norm
 # that it reads. Each may have a bias. A key or value may have fewer heads than a query.

@@ -15,7 +15,6 @@ from tl_fastload.ground.borrow import silenced
 from tl_fastload.hooked import steps
 from tl_fastload.hooked.names import role
 from tl_fastload.hooked.norms import unit_norms
-from tl_fastload.hooked.shifts import kernel_shifts
 from tl_fastload.hooked.square import run_on_sides
 from tl_fastload.placement.own_values import as_promise, own_values_apart
 from tl_fastload.quantized import has_quantized
@@ -23,6 +22,7 @@ from tl_fastload.recipes.evaluate import evaluate
 from tl_fastload.recipes.promise import Promise
 from tl_fastload.roads.observer import Observer
 from tl_fastload.roads.road import Recording
+from tl_fastload.roads.shifts import kernel_shifts
 
 
 @dataclass
@@ -85,10 +85,10 @@ class Recorder:
             # Their values now: the parameters that they are made of are written to one by one.
             found.shifts = {
                 name: as_promise(evaluate(shift.node, shift.device).tensor.clone(), name)
-                for name, shift in kernel_shifts(promises, model.cfg, allowed).items()
+                for name, shift in kernel_shifts(promises, role, model.cfg, allowed).items()
             }
         elif pretrained is not None and pretrained.spec is not None:
-            found.shifts = kernel_shifts(promises, model.cfg, allowed)
+            found.shifts = kernel_shifts(promises, role, model.cfg, allowed)
         has_norms = pretrained is not None and not self.quiet
         if compat.REPLACES_NORMS and not has_norms and allowed["fold_ln"]:
             promises |= self._unit_norms(model, promises)

@@ -58,6 +58,7 @@ class HookedRoad:
     check_flags = staticmethod(steps.check_refactor)
     is_processed = staticmethod(steps.is_processed)
     role = staticmethod(names.role)
+    roles_in = staticmethod(lambda model: names.role)
     folded_names = staticmethod(names.folded_names)
     is_unused = staticmethod(_is_unused)
 

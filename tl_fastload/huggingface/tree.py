@@ -195,8 +195,10 @@ def _shadow(
         # transformers turns GPT-2's Conv1D into a linear layer when it quantizes.
         quantized = quantized.t() if is_conv1d(getattr(module, "source_cls", None)) else quantized
         promises[id(module._parameters["weight"])] = _as_parameter(quantized)
-    shadow: nn.Module = object.__new__(type(module))
-    shadow.__dict__ = dict(module.__dict__)
+        shadow = plain_layer(module, quantized.shape)
+    else:
+        shadow = object.__new__(type(module))
+        shadow.__dict__ = dict(module.__dict__)
     for kind in ("_parameters", "_buffers"):
         shadow.__dict__[kind] = {
             name: None if tensor is None else _promise_once(tensor, prefix + name, promises)
@@ -207,6 +209,25 @@ def _shadow(
         for name, child in module._modules.items()
     }
     return shadow
+
+
+def plain_layer(module: nn.Module, shape: torch.Size) -> nn.Module:
+    """The layer, without parameters, that a quantized one was made from: a linear one, or
+    transformers' Conv1D.
+
+    Args:
+        module: the quantized layer.
+        shape: of the plain layer's weight.
+    """
+    source: Any = getattr(module, "source_cls", None)
+    made: Any = object.__new__(source if is_conv1d(source) else nn.Linear)
+    nn.Module.__init__(made)
+    first, second = ("nx", "nf") if is_conv1d(source) else ("out_features", "in_features")
+    setattr(made, first, shape[0])
+    setattr(made, second, shape[1])
+    made.training = module.training
+    plain: nn.Module = made
+    return plain
 
 
 def _promise_once(tensor: torch.Tensor, name: str, promises: dict[int, Promise]) -> Promise:

@@ -115,7 +115,7 @@ def placer_for(request: Request, recording: Recording, progress: Progress) -> Pl
     quantizer = None
     spec = options.quantize or getattr(recording.pretrained, "spec", None)
     if spec is not None or has_quantized(model):
-        quantizer = Quantizer(options.quantize, request.road.role, recording.shifts)
+        quantizer = Quantizer(options.quantize, request.road.roles_in(model), recording.shifts)
     return Placer(
         model,
         request.road.device_map(model, request.arguments["move_to_device"]),

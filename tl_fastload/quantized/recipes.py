@@ -127,8 +127,7 @@ def follow(node: Node, device: torch.device) -> QuantizedTensor:
     if node.func in _COPIES:
         return follow(first, device)
     if node.func in _VIEWS:
-        view: QuantizedTensor = node.func(follow(first, device), *node.args[1:])
-        return view
+        return _viewed(node, follow(first, device))
     second = node.args[1] if len(node.args) > 1 else None
     if node.func is aten.mul.Tensor and isinstance(second, Node) and not reads_quantized(second):
         matrix = follow(first, device)
@@ -136,6 +135,18 @@ def follow(node: Node, device: torch.device) -> QuantizedTensor:
     if node.func is aten.sub.Tensor and isinstance(second, Node):
         return _less_its_mean(node, device)
     raise QuantizationError(f"{node.func} needs its values")
+
+
+def _viewed(node: Call, matrix: QuantizedTensor) -> QuantizedTensor:
+    try:
+        view: QuantizedTensor = node.func(matrix, *node.args[1:])
+    except RuntimeError as error:
+        # A copy in front of it was not made: whole rows can be, as with interleaved heads.
+        rows = matrix.packed_rows()
+        if rows is None:
+            raise QuantizationError("a view needs its values in another order") from error
+        view = node.func(rows, *node.args[1:])
+    return view
 
 
 def _input_scale(matrix: QuantizedTensor, factor: torch.Tensor) -> torch.Tensor:

@@ -180,8 +180,16 @@ class QuantizedTensor(torch.Tensor):
         """The same values contiguous, by taking whole rows; None if that is not enough."""
         view = views.row_view(self.geometry, self.content.stored.shape[1])
         order = None if view is None else view.in_logical_order()
-        if view is None or order is None:
+        return None if order is None else self.packed_rows()
+
+    def packed_rows(self) -> Self | None:
+        """The same values over only the rows that this view shows, in the order of its dimensions;
+        None if it does not show whole rows, or rows that can be taken out.
+        """
+        view = views.row_view(self.geometry, self.content.stored.shape[1])
+        if view is None:
             return None
+        order = tuple(sorted(view.row_dims))
         try:
             content = self.content.rows(view.index(order))
         except QuantizationError:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from tl_fastload.ground.role import Role
+from tl_fastload.ground.role import Role, RoleOf
 from tl_fastload.huggingface.config import Supported
 from tl_fastload.huggingface.pretrained import Located, Pretrained
 from tl_fastload.quantized.spec import as_dtype
@@ -211,6 +211,11 @@ class Road(Protocol):
     def role(self, name: str) -> Role:
         """What a parameter or a buffer of a model is, by its name in it; wrappers' parts in the
         name do not matter.
+        """
+
+    def roles_in(self, model: Any) -> RoleOf:
+        """What the parameters of one model are, or of what stands for it while it is filled: its
+        modules may say which way round a matrix lies.
         """
 
     def folded_names(self, model: Any) -> list[str]:

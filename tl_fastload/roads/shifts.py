@@ -13,18 +13,18 @@ from typing import Any
 
 import torch
 
-from tl_fastload.ground.role import by_place
-from tl_fastload.hooked.names import ATTENTION_NORM, MLP_NORM, role
+from tl_fastload.ground.role import ATTENTION_NORM, MLP_NORM, RoleOf, by_place
 from tl_fastload.recipes.promise import Promise
 
 
 def kernel_shifts(
-    promises: Mapping[str, Promise], cfg: Any, flags: Mapping[str, bool]
+    promises: Mapping[str, Promise], role: RoleOf, cfg: Any, flags: Mapping[str, bool]
 ) -> dict[str, Promise]:
     """Parameter name -> what is missing from its input after processing, as a vector [in].
 
     Args:
         promises: the state dict before processing.
+        role: what each of its names is.
         cfg: the model's configuration.
         flags: the processing steps that will run.
     """
@@ -47,17 +47,19 @@ def kernel_shifts(
         if bias is not None and bias.shape == (promise.shape[matrix.order[-1]],):
             shifts[name] = bias
         if matrix.what == "output" and flags["fold_value_biases"]:
-            values, weight = (find(matrix.layer, "value", is_bias) for is_bias in (True, False))
-            value_bias = _value_bias(values, weight, norm_bias(matrix.layer, ATTENTION_NORM))
+            bias, weight = (find(matrix.layer, "value", is_bias) for is_bias in (True, False))
+            order = role(at[matrix.layer, "value", False]).order if weight is not None else ()
+            value_bias = _value_bias(bias, weight, norm_bias(matrix.layer, ATTENTION_NORM), order)
             if value_bias is not None:
-                groups = cfg.n_heads // value_bias.shape[0]
-                shifts[name] = torch.repeat_interleave(value_bias, groups, dim=0).reshape(-1)
+                heads = value_bias.reshape(-1, cfg.d_head)
+                groups = cfg.n_heads // heads.shape[0]
+                shifts[name] = torch.repeat_interleave(heads, groups, dim=0).reshape(-1)
     return shifts
 
 
-def _value_bias(bias: Any, weight: Any, norm_bias: Any) -> Any:
-    """The bias [head, d_head] of the values, with what the norm's bias adds to it."""
-    if norm_bias is None or weight is None or norm_bias.shape != weight.shape[1:2]:
+def _value_bias(bias: Any, weight: Any, norm_bias: Any, order: tuple[int, ...]) -> Any:
+    """The bias of the values, with what the norm's bias adds to it, one head after the other."""
+    if norm_bias is None or weight is None or norm_bias.shape[0] != weight.shape[order[-1]]:
         return bias
-    folded = (weight.float() * norm_bias.float()[None, :, None]).sum(-2)
-    return folded if bias is None else bias.float() + folded
+    folded = (weight.permute(order).float() * norm_bias.float()).sum(-1).reshape(-1)
+    return folded if bias is None else bias.float().reshape(-1) + folded

@@ -1,0 +1,181 @@
+"""Bitsandbytes weights stay bytes in a bridge, raw and processed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.support import bridge_stock
+from tests.support import quantized_zoo as qz
+from tests.support.bridge_stock import quiet
+from tl_fastload import LeanTransformerBridge
+from tl_fastload.errors import ArgumentError
+from tl_fastload.quantized import QuantizedTensor, quantize
+
+pytestmark = pytest.mark.parity
+
+BridgeZoo = Callable[..., Path]
+MOST = 1e-4
+LOADS = {
+    "raw": LeanTransformerBridge.boot_transformers_lean,
+    "processed": LeanTransformerBridge.from_pretrained_lean,
+}
+KINDS = ("int8", "nf4-double", "fp4")
+EACH = [(case_id, KINDS[n % 3]) for n, case_id in enumerate(qz.CASES)]
+FEW = [(case_id, kind) for case_id in ("gpt2", "neox", "phi3") for kind in qz.CONFIGS]
+
+WRONG = {
+    ("mixtral", "fp4"): ("raw", "processed"),  # off by 1.8, not understood; 8 bits are right
+    # One position of 22 is off by 0.05: a rounding at the outliers' threshold falls otherwise.
+    ("gpt2", "int8-outliers"): ("processed",),
+}
+
+
+def lean(source: Any, how: str = "processed", **arguments: Any) -> Any:
+    arguments = {"device": "cpu", "progress": False, "dtype": torch.float32, **arguments}
+    with quiet():
+        return LOADS[how](source, **arguments)
+
+
+def gap(bridge: Any, folder: Path, kind: str, case_id: str) -> float:
+    with quiet():
+        return qz.gap(qz.log_probs(bridge, case_id), qz.hf_log_probs(folder, kind, case_id))
+
+
+def stock_quantized(folder: Path, kind: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        quantization_config=qz.config(kind),
+        dtype=torch.float32,
+        attn_implementation="eager",
+        device_map={"": "cpu"},
+    )
+
+
+@pytest.mark.parametrize("how", LOADS)
+@pytest.mark.parametrize(("case_id", "kind"), list(dict.fromkeys(EACH + FEW)))
+def test_log_probs_are_those_of_the_quantized_model(
+    case_id: str, kind: str, how: str, bridge_zoo_folder: BridgeZoo, request: Any
+) -> None:
+    if (case_id, kind) in WRONG and how in WRONG[case_id, kind]:
+        request.applymarker(pytest.mark.xfail(strict=True, reason="known: see WRONG"))
+    folder = qz.build(bridge_zoo_folder, case_id)
+    bridge = lean(qz.saved(folder, kind), how)
+    kept = qz.quantized_parameters(bridge)
+    assert len(kept) >= len(list(qz.layers(qz.hf_model(folder, kind)))) - _fused_again(case_id)
+    assert gap(bridge, folder, kind, case_id) < MOST
+
+
+def _fused_again(case_id: str) -> int:
+    # TransformerLens puts BLOOM's heads together again: one of q, k, v and it is what the file had.
+    return 2 if case_id == "bloom" else 0
+
+
+@pytest.mark.parametrize("case_id", ["gpt2", "llama-gqa", "neox"])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_log_probs_are_those_of_the_dequantized_matrices(
+    case_id: str, kind: str, bridge_zoo_folder: BridgeZoo
+) -> None:
+    """By the format's definition, whatever kernels do."""
+    folder = qz.build(bridge_zoo_folder, case_id)
+    dense = AutoModelForCausalLM.from_pretrained(
+        qz.dense_folder(case_id, folder, kind), dtype=torch.float32, attn_implementation="eager"
+    )
+    with quiet():
+        wanted = qz.log_probs(lambda tokens: dense(tokens).logits, case_id)
+        found = qz.log_probs(lean(qz.saved(folder, kind)), case_id)
+    assert qz.gap(found, wanted) < MOST
+
+
+@pytest.mark.parametrize("case_id", ["gpt2", "neox", "qwen3"])
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_every_way_there_is_the_same(case_id: str, kind: str, bridge_zoo_folder: BridgeZoo) -> None:
+    """From a model in memory, which stays as it is, and from a raw bridge, in place."""
+    folder = qz.build(bridge_zoo_folder, case_id)
+    model = stock_quantized(folder, kind)
+    bridges = [lean(folder, hf_model=model), lean(qz.saved(folder, kind), "raw")]
+    before = {
+        name: tensor.content.stored.dense(torch.float32)
+        for name, tensor in qz.quantized_parameters(bridges[1]).items()
+    }
+    bridge_stock.process(bridges[1])
+    for name, tensor in qz.quantized_parameters(bridges[1]).items():
+        assert torch.equal(tensor.content.stored.dense(torch.float32), before[name]), name
+    for bridge in bridges:
+        assert len(qz.quantized_parameters(bridge)) == len(before)
+        assert gap(bridge, folder, kind, case_id) < MOST
+    assert type(next(qz.layers(model))[1]).__module__.startswith("bitsandbytes")
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("case_id", ["opt", "llama-gqa"])
+def test_a_bridge_that_stock_booted(case_id: str, kind: str, bridge_zoo_folder: BridgeZoo) -> None:
+    """Stock refuses to process it."""
+    folder = qz.build(bridge_zoo_folder, case_id)
+    booted = bridge_stock.boot(folder, hf_model=stock_quantized(folder, kind))
+    bridge = bridge_stock.process(LeanTransformerBridge.of(booted))
+    assert len(qz.quantized_parameters(bridge)) >= 12
+    assert gap(bridge, folder, kind, case_id) < MOST
+
+
+@pytest.mark.parametrize("case_id", ["gpt2", "gpt-neo", "phi3"])
+def test_quantizing_while_loading(case_id: str, bridge_zoo_folder: BridgeZoo) -> None:
+    """The processed matrix is quantized, [out, in] whichever way round the layer has it."""
+    folder = qz.build(bridge_zoo_folder, case_id)
+    dense = dict(lean(folder).named_parameters())
+    kept = qz.quantized_parameters(lean(folder, quantize=qz.config("nf4")))
+    assert len(kept) >= 12
+    for name, tensor in kept.items():
+        turn = torch.t if _is_conv1d(case_id, name) else torch.positive
+        wanted = quantize(turn(dense[name]).contiguous(), "nf4").dequantize()
+        assert torch.equal(turn(tensor.dequantize()), wanted), name
+
+
+def _is_conv1d(case_id: str, name: str) -> bool:
+    return case_id == "gpt2" and re.search(r"\.attn\.[qkv]\.", name) is None
+
+
+def test_ordinary_weights_of_a_quantized_checkpoint(bridge_zoo_folder: BridgeZoo) -> None:
+    folder = qz.build(bridge_zoo_folder, "gpt2")
+    bridge = lean(qz.saved(folder, "nf4"), dequantize=True)
+    assert not qz.quantized_parameters(bridge)
+    assert gap(bridge, folder, "nf4", "gpt2") < MOST
+
+
+def test_it_is_a_model_of_plain_layers(bridge_zoo_folder: BridgeZoo) -> None:
+    """Nothing says that transformers' quantizer is at work."""
+    folder = qz.build(bridge_zoo_folder, "gpt2")
+    for bridge in (
+        lean(qz.saved(folder, "nf4")),
+        lean(folder, hf_model=stock_quantized(folder, "nf4")),
+    ):
+        assert not hasattr(bridge.original_model.config, "quantization_config")
+        assert not getattr(bridge.original_model, "is_quantized", False)
+        assert not list(qz.layers(bridge.original_model))
+
+
+def test_dense_parameters_train(bridge_zoo_folder: BridgeZoo) -> None:
+    bridge = lean(qz.saved(qz.build(bridge_zoo_folder, "llama-gqa"), "nf4"))
+    for parameter in bridge.parameters():
+        assert parameter.requires_grad is not isinstance(parameter, QuantizedTensor)
+
+
+@pytest.mark.usefixtures("no_reading")
+def test_refactoring_needs_values(bridge_zoo_folder: BridgeZoo) -> None:
+    saved = qz.saved(qz.build(bridge_zoo_folder, "gpt2"), "nf4")
+    with pytest.raises(ArgumentError, match="refactor_factored_attn_matrices"):
+        lean(saved, refactor_factored_attn_matrices=True)
+
+
+def test_refactoring_in_place_changes_nothing(bridge_zoo_folder: BridgeZoo) -> None:
+    folder = qz.build(bridge_zoo_folder, "gpt2")
+    bridge = lean(qz.saved(folder, "nf4"), "raw")
+    with pytest.raises(ArgumentError, match="refactor_factored_attn_matrices"), quiet():
+        bridge.enable_compatibility_mode(refactor_factored_attn_matrices=True)
+    assert gap(bridge, folder, "nf4", "gpt2") < MOST
