@@ -28,14 +28,14 @@ FOLDERS = ("tl_fastload", "benchmarks", "demo", "notebooks", "tests")
 SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 ROOMS = (
     *("printable", "errors", "ground", "report", "recipes", "source", "quantized", "request"),
-    *("huggingface", "placement", "roads", "hooked", "copies", "loading", "planning"),
-    *("cache", "model"),
+    *("huggingface", "placement", "roads", "hooked", "bridge", "copies", "loading", "planning"),
+    *("cache", "model", "bridge_model"),
     *("lightning", "embedded_model", "memory_map", "plots", "quantization", "timeline"),
     *("cli", "__main__"),
 )
 """In the order of the data: a room imports only rooms before it."""
 
-ROADS = ("hooked",)
+ROADS = ("hooked", "bridge")
 """Each knows TransformerLens, and none what is done with what it records."""
 
 MOST_LINES_OF_A_FILE = 450

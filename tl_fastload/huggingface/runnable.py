@@ -296,8 +296,8 @@ def _set_configuration(
     for part in (config, *parts):
         if part is not None:
             setattr(part, compat.CONFIG_DTYPE_NAME, dtype)
-    if attention is not None and attention != "eager":
-        config._attn_implementation = attention
+    config._attn_implementation = attention or "eager"
+    config.output_attentions = hf_config.output_attentions  # of the caller's model, it may be off
     model.name_or_path = config.name_or_path = hf_config.name_or_path
 
 

@@ -139,13 +139,16 @@ def _write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LiveProm
             f"{func} writes into a part of a recorded parameter. Load the model first, then "
             "change it."
         )
-    value = _alive(_values(func, args, kwargs)).to(target.dtype)
+    # Inside a dispatch, `to` and `contiguous` would arrive here as they are, and look like views.
+    value: Any = _alive(_values(func, args, kwargs))
+    if value.dtype != target.dtype:
+        value = aten._to_copy.default(value, dtype=target.dtype)
     if value.shape != target.shape:
-        value = value.expand(target.shape)
+        value = aten.expand.default(value, list(target.shape))
     if value.stride() != target.stride():
         if not target.is_contiguous():
             raise RecordingError(f"{func} writes values of other strides than the parameter's.")
-        value = value.contiguous()
+        value = aten.clone.default(value, memory_format=torch.contiguous_format)
     target.node = node_of(value)
     target.home.version += 1
     target.seen = target.home.version
