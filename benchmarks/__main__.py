@@ -18,7 +18,7 @@ from benchmarks.predictions import with_predictions
 from tl_fastload.ground import compat
 
 _STAGES = ("load", "forward", "quantized", "import")
-_BRIDGE = "bridge"
+_BRIDGE_STAGES = ("bridge", "bridge-forward")
 _BOUNDED = tuple(shape.name for shape in SHAPES.values() if shape.bounded)
 _TINY = tuple(shape.name for shape in SHAPES.values() if not shape.bounded)
 _RESULTS = Path(__file__).parent / "results"
@@ -41,8 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if has_quantized:
         with_stock = options.stock and not forward  # which measures stock in bfloat16 already
         planned += quantized.all_cases(options.models, with_stock=with_stock)
-    if _BRIDGE in options.only:
-        planned += bridge.all_cases(options.models, options.dtypes, with_stock=options.stock)
+    bridged = not set(options.only).isdisjoint(_BRIDGE_STAGES)
+    if bridged:
+        forward_too = "bridge-forward" in options.only
+        planned += bridge.all_cases(
+            options.models, options.dtypes, forward=forward_too, with_stock=options.stock
+        )
     if planned:
         for model in options.models:
             errors.print(f"checkpoint {model}: {make_checkpoint(model, options.cache)}")
@@ -54,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     checks = bounds.checks(results, options.models, load=load, forward=forward)
     if has_quantized:
         checks += quantized.checks(results, options.models)
-    if _BRIDGE in options.only:
+    if bridged:
         checks += bridge.checks(results, options.models)
     if imported is not None:
         checks.append(bounds.import_check(None if imported.error else imported.median_seconds))
@@ -71,10 +75,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
         "--only",
-        type=_choices("stage", {stage: (stage,) for stage in (*_STAGES, _BRIDGE)}),
-        default=_STAGES if compat.TRANSFORMER_LENS.major < 4 else (_BRIDGE, "import"),
+        type=_choices("stage", {stage: (stage,) for stage in (*_STAGES, *_BRIDGE_STAGES)}),
+        default=_STAGES if compat.TRANSFORMER_LENS.major < 4 else (*_BRIDGE_STAGES, "import"),
         metavar="STAGES",
-        help=f"any of {','.join(_STAGES)}, and {_BRIDGE}, all that TransformerLens 4 can",
+        help=f"any of {','.join(_STAGES)}; {' and '.join(_BRIDGE_STAGES)} (loads, and forward "
+        "passes beside them) are what TransformerLens 4 can",
     )
     parser.add_argument(
         "--models",

@@ -405,7 +405,7 @@ _FOR_PYTORCH_FILES = ("switch",)
 
 _ALSO_IN_3 = (
     *("gpt2", "neox", "llama-gqa", "llama-gqa1-tied", "gemma2", "gemma3", "mixtral", "phi3"),
-    *("bloom", "opt", "gpt-neo", "qwen3", "qwen2-moe", "mamba", "bert", "vit"),
+    *("bloom", "opt", "qwen3", "qwen2-moe", "mamba", "bert", "vit"),
 )
 """One of each kind, for TransformerLens 3, whose bridge is another generation of the same code."""
 
