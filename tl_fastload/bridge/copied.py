@@ -18,7 +18,7 @@ from tl_fastload.bridge import versions
 from tl_fastload.bridge.placing import Shelf
 from tl_fastload.bridge.record import COMPATIBILITY, PROCESSED, boot_and_process, completed
 from tl_fastload.bridge.slots import ATTRIBUTE, Slot, is_plain, slots_of
-from tl_fastload.errors import ArgumentError, CheckpointError
+from tl_fastload.errors import ArgumentError, CheckpointError, SaveError
 from tl_fastload.ground.geometry import dense_strides
 from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.ground.words import listed
@@ -58,7 +58,18 @@ class StoredShelf(Shelf):
 
 
 def stored(bridge: Any) -> StoredShelf:
-    """As `tl_fastload.roads.road.Road.stored`."""
+    """As `tl_fastload.roads.road.Road.stored`.
+
+    Raises:
+        SaveError: an encoder and a decoder, whose shared tables TransformerLens 4 holds in places that
+            depend on what was loaded.
+    """
+    if getattr(bridge.original_model.config, "is_encoder_decoder", False):
+        raise SaveError(
+            f"A bridge of a {type(bridge.original_model).__name__}, which has an encoder and a "
+            "decoder, cannot be saved as a processed copy. Load it from its checkpoint, which is "
+            "mapped."
+        )
     slots = _by_name(slots_of(bridge))
     forms: dict[str, Any] = {}
     built = {
