@@ -22,6 +22,7 @@ from tl_fastload import (
     verify_copy,
 )
 from tl_fastload.copies import cache as copies_cache
+from tl_fastload.errors import SaveError
 from tl_fastload.ground import compat
 from tl_fastload.recipes.promise import Promise
 from tl_fastload.request.steps import STEPS

@@ -18,6 +18,7 @@ from tl_fastload.errors import ArgumentError, CheckpointError, SaveError, Unknow
 from tl_fastload.ground.paths import exists, expanded, is_directory
 from tl_fastload.huggingface.lora.adapter import locate_adapter
 from tl_fastload.loading.sources import open_source
+from tl_fastload.request.keywords import Keywords
 from tl_fastload.source.reader import FileReader
 
 NOBODY = "~nobody-of-this-name/x"
@@ -37,7 +38,7 @@ NO_PATHS = (NOBODY, "x" * 5000, "a\0b")
 def test_what_is_no_path_is_not_there(ask: Callable[[str], Any], error: Any, name: str) -> None:
     assert not exists(expanded(name))
     assert not is_directory(expanded(name))
-    assert copy_folder(name, {}) is None
+    assert copy_folder(name, Keywords()) is None
     with pytest.raises(error) as caught:
         ask(name)
     assert type(caught.value).__module__ == "tl_fastload.errors"

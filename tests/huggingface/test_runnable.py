@@ -11,10 +11,12 @@ import transformers
 
 from tests.support import zoo as zoo_module
 from tl_fastload.huggingface.runnable import make_runnable, tie_equal
-from tl_fastload.huggingface.tree import checkpoint_promises, tree_from_checkpoint, tree_from_model
+from tl_fastload.huggingface.tree import tree_from_checkpoint, tree_from_model
 from tl_fastload.recipes.evaluate import evaluate
 from tl_fastload.recipes.promise import Promise
-from tl_fastload.source.checkpoint import open_weights, resolve_config
+from tl_fastload.source.checkpoint import open_weights
+from tl_fastload.source.hub import HubOptions
+from tl_fastload.source.location import locate
 from tl_fastload.source.reader import FileReader
 
 pytestmark = pytest.mark.skipif(
@@ -24,8 +26,8 @@ pytestmark = pytest.mark.skipif(
 
 def runnable(folder: Path, dtype: torch.dtype) -> Any:
     config = transformers.AutoConfig.from_pretrained(folder)
-    checkpoint = open_weights(resolve_config(folder))
-    promises, _ = checkpoint_promises(checkpoint, FileReader(), mmap=True)
+    checkpoint = open_weights(locate(folder, HubOptions()))
+    promises, _ = checkpoint.promises(FileReader())
     model, ledger = tree_from_checkpoint(promises, config, config.architectures[0], dtype)
     tie_equal(model, ledger.tied)
     make_runnable(model, config, dtype, folder)

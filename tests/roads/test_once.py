@@ -15,7 +15,7 @@ from tests.support.fake_hub import fill_cache, forbid_network
 from tl_fastload import plan
 
 ASKED = {
-    "keywords": ("model", "sort_keywords"),
+    "keywords": ("face", "sort_keywords"),
     "model": ("huggingface.pretrained", "_files_at"),
     "adapter": ("huggingface.pretrained", "locate_adapter"),
     "config": ("huggingface.config", "read_config_json"),

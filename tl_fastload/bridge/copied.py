@@ -61,8 +61,8 @@ def stored(bridge: Any) -> StoredShelf:
     """As `tl_fastload.roads.road.Road.stored`.
 
     Raises:
-        SaveError: an encoder and a decoder, whose shared tables TransformerLens 4 holds in places that
-            depend on what was loaded.
+        SaveError: an encoder and a decoder, whose shared tables TransformerLens 4 holds in
+            places that depend on what was loaded.
     """
     if getattr(bridge.original_model.config, "is_encoder_decoder", False):
         raise SaveError(

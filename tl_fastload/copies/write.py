@@ -202,8 +202,8 @@ def write_copy(
             else write to this one.
     """
     model = unwrapped(model)
-    _check_model(model)
     target = expanded_to_write(folder, SaveError).absolute()
+    _check_model(model)
     check_target(target)
     plan = _Plan(road_of(model).stored(model))
     plan.add_parameters()
