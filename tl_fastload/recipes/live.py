@@ -32,17 +32,20 @@ class Memory:
 
     Attributes:
         version: how often it was written to.
+        written: the promise through which it was, all of it, the last time.
     """
 
     def __init__(self) -> None:
         self.version = 0
+        self.written: Promise | None = None
 
 
 class LivePromise(Promise):
     """A promise that can be a model's parameter while code that changes the model runs on it.
 
-    A write through it gives it another recipe. Who looks at the same memory through another
-    promise afterwards gets a RecordingError: that one has the recipe of before.
+    A write through it gives it another recipe, which other promises of the same elements take
+    over when they are looked at. A view that is looked at then is a RecordingError: it has the
+    recipe of before.
 
     Attributes:
         home: the memory that its value would lie in; views share it, copies have their own.
@@ -105,8 +108,16 @@ class LivePromise(Promise):
         return made
 
     def require_fresh(self) -> None:
-        """Raise RecordingError if its memory was written to through another promise."""
+        """Take over what was written to its memory through another promise.
+
+        Raises:
+            RecordingError: it is a view of a part, or of another form.
+        """
         if self.seen != self.home.version:
+            written = self.home.written
+            if written is not None and _is_formed_alike(self.meta, written.meta):
+                self.node, self.seen = written.node, self.home.version
+                return
             raise RecordingError(
                 "A recorded parameter was written to, and a view of it from before is used "
                 "afterwards: its recipe would be that of the old values. Load the model first."
@@ -127,6 +138,14 @@ def _alive(tensor: Any) -> LivePromise:
 
 def _share_storage(one: torch.Tensor, other: torch.Tensor) -> bool:
     return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
+
+
+def _is_formed_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return (
+        one.shape == other.shape
+        and one.stride() == other.stride()
+        and bool(one.storage_offset() == other.storage_offset())
+    )
 
 
 def _write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LivePromise:
@@ -151,6 +170,7 @@ def _write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LiveProm
         value = aten.clone.default(value, memory_format=torch.contiguous_format)
     target.node = node_of(value)
     target.home.version += 1
+    target.home.written = target
     target.seen = target.home.version
     return target
 
@@ -172,13 +192,7 @@ def _is_same(one: Promise, other: Any) -> bool:
     a, b = one.node, other.node if isinstance(other, Promise) else None
     if not (isinstance(a, SourceView) and isinstance(b, SourceView)):
         return a is b
-    return (
-        a.source is b.source
-        and a.casts == b.casts
-        and a.geometry.shape == b.geometry.shape
-        and a.geometry.stride() == b.geometry.stride()
-        and a.geometry.storage_offset() == b.geometry.storage_offset()
-    )
+    return a.source is b.source and a.casts == b.casts and _is_formed_alike(a.geometry, b.geometry)
 
 
 def live_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, LivePromise]:
