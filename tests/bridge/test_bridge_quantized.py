@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.support import bridge_stock, zoo
+from tests.support import bridge_stock, bridge_zoo, zoo
 from tests.support import quantized_trace as trace
 from tests.support import quantized_zoo as qz
 from tests.support.bridge_stock import quiet
@@ -34,6 +34,8 @@ LOADS = {
 KINDS = ("int8", "nf4-double", "fp4")
 EACH = [(case_id, KINDS[n % 3]) for n, case_id in enumerate(qz.CASES)]
 FEW = [(case_id, kind) for case_id in ("gpt2", "neox", "phi3") for kind in qz.CONFIGS]
+FEW.append(("qwen2", "int8"))  # folded value biases put an activation on a boundary
+HERE = [pair for pair in dict.fromkeys(EACH + FEW) if pair[0] in bridge_zoo.CASES]
 
 
 def lean(source: Any, how: str = "processed", **arguments: Any) -> Any:
@@ -83,7 +85,7 @@ def stock_quantized(folder: Path, kind: str) -> Any:
 
 
 @pytest.mark.parametrize("how", LOADS)
-@pytest.mark.parametrize(("case_id", "kind"), list(dict.fromkeys(EACH + FEW)))
+@pytest.mark.parametrize(("case_id", "kind"), HERE)
 def test_log_probs_are_those_of_the_quantized_model(
     case_id: str, kind: str, how: str, bridge_zoo_folder: BridgeZoo, assert_same: Compare
 ) -> None:
