@@ -167,7 +167,9 @@ def test_a_bridge_that_stock_booted(case_id: str, kind: str, bridge_zoo_folder: 
     assert gap(bridge, folder, kind, case_id) < MOST
 
 
-@pytest.mark.parametrize("case_id", ["gpt2", "gpt-neo", "phi3"])
+@pytest.mark.parametrize(
+    "case_id", [c for c in ("gpt2", "gpt-neo", "phi3") if c in bridge_zoo.CASES]
+)
 def test_quantizing_while_loading(case_id: str, bridge_zoo_folder: BridgeZoo) -> None:
     """The processed matrix is quantized, [out, in] whichever way round the layer has it."""
     folder = qz.build(bridge_zoo_folder, case_id)
