@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.support import bridge_stock
+from tests.support import bridge_stock, bridge_zoo, zoo
+from tests.support import quantized_trace as trace
 from tests.support import quantized_zoo as qz
 from tests.support.bridge_stock import quiet
 from tl_fastload import LeanTransformerBridge
@@ -21,7 +22,11 @@ from tl_fastload.quantized import QuantizedTensor, quantize
 pytestmark = pytest.mark.parity
 
 BridgeZoo = Callable[..., Path]
+Compare = Callable[[Any, Path, str, str], None]
 MOST = 1e-4
+ONE_STEP = 0.1
+"""Most that activations on the rounding boundaries of 8-bit kernels may make of float noise."""
+
 LOADS = {
     "raw": LeanTransformerBridge.boot_transformers_lean,
     "processed": LeanTransformerBridge.from_pretrained_lean,
@@ -29,12 +34,8 @@ LOADS = {
 KINDS = ("int8", "nf4-double", "fp4")
 EACH = [(case_id, KINDS[n % 3]) for n, case_id in enumerate(qz.CASES)]
 FEW = [(case_id, kind) for case_id in ("gpt2", "neox", "phi3") for kind in qz.CONFIGS]
-
-WRONG = {
-    ("mixtral", "fp4"): ("raw", "processed"),  # off by 1.8, not understood; 8 bits are right
-    # One position of 22 is off by 0.05: a rounding at the outliers' threshold falls otherwise.
-    ("gpt2", "int8-outliers"): ("processed",),
-}
+FEW.append(("qwen2", "int8"))  # folded value biases put an activation on a boundary
+HERE = [pair for pair in dict.fromkeys(EACH + FEW) if pair[0] in bridge_zoo.CASES]
 
 
 def lean(source: Any, how: str = "processed", **arguments: Any) -> Any:
@@ -48,6 +49,31 @@ def gap(bridge: Any, folder: Path, kind: str, case_id: str) -> float:
         return qz.gap(qz.log_probs(bridge, case_id), qz.hf_log_probs(folder, kind, case_id))
 
 
+@pytest.fixture
+def assert_same(monkeypatch: pytest.MonkeyPatch) -> Compare:
+    """`assert_same(bridge, folder, kind, case_id)`: within MOST; in 8 bits, or apart by rounding,
+    as is shown.
+    """
+
+    def compare(bridge: Any, folder: Path, kind: str, case_id: str) -> None:
+        apart = gap(bridge, folder, kind, case_id)
+        if apart < MOST:
+            return
+        assert kind.startswith("int8"), apart
+        assert apart < ONE_STEP
+        tokens = zoo.tokens(case_id)
+        stored = next(iter(qz.quantized_parameters(bridge).values())).content.stored
+        with quiet():
+            theirs = trace.kernel_inputs_of_hf(qz.hf_model(folder, kind), tokens)
+            ours = trace.kernel_inputs_of(bridge, tokens, monkeypatch)
+            assert trace.parts_by_rounding(theirs, ours, stored.threshold), apart
+            # And it is the cause: without the float noise in front of the kernels, none is left.
+            same = trace.log_probs_on_their_inputs(bridge, tokens, theirs, monkeypatch)
+        assert qz.gap(same, qz.hf_log_probs(folder, kind, case_id)) < MOST
+
+    return compare
+
+
 def stock_quantized(folder: Path, kind: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(
         folder,
@@ -59,17 +85,34 @@ def stock_quantized(folder: Path, kind: str) -> Any:
 
 
 @pytest.mark.parametrize("how", LOADS)
-@pytest.mark.parametrize(("case_id", "kind"), list(dict.fromkeys(EACH + FEW)))
+@pytest.mark.parametrize(("case_id", "kind"), HERE)
 def test_log_probs_are_those_of_the_quantized_model(
-    case_id: str, kind: str, how: str, bridge_zoo_folder: BridgeZoo, request: Any
+    case_id: str, kind: str, how: str, bridge_zoo_folder: BridgeZoo, assert_same: Compare
 ) -> None:
-    if (case_id, kind) in WRONG and how in WRONG[case_id, kind]:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="known: see WRONG"))
     folder = qz.build(bridge_zoo_folder, case_id)
     bridge = lean(qz.saved(folder, kind), how)
     kept = qz.quantized_parameters(bridge)
     assert len(kept) >= len(list(qz.layers(qz.hf_model(folder, kind)))) - _fused_again(case_id)
-    assert gap(bridge, folder, kind, case_id) < MOST
+    assert_same(bridge, folder, kind, case_id)
+
+
+@pytest.mark.parametrize("how", LOADS)
+@pytest.mark.parametrize("kind", ["nf4-double", "fp4"])
+def test_rows_that_are_no_whole_blocks(kind: str, how: str, bridge_zoo_folder: BridgeZoo) -> None:
+    """bitsandbytes' kernel for AVX-512 CPUs misreads them, so transformers' model is no judge."""
+    sizes = qz.wide("mixtral")
+    folder = bridge_zoo_folder("mixtral", **{**sizes, "head_dim": 8})
+    bridge = lean(qz.saved(folder, kind), how)
+    rows = [value.content.stored.shape[1] for value in qz.quantized_parameters(bridge).values()]
+    assert 32 in rows  # half a block
+    dense = AutoModelForCausalLM.from_pretrained(
+        qz.dense_folder("mixtral", folder, kind),
+        dtype=torch.float32,
+        attn_implementation="eager",
+    )
+    with quiet():
+        wanted = qz.log_probs(lambda tokens: dense(tokens).logits, "mixtral")
+        assert qz.gap(qz.log_probs(bridge, "mixtral"), wanted) < MOST
 
 
 def _fused_again(case_id: str) -> int:
@@ -124,7 +167,9 @@ def test_a_bridge_that_stock_booted(case_id: str, kind: str, bridge_zoo_folder: 
     assert gap(bridge, folder, kind, case_id) < MOST
 
 
-@pytest.mark.parametrize("case_id", ["gpt2", "gpt-neo", "phi3"])
+@pytest.mark.parametrize(
+    "case_id", [c for c in ("gpt2", "gpt-neo", "phi3") if c in bridge_zoo.CASES]
+)
 def test_quantizing_while_loading(case_id: str, bridge_zoo_folder: BridgeZoo) -> None:
     """The processed matrix is quantized, [out, in] whichever way round the layer has it."""
     folder = qz.build(bridge_zoo_folder, case_id)

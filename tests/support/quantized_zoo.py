@@ -62,6 +62,8 @@ def wide(case_id: str) -> dict[str, Any]:
     sizes |= {"intermediate_size": 256, "ffn_dim": 256, "head_dim": d_head, "rotary_dim": 16}
     if "num_key_value_heads" in given:
         new = {"num_key_value_heads": new[heads_name], **new}
+    if case_id == "mixtral":
+        new["head_dim"] = d_head  # the bridge's zoo gives it another
     return {**{name: size for name, size in sizes.items() if name in given}, **new}
 
 
@@ -132,8 +134,17 @@ def dequantized(layer: Any) -> torch.Tensor:
     if isinstance(layer, bnb.nn.Linear8bitLt):
         scales = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
         return bnb.functional.int8_vectorwise_dequant(layer.weight.data, scales).float()
-    state = layer.weight.quant_state
-    return bnb.functional.dequantize_4bit(layer.weight.data, state).float()
+    return _by_definition(layer.weight.data.reshape(-1), layer.weight.quant_state)
+
+
+def _by_definition(packed: torch.Tensor, state: Any) -> torch.Tensor:
+    # Not bitsandbytes' own function: on CPUs it misreads rows that are not whole blocks.
+    scales = state.absmax
+    if state.nested:
+        scales = bnb.functional.dequantize_blockwise(scales, state.state2) + state.offset
+    codes = torch.stack((packed >> 4, packed & 15), dim=1).reshape(-1)[: state.shape.numel()]
+    scales = scales.repeat_interleave(state.blocksize)[: len(codes)]
+    return (state.code[codes.long()] * scales).reshape(state.shape).float()
 
 
 @functools.cache
