@@ -22,7 +22,11 @@ from tl_fastload.hooked.stock import is_toy_name, stock_name_for
 from tl_fastload.hooked.tokenizer import fetch_tokenizer
 from tl_fastload.hooked.toy import outline_of_toy
 from tl_fastload.huggingface import config, tree
-from tl_fastload.huggingface.dequantize import load_dequantized, outline_dequantized
+from tl_fastload.huggingface.dequantize import (
+    dequantized_here,
+    load_dequantized,
+    outline_dequantized,
+)
 from tl_fastload.huggingface.keys import Ledger
 from tl_fastload.huggingface.lora.adapter import Adapter, open_adapters
 from tl_fastload.huggingface.lora.base_model import compare_bases
@@ -64,6 +68,7 @@ class Origin:
         reader: reads the files.
         options: strategy, mapping, quantization.
         spec: how the weights are quantized already, if they are.
+        dequantized: how those were that become ordinary weights while they are read.
         notes: for the report.
         ledger: what of the checkpoint fitted nowhere; filled by `tree`.
         root: the module tree of promises; filled by `tree`.
@@ -86,6 +91,7 @@ class Origin:
     reader: FileReader
     options: Options
     spec: Spec | None = None
+    dequantized: Spec | None = None
     notes: list[str] = field(default_factory=list)
     ledger: Ledger = field(default_factory=Ledger)
     root: Any = None
@@ -184,7 +190,14 @@ class Origin:
 
     def _grow(self, promises: dict[str, Promise], dtype: torch.dtype) -> tuple[Any, Ledger]:
         architecture = architecture_of(self.hf_config)
-        return tree.tree_from_checkpoint(promises, self.hf_config, architecture, dtype, self.spec)
+        return tree.tree_from_checkpoint(
+            promises,
+            self.hf_config,
+            architecture,
+            dtype,
+            self.spec or self.dequantized,
+            dense=self.dequantized is not None,
+        )
 
     def missing(self) -> list[str]:
         """Names of the module tree's weights that the checkpoint does not have."""
@@ -306,14 +319,17 @@ def find_origin(
     reader.files.see(location.folder / "config.json")
     is_toy = is_toy_name(official) or _is_toy_folder(location)
     stock_name = stock_name_for(official, location.repo or location.label)
-    hf_config, spec = None, None
+    hf_config, spec, dequantized = None, None, None
     if is_toy and official is None:
         stock_name = _toy_name(location)
     if not is_toy:
         trust = sorted_keywords.trust_remote_code
         hf_config = load_hf_config(location.folder, trust_remote_code=trust)
         hf_config = override(hf_config, sorted_keywords.overrides)
-        if options.dequantize:
+        here = dequantized_here(hf_config, location.label) if options.dequantize else None
+        if here is not None:
+            hf_config, dequantized = here
+        elif options.dequantize:
             check_all_links(location.folder)  # transformers reads what it likes
             load = outline_dequantized if options.only_plan else load_dequantized
             hf_model = load(location.folder, hf_config, as_dtype(dtype))
@@ -331,6 +347,7 @@ def find_origin(
         reader=reader,
         options=options,
         spec=spec,
+        dequantized=dequantized,
         commit=location.commit,
         adapters=adapters,
     )

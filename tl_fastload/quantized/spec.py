@@ -33,6 +33,12 @@ class Spec:
         """Why a matrix [rows, columns] is not quantized; None if it is."""
         return None
 
+    def other_numbers(self) -> str | None:
+        """What the runtime that the checkpoint was made for rounds, and is not rounded here; None
+        if that is nothing.
+        """
+        return None
+
 
 def quantization_argument(quantize: Any, keywords: dict[str, Any]) -> Any:
     """What is asked for by `quantize=`, or by transformers' older arguments among the keywords.

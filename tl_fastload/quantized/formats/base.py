@@ -152,6 +152,8 @@ class Format(ABC):
             `{"_blocks": "", "_scales": ""}`. A tensor under the weight's own name is a piece, too.
         codes: dtypes in which only quantized weights are stored under their own name; such a
             `.weight` is quantized, with or without pieces.
+        ignored: ends of the names of stored tensors that a runtime needs and the weights do not,
+            such as scales of activations.
         descriptions: pieces of a few bytes, whose values have to be known to plan.
         undeclared: piece -> what config.json lacks where one stands alone.
         offered: what `quantize=` may say -> kind, for formats that quantize.
@@ -165,6 +167,7 @@ class Format(ABC):
     spec: ClassVar[type[Spec]] = Spec
     pieces: ClassVar[Mapping[str, str]] = {}
     codes: ClassVar[frozenset[torch.dtype]] = frozenset()
+    ignored: ClassVar[frozenset[str]] = frozenset()
     descriptions: ClassVar[frozenset[str]] = frozenset()
     undeclared: ClassVar[Mapping[str, str]] = {}
     offered: ClassVar[Mapping[str, str]] = {}
@@ -253,6 +256,32 @@ def take(tensor: torch.Tensor, runs: list[tuple[int, int]]) -> torch.Tensor:
     """Runs of the first dimension, one after the other: a view of one run, a copy of several."""
     parts = [tensor[start:stop] for start, stop in runs]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def take_rows(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Some rows of a tensor: a view of rows that are equally far apart, else a copy.
+
+    Args:
+        tensor: [rows, ...].
+        index: [n] row numbers on the CPU, in the order wanted.
+    """
+    step = _step(index)
+    if step is not None:
+        return tensor[int(index[0]) : int(index[-1]) + 1 : step]
+    # By bytes: not every torch joins 8-bit floats.
+    raw = tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
+    return take(raw, runs_of(index)).view(tensor.dtype)
+
+
+@runs_untraced
+def _step(index: torch.Tensor) -> int | None:
+    """The distance of row numbers that are equally far apart, in ascending order; else None."""
+    if index.numel() == 0:
+        return None
+    if index.numel() == 1:
+        return 1
+    step = int(index[1] - index[0])
+    return step if step > 0 and bool((index[1:] - index[:-1] == step).all()) else None
 
 
 def describe(tensor: torch.Tensor) -> str:
