@@ -36,26 +36,38 @@ class ScaledSpec(Spec):
     Attributes:
         block: (rows, columns) of a block; None for one scale a row, or for the whole matrix.
         is_sure: whether the configuration says which of these it is, and not the scales' shapes.
-        activations: how the checkpoint's runtime rounds activations, such as "dynamic"; empty if it
-            does not.
+        rounds: what the checkpoint's runtime rounds besides the weights, in words; empty for
+            nothing.
     """
 
     block: tuple[int, int] | None = None
     is_sure: bool = True
-    activations: str = ""
+    rounds: str = ""
 
     def __post_init__(self) -> None:
         if self.block is not None:  # JSON has no tuples
             object.__setattr__(self, "block", tuple(self.block))
 
     def other_numbers(self) -> str | None:
-        if not self.activations:
+        if not self.rounds:
             return None
         return (
-            f"The {self.kind} checkpoint was made for a runtime that rounds activations to 8 bits "
-            f"too ({self.activations} scales). Here, as in transformers' dequantized model, only "
-            "the weights are rounded: next to that runtime, log-probabilities differ by 0.1 or more."
+            f"The {self.kind} checkpoint was made for a runtime that rounds {self.rounds}, too. "
+            "Here, as in transformers' dequantized model, only the weights are rounded: next to "
+            "that runtime, log-probabilities may differ by 0.1 or more."
         )
+
+
+def rounded_besides(scales: str | None, rounds_cache: bool = False) -> str:
+    """What a runtime rounds to 8 bits besides weights, in words.
+
+    Args:
+        scales: of activations, "dynamic" or "static"; None if these are not rounded.
+        rounds_cache: whether it rounds the keys and values that it keeps.
+    """
+    parts = [] if scales is None else [f"activations ({scales} scales)"]
+    parts += ["the keys and values that it keeps"] if rounds_cache else []
+    return " and ".join(parts) + " to 8 bits" if parts else ""
 
 
 class Fp8(Format):
@@ -84,7 +96,7 @@ class Fp8(Format):
             return _of_transformers(fields)
         if method == "fbgemm_fp8":
             skip = tuple(fields.get("modules_to_not_convert") or ())
-            return ScaledSpec("fp8", skip, activations="dynamic")
+            return ScaledSpec("fp8", skip, rounds=rounded_besides("dynamic"))
         return _of_modelopt(fields) if method.startswith("modelopt") else None
 
     def assemble(self, pieces: Mapping[str, torch.Tensor], spec: Any) -> QuantizedBytes:
@@ -136,9 +148,8 @@ def _of_transformers(fields: Mapping[str, Any]) -> ScaledSpec:
             "4 bits beside FP8 cannot be read. Take the unquantized checkpoint."
         )
     skip = fields.get("modules_to_not_convert") or fields.get("ignored_layers") or ()
-    return ScaledSpec(
-        "fp8", tuple(skip), None, as_block(block), is_sure, activations=str(scheme).lower()
-    )
+    rounds = rounded_besides(str(scheme).lower())
+    return ScaledSpec("fp8", tuple(skip), None, as_block(block), is_sure, rounds)
 
 
 def _of_modelopt(fields: Mapping[str, Any]) -> ScaledSpec:
@@ -151,8 +162,9 @@ def _of_modelopt(fields: Mapping[str, Any]) -> ScaledSpec:
             "the unquantized checkpoint, with quantize= if it is too large."
         )
     skip = tuple(inner.get("ignore") or inner.get("exclude_modules") or ())
-    activations = "static" if algorithm == "FP8" else "dynamic"
-    return ScaledSpec("fp8", skip, activations=activations)
+    keeps = bool(inner.get("kv_cache_quant_algo") or inner.get("kv_cache_scheme"))
+    rounds = rounded_besides("static" if algorithm == "FP8" else "dynamic", keeps)
+    return ScaledSpec("fp8", skip, rounds=rounds)
 
 
 def as_block(value: Any) -> tuple[int, int] | None:
