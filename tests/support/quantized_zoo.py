@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from tests.support import quantized_packed as packed
 from tests.support import reference, zoo
+from tests.support.comparison import lean_model
 from tl_fastload.quantized import QuantizedTensor
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -50,6 +52,9 @@ def wide(case_id: str) -> dict[str, Any]:
     Of others the 4-bit kernel for CPUs makes wrong values.
     """
     given = zoo.CASES[case_id].config
+    if case_id == "gpt-oss":  # whose experts have a size of their own
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+        return {"hidden_size": 128, "intermediate_size": 64, **heads}
     heads_name = next(n for n in ("num_attention_heads", "n_head", "num_heads") if n in given)
     heads, groups = given[heads_name], given.get("num_key_value_heads", given[heads_name])
     if groups == heads:
@@ -108,14 +113,29 @@ def hf_model(folder: Path, kind: str, **changes: Any) -> Any:
 
 @functools.cache
 def hf_log_probs(folder: Path, kind: str, case_id: str, **changes: Any) -> torch.Tensor:
-    """Log-probabilities of `hf_model` on the case's tokens."""
+    """Log-probabilities of transformers' model on the case's tokens: of `hf_model`, or with the
+    values of a packed checkpoint.
+    """
+    if kind in packed.PACKINGS:
+        model = reference.hf_model(case_id, packed.folders(folder, kind)[1])
+        with torch.no_grad():
+            return reference.log_probs(model(zoo.tokens(case_id)).logits)
     with torch.no_grad():
         return reference.log_probs(hf_model(folder, kind, **changes)(zoo.tokens(case_id)).logits)
 
 
+def load(folder: Path, kind: str, **arguments: Any) -> Any:
+    """A lean model in one of `CONFIGS` (on transformers' model) or of `packed.PACKINGS`."""
+    if kind in packed.PACKINGS:
+        return lean_model(saved(folder, kind), **arguments)
+    return lean_model(folder, hf_model=hf_model(folder, kind), **arguments)
+
+
 @functools.cache
 def saved(folder: Path, kind: str) -> Path:
-    """The quantized model as transformers saves it."""
+    """The quantized model as transformers saves it, or as its format is defined."""
+    if kind in packed.PACKINGS:
+        return packed.folders(folder, kind)[0]
     target = folder.parent / f"{folder.name}-{kind}"
     hf_model(folder, kind).save_pretrained(target)
     return target
@@ -139,6 +159,8 @@ def dequantized(layer: Any) -> torch.Tensor:
 @functools.cache
 def dense_folder(case_id: str, folder: Path, kind: str) -> Path:
     """An ordinary checkpoint that holds the dequantized weights."""
+    if kind in packed.PACKINGS:
+        return packed.folders(folder, kind)[1]
     target = folder.parent / f"{folder.name}-{kind}-dense"
     dense = reference.hf_model(case_id, folder)
     with torch.no_grad():
