@@ -268,9 +268,7 @@ def take_rows(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     step = _step(index)
     if step is not None:
         return tensor[int(index[0]) : int(index[-1]) + 1 : step]
-    # By bytes: not every torch joins 8-bit floats.
-    raw = tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
-    return take(raw, runs_of(index)).view(tensor.dtype)
+    return take(tensor, runs_of(index))
 
 
 @runs_untraced

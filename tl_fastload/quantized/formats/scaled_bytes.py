@@ -15,7 +15,8 @@ from tl_fastload.ground.compat import dtypes
 from tl_fastload.quantized.formats.base import QuantizedBytes, describe, runs_of, take_rows
 from tl_fastload.quantized.views import runs_untraced
 
-FLOAT8 = frozenset(dtypes({name: name for name in ("float8_e4m3fn", "float8_e5m2")}).values())
+_CODES = dtypes({name: name for name in ("float8_e4m3fn", "float8_e5m2")})
+FLOAT8 = frozenset(_CODES.values())
 """8-bit floats that are codes of weights; none in torch before 2.1."""
 _SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 _POWERS = frozenset(dtypes({"": "float8_e8m0fnu"}).values())
@@ -30,7 +31,9 @@ class ScaledBytes(QuantizedBytes):
     product is one of float32, and rounded to the computing dtype once.
 
     Attributes:
-        codes: [out, in] float8 or int8.
+        codes: [out, in] int8, or uint8 for the bits of 8-bit floats, which torch neither pickles
+            nor joins everywhere.
+        code: what a code is: "int8", or torch's name of an 8-bit float.
         scales: [ceil(out / rows), ceil(in / columns)] for blocks of rows x columns; floating point,
             or uint8 s for the power 2^(s - 127).
         block: (rows, columns) of a block: those at the ends may be cut short.
@@ -42,16 +45,23 @@ class ScaledBytes(QuantizedBytes):
     scales: torch.Tensor
     block: tuple[int, int]
     kind: str
+    code: str = "int8"
     zero_points: torch.Tensor | None = None
 
     tag: ClassVar[str] = "scaled"
 
     def __post_init__(self) -> None:
-        if self.codes.dim() != 2 or self.codes.dtype not in {*FLOAT8, torch.int8}:
+        wanted_dtype = torch.int8 if self.code == "int8" else torch.uint8
+        if self.codes.dim() != 2 or self.codes.dtype != wanted_dtype:
             raise QuantizationError(
-                f"scaled codes are a matrix of 8-bit floats or int8, not {describe(self.codes)}."
+                f"{self.code} codes are a matrix of {wanted_dtype}, not {describe(self.codes)}."
             )
-        if self.scales.dtype not in {*_SCALES, *_POWERS}:
+        if self.code not in ("int8", *_CODES):
+            raise QuantizationError(
+                f"codes are int8 or one of {', '.join(_CODES) or 'none'}, as this torch has them, "
+                f"not {self.code}."
+            )
+        if self.scales.dtype not in _SCALES:
             raise QuantizationError(
                 f"scales are floating point or uint8 exponents, not {describe(self.scales)}."
             )
@@ -85,7 +95,7 @@ class ScaledBytes(QuantizedBytes):
         )
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        values = decoded(self.codes)
+        values = _decoded(self.codes, self.code)
         if self.zero_points is not None:
             over_blocks(torch.Tensor.sub_, values, self.zero_points.float(), self.block)
         over_blocks(torch.Tensor.mul_, values, scale_values(self.scales), self.block)
@@ -113,26 +123,27 @@ def _rows_of_grid(index: torch.Tensor, high: int, rows: int) -> tuple[int, torch
     return height, torch.cat(blocks) * height // high
 
 
-def decoded(codes: torch.Tensor) -> torch.Tensor:
+def _decoded(codes: torch.Tensor, code: str) -> torch.Tensor:
     """Codes as float32, a new contiguous tensor."""
-    if codes.device.type != "cpu" or not codes.dtype.is_floating_point or not codes.numel():
-        return codes.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    if codes.dtype == torch.int8 or codes.device.type != "cpu" or not codes.numel():
+        values = codes if codes.dtype == torch.int8 else codes.view(_CODES[code])
+        return values.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     # A table is five times as fast as torch's conversion.
     values = torch.empty(codes.shape, dtype=torch.float32, device="cpu")
-    table, step = _values_of(codes.dtype), max(1, _PART_SIZE // codes.shape[1])
+    table, step = _values_of(code), max(1, _PART_SIZE // codes.shape[1])
     for first in range(0, codes.shape[0], step):
-        part = codes[first : first + step].view(torch.uint8).to(torch.int32).flatten()
+        part = codes[first : first + step].to(torch.int32).flatten()
         torch.index_select(table, 0, part, out=values[first : first + step].view(-1))
     return values
 
 
 @functools.cache
 @runs_untraced
-def _values_of(dtype: torch.dtype) -> torch.Tensor:
+def _values_of(code: str) -> torch.Tensor:
     """The value of each code of an 8-bit float, [256] float32."""
     with torch.inference_mode(False):
         codes = torch.arange(256, dtype=torch.int32, device="cpu").to(torch.uint8)
-        return codes.view(dtype).to(torch.float32)
+        return codes.view(_CODES[code]).to(torch.float32)
 
 
 def scale_values(scales: torch.Tensor) -> torch.Tensor:
@@ -219,6 +230,7 @@ def scaled_bytes(
                 "The block size is that of quantization_config in config.json; without one, there "
                 "is a scale for each row or one for all."
             )
+    scales = scales.view(torch.uint8) if scales.dtype in _POWERS else scales
     scales = scales.reshape(grid)
     zero_points = None if zero_points is None else zero_points.reshape(grid)
     if stacked > 1 and out % high:
@@ -228,11 +240,14 @@ def scaled_bytes(
         high, of_grid = lower, of_grid.to(scales.device)
         scales = scales[:, of_grid]
         zero_points = None if zero_points is None else zero_points[:, of_grid]
+    name = str(codes.dtype).removeprefix("torch.")
+    raw = codes if codes.dtype == torch.int8 else codes.view(torch.uint8)
     return ScaledBytes(
-        codes.reshape(stacked * out, columns),
+        raw.reshape(stacked * out, columns),
         scales.reshape(-1, grid[-1]),
         (high, wide),
         kind,
+        name,
         None if zero_points is None else zero_points.reshape(-1, grid[-1]),
     )
 
