@@ -52,9 +52,6 @@ def wide(case_id: str) -> dict[str, Any]:
     Of others the 4-bit kernel for CPUs makes wrong values.
     """
     given = zoo.CASES[case_id].config
-    if case_id == "gpt-oss":  # whose experts have a size of their own
-        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
-        return {"hidden_size": 128, "intermediate_size": 64, **heads}
     heads_name = next(n for n in ("num_attention_heads", "n_head", "num_heads") if n in given)
     heads, groups = given[heads_name], given.get("num_key_value_heads", given[heads_name])
     if groups == heads:

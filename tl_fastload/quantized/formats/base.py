@@ -120,8 +120,9 @@ class QuantizedBytes(Declared, ABC):
             QuantizationError: the format's bytes are only read, not made.
         """
         raise QuantizationError(
-            f"{self.kind} weights cannot be quantized again. Merge into the unquantized "
-            "checkpoint, with quantize= if it is too large."
+            f"{self.kind} weights cannot be quantized again. Merge into ordinary weights with "
+            "dequantize=True, or into the unquantized checkpoint, with quantize= if they are too "
+            "large."
         )
 
     @property
