@@ -190,8 +190,11 @@ def kind_of(name: str) -> str:
     return "mxfp4" if name == "mxfp4" else "fp8"
 
 
-def pack(tensors: Tensors, packing: Packing) -> tuple[Tensors, Tensors]:
-    """The tensors of a checkpoint packed, and what they stand for."""
+def pack(tensors: Tensors, packing: Packing, is_gpt2: bool) -> tuple[Tensors, Tensors]:
+    """The tensors of a checkpoint packed, and what they stand for.
+
+    Quantized weights are [out, in] also of a Conv1D, which GPT-2 has.
+    """
     packed, values = dict(tensors), dict(tensors)
     for name, tensor in tensors.items():
         if packing.stacked:
@@ -204,8 +207,7 @@ def pack(tensors: Tensors, packing: Packing) -> tuple[Tensors, Tensors]:
                 packed[f"{name}_{piece}"] = torch.stack([pieces[piece] for pieces, _ in made])
         elif tensor.dim() == 2 and name.endswith(".weight") and not any(k in name for k in _KEPT):
             layer = name.removesuffix("weight")
-            # Quantized weights are [out, in] also of a Conv1D.
-            is_conv1d = ".c_" in name
+            is_conv1d = is_gpt2 and ".c_" in name
             pieces, value = packing.pack((tensor.T if is_conv1d else tensor).contiguous())
             values[name] = value.T.contiguous() if is_conv1d else value
             packed |= {f"{layer}{piece}": part for piece, part in pieces.items()}
@@ -217,7 +219,9 @@ def pack(tensors: Tensors, packing: Packing) -> tuple[Tensors, Tensors]:
 def folders(dense: Path, name: str) -> tuple[Path, Path]:
     """A checkpoint packed in one of `PACKINGS`, and an ordinary one of what it stands for."""
     packing = PACKINGS[name]
-    packed, values = pack(load_file(dense / "model.safetensors"), packing)
+    fields = json.loads((dense / "config.json").read_text())
+    is_gpt2 = fields["model_type"] == "gpt2"
+    packed, values = pack(load_file(dense / "model.safetensors"), packing, is_gpt2)
     made = []
     for end, tensors in (("", packed), ("-dense", values)):
         target = dense.parent / f"{dense.name}-{name}{end}"
@@ -227,6 +231,5 @@ def folders(dense: Path, name: str) -> tuple[Path, Path]:
         save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
         made.append(target)
     config = made[0] / "config.json"
-    fields = json.loads(config.read_text())
     config.write_text(json.dumps({**fields, "quantization_config": dict(packing.declared)}))
     return made[0], made[1]

@@ -22,7 +22,7 @@ from tl_fastload.ground.wrappers import without_wrappers
 from tl_fastload.huggingface.empty import empty_model
 from tl_fastload.huggingface.keys import Ledger, is_conv1d, rename_to_model, tied_groups
 from tl_fastload.quantized.assemble import combine, promise_of_layer, refuse_undeclared
-from tl_fastload.quantized.recipes import is_stored_quantized
+from tl_fastload.quantized.recipes import is_stored_quantized, reads_quantized
 from tl_fastload.quantized.spec import Spec
 from tl_fastload.recipes.nodes import MemorySource, Source, SourceView
 from tl_fastload.recipes.promise import Promise
@@ -185,7 +185,10 @@ def fill_tree(model: Any, promises: Mapping[str, Promise], dtype: torch.dtype) -
         if promise is not None and is_stored_quantized(promise.node):
             # transformers turns GPT-2's Conv1D into a linear layer when it quantizes.
             layer = model.get_submodule(name.rpartition(".")[0])
-            promise = promise.t() if is_conv1d(type(layer)) else promise
+            if is_conv1d(type(layer)):
+                # Ordinary ones lie as a Conv1D's, whose means would be rounded otherwise.
+                is_bytes = reads_quantized(promise.node)
+                promise = promise.t() if is_bytes else promise.t().contiguous()
         if promise is not None and like.is_floating_point() and not promise.is_floating_point():
             ledger.integers[name] = promise.dtype
         if promise is None:

@@ -79,7 +79,7 @@ class CompressedTensors(Format):
         return _spec_of(fields, named) if named in _FORMATS else None
 
     def assemble(self, pieces: Mapping[str, torch.Tensor], spec: Any) -> QuantizedBytes:
-        codes, scales = codes_and_scales(pieces, _CODES[spec.kind])
+        codes, scales = codes_and_scales(pieces, _CODES[spec.kind], spec.kind)
         zeros = pieces.get("weight_zero_point")
         if zeros is None and not spec.is_symmetric:
             raise QuantizationError(
@@ -93,7 +93,7 @@ class CompressedTensors(Format):
         return scaled_bytes(codes, scales, spec.block, spec.kind, zeros)
 
     def as_parameter(self, matrix: Any, pieces: Mapping[str, torch.Tensor]) -> Any:
-        return stacked_again(matrix, codes_and_scales(pieces, self.codes)[0])
+        return stacked_again(matrix, codes_and_scales(pieces, self.codes, _NAME)[0])
 
 
 def _spec_of(fields: Mapping[str, Any], named: str) -> CompressedSpec:

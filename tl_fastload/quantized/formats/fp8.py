@@ -100,14 +100,14 @@ class Fp8(Format):
         return _of_modelopt(fields) if method.startswith("modelopt") else None
 
     def assemble(self, pieces: Mapping[str, torch.Tensor], spec: Any) -> QuantizedBytes:
-        codes, scales = codes_and_scales(pieces, FLOAT8)
+        codes, scales = codes_and_scales(pieces, FLOAT8, "fp8")
         block = spec.block
         if not spec.is_sure and (scales.dim() < 2 or scales.shape[-1] == 1):
             block = None
         return scaled_bytes(codes, scales, block, "fp8")
 
     def as_parameter(self, matrix: Any, pieces: Mapping[str, torch.Tensor]) -> Any:
-        return stacked_again(matrix, codes_and_scales(pieces, FLOAT8)[0])
+        return stacked_again(matrix, codes_and_scales(pieces, FLOAT8, "fp8")[0])
 
     def of_layer(self, module: Any) -> tuple[QuantizedBytes, torch.dtype | None] | None:
         kind = type(module).__name__
@@ -185,13 +185,14 @@ def as_block(value: Any) -> tuple[int, int] | None:
 
 
 def codes_and_scales(
-    pieces: Mapping[str, torch.Tensor], dtypes: Any
+    pieces: Mapping[str, torch.Tensor], dtypes: Any, kind: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The two pieces that every weight needs.
 
     Args:
         pieces: of one weight, as in `Format.assemble`.
         dtypes: of codes.
+        kind: of the weights, for messages.
 
     Raises:
         QuantizationError: one is missing, or both of two, or codes are of another dtype.
@@ -199,12 +200,12 @@ def codes_and_scales(
     scales = [name for name in pieces if name.endswith(("_scale", "_scale_inv"))]
     others = [name for name in pieces if name not in scales and not name.endswith("_zero_point")]
     if not others:
-        raise QuantizationError(f"the quantized weight itself is missing beside {scales[0]}.")
+        raise QuantizationError(f"the {kind} weight itself is missing beside {scales[0]}.")
     codes = pieces[others[0]]
     if not scales:
         raise QuantizationError(
-            f"a weight {describe(codes)} without its scales (weight_scale_inv or weight_scale). "
-            "Save or download the checkpoint again."
+            f"{kind} weights {describe(codes)} without their scales (weight_scale_inv or "
+            "weight_scale). Save or download the checkpoint again."
         )
     if len(scales) > 1:
         raise QuantizationError(f"{' and '.join(sorted(scales))} are several scales of one weight.")
