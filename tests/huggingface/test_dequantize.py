@@ -1,6 +1,4 @@
-"""`dequantize=True`: ordinary weights, dequantized here or by transformers; both are the same, or an
-error.
-"""
+"""`dequantize=True`: ordinary weights, dequantized here or by transformers, or an error."""
 
 from __future__ import annotations
 

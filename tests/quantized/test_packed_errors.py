@@ -95,11 +95,19 @@ PIECES = [
     ("fp8", _change("weight"), "itself is missing beside weight_scale_inv"),
     ("fp8", _change("weight", lambda w: w.float()), "8_e5m2, not .*float32"),
     ("fp8", _change("weight", lambda w: w.view(torch.int8)), "8_e5m2, not .*int8"),
-    ("fp8", _change("weight_scale_inv", lambda s: s[:-1]), r"in blocks of \[32, 32\] need \[4, 8\]"),
+    (
+        "fp8",
+        _change("weight_scale_inv", lambda s: s[:-1]),
+        r"in blocks of \[32, 32\] need \[4, 8\]",
+    ),
     ("fp8", _change("weight_scale_inv", lambda s: s.T), "scales, not"),
     ("fp8", _change("weight_scale_inv", lambda s: s[0, 0]), "scales, not"),
     ("fp8", _change("weight_scale_inv", lambda s: s.long()), "floating point or uint8"),
-    ("fp8", _change("weight", lambda w: w.view(torch.uint8).flatten().view(FLOAT8)), "are matrices"),
+    (
+        "fp8",
+        _change("weight", lambda w: w.view(torch.uint8).flatten().view(FLOAT8)),
+        "are matrices",
+    ),
     ("fp8", _both, "several scales of one weight"),
     ("fp8-tensor", _change("weight_scale_inv", lambda s: torch.ones(3)), "need .*not"),
     ("fp8-rows", _change("weight_scale", lambda s: s[:-1]), "scales, not"),
@@ -131,7 +139,7 @@ def test_a_weight_of_another_shape(make: Make) -> None:
         _change("weight", lambda w: w[:-32])(tensors)
         _change("weight_scale_inv", lambda s: s[:-1])(tensors)
 
-    with pytest.raises(MissingWeightsError, match="down_proj.weight is"):
+    with pytest.raises(MissingWeightsError, match=r"down_proj\.weight is"):
         lean_model(make("fp8", edit))
 
 

@@ -83,7 +83,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_what_the_compressed_tensors_library_writes(way: str) -> None:
-    """Its own compression, read here and by itself; with float32 scales it multiplies in float32."""
+    """Its own compression, read here and by itself: with float32 scales, in float32."""
     pytest.importorskip("compressed_tensors")
     schemes: Any = importlib.import_module("compressed_tensors.quantization")
     compressors: Any = importlib.import_module("compressed_tensors.compressors")

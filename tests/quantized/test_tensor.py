@@ -24,7 +24,6 @@ from tests.support.quantized_kinds import (
     is_bytes,
     some_kinds,
 )
-from tl_fastload import quantized
 from tl_fastload.errors import QuantizationError
 from tl_fastload.quantized import QuantizedTensor
 

@@ -242,7 +242,9 @@ def test_other_methods(method: str, variant: Variant) -> None:
 @pytest.mark.parametrize("method", NOWHERE)
 def test_methods_that_nobody_reads(method: str, variant: Variant) -> None:
     folder = variant("", declared={"quant_method": method, "bits": 4})
-    with pytest.raises(UnsupportedArchitectureError, match=f"with {method}.*unquantized checkpoint"):
+    with pytest.raises(
+        UnsupportedArchitectureError, match=f"with {method}.*unquantized checkpoint"
+    ):
         lean_model(folder)
 
 

@@ -22,7 +22,7 @@ def doctor_command(
 ) -> None:
     """Show versions, devices, kernels, caches and memory limits, and what to fix.
 
-    Runs the kernels of bitsandbytes on small matrices, so that "works" means that they do.
+    Multiplies by a small matrix of each quantized format, so that "works" means that it does.
 
     [bold]Examples[/]
 

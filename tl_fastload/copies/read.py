@@ -35,6 +35,7 @@ from tl_fastload.hooked.empty import build_empty, device_map, is_failure, lost_t
 from tl_fastload.hooked.tokenizer import named, read_tokenizer
 from tl_fastload.huggingface.config import hf_config_of
 from tl_fastload.placement.strides import copied
+from tl_fastload.quantized.spec import warn_of_runtime
 from tl_fastload.report.available import check_room, let_go_on_error
 from tl_fastload.report.load_report import LoadReport
 from tl_fastload.report.memory import PeakSampler, return_freed_memory
@@ -145,6 +146,7 @@ def _load(
     model._quantization = manifest.quantization
     model._hf_config = _hf_config(manifest)
     written = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    notes += warn_of_runtime(manifest.quantization)
     notes.append(f"Copy of {manifest.source or manifest.model_class}, written by {written}.")
     report = LoadReport.of(
         model,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tl_fastload.errors import MissingWeightsError, warn_numbers
+from tl_fastload.errors import MissingWeightsError
 from tl_fastload.ground.own_defaults import own_defaults
 from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.ground.words import format_bytes, listed
@@ -32,6 +32,7 @@ from tl_fastload.placement.placer import Placer
 from tl_fastload.placement.rehearsal import forecast
 from tl_fastload.quantized import has_quantized, quantized_kinds
 from tl_fastload.quantized.quantizer import Quantizer
+from tl_fastload.quantized.spec import warn_of_runtime
 from tl_fastload.recipes.promise import Promise
 from tl_fastload.report.available import check_room, is_ample, let_go_on_error
 from tl_fastload.report.load_report import LoadReport
@@ -271,19 +272,12 @@ def report_of(model: Any, session: Session, sampler: PeakSampler, seconds: float
         adapters=tuple(a.describe() for a in origin.adapters) if origin is not None else (),
         notes=(
             *(origin.notes if origin is not None else ()),
-            *other_numbers(origin),
+            *(warn_of_runtime(origin.spec or origin.dequantized) if origin is not None else ()),
             *session.notes,
         ),
         revision=origin.commit if origin is not None else None,
     )
     return report.measured(sampler, seconds)
-
-
-def other_numbers(origin: Origin | None) -> list[str]:
-    """Warn of what the runtime of a quantized checkpoint rounds besides its weights; notes."""
-    spec = None if origin is None else origin.spec or origin.dequantized
-    reason = None if spec is None else spec.other_numbers()
-    return [] if reason is None else [warn_numbers(reason)]
 
 
 def quantization(session: Session, model: nn.Module | None = None) -> str | None:

@@ -231,6 +231,16 @@ class Format(ABC):
             f"{spec.kind} weights can be loaded, but not made: take a checkpoint that has them."
         )
 
+    def sample(self, kind: str, device: torch.device) -> QuantizedBytes:
+        """A small matrix of a kind, [64, 128], to try whether products work.
+
+        Raises:
+            QuantizationError: no kernel here.
+        """
+        generator = torch.Generator().manual_seed(0)
+        dense = torch.randn(64, 128, generator=generator, device="cpu").to(device)
+        return self.quantize(dense, self.spec(kind))
+
     def require_device(self, device: torch.device) -> None:  # noqa: B027  # without kernels: none
         """Check that products can be computed on a device.
 

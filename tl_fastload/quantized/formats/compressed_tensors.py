@@ -23,6 +23,7 @@ from tl_fastload.quantized.formats.scaled_bytes import (
     FLOAT8,
     ScaledBytes,
     scaled_bytes,
+    scaled_sample,
     stacked_again,
 )
 from tl_fastload.quantized.spec import Spec
@@ -61,6 +62,7 @@ class CompressedTensors(Format):
         ".weight_zero_point": ".weight",
     }
     codes = FLOAT8 | {torch.int8}
+    remedy = 'pip install --upgrade "torch>=2.1"'
     ignored = OF_ACTIVATIONS | {".input_zero_point", ".output_zero_point", ".weight_g_idx"}
 
     def declared(self, fields: Mapping[str, Any]) -> Spec | None:
@@ -91,6 +93,11 @@ class CompressedTensors(Format):
         elif zeros is not None and zeros.dtype != torch.int8:
             raise QuantizationError(f"zero points are int8, not {zeros.dtype}.")
         return scaled_bytes(codes, scales, spec.block, spec.kind, zeros)
+
+    def sample(self, kind: str, device: torch.device) -> QuantizedBytes:
+        if kind == _FLOAT and not FLOAT8:
+            raise QuantizationError("this torch has no 8-bit floats")
+        return scaled_sample(torch.int8 if kind == _INT else torch.float8_e4m3fn, kind, device)
 
     def as_parameter(self, matrix: Any, pieces: Mapping[str, torch.Tensor]) -> Any:
         return stacked_again(matrix, codes_and_scales(pieces, self.codes, _NAME)[0])
@@ -133,9 +140,7 @@ def _spec_of_group(
 ) -> CompressedSpec:
     weights = group.get("weights")
     if not isinstance(weights, Mapping):
-        raise ArgumentError(
-            f"a config group of {_NAME} describes no weights. Restore config.json."
-        )
+        raise ArgumentError(f"a config group of {_NAME} describes no weights. Restore config.json.")
     kind = _KINDS.get(str(weights.get("type") or "int").lower())
     if kind is None or weights.get("num_bits", 8) != 8:
         raise UnsupportedArchitectureError(

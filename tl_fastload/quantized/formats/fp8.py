@@ -1,5 +1,5 @@
-"""The format of 8-bit floats with scales, as transformers ("fp8", "fbgemm_fp8") and NVIDIA's ModelOpt
-store it: `weight` with `weight_scale_inv` or `weight_scale`.
+"""The format of 8-bit floats with scales, as transformers ("fp8", "fbgemm_fp8") and NVIDIA's
+ModelOpt store it: `weight` with `weight_scale_inv` or `weight_scale`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,13 @@ import torch
 
 from tl_fastload.errors import ArgumentError, QuantizationError, UnsupportedArchitectureError
 from tl_fastload.quantized.formats.base import Format, QuantizedBytes, describe
-from tl_fastload.quantized.formats.scaled_bytes import FLOAT8, ScaledBytes, scaled_bytes, stacked_again
+from tl_fastload.quantized.formats.scaled_bytes import (
+    FLOAT8,
+    ScaledBytes,
+    scaled_bytes,
+    scaled_sample,
+    stacked_again,
+)
 from tl_fastload.quantized.spec import Spec
 
 _USUAL = (128, 128)
@@ -83,10 +89,11 @@ class Fp8(Format):
     }
     codes = FLOAT8
     ignored = OF_ACTIVATIONS
+    remedy = 'pip install --upgrade "torch>=2.1"'
     undeclared: ClassVar[Mapping[str, str]] = {
         "weight_scale_inv": '{"quant_method": "fp8", "weight_block_size": [128, 128]}, or null for '
         "the block size",
-        "weight_scale": 'the one that the checkpoint was saved with (ModelOpt\'s lies in '
+        "weight_scale": "the one that the checkpoint was saved with (ModelOpt's lies in "
         'hf_quant_config.json: {"quant_method": "modelopt", "quant_algo": "FP8"})',
     }
 
@@ -109,12 +116,17 @@ class Fp8(Format):
     def as_parameter(self, matrix: Any, pieces: Mapping[str, torch.Tensor]) -> Any:
         return stacked_again(matrix, codes_and_scales(pieces, FLOAT8, "fp8")[0])
 
+    def sample(self, kind: str, device: torch.device) -> QuantizedBytes:
+        if not FLOAT8:
+            raise QuantizationError("this torch has no 8-bit floats")
+        return scaled_sample(torch.float8_e4m3fn, kind, device)
+
     def of_layer(self, module: Any) -> tuple[QuantizedBytes, torch.dtype | None] | None:
         kind = type(module).__name__
         if kind == "FP8Experts":
             raise QuantizationError(
-                "transformers keeps these experts as 8-bit floats of its own. Pass the checkpoint's "
-                "folder, not hf_model."
+                "transformers keeps these experts as 8-bit floats of its own. Pass the folder or "
+                "name of the checkpoint, not hf_model."
             )
         if kind != "FP8Linear" or module.weight.dtype not in FLOAT8:
             return None

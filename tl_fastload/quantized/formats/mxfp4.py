@@ -121,6 +121,11 @@ class Mxfp4(Format):
         experts, rows = _blocks_and_scales(pieces)[0].shape[:2]
         return matrix.view(experts, rows, -1).transpose(1, 2)
 
+    def sample(self, kind: str, device: torch.device) -> QuantizedBytes:
+        packed = torch.arange(64 * 64, device="cpu").remainder(256).to(torch.uint8).view(64, 64)
+        scales = torch.arange(120, 124, device="cpu").to(torch.uint8).repeat(64, 1)
+        return Mxfp4Bytes(packed.to(device), scales.to(device))
+
     def of_layer(self, module: Any) -> tuple[QuantizedBytes, torch.dtype | None] | None:
         if type(module).__name__ != "Mxfp4GptOssExperts":
             return None

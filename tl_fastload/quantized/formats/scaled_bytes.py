@@ -256,6 +256,14 @@ def _without_ones(shape: Sequence[int]) -> list[int]:
     return [size for size in shape if size != 1]
 
 
+def scaled_sample(dtype: torch.dtype, kind: str, device: torch.device) -> ScaledBytes:
+    """A small matrix, [64, 128], whose blocks are codes of one sign."""
+    codes = torch.arange(64 * 128, device="cpu").remainder(100).view(64, 128)
+    codes = codes.to(torch.int8).to(torch.float32).to(dtype).to(device)
+    scales = torch.linspace(-1, 1, 8, device="cpu").view(2, 4).to(device)
+    return scaled_bytes(codes, scales, (32, 32), kind)
+
+
 def stacked_again(matrix: Any, codes: torch.Tensor) -> Any:
     """The matrix of `scaled_bytes` as it is stored: [stacked, out, in] for stacked codes."""
     return matrix.view(codes.shape) if codes.dim() == 3 else matrix
