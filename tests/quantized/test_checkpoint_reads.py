@@ -24,6 +24,7 @@ KINDS = ("int8", "nf4-double")
     [
         *itertools.product(("gpt2", "llama-gqa", "neox", "phi3-gqa", "qwen2"), KINDS),
         *(("phi3-gqa", "fp8"), ("neox", "ct-int-groups"), ("gpt-oss", "mxfp4")),
+        *(("gpt2", "gptq"), ("phi3-gqa", "awq")),
     ],
 )
 def test_every_byte_is_read_once(

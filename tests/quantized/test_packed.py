@@ -99,7 +99,7 @@ def test_what_the_runtime_rounds_besides_is_said_once(name: str, zoo: Any) -> No
             warnings.simplefilter("always")
             model = lean_model(source, **arguments)
         said = [str(w.message) for w in caught if issubclass(w.category, NumbersWarning)]
-        assert len(said) == (0 if name == "mxfp4" else 1)
+        assert len(said) == (0 if packed.PACKINGS[name].weights_only else 1)
         assert all("runtime that rounds activations" in text for text in said)
         assert [note for note in model.load_report.notes if "runtime" in note] == said
         assert all(
@@ -193,7 +193,7 @@ def test_stacked_experts(block: tuple[int, int] | None, zoo: Any, tmp_path: Path
         assert _is_mapped(weight.content.stored.codes.data_ptr(), source / "model.safetensors")
 
 
-COPIED = ["fp8-ends", "fp8-powers", "ct-int-groups", "mxfp4"]
+COPIED = ["fp8-ends", "fp8-powers", "ct-int-groups", "mxfp4", "gptq-reordered", "awq"]
 
 
 @pytest.mark.parametrize("name", COPIED)
@@ -202,7 +202,7 @@ def test_processed_copies_and_the_cache(name: str, zoo: Any, tmp_path: Path) -> 
     source = qz.saved(qz.build(zoo, case_id), name)
     model = lean_model(source)
     model.save_lean(tmp_path / "copy")
-    rounds = packed.kind_of(name) != "mxfp4"
+    rounds = not packed.PACKINGS[name].weights_only
     with pytest.warns(NumbersWarning, match="runtime") if rounds else nullcontext():
         again = lean_model(tmp_path / "copy")
     assert again.load_report.quantization == f"{packed.kind_of(name)}, as saved"

@@ -110,6 +110,10 @@ def _packed() -> list[Kind]:
         ("ct-rows", torch.float32),
         ("ct-int-groups", torch.float32),
         ("mxfp4", torch.float32),
+        ("gptq", torch.float16),
+        ("gptq-reordered", torch.float32),
+        ("gptq-8bit", torch.bfloat16),
+        ("awq", torch.float32),
     ]
     return [
         PackedKind(

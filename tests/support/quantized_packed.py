@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.support import quantized_int4 as int4
+
 Tensors = dict[str, torch.Tensor]
 Pack = Callable[[torch.Tensor], tuple[Tensors, torch.Tensor]]
 
@@ -35,12 +37,14 @@ class Packing:
             the float32 values.
         beside: pieces of a layer that no weight needs.
         stacked: only stacked experts are packed, whose pieces' names go on from the parameter's.
+        weights_only: the runtime that it was made for rounds no activations.
     """
 
     declared: Mapping[str, Any]
     pack: Pack
     beside: Mapping[str, torch.Tensor] = field(default_factory=dict)
     stacked: bool = False
+    weights_only: bool = False
 
 
 def expanded(grid: torch.Tensor, shape: tuple[int, ...], block: tuple[int, int]) -> torch.Tensor:
@@ -179,7 +183,19 @@ PACKINGS: dict[str, Packing] = {
         _compressed("int", "group", group_size=32, symmetric=False),
         codes(_INT8, (1, 32), "weight_scale", zero_points=True),
     ),
-    "mxfp4": Packing({"quant_method": "mxfp4"}, _mxfp4, stacked=True),
+    "mxfp4": Packing({"quant_method": "mxfp4"}, _mxfp4, stacked=True, weights_only=True),
+    "gptq": Packing(int4.gptq_config(4, 32), int4.gptq(4, 32), weights_only=True),
+    "gptq-reordered": Packing(
+        int4.gptq_config(4, 32, desc_act=True, sym=False, checkpoint_format="gptq_v2"),
+        int4.gptq(4, 32, version=2, symmetric=False, reordered=True),
+        weights_only=True,
+    ),
+    "gptq-8bit": Packing(
+        int4.gptq_config(8, -1, sym=False, checkpoint_format="gptq"),
+        int4.gptq(8, -1, symmetric=False),
+        weights_only=True,
+    ),
+    "awq": Packing(int4.awq_config(64), int4.awq(64), weights_only=True),
 }
 
 
@@ -187,7 +203,7 @@ def kind_of(name: str) -> str:
     """The kind that the package gives the weights of a packing."""
     if name.startswith("ct-"):
         return f"compressed-tensors-{'int8' if 'int' in name else 'fp8'}"
-    return "mxfp4" if name == "mxfp4" else "fp8"
+    return name.split("-")[0] if name.startswith(("mxfp4", "gptq", "awq")) else "fp8"
 
 
 def pack(tensors: Tensors, packing: Packing, is_gpt2: bool) -> tuple[Tensors, Tensors]:

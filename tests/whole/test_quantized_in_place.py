@@ -43,7 +43,7 @@ def _assert_equal(model: Any, expected: Any) -> None:
                 assert torch.equal(mine.tensors()[part], tensor), (name, part)
 
 
-PACKED = [("neox", "fp8-ends"), ("llama-gqa", "ct-int-groups"), ("gpt-oss", "mxfp4")]
+PACKED = [("neox", "fp8-ends"), ("llama-gqa", "ct-int-groups"), ("gpt-oss", "mxfp4"), ("gpt2", "gptq"), ("neox", "awq")]
 
 
 @pytest.mark.parametrize(

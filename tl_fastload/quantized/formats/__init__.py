@@ -10,14 +10,16 @@ from typing import Any
 import torch
 
 from tl_fastload.errors import ArgumentError, QuantizationError, UnsupportedArchitectureError
+from tl_fastload.quantized.formats.awq import Awq
 from tl_fastload.quantized.formats.base import Format, QuantizedBytes
 from tl_fastload.quantized.formats.bitsandbytes import BitsAndBytes
 from tl_fastload.quantized.formats.compressed_tensors import CompressedTensors
 from tl_fastload.quantized.formats.fp8 import Fp8
+from tl_fastload.quantized.formats.gptq import Gptq
 from tl_fastload.quantized.formats.mxfp4 import Mxfp4
 from tl_fastload.quantized.spec import Spec, declared_fields
 
-FORMATS: tuple[Format, ...] = (BitsAndBytes(), Fp8(), CompressedTensors(), Mxfp4())
+FORMATS: tuple[Format, ...] = (BitsAndBytes(), Fp8(), CompressedTensors(), Mxfp4(), Gptq(), Awq())
 
 NOWHERE = frozenset({"hqq", "quanto", "sinq"})
 """Methods whose checkpoints neither a format here nor transformers makes ordinary."""
