@@ -72,8 +72,18 @@ class Stored(torch.nn.Module):
     def __init__(self, pieces: dict[str, torch.Tensor], values: torch.Tensor) -> None:
         super().__init__()
         self.values, self.bias = values, None
+        self.main = next(
+            (n for n in ("blocks", "qweight", "weight_packed") if n in pieces), "weight"
+        )
         for name, tensor in pieces.items():
-            self.register_buffer("weight" if name == "blocks" else name, tensor)
+            # Groups in order, and shapes, are not kept.
+            is_kept = name != "weight_shape" and (name != "g_idx" or bool(tensor.diff().min() < 0))
+            leaf = "weight" if name == self.main else name
+            self.register_buffer(leaf, tensor, persistent=is_kept)
+
+    def pieces(self) -> dict[str, torch.Tensor]:
+        named = self.named_buffers()
+        return {self.main if name == "weight" else name: part for name, part in named}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.values.to(x.dtype), self.bias)
@@ -91,9 +101,9 @@ class PackedKind(Kind):
     def tensor(self, layer: Stored) -> QuantizedTensor:
         format = formats.of_kind(self.kind)
         spec = format.declared(packed.PACKINGS[self.packing].declared)
-        pieces = dict(layer.named_buffers())
+        pieces = layer.pieces()
         if self.kind == "mxfp4":
-            pieces = {"blocks": pieces["weight"][None], "scales": pieces["scales"][None]}
+            pieces = {name: part[None] for name, part in pieces.items()}
             pieces["blocks"] = pieces["blocks"].view(*pieces["scales"].shape, -1)
         return quantized.from_bytes(format.assemble(pieces, spec), dtype=self.dtype)
 

@@ -43,7 +43,13 @@ def _assert_equal(model: Any, expected: Any) -> None:
                 assert torch.equal(mine.tensors()[part], tensor), (name, part)
 
 
-PACKED = [("neox", "fp8-ends"), ("llama-gqa", "ct-int-groups"), ("gpt-oss", "mxfp4"), ("gpt2", "gptq"), ("neox", "awq")]
+PACKED = [
+    ("neox", "fp8-ends"),
+    ("llama-gqa", "ct-int-groups"),
+    ("gpt-oss", "mxfp4"),
+    ("gpt2", "gptq"),
+    ("neox", "awq"),
+]
 
 
 @pytest.mark.parametrize(

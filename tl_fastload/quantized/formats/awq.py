@@ -1,4 +1,4 @@
-"""The format of AWQ, as AutoAWQ and transformers store it ("gemm"): `qweight`, `qzeros`, `scales`."""
+"""The format of AWQ, as AutoAWQ stores it in its version "gemm": `qweight`, `qzeros`, `scales`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from tl_fastload.errors import ArgumentError, QuantizationError, UnsupportedArchitectureError
 from tl_fastload.quantized.formats.base import Format, QuantizedBytes, describe
-from tl_fastload.quantized.formats.gptq import group_size, needed
+from tl_fastload.quantized.formats.gptq import any_words, group_size, needed
 from tl_fastload.quantized.formats.packed_bytes import AwqBytes
 from tl_fastload.quantized.spec import Spec
 
@@ -43,12 +43,13 @@ class Awq(Format):
         method = fields.get("quant_method")
         if getattr(method, "value", method) != "awq":
             return None
-        named = next((fields[n] for n in ("version", "checkpoint_format", "format") if fields.get(n)), "")
-        version = str(getattr(named, "value", named)).lower() or "gemm"
+        said = [fields.get(name) for name in ("version", "checkpoint_format", "format")]
+        named = next((name for name in said if name), "gemm")
+        version = str(getattr(named, "value", named)).lower()
         if version != "gemm":
             raise UnsupportedArchitectureError(
-                f"AWQ weights in the version {version!r}, which is packed for one kernel, cannot be "
-                "read: only 'gemm'. Take a checkpoint in that version, or the unquantized one with "
+                f"AWQ weights in the version {version!r}, which is packed for one kernel, cannot "
+                "be read: only 'gemm'. Take a checkpoint in that version, or the unquantized one with "
                 "quantize=."
             )
         bits = fields.get("bits", fields.get("w_bit", _BITS))
@@ -73,17 +74,15 @@ class Awq(Format):
         columns, rows = words.shape[0], words.shape[1] * _PER_WORD
         if scales.shape[1] != rows:
             raise QuantizationError(
-                f"qweight {describe(words)} packs {rows} outputs, and scales {describe(scales)} are "
-                f"of {scales.shape[1]}. Download the checkpoint again."
+                f"qweight {describe(words)} packs {rows} outputs, and scales {describe(scales)} "
+                f"are of {scales.shape[1]}. Download the checkpoint again."
             )
         size = max(columns, 1) if spec.group_size == -1 else spec.group_size
-        return AwqBytes(
-            words.t(), scales.t(), (rows, columns), _BITS, size, "awq", zeros.t()
-        )
+        return AwqBytes(words.t(), scales.t(), (rows, columns), _BITS, size, "awq", zeros.t())
 
     def sample(self, kind: str, device: torch.device) -> QuantizedBytes:
         pieces = {
-            "qweight": torch.arange(128 * 8, device="cpu").mul_(2654435761).to(torch.int32).view(128, 8),
+            "qweight": any_words(128, 8),
             "qzeros": torch.full((2, 8), 0x77777777, dtype=torch.int32, device="cpu"),
             "scales": torch.linspace(0.1, 1, 128, device="cpu").view(2, 64),
         }

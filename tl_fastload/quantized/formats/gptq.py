@@ -128,14 +128,21 @@ class Gptq(Format):
         )
 
     def sample(self, kind: str, device: torch.device) -> QuantizedBytes:
-        words = torch.arange(16 * 64, device="cpu").mul_(2654435761).to(torch.int32).view(16, 64)
         pieces = {
-            "qweight": words,
+            "qweight": any_words(16, 64),
             "qzeros": torch.full((2, 8), 0x77777777, dtype=torch.int32, device="cpu"),
             "scales": torch.linspace(0.1, 1, 128, device="cpu").view(2, 64),
         }
         spec = GptqSpec(kind, group_size=64)
         return self.assemble({name: part.to(device) for name, part in pieces.items()}, spec)
+
+
+def any_words(*shape: int) -> torch.Tensor:
+    """Words with all kinds of codes, int32."""
+    generator = torch.Generator().manual_seed(0)
+    low, high = -(1 << 31), (1 << 31) - 1
+    words = torch.randint(low, high, shape, generator=generator, device="cpu")
+    return words.to(torch.int32)
 
 
 def needed(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 
 from tl_fastload.errors import QuantizationError
 from tl_fastload.quantized.formats.base import QuantizedBytes, describe, runs_of, take_rows
@@ -60,7 +61,9 @@ class PackedBytes(QuantizedBytes):
     def __post_init__(self) -> None:
         rows, columns = self.shape
         if self.bits not in BITS:
-            raise QuantizationError(f"codes have {' or '.join(map(str, BITS))} bits, not {self.bits}.")
+            raise QuantizationError(
+                f"codes have {' or '.join(map(str, BITS))} bits, not {self.bits}."
+            )
         self._check("packed codes", self.packed, (torch.int32,), self._words_shape())
         grid = (rows, self.scales.shape[-1])
         if self.groups is None:
@@ -92,21 +95,17 @@ class PackedBytes(QuantizedBytes):
         return (self.shape[0], words_of(self.shape[1], self.bits))
 
     def rows(self, index: torch.Tensor) -> PackedBytes:
-        return replace(
-            self,
-            packed=self._packed_rows(index),
-            scales=take_rows(self.scales, index),
-            zeros=self._zero_rows(index),
-            shape=(len(index), self.shape[1]),
-        )
+        return replace(self, packed=take_rows(self.packed, index), **self._beside_rows(index))
 
-    def _packed_rows(self, index: torch.Tensor) -> torch.Tensor:
-        return take_rows(self.packed, index)
+    def _beside_rows(self, index: torch.Tensor) -> dict[str, Any]:
+        """The fields that some rows have, but for their codes."""
+        scales, zeros = take_rows(self.scales, index), self._zero_rows(index)
+        return {"scales": scales, "zeros": zeros, "shape": (len(index), self.shape[1])}
 
     def _zero_rows(self, index: torch.Tensor) -> torch.Tensor | None:
         if self.zeros is None or self.zeros.dtype == torch.uint8:
             return None if self.zeros is None else take_rows(self.zeros, index)
-        words, _ = _words_of_rows(index, _WORD // self.bits)
+        words = _words_of_rows(index, _WORD // self.bits)
         if words is None:
             return take_rows(self.unpacked_zeros(), index)
         return take_rows(self.zeros, words)
@@ -178,21 +177,26 @@ class AwqBytes(PackedBytes):
     def _words_shape(self) -> tuple[int, int]:
         return (words_of(self.shape[0], self.bits), self.shape[1])
 
-    def _packed_rows(self, index: torch.Tensor) -> torch.Tensor:
-        words, is_whole = _words_of_rows(index, _WORD // self.bits)
-        if words is None or not is_whole:
-            raise QuantizationError(
-                f"{self.kind} packs {_WORD // self.bits} successive rows together, and these rows "
-                "share words with others"
-            )
-        return take_rows(self.packed, words)
+    def rows(self, index: torch.Tensor) -> PackedBytes:
+        beside, words = self._beside_rows(index), _words_of_rows(index, 8)
+        if words is not None and len(index) % 8 == 0:
+            return replace(self, packed=take_rows(self.packed, words), **beside)
+        # Out of words that hold other rows, too: the same codes, packed along the rows.
+        if beside["zeros"] is not None and beside["zeros"].dtype != torch.uint8:
+            beside["zeros"] = take_rows(self.unpacked_zeros(), index)
+        others = {name: getattr(self, name) for name in ("bits", "group_size", "kind")}
+        return PackedBytes(in_words(self._codes_of(index)), **others, **beside)
+
+    def _codes_of(self, index: torch.Tensor) -> torch.Tensor:
+        """Some rows of the codes, whichever: [n, in] uint8."""
+        numbers, shifts = _places_in_words(index)
+        words, shifts = self.packed[numbers.to(self.device)], shifts.to(self.device)
+        return (words >> shifts[:, None]).bitwise_and_(15).to(torch.uint8)
 
     def _codes(self, first: int, last: int) -> torch.Tensor:
         words = self.packed[first // 8 : -(-last // 8)].contiguous()
         halves = words.view(torch.uint8).view(*words.shape, 4)
-        codes = torch.empty(
-            (len(words), 8, words.shape[1]), dtype=torch.uint8, device=words.device
-        )
+        codes = torch.empty((len(words), 8, words.shape[1]), dtype=torch.uint8, device=words.device)
         for byte in range(4):
             low, high = _AWQ_ORDER[2 * byte], _AWQ_ORDER[2 * byte + 1]
             torch.bitwise_and(halves[..., byte], 15, out=codes[:, low])
@@ -200,13 +204,19 @@ class AwqBytes(PackedBytes):
         return codes.flatten(0, 1)[: last - first]
 
     def _in_order(self, codes: torch.Tensor) -> torch.Tensor:
-        places = [codes.unflatten(-1, (-1, 8))[..., place] for place in _AWQ_PLACES]
+        places = [codes[..., place::8] for place in _AWQ_PLACES]
         return torch.stack(places, -1).flatten(-2)
 
 
 def words_of(count: int, bits: int) -> int:
     """How many words some codes fill."""
     return -(-count * bits // _WORD)
+
+
+def in_words(codes: torch.Tensor) -> torch.Tensor:
+    """4-bit codes [n, in] uint8 in words, from the lowest bits on: [n, in / 8] int32."""
+    codes = F.pad(codes, (0, -codes.shape[1] % 8))
+    return (codes[:, ::2] | codes[:, 1::2] << 4).view(torch.int32)
 
 
 def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
@@ -222,14 +232,19 @@ def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 @runs_untraced
-def _words_of_rows(index: torch.Tensor, per: int) -> tuple[torch.Tensor | None, bool]:
-    """Words that hold some rows, `per` of them in each: their numbers, or None if the rows do not
-    come in whole words (of the last one, the end may be left out); and whether these words hold no
-    other rows.
+def _words_of_rows(index: torch.Tensor, per: int) -> torch.Tensor | None:
+    """Numbers of the words that hold some rows, `per` of them in each; None if the rows do not come
+    in whole words. The end of the last one may be left out.
     """
     runs = runs_of(index)
-    stops = [stop for _, stop in runs]
-    if any(start % per for start, _ in runs) or any(stop % per for stop in stops[:-1]):
-        return None, False
+    if any(start % per for start, _ in runs) or any(stop % per for _, stop in runs[:-1]):
+        return None
     numbers = [torch.arange(start // per, -(-stop // per), device="cpu") for start, stop in runs]
-    return torch.cat(numbers), stops[-1] % per == 0
+    return torch.cat(numbers)
+
+
+@runs_untraced
+def _places_in_words(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For AWQ's rows the number of each one's word, and by how many bits it lies in there."""
+    shifts = torch.tensor([4 * place for place in _AWQ_PLACES], dtype=torch.int32, device="cpu")
+    return index // 8, shifts[index % 8]
