@@ -49,8 +49,8 @@ class Awq(Format):
         if version != "gemm":
             raise UnsupportedArchitectureError(
                 f"AWQ weights in the version {version!r}, which is packed for one kernel, cannot "
-                "be read: only 'gemm'. Take a checkpoint in that version, or the unquantized one with "
-                "quantize=."
+                "be read: only 'gemm'. Take a checkpoint in that version, or the unquantized one "
+                "with quantize=."
             )
         bits = fields.get("bits", fields.get("w_bit", _BITS))
         if bits != _BITS:
