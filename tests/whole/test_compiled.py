@@ -91,6 +91,16 @@ def test_quantized_weights(kind: str, part: str, zoo: Any) -> None:
     assert torch.equal(logits(compiled, "llama-gqa1-tied"), expected)
 
 
+def test_weights_that_are_dequantized_at_use(zoo: Any) -> None:
+    from tests.support import quantized_zoo
+
+    folder = quantized_zoo.build(zoo, "llama-gqa1-tied")
+    model = quantized_zoo.load(folder, "fp8-ends", first_n_layers=1)
+    expected = logits(model, "llama-gqa1-tied")
+    model.blocks[0].mlp = torch.compile(model.blocks[0].mlp, backend="eager", fullgraph=True)
+    assert torch.equal(logits(model, "llama-gqa1-tied"), expected)
+
+
 @pytest.mark.slow
 @NEEDS_COMPILER
 @pytest.mark.parametrize("kind", ["8bit", "nf4"])
