@@ -260,3 +260,36 @@ def test_quantized_anew(zoo: Any) -> None:
     expected = lean_model(qz.dense_folder("llama-gqa", folder, "fp8"), quantize="nf4")
     assert len(qz.quantized_parameters(model)) == 7 * model.cfg.n_layers
     assert torch.equal(qz.log_probs(model, "llama-gqa"), qz.log_probs(expected, "llama-gqa"))
+
+
+def test_layers_in_memory(zoo: Any) -> None:
+    """transformers' own layers, as it has them on a GPU: their bytes are shared."""
+    module = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    folder = qz.build(zoo, "llama-gqa")
+    tensors = load_file(qz.saved(folder, "fp8") / "model.safetensors")
+    hf = reference.hf_model("llama-gqa", folder)
+    for name in [name for name in tensors if name.endswith("_scale_inv")]:
+        layer = name.removesuffix(".weight_scale_inv")
+        codes = tensors[f"{layer}.weight"]
+        made = module.FP8Linear(codes.shape[1], codes.shape[0], block_size=(32, 32))
+        made.weight = torch.nn.Parameter(codes, requires_grad=False)
+        made.weight_scale_inv = torch.nn.Parameter(tensors[name], requires_grad=False)
+        hf.set_submodule(layer, made)
+    model = lean_model(folder, hf_model=hf)
+    assert model.load_report.quantization == "fp8, as in the checkpoint"
+    held = qz.quantized_parameters(model)
+    theirs = {p.data_ptr() for p in hf.parameters()}
+    assert len(held) == 7 * model.cfg.n_layers
+    assert {weight.content.stored.codes.data_ptr() for weight in held.values()} <= theirs
+    expected = qz.hf_log_probs(folder, "fp8", "llama-gqa")
+    assert qz.gap(qz.log_probs(model, "llama-gqa"), expected) < 1e-4
+
+
+def test_a_model_that_transformers_has_dequantized(zoo: Any) -> None:
+    """Its weights are ordinary, whatever its configuration says still."""
+    folder = qz.build(zoo, "llama-gqa")
+    source = qz.saved(folder, "fp8")
+    hf = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model = lean_model(folder, hf_model=hf)
+    assert not qz.quantized_parameters(model)
+    assert model.load_report.quantization is None

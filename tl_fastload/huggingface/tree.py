@@ -234,6 +234,7 @@ def _shadow(
         shadow.__dict__[kind] = {
             name: None if tensor is None else _promise_once(tensor, prefix + name, promises)
             for name, tensor in getattr(module, kind).items()
+            if quantized is None or name in ("weight", "bias")  # not scales, which are read already
         }
     shadow.__dict__["_modules"] = {
         name: None if child is None else _shadow(child, f"{prefix}{name}.", promises, dtype)

@@ -4,7 +4,6 @@ two.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -13,14 +12,11 @@ import torch
 
 from tl_fastload.errors import QuantizationError
 from tl_fastload.quantized.formats.base import Format, QuantizedBytes, describe, take_rows
-from tl_fastload.quantized.formats.scaled_bytes import scale_values
+from tl_fastload.quantized.formats.scaled_bytes import looked_up, scale_values
 from tl_fastload.quantized.spec import Spec
-from tl_fastload.quantized.views import runs_untraced
 
 BLOCK = 32
 _PIECES = ("blocks", "scales")
-# Bytes that are decoded at a time: what is looked up stays in the processor's cache.
-_PART_SIZE = 1 << 17
 # By code: a sign, two bits of exponent, one of mantissa (OCP's E2M1).
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -57,34 +53,17 @@ class Mxfp4Bytes(QuantizedBytes):
         return replace(self, packed=packed, scales=scales)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        if self.packed.is_meta:
-            return torch.empty(self.shape, dtype=torch.float32, device="meta").to(dtype)
-        values = _decoded(self.packed)
+        # A byte is looked up as the two values that it holds, in one piece.
+        values = looked_up(_pairs, self.packed).view(torch.float32)
         values.view(*self.scales.shape, BLOCK).mul_(scale_values(self.scales)[..., None])
         return values.to(dtype)
 
 
-def _decoded(packed: torch.Tensor) -> torch.Tensor:
-    """The values [rows, 2 columns] float32 of packed codes [rows, columns], without scales."""
-    rows, columns = packed.shape
-    values = torch.empty(rows, columns * 2, dtype=torch.float32, device=packed.device)
-    # A byte is looked up as the two values that it holds, in one piece.
-    pairs, table = values.view(torch.int64), _pairs().to(packed.device)
-    step = max(1, _PART_SIZE // max(columns, 1)) if packed.device.type == "cpu" else max(rows, 1)
-    for first in range(0, rows, step):
-        part = packed[first : first + step].to(torch.int32).flatten()
-        torch.index_select(table, 0, part, out=pairs[first : first + step].view(-1))
-    return values
-
-
-@functools.cache
-@runs_untraced
 def _pairs() -> torch.Tensor:
     """For each byte the values of its low and its high half, two float32 as one int64; [256]."""
-    with torch.inference_mode(False):
-        values = [*_VALUES, *(-value for value in _VALUES)]
-        pairs = [(values[byte & 15], values[byte >> 4]) for byte in range(256)]
-        return torch.tensor(pairs, dtype=torch.float32, device="cpu").view(torch.int64).flatten()
+    values = [*_VALUES, *(-value for value in _VALUES)]
+    pairs = [(values[byte & 15], values[byte >> 4]) for byte in range(256)]
+    return torch.tensor(pairs, dtype=torch.float32, device="cpu").view(torch.int64).flatten()
 
 
 class Mxfp4(Format):

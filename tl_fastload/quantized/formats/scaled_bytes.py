@@ -125,13 +125,51 @@ def _rows_of_grid(index: torch.Tensor, high: int, rows: int) -> tuple[int, torch
 
 def _decoded(codes: torch.Tensor, code: str) -> torch.Tensor:
     """Codes as float32, a new contiguous tensor."""
-    if codes.dtype == torch.int8 or codes.device.type != "cpu" or not codes.numel():
-        values = codes if codes.dtype == torch.int8 else codes.view(_CODES[code])
-        return values.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-    # A table is five times as fast as torch's conversion.
-    values = torch.empty(codes.shape, dtype=torch.float32, device="cpu")
-    table, step = _values_of(code), max(1, _PART_SIZE // codes.shape[1])
-    for first in range(0, codes.shape[0], step):
+    if codes.dtype == torch.uint8 and codes.device.type == "cpu":
+        return looked_up(_values_of(code), codes)  # five times as fast as torch's conversion
+    values = codes if codes.dtype == torch.int8 else codes.view(_CODES[code])
+    return values.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+
+
+@functools.cache
+def _values_of(code: str) -> Callable[[], torch.Tensor]:
+    """Makes the value of each code of an 8-bit float, [256] float32."""
+
+    def make() -> torch.Tensor:
+        codes = torch.arange(256, dtype=torch.int32, device="cpu").to(torch.uint8)
+        return codes.view(_CODES[code]).to(torch.float32)
+
+    return make
+
+
+def scale_values(scales: torch.Tensor) -> torch.Tensor:
+    """Scales as float32; exponents as powers of two."""
+    return looked_up(_powers, scales) if scales.dtype == torch.uint8 else scales.to(torch.float32)
+
+
+def _powers() -> torch.Tensor:
+    """2^(s - 127) for each s, [256] float32: torch's exp2 need not be exact."""
+    exact = [2.0 ** (s - 127) for s in range(256)]
+    return torch.tensor(exact, dtype=torch.float64, device="cpu").to(torch.float32)
+
+
+def looked_up(make: Callable[[], torch.Tensor], codes: torch.Tensor) -> torch.Tensor:
+    """What a table of 256 values has for each code, a new contiguous tensor.
+
+    Args:
+        make: makes the table; asked once.
+        codes: [rows, columns] uint8.
+    """
+    if type(codes) is not torch.Tensor:  # traced, and so is the making of the table
+        return make().to(codes.device)[codes.to(torch.int32)]
+    table = _table(make)
+    values = torch.empty(codes.shape, dtype=table.dtype, device=codes.device)
+    if codes.is_meta:
+        return values
+    table = table.to(codes.device)
+    on_cpu = codes.device.type == "cpu"
+    step = max(1, _PART_SIZE // max(codes.shape[1], 1)) if on_cpu else max(len(codes), 1)
+    for first in range(0, len(codes), step):
         part = codes[first : first + step].to(torch.int32).flatten()
         torch.index_select(table, 0, part, out=values[first : first + step].view(-1))
     return values
@@ -139,30 +177,9 @@ def _decoded(codes: torch.Tensor, code: str) -> torch.Tensor:
 
 @functools.cache
 @runs_untraced
-def _values_of(code: str) -> torch.Tensor:
-    """The value of each code of an 8-bit float, [256] float32."""
+def _table(make: Callable[[], torch.Tensor]) -> torch.Tensor:
     with torch.inference_mode(False):
-        codes = torch.arange(256, dtype=torch.int32, device="cpu").to(torch.uint8)
-        return codes.view(_CODES[code]).to(torch.float32)
-
-
-def scale_values(scales: torch.Tensor) -> torch.Tensor:
-    """Scales as float32; exponents as powers of two."""
-    if scales.dtype != torch.uint8:
-        return scales.to(torch.float32)
-    if scales.is_meta:
-        return torch.empty(scales.shape, dtype=torch.float32, device="meta")
-    table = _powers().to(scales.device)
-    return table[scales.to(torch.int32)]
-
-
-@functools.cache
-@runs_untraced
-def _powers() -> torch.Tensor:
-    """2^(s - 127) for each s, [256] float32: torch's exp2 need not be exact."""
-    with torch.inference_mode(False):
-        exact = [2.0 ** (s - 127) for s in range(256)]
-        return torch.tensor(exact, dtype=torch.float64, device="cpu").to(torch.float32)
+        return make()
 
 
 def over_blocks(
