@@ -114,8 +114,9 @@ class PackedKind(Kind):
         spec = format.declared(packed.PACKINGS[self.packing].declared)
         pieces = layer.pieces()
         if self.kind == "mxfp4":
-            pieces = {name: part[None] for name, part in pieces.items()}
-            pieces["blocks"] = pieces["blocks"].view(*pieces["scales"].shape, -1)
+            scales = pieces["scales"][None]
+            blocks = pieces["blocks"].view(*scales.shape, -1)
+            pieces = {"down_proj_blocks": blocks, "down_proj_scales": scales}
         return quantized.from_bytes(format.assemble(pieces, spec), dtype=self.dtype)
 
     def quantize(self, dense: torch.Tensor) -> QuantizedTensor:

@@ -16,7 +16,7 @@ from tl_fastload.quantized.formats.scaled_bytes import looked_up, scale_values
 from tl_fastload.quantized.spec import Spec
 
 BLOCK = 32
-_PIECES = ("blocks", "scales")
+_PIECES = ("_blocks", "_scales")
 # By code: a sign, two bits of exponent, one of mantissa (OCP's E2M1).
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -73,12 +73,10 @@ class Mxfp4(Format):
     kinds = ("mxfp4",)
     stores = (Mxfp4Bytes,)
     pieces: ClassVar[Mapping[str, str]] = {
-        f".{name}_{piece}": f".{name}"
-        for name in ("gate_up_proj", "down_proj")
-        for piece in _PIECES
+        f".{name}{piece}": f".{name}" for name in ("gate_up_proj", "down_proj") for piece in _PIECES
     }
     undeclared: ClassVar[Mapping[str, str]] = {
-        f"{name}_{piece}": '{"quant_method": "mxfp4"}'
+        f"{name}{piece}": '{"quant_method": "mxfp4"}'
         for name in ("gate_up_proj", "down_proj")
         for piece in _PIECES
     }
@@ -126,7 +124,7 @@ def _blocks_and_scales(pieces: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor
             f"experts in 4 bits are blocks and scales, not {' and '.join(sorted(pieces))}. "
             "Download the checkpoint again."
         )
-    blocks, scales = named["blocks"], named["scales"]
+    blocks, scales = (named[piece] for piece in _PIECES)
     if (blocks.dtype, scales.dtype) != (torch.uint8, torch.uint8):
         raise QuantizationError(
             f"blocks and scales are uint8, not {describe(blocks)} and {describe(scales)}."
