@@ -130,8 +130,8 @@ class LeanLoadingMixin(Face):
             quantize: "8bit", "nf4", "fp4" or a `transformers.BitsAndBytesConfig` quantizes the
                 projections while they are loaded, after processing. None leaves weights as the
                 checkpoint has them; quantized ones stay quantized.
-            dequantize: let transformers turn a quantized checkpoint (GPTQ, AWQ, FP8, MXFP4,
-                bitsandbytes ...) into ordinary weights, and load these.
+            dequantize: make ordinary weights of a quantized checkpoint while it is read; of a
+                method that has no format here, transformers does, at the memory that it takes.
             adapter: a LoRA adapter of peft to merge while loading: a folder,
                 "organisation/name", "organisation/name@revision"; or a list of adapters, each
                 alone or as (adapter, weight). Merged before processing and `quantize`.

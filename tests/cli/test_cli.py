@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from tl_fastload import LeanHookedTransformer, cli
 from tl_fastload.cli import console, diagnosis
 from tl_fastload.embedded_model import embedded_model_path
-from tl_fastload.quantized.formats.bitsandbytes_bytes import FourBitBytes, Int8Bytes
+from tl_fastload.quantized import formats
 
 MODEL = str(embedded_model_path())
 SHAPE = "llama:d_model=64,n_layers=2,n_heads=4,n_kv_heads=2,d_mlp=176,d_vocab=320,n_ctx=64"
@@ -40,6 +40,7 @@ def flat(text: str) -> str:
     return re.sub(r"[\s│╭╮╰╯─]+", " ", text)
 
 
+STORES = {stored for format in formats.FORMATS for stored in format.stores}
 COMMANDS = ["plan", "load", "bench", "save", "doctor", "cache list", "cache prune", "cache clear"]
 
 
@@ -243,7 +244,8 @@ def test_doctor_names_what_it_tried() -> None:
     for word in ("int8 on cpu", "nf4 on cpu", "transformer_lens", "strategy", "can be had"):
         assert word in done.stdout
     values = json.loads(run("doctor", "--json", "-").stdout)
-    assert {kernel["kind"] for kernel in values["kernels"]} == {"int8", "nf4", "fp4"}
+    read = {"fp8", "compressed-tensors-fp8", "compressed-tensors-int8", "mxfp4"}
+    assert {kernel["kind"] for kernel in values["kernels"]} == {"int8", "nf4", "fp4", *read}
     assert values["caches"][0]["free_bytes"] > 0
 
 
@@ -251,15 +253,15 @@ def test_doctor_finds_a_broken_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no such symbol\nmore")
 
-    monkeypatch.setattr(Int8Bytes, "linear", broken)
-    monkeypatch.setattr(FourBitBytes, "linear", broken)
+    for stored in STORES:
+        monkeypatch.setattr(stored, "linear", broken)
     found = diagnosis.diagnose()
     assert {kernel.problem for kernel in found.kernels} == {"RuntimeError: no such symbol"}
     assert sum("bitsandbytes does not work" in fix for fix in found.fixes) == 1
 
 
 def test_doctor_finds_wrong_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    for stored in (Int8Bytes, FourBitBytes):
+    for stored in STORES:
         wrong = lambda *a, real=stored.linear: real(*a) * 1.5  # noqa: E731
         monkeypatch.setattr(stored, "linear", wrong)
     assert all("off by" in (kernel.problem or "") for kernel in diagnosis.diagnose().kernels)

@@ -1,4 +1,4 @@
-"""`dequantize=True`: transformers' own dequantized model, whatever method it knows, or an error."""
+"""`dequantize=True`: ordinary weights, dequantized here or by transformers, or an error."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ from tl_fastload.errors import (
     ArgumentError,
     LeanLoadError,
     MissingWeightsError,
+    QuantizationError,
     UnsupportedArchitectureError,
 )
+from tl_fastload.quantized import formats
 
 Tensors = dict[str, torch.Tensor]
 # Values of a 4-bit float with two exponent bits and one mantissa bit, by its code (OCP MX format).
@@ -109,14 +111,19 @@ def _transformers_own(folder: Path) -> Any:
     ).eval()
 
 
+@pytest.fixture(params=["here", "by transformers"])
+def road(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Who dequantizes: a method that no format reads is transformers' own to dequantize."""
+    if request.param == "by transformers":
+        monkeypatch.setattr(formats, "FORMATS", ())
+    return str(request.param)
+
+
 @pytest.mark.parametrize("flags", [{}, reference.NO_PROCESSING], ids=["processed", "unprocessed"])
 def test_methods_that_transformers_dequantizes_while_loading(
-    made: tuple[str, str, Path, Tensors], flags: Any
+    made: tuple[str, str, Path, Tensors], road: str, flags: Any
 ) -> None:
     method, case_id, folder, exact = made
-    with pytest.raises(UnsupportedArchitectureError, match=f"{method}.*dequantize=True"):
-        lean_model(folder, **flags)
-    model = lean_model(folder, dequantize=True, **flags)
     hf = _transformers_own(folder)
     values = hf.state_dict()
     assert all(torch.equal(values[name].float(), value) for name, value in exact.items())
@@ -124,11 +131,23 @@ def test_methods_that_transformers_dequantizes_while_loading(
     tokens = zoo_module.tokens(case_id)
     with torch.no_grad():
         expected = reference.log_probs(hf(tokens).logits)
+    again = lean_model(folder, hf_model=hf, **flags)
+    if road == "by transformers":
+        with pytest.raises(UnsupportedArchitectureError, match=f"{method}.*dequantize=True"):
+            lean_model(folder, **flags)
+    else:  # bytes stay bytes, and their values are transformers' own
+        quantized = lean_model(folder, **flags)
+        assert qz.gap(qz.log_probs(quantized, case_id), expected) < 1e-4
+        held = qz.quantized_parameters(quantized)
+        assert len(held) >= len(exact)
+        if flags:
+            for name, weight in held.items():
+                assert torch.equal(weight.dequantize(), again.get_parameter(name)), name
+    model = lean_model(folder, dequantize=True, **flags)
     assert qz.gap(qz.log_probs(model, case_id), expected) < 1e-4
     assert not qz.quantized_parameters(model)
     assert model.load_report.quantization is None
     assert model.load_report.not_quantized == {}
-    again = lean_model(folder, hf_model=hf, **flags)
     for name, parameter in again.named_parameters():
         assert torch.equal(model.get_parameter(name), parameter), name
 
@@ -136,6 +155,7 @@ def test_methods_that_transformers_dequantizes_while_loading(
 @pytest.mark.parametrize("flags", [{}, reference.NO_PROCESSING], ids=["processed", "unprocessed"])
 @pytest.mark.parametrize("kind", ["int8", "nf4-double", "fp4"])
 @pytest.mark.parametrize("case_id", ["llama-gqa", "gpt2"])
+@pytest.mark.usefixtures("road")
 def test_bitsandbytes(case_id: str, kind: str, flags: Any, zoo: Any) -> None:
     folder = qz.build(zoo, case_id)
     expected = lean_model(qz.dense_folder(case_id, folder, kind), **flags)
@@ -171,12 +191,11 @@ def _packed(tensors: Tensors) -> None:
 
 # As their own tools write them, without the packages that would compute with them.
 WITHOUT_A_ROAD: dict[str, dict[str, Any]] = {
-    "gptq": {"bits": 4, "group_size": 128, "desc_act": False, "sym": True},
-    "awq": {"bits": 4, "group_size": 128, "version": "gemm", "zero_point": True},
     "hqq": {"quant_config": {"weight_quant_params": {"nbits": 4, "group_size": 64}}},
     "torchao": {"quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_data": {}}}},
     "compressed-tensors": {"format": "pack-quantized", "config_groups": {}},
     "quanto": {"weights": "int8"},
+    "sinq": {"nbits": 4},
     "something-new": {"bits": 3},
 }
 
@@ -187,9 +206,8 @@ def test_methods_without_a_road(method: str, zoo: Any, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     declared = {"quant_method": method, **WITHOUT_A_ROAD[method]}
     _rewrite(qz.build(zoo, "llama-gqa"), folder, _packed, **declared)
-    with pytest.raises(
-        UnsupportedArchitectureError, match=rf"with {method}, .*Pass dequantize=True"
-    ):
+    remedy = "take the unquantized" if method in formats.NOWHERE else "Pass dequantize=True"
+    with pytest.raises(UnsupportedArchitectureError, match=rf"with {method}, .*{remedy}"):
         lean_model(folder)
     with pytest.raises(
         UnsupportedArchitectureError,
@@ -205,7 +223,8 @@ def test_weights_that_are_not_what_the_method_makes(method: str, zoo: Any, tmp_p
     _rewrite(qz.build(zoo, "llama-gqa"), folder, _fp8, quant_method=method, bits=4)
     with pytest.raises(LeanLoadError, match=method) as info:
         lean_model(folder, dequantize=True)
-    assert isinstance(info.value, (MissingWeightsError, UnsupportedArchitectureError))
+    kinds = (MissingWeightsError, UnsupportedArchitectureError, QuantizationError)
+    assert isinstance(info.value, kinds)
 
 
 @pytest.mark.parametrize("piece", ["weight_scale_inv", "weight"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,18 @@ from tests.support.comparison import lean_model
 from tl_fastload.report.memory import unique_bytes
 from tl_fastload.source.reader import FileReader
 
+KINDS = ("int8", "nf4-double")
+
 
 @pytest.mark.parametrize("flags", [{}, reference.NO_PROCESSING], ids=["processed", "unprocessed"])
-@pytest.mark.parametrize("kind", ["int8", "nf4-double"])
-@pytest.mark.parametrize("case_id", ["gpt2", "llama-gqa", "neox", "phi3-gqa", "qwen2"])
+@pytest.mark.parametrize(
+    ("case_id", "kind"),
+    [
+        *itertools.product(("gpt2", "llama-gqa", "neox", "phi3-gqa", "qwen2"), KINDS),
+        *(("phi3-gqa", "fp8"), ("neox", "ct-int-groups"), ("gpt-oss", "mxfp4")),
+        *(("gpt2", "gptq"), ("phi3-gqa", "awq")),
+    ],
+)
 def test_every_byte_is_read_once(
     case_id: str, kind: str, flags: Any, zoo: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

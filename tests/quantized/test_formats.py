@@ -137,7 +137,7 @@ def test_a_format_is_one_module(
         lean_model(folder)
     with pytest.raises(QuantizationError, match="'toy', which a newer"):
         lean_model(tmp_path / "copy")
-    assert len(formats.FORMATS) == 1
+    assert "toy" not in [format.name for format in formats.FORMATS]
 
 
 def test_a_broken_checkpoint_names_the_weight(registered: Any) -> None:

@@ -24,7 +24,6 @@ from tests.support.quantized_kinds import (
     is_bytes,
     some_kinds,
 )
-from tl_fastload import quantized
 from tl_fastload.errors import QuantizationError
 from tl_fastload.quantized import QuantizedTensor
 
@@ -341,7 +340,7 @@ def test_values_cannot_be_written(kind: Kind) -> None:
 @some_kinds
 def test_made_without_gradients_and_used_with_them(kind: Kind) -> None:
     with torch.inference_mode():
-        weight = quantized.quantize(dense_matrix(ROWS, COLUMNS), kind.kind).T
+        weight = kind.quantize(dense_matrix(ROWS, COLUMNS)).T
     x = kind.activations(3, COLUMNS).float().requires_grad_(True)
     for product in (x @ weight, torch.einsum("bm,me->be", x, weight)):
         x.grad = None

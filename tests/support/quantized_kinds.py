@@ -1,4 +1,6 @@
-"""Every way to quantize that the tests of quantized tensors run on. Real bitsandbytes."""
+"""Every way to quantize that the tests of quantized tensors run on: real bitsandbytes, and formats
+that are only read, packed by their definition.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,11 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
+import torch.nn.functional as F
 
+from tests.support import quantized_packed as packed
 from tl_fastload import quantized
-from tl_fastload.quantized import QuantizedTensor
+from tl_fastload.quantized import QuantizedTensor, formats
 from tl_fastload.quantized.formats import bitsandbytes_kernels as kernels
 from tl_fastload.quantized.formats.bitsandbytes_bytes import FourBitBytes, Int8Bytes
 
@@ -59,6 +63,10 @@ class Kind:
         blocks, compute_dtype = four_bit_bytes(layer), layer.compute_dtype
         return quantized.from_bytes(blocks, dtype=self.dtype, compute_dtype=compute_dtype)
 
+    def quantize(self, dense: torch.Tensor) -> QuantizedTensor:
+        """What the package itself makes of a matrix."""
+        return quantized.quantize(dense, self.kind)
+
     def make(self, rows: int = ROWS, columns: int = COLUMNS, seed: int = 0) -> QuantizedTensor:
         return self.tensor(self.layer(dense_matrix(rows, columns, seed)))
 
@@ -67,6 +75,78 @@ class Kind:
         if self.outliers:
             x[..., 5] *= 30
         return x.to(self.dtype)
+
+
+class Stored(torch.nn.Module):
+    """The pieces of a weight, and the layer that they stand for."""
+
+    def __init__(self, pieces: dict[str, torch.Tensor], values: torch.Tensor) -> None:
+        super().__init__()
+        self.values, self.bias = values, None
+        self.main = next(
+            (n for n in ("blocks", "qweight", "weight_packed") if n in pieces), "weight"
+        )
+        for name, tensor in pieces.items():
+            # Groups in order, and shapes, are not kept.
+            is_kept = name != "weight_shape" and (name != "g_idx" or bool(tensor.diff().min() < 0))
+            leaf = "weight" if name == self.main else name
+            self.register_buffer(leaf, tensor, persistent=is_kept)
+
+    def pieces(self) -> dict[str, torch.Tensor]:
+        named = self.named_buffers()
+        return {self.main if name == "weight" else name: part for name, part in named}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.values.to(x.dtype), self.bias)
+
+
+@dataclass(frozen=True)
+class PackedKind(Kind):
+    """A way to quantize that is only read; `packing` is one of `quantized_packed.PACKINGS`."""
+
+    packing: str = ""
+
+    def layer(self, dense: torch.Tensor) -> Stored:
+        return Stored(*packed.PACKINGS[self.packing].pack(dense))
+
+    def tensor(self, layer: Stored) -> QuantizedTensor:
+        format = formats.of_kind(self.kind)
+        spec = format.declared(packed.PACKINGS[self.packing].declared)
+        pieces = layer.pieces()
+        if self.kind == "mxfp4":
+            scales = pieces["scales"][None]
+            blocks = pieces["blocks"].view(*scales.shape, -1)
+            pieces = {"down_proj_blocks": blocks, "down_proj_scales": scales}
+        return quantized.from_bytes(format.assemble(pieces, spec), dtype=self.dtype)
+
+    def quantize(self, dense: torch.Tensor) -> QuantizedTensor:
+        return self.tensor(self.layer(dense))
+
+
+def _packed() -> list[Kind]:
+    errors = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+    ways = [
+        ("fp8-ends", torch.float32),
+        ("fp8-powers", torch.bfloat16),
+        ("fp8-tensor", torch.float16),
+        ("ct-rows", torch.float32),
+        ("ct-int-groups", torch.float32),
+        ("mxfp4", torch.float32),
+        ("gptq", torch.float16),
+        ("gptq-reordered", torch.float32),
+        ("gptq-8bit", torch.bfloat16),
+        ("awq", torch.float32),
+    ]
+    return [
+        PackedKind(
+            f"{name}-{str(dtype)[6:]}",
+            packed.kind_of(name),
+            dtype=dtype,
+            error=errors[dtype],
+            packing=name,
+        )
+        for name, dtype in ways
+    ]
 
 
 def _four_bit() -> list[Kind]:
@@ -94,11 +174,14 @@ KINDS = [
     Kind("int8-float16", "int8", dtype=torch.float16, error=2e-2),
     Kind("int8-bfloat16-outliers", "int8", dtype=torch.bfloat16, outliers=True, error=2e-2),
     *_four_bit(),
+    *_packed(),
 ]
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 # Tests of bookkeeping, which no dtype or block size changes.
 some_kinds = pytest.mark.parametrize(
-    "kind", [KINDS[0], *KINDS[4:][::3]], ids=lambda kind: kind.name
+    "kind",
+    [KINDS[0], *_four_bit()[::3], *(k for k in _packed() if k.dtype == torch.float32)],
+    ids=lambda kind: kind.name,
 )
 
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from tests.support import quantized_packed as packed
 from tests.support import zoo
 from tl_fastload.quantized import QuantizedTensor
 
@@ -110,14 +111,32 @@ def hf_model(folder: Path, kind: str, **changes: Any) -> Any:
 
 @functools.cache
 def hf_log_probs(folder: Path, kind: str, case_id: str, **changes: Any) -> torch.Tensor:
-    """Log-probabilities of `hf_model` on the case's tokens."""
+    """Log-probabilities of transformers' model on the case's tokens: of `hf_model`, or with the
+    values of a packed checkpoint.
+    """
+    if kind in packed.PACKINGS:
+        dense = packed.folders(folder, kind)[1]
+        model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+        with torch.no_grad():
+            return model(zoo.tokens(case_id)).logits.float().log_softmax(-1)
     with torch.no_grad():
         return hf_model(folder, kind, **changes)(zoo.tokens(case_id)).logits.float().log_softmax(-1)
 
 
+def load(folder: Path, kind: str, **arguments: Any) -> Any:
+    """A lean model in one of `CONFIGS` (on transformers' model) or of `packed.PACKINGS`."""
+    from tests.support.comparison import lean_model  # needs HookedTransformer
+
+    if kind in packed.PACKINGS:
+        return lean_model(saved(folder, kind), **arguments)
+    return lean_model(folder, hf_model=hf_model(folder, kind), **arguments)
+
+
 @functools.cache
 def saved(folder: Path, kind: str) -> Path:
-    """The quantized model as transformers saves it."""
+    """The quantized model as transformers saves it, or as its format is defined."""
+    if kind in packed.PACKINGS:
+        return packed.folders(folder, kind)[0]
     target = folder.parent / f"{folder.name}-{kind}"
     hf_model(folder, kind).save_pretrained(target)
     return target
@@ -150,6 +169,8 @@ def _by_definition(packed: torch.Tensor, state: Any) -> torch.Tensor:
 @functools.cache
 def dense_folder(case_id: str, folder: Path, kind: str) -> Path:
     """An ordinary checkpoint that holds the dequantized weights."""
+    if kind in packed.PACKINGS:
+        return packed.folders(folder, kind)[1]
     target = folder.parent / f"{folder.name}-{kind}-dense"
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():

@@ -91,6 +91,18 @@ def test_quantized_weights(kind: str, part: str, zoo: Any) -> None:
     assert torch.equal(logits(compiled, "llama-gqa1-tied"), expected)
 
 
+@pytest.mark.parametrize("kind", ["fp8-ends", "fp8-powers", "ct-int-groups", "mxfp4"])
+def test_weights_that_are_dequantized_at_use(kind: str) -> None:
+    """The product is one graph, with the decoding in it."""
+    pytest.importorskip("bitsandbytes")
+    from tests.support import quantized_kinds
+
+    known = {k.name.rpartition("-")[0]: k for k in quantized_kinds.KINDS}[kind]
+    weight, x = known.make(), known.activations(3, quantized_kinds.COLUMNS)
+    compiled = torch.compile(lambda x: x @ weight.T, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), x @ weight.T)
+
+
 @pytest.mark.slow
 @NEEDS_COMPILER
 @pytest.mark.parametrize("kind", ["8bit", "nf4"])

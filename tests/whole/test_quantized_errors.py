@@ -226,7 +226,8 @@ def test_arguments(asked: Any, message: str, folder: Path) -> None:
         lean_model(folder, **asked)
 
 
-OTHERS = ["gptq", "awq", "fp8", "mxfp4", "hqq", "torchao", "compressed-tensors"]
+OTHERS = ["aqlm", "vptq", "torchao"]
+NOWHERE = ["hqq", "quanto", "sinq"]
 
 
 @pytest.mark.usefixtures("nothing_is_read")
@@ -234,6 +235,16 @@ OTHERS = ["gptq", "awq", "fp8", "mxfp4", "hqq", "torchao", "compressed-tensors"]
 def test_other_methods(method: str, variant: Variant) -> None:
     folder = variant("", declared={"quant_method": method, "bits": 4})
     with pytest.raises(UnsupportedArchitectureError, match=f"with {method}.*dequantize=True"):
+        lean_model(folder)
+
+
+@pytest.mark.usefixtures("nothing_is_read")
+@pytest.mark.parametrize("method", NOWHERE)
+def test_methods_that_nobody_reads(method: str, variant: Variant) -> None:
+    folder = variant("", declared={"quant_method": method, "bits": 4})
+    with pytest.raises(
+        UnsupportedArchitectureError, match=f"with {method}.*unquantized checkpoint"
+    ):
         lean_model(folder)
 
 

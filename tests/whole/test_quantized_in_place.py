@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
 import torch
 
+from tests.support import quantized_packed as packed
 from tests.support import quantized_zoo as qz
 from tests.support import reference
 from tests.support.comparison import lean_model
@@ -19,10 +21,7 @@ CASES = ["gpt2", "llama-gqa", "neox", "qwen2", "gemma2", "phi", "bloom"]
 
 def _unprocessed(zoo: Any, case_id: str, kind: str) -> tuple[Any, Any]:
     folder = qz.build(zoo, case_id)
-    hf = qz.hf_model(folder, kind)
-    return lean_model(folder, hf_model=hf, **reference.NO_PROCESSING), lean_model(
-        folder, hf_model=hf
-    )
+    return qz.load(folder, kind, **reference.NO_PROCESSING), qz.load(folder, kind)
 
 
 def _assert_equal(model: Any, expected: Any) -> None:
@@ -44,8 +43,18 @@ def _assert_equal(model: Any, expected: Any) -> None:
                 assert torch.equal(mine.tensors()[part], tensor), (name, part)
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4-double"])
-@pytest.mark.parametrize("case_id", CASES)
+PACKED = [
+    ("neox", "fp8-ends"),
+    ("llama-gqa", "ct-int-groups"),
+    ("gpt-oss", "mxfp4"),
+    ("gpt2", "gptq"),
+    ("neox", "awq"),
+]
+
+
+@pytest.mark.parametrize(
+    ("case_id", "kind"), [*itertools.product(CASES, ("int8", "nf4-double")), *PACKED]
+)
 def test_processing_in_place_is_loading_with_processing(case_id: str, kind: str, zoo: Any) -> None:
     model, expected = _unprocessed(zoo, case_id, kind)
     before = dict(model.named_parameters())
@@ -56,7 +65,9 @@ def test_processing_in_place_is_loading_with_processing(case_id: str, kind: str,
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
     assert {n: _address(w) for n, w in qz.quantized_parameters(model).items()} == addresses
     assert qz.gap(qz.log_probs(model, case_id), qz.log_probs(expected, case_id)) < 1e-4
-    assert model.load_report.quantization == f"{kind.split('-')[0]}, as in the model"
+    is_packed = kind in packed.PACKINGS
+    named = packed.kind_of(kind) if is_packed else kind.split("-")[0]
+    assert model.load_report.quantization == f"{named}, as in the model"
     model.process_weights_()
     assert any("nothing was done" in note for note in model.load_report.notes)
     _assert_equal(model, expected)
@@ -81,7 +92,7 @@ def test_steps_one_after_the_other(first: dict[str, bool], kind: str, zoo: Any) 
         torch.testing.assert_close(value, values[name], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", ["int8", "nf4", "fp8"])
 def test_a_quantized_state_dict(kind: str, zoo: Any) -> None:
     """Another model's state dict, processed on the way; the two share no memory afterwards."""
     source, expected = _unprocessed(zoo, "gpt2", kind)

@@ -142,7 +142,8 @@ def diagnose() -> Diagnosis:
     kernels = tuple(
         Kernel(device.name, kind, _try_kernel(device.name, kind))
         for device in devices
-        for kind in dict.fromkeys(formats.offered().values())
+        for format in formats.FORMATS
+        for kind in format.kinds
     )
     caches = _caches()
     return Diagnosis(
@@ -211,12 +212,11 @@ def _devices() -> tuple[Device, ...]:
 
 
 def _try_kernel(device: str, kind: str) -> str | None:
-    """Quantize a small matrix, multiply by it, and compare with what its values say."""
+    """Multiply by a small quantized matrix, and compare with what its values say."""
     try:
+        stored = formats.of_kind(kind).sample(kind, torch.device(device))
         generator = torch.Generator().manual_seed(0)
-        weight = torch.randn(64, 128, generator=generator).to(device)
-        x = torch.randn(4, 128, generator=generator).to(device)
-        stored = formats.of_kind(kind).quantize(weight, formats.make_spec(kind))
+        x = torch.randn(4, stored.shape[1], generator=generator).to(device)
         product = stored.linear(x)
         expected = x @ stored.dense(torch.float32).T
     except Exception as error:  # whatever a broken installation raises

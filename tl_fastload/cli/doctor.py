@@ -12,7 +12,7 @@ from tl_fastload.cli.options import Written, command
 def doctor(json: Written = None) -> None:
     """Show versions, devices, kernels, caches and memory limits, and what to fix.
 
-    Runs the kernels of bitsandbytes on small matrices, so that "works" means that they do.
+    Multiplies by a small matrix of each quantized format, so that "works" means that it does.
 
     [bold]Examples[/]
 

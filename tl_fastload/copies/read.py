@@ -31,6 +31,7 @@ from tl_fastload.ground.paths import expanded
 from tl_fastload.huggingface.config import hf_config_of
 from tl_fastload.huggingface.tokenizer import is_failure, lost_tokenizer, named, read_tokenizer
 from tl_fastload.placement.own_values import parameter_versions
+from tl_fastload.quantized.spec import warn_of_runtime
 from tl_fastload.report.available import check_room, let_go_on_error
 from tl_fastload.report.load_report import LoadReport
 from tl_fastload.report.memory import PeakSampler, return_freed_memory
@@ -141,6 +142,7 @@ def _load(
     model._quantization = manifest.quantization
     model._hf_config = hf_config
     written = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    notes += warn_of_runtime(manifest.quantization)
     notes.append(f"Copy of {manifest.source or manifest.model_class}, written by {written}.")
     report = LoadReport.of(
         model,

@@ -1,7 +1,10 @@
-"""Loading a quantized checkpoint as an ordinary model, through transformers' own dequantization."""
+"""Loading a quantized checkpoint as an ordinary model: dequantized here where its format is known,
+one parameter at a time, else by transformers.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +19,32 @@ from tl_fastload.ground.hf_configs import declared_quantization, parts_of
 from tl_fastload.ground.own_defaults import Defaults
 from tl_fastload.huggingface.empty import for_an_empty_model
 from tl_fastload.huggingface.keys import is_conv1d
-from tl_fastload.quantized.formats import method_of
+from tl_fastload.quantized.formats import method_of, of_kind, own_format
+from tl_fastload.quantized.spec import Spec
 
 _ORDINARY = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def dequantized_here(hf_config: Any, label: str) -> tuple[Any, Spec] | None:
+    """How to read a quantized checkpoint as ordinary weights without transformers' own road.
+
+    Returns:
+        Its configuration as that of an ordinary model, and how it is quantized; None for a method
+        that no format here reads.
+
+    Raises:
+        ArgumentError: the checkpoint is not quantized.
+        QuantizationError: dequantizing takes a package that is not here.
+    """
+    if method_of(hf_config) is None:
+        raise ArgumentError(f"{label} is not quantized: leave dequantize= out.")
+    spec = own_format(hf_config)
+    if spec is None:
+        return None
+    of_kind(spec.kind).require_device(torch.device("cpu"))
+    config = copy.deepcopy(hf_config)
+    _forget_quantization(config)
+    return config, spec
 
 
 def load_dequantized(

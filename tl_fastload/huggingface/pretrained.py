@@ -15,7 +15,11 @@ from tl_fastload.errors import ArgumentError, UnsupportedArchitectureError
 from tl_fastload.ground.paths import is_directory
 from tl_fastload.huggingface import tree
 from tl_fastload.huggingface.config import Supported, architecture_of, read_config, read_config_json
-from tl_fastload.huggingface.dequantize import load_dequantized, outline_dequantized
+from tl_fastload.huggingface.dequantize import (
+    dequantized_here,
+    load_dequantized,
+    outline_dequantized,
+)
 from tl_fastload.huggingface.keys import Ledger
 from tl_fastload.huggingface.lora.adapter import Adapter, locate_adapter, open_adapters
 from tl_fastload.huggingface.lora.base_model import compare_bases
@@ -113,6 +117,7 @@ class Pretrained:
         raw: the fields of `config.json`; None for a model in memory.
         hf_model: transformers' model in memory, or None.
         spec: how the weights are quantized already, if they are.
+        dequantized: how those were that become ordinary weights while they are read.
         adapters: what is merged into the weights.
         headers_only: whether weight files are to be known by their headers alone.
         promises: the weights, where they are at hand already: name -> promise.
@@ -137,6 +142,7 @@ class Pretrained:
     raw: Mapping[str, Any] | None = None
     hf_model: Any = None
     spec: Spec | None = None
+    dequantized: Spec | None = None
     adapters: Sequence[Adapter] = ()
     headers_only: bool = False
     promises: Mapping[str, Promise] | None = None
@@ -207,7 +213,13 @@ class Pretrained:
 
     def _grow(self, promises: Mapping[str, Promise], dtype: torch.dtype) -> Any:
         root, self.ledger = tree.tree_from_checkpoint(
-            promises, self.config, self.architecture, dtype, self.spec, self.model_class
+            promises,
+            self.config,
+            self.architecture,
+            dtype,
+            self.spec or self.dequantized,
+            self.model_class,
+            dense=self.dequantized is not None,
         )
         return root
 
@@ -355,7 +367,10 @@ def find(
     trust = keywords.trust_remote_code
     config = read_config(location.folder, supported, trust_remote_code=trust, raw=found.raw)
     found.config = override(config, keywords.overrides)
-    if options.dequantize:
+    here = dequantized_here(found.config, location.label) if options.dequantize else None
+    if here is not None:
+        found.config, found.dequantized = here
+    elif options.dequantize:
         check_all_links(location.folder)  # transformers reads what it likes
         load = outline_dequantized if headers_only else load_dequantized
         found.hf_model = load(location.folder, found.config, dtype)

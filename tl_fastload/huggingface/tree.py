@@ -22,7 +22,7 @@ from tl_fastload.ground.wrappers import without_wrappers
 from tl_fastload.huggingface.empty import empty_model
 from tl_fastload.huggingface.keys import Ledger, is_conv1d, rename_to_model, tied_groups
 from tl_fastload.quantized.assemble import combine, promise_of_layer, refuse_undeclared
-from tl_fastload.quantized.recipes import reads_quantized
+from tl_fastload.quantized.recipes import is_stored_quantized, reads_quantized
 from tl_fastload.quantized.spec import Spec
 from tl_fastload.recipes.nodes import MemorySource, Source, SourceView
 from tl_fastload.recipes.promise import Promise
@@ -109,6 +109,8 @@ def tree_from_checkpoint(
     dtype: torch.dtype,
     spec: Spec | None = None,
     model_class: Any = None,
+    *,
+    dense: bool = False,
 ) -> tuple[Any, Ledger]:
     """The module tree of a checkpoint.
 
@@ -119,6 +121,7 @@ def tree_from_checkpoint(
         dtype: what stock would load the Hugging Face model in; each weight is cast to it first.
         spec: how the checkpoint is quantized, if it is.
         model_class: transformers' class, if it is not the one of that name.
+        dense: make ordinary weights of quantized ones.
 
     Returns:
         The tree, and what did not fit: missing, unexpected and misshapen names.
@@ -126,7 +129,7 @@ def tree_from_checkpoint(
     if spec is None:
         refuse_undeclared(promises)
     else:
-        promises = combine(promises, spec, dtype)
+        promises = combine(promises, spec, dtype, dense=dense)
     model_class = model_class or getattr(transformers, architecture, None)
     if model_class is None:
         integers = {n: p.dtype for n, p in promises.items() if not p.is_floating_point()}
@@ -152,10 +155,13 @@ def fill_tree(model: Any, promises: Mapping[str, Promise], dtype: torch.dtype) -
                 found[name] = found[present[0]]
     for name, like in list(model.state_dict(keep_vars=True).items()):
         promise: Any = found.get(name)
-        if promise is not None and reads_quantized(promise.node):
+        if promise is not None and is_stored_quantized(promise.node):
             # transformers turns GPT-2's Conv1D into a linear layer when it quantizes.
             layer = model.get_submodule(name.rpartition(".")[0])
-            promise = promise.t() if is_conv1d(type(layer)) else promise
+            if is_conv1d(type(layer)):
+                # Ordinary ones lie as a Conv1D's, whose means would be rounded otherwise.
+                is_bytes = reads_quantized(promise.node)
+                promise = promise.t() if is_bytes else promise.t().contiguous()
         if promise is not None and like.is_floating_point() and not promise.is_floating_point():
             ledger.integers[name] = promise.dtype
         if promise is None:
@@ -203,6 +209,7 @@ def _shadow(
         shadow.__dict__[kind] = {
             name: None if tensor is None else _promise_once(tensor, prefix + name, promises)
             for name, tensor in getattr(module, kind).items()
+            if quantized is None or name in ("weight", "bias")  # not scales, which are read already
         }
     shadow.__dict__["_modules"] = {
         name: None if child is None else _shadow(child, f"{prefix}{name}.", promises, dtype)

@@ -20,6 +20,7 @@ from tl_fastload.placement.placer import Placer
 from tl_fastload.placement.rehearsal import forecast
 from tl_fastload.quantized import has_quantized
 from tl_fastload.quantized.quantizer import Quantizer
+from tl_fastload.quantized.spec import warn_of_runtime
 from tl_fastload.recipes.promise import Promise
 from tl_fastload.report.available import check_room, is_ample, let_go_on_error
 from tl_fastload.report.load_report import LoadReport
@@ -177,7 +178,12 @@ def report_of(request: Request, recording: Recording, placer: Placer) -> LoadRep
         quantization=quantization(options, pretrained),
         not_quantized={} if placer.quantizer is None else placer.quantizer.not_quantized,
         adapters=tuple(adapter.describe() for adapter in pretrained.adapters),
-        notes=(*pretrained.notes, *recording.notes, *notes_on(placer)),
+        notes=(
+            *pretrained.notes,
+            *warn_of_runtime(pretrained.spec or pretrained.dequantized),
+            *recording.notes,
+            *notes_on(placer),
+        ),
         revision=pretrained.commit,
     )
 

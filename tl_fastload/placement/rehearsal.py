@@ -331,7 +331,9 @@ def _quantized_stand_in(source: QuantizedSource, is_lent: bool) -> QuantizedSour
         return QuantizedTensor(Content(stored), None, source.dtype)
 
     shape = (source.shape[0], source.shape[1])
-    return QuantizedSource(load, shape, source.dtype, source.name, outline, source.home)
+    return QuantizedSource(
+        load, shape, source.dtype, source.name, outline, source.home, dense=source.dense
+    )
 
 
 def _is_lent(source: Source, device: torch.device) -> bool:

@@ -68,7 +68,8 @@ def refuse_undeclared(promises: Mapping[str, Promise]) -> None:
     marks, codes = dict.fromkeys(_FOREIGN, _AS_SAVED), set[torch.dtype]()
     for format in formats.FORMATS:
         marks |= format.undeclared
-        codes |= format.codes
+        # 8-bit floats without scales are numbers as they stand.
+        codes |= {dtype for dtype in format.codes if not dtype.is_floating_point}
     pieces = {
         name: lacking
         for name in promises
@@ -87,13 +88,16 @@ def refuse_undeclared(promises: Mapping[str, Promise]) -> None:
         )
 
 
-def combine(promises: Mapping[str, Promise], spec: Spec, dtype: torch.dtype) -> dict[str, Promise]:
+def combine(
+    promises: Mapping[str, Promise], spec: Spec, dtype: torch.dtype, *, dense: bool = False
+) -> dict[str, Promise]:
     """Replace the pieces of each quantized weight of a checkpoint by one promise of the matrix.
 
     Args:
         promises: by checkpoint name; quantized weights come in several pieces.
         spec: the quantization that the checkpoint declares.
         dtype: what the weights compute in.
+        dense: promise ordinary weights, which are dequantized when they are read.
 
     Raises:
         QuantizationError: pieces are missing or misshapen, or not of the kind that is declared.
@@ -107,11 +111,26 @@ def combine(promises: Mapping[str, Promise], spec: Spec, dtype: torch.dtype) -> 
             "quantized. Remove quantization_config from config.json, and use quantize= to quantize."
         )
     used = {name for parts in pieces.values() for name in parts.values()}
-    combined = {name: promise for name, promise in promises.items() if name not in used}
+    combined = {
+        name: promise
+        for name, promise in promises.items()
+        if name not in used and not name.endswith(tuple(format.ignored))
+    }
+    _refuse_bare_codes(combined, spec)
     for weight, parts in pieces.items():
         stored = {piece: promises[name] for piece, name in parts.items()}
-        combined[weight] = _promise_of_pieces(weight, stored, spec, dtype)
+        combined[weight] = _promise_of_pieces(weight, stored, spec, dtype, dense)
     return combined
+
+
+def _refuse_bare_codes(promises: Mapping[str, Promise], spec: Spec) -> None:
+    """Raise for 8-bit floats that no scales belong to: codes are not numbers."""
+    for name, promise in promises.items():
+        if promise.is_floating_point() and promise.element_size() == 1:
+            raise QuantizationError(
+                f"{name} ({promise.dtype}) has none of the scales that {spec.kind} weights have. "
+                "Save or download the checkpoint again."
+            )
 
 
 def _pieces(promises: Mapping[str, Promise], format: Format) -> dict[str, dict[str, str]]:
@@ -130,7 +149,7 @@ def _pieces(promises: Mapping[str, Promise], format: Format) -> dict[str, dict[s
 
 
 def _promise_of_pieces(
-    name: str, parts: Mapping[str, Promise], spec: Spec, dtype: torch.dtype
+    name: str, parts: Mapping[str, Promise], spec: Spec, dtype: torch.dtype, dense: bool
 ) -> Promise:
     format, layer = formats.of_kind(spec.kind), name.removesuffix(".weight")
 
@@ -155,7 +174,7 @@ def _promise_of_pieces(
             "Correct quantization_config in config.json."
         )
     home = _home(max(parts.values(), key=lambda promise: promise.numel()))
-    source = QuantizedSource(load, outline.shape, dtype, name, outline, home)
+    source = QuantizedSource(load, outline.shape, dtype, name, outline, home, dense=dense)
     made: Promise = format.as_parameter(Promise.of(source), outlines)
     return made
 

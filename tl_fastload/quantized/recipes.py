@@ -45,6 +45,7 @@ class QuantizedSource(Source):
         name: its name in the checkpoint.
         outline: its bytes on the meta device: their sizes and nothing else.
         home: the device where its bytes lie already; None if they have to be read.
+        dense: nobody is to keep the bytes: what is read are ordinary weights.
     """
 
     def __init__(
@@ -55,8 +56,11 @@ class QuantizedSource(Source):
         name: str,
         outline: QuantizedBytes,
         home: torch.device | None,
+        *,
+        dense: bool = False,
     ) -> None:
         super().__init__(name, torch.empty(shape, dtype=dtype, device="meta"))
+        self.dense = dense
         self._load = load
         self._matrix: QuantizedTensor | None = None
         self.outline = outline
@@ -80,7 +84,8 @@ class QuantizedSource(Source):
         return cls(lambda: tensor, stored.shape, tensor.dtype, name, outline, stored.device)
 
     def lend(self, geometry: torch.Tensor) -> torch.Tensor | None:
-        return self._view(geometry).dequantize()
+        # What a parameter is to own is read into memory of its own.
+        return None if self.dense else self._view(geometry).dequantize()
 
     def read_into(
         self, out: torch.Tensor, geometry: torch.Tensor, casts: tuple[torch.dtype, ...]
@@ -105,7 +110,13 @@ def promise_of_tensor(tensor: QuantizedTensor, name: str) -> Promise:
 
 
 def reads_quantized(node: Node) -> bool:
-    """Whether a recipe starts from a quantized matrix."""
+    """Whether a recipe starts from a quantized matrix that is to stay bytes."""
+    read = (view.source for view in sources(node))
+    return any(isinstance(source, QuantizedSource) and not source.dense for source in read)
+
+
+def is_stored_quantized(node: Node) -> bool:
+    """Whether a recipe starts from a quantized matrix, to stay bytes or not."""
     return any(isinstance(view.source, QuantizedSource) for view in sources(node))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tl_fastload.errors import ArgumentError
+from tl_fastload.errors import ArgumentError, warn_numbers
 from tl_fastload.ground.hf_configs import declared_quantization
 
 _SHORT = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -32,6 +32,20 @@ class Spec:
     def why_dense(self, rows: int, columns: int) -> str | None:
         """Why a matrix [rows, columns] is not quantized; None if it is."""
         return None
+
+    def other_numbers(self) -> str | None:
+        """What the runtime that the checkpoint was made for rounds, and is not rounded here; None
+        if that is nothing.
+        """
+        return None
+
+
+def warn_of_runtime(spec: Spec | None) -> list[str]:
+    """Warn of what the runtime of a quantized checkpoint rounds besides its weights; the warning as
+    a note, if there is one.
+    """
+    reason = None if spec is None else spec.other_numbers()
+    return [] if reason is None else [warn_numbers(reason)]
 
 
 def quantization_argument(quantize: Any, keywords: dict[str, Any]) -> Any:

@@ -40,7 +40,7 @@ class Options:
         mmap: "auto", True or False.
         progress: as `from_pretrained_lean` takes it.
         quantize: how to quantize matrices while they are loaded, or None.
-        dequantize: whether transformers is to make ordinary weights of a quantized checkpoint.
+        dequantize: whether to make ordinary weights of a quantized checkpoint.
         check_memory: whether to refuse a load that will not fit.
         cache: None, False, True or a folder: whether, and where, processed copies are kept.
         verify: whether every byte of a processed copy is compared with its checksums.

@@ -10,11 +10,19 @@ from typing import Any
 import torch
 
 from tl_fastload.errors import ArgumentError, QuantizationError, UnsupportedArchitectureError
+from tl_fastload.quantized.formats.awq import Awq
 from tl_fastload.quantized.formats.base import Format, QuantizedBytes
 from tl_fastload.quantized.formats.bitsandbytes import BitsAndBytes
+from tl_fastload.quantized.formats.compressed_tensors import CompressedTensors
+from tl_fastload.quantized.formats.fp8 import Fp8
+from tl_fastload.quantized.formats.gptq import Gptq
+from tl_fastload.quantized.formats.mxfp4 import Mxfp4
 from tl_fastload.quantized.spec import Spec, declared_fields
 
-FORMATS: tuple[Format, ...] = (BitsAndBytes(),)
+FORMATS: tuple[Format, ...] = (BitsAndBytes(), Fp8(), CompressedTensors(), Mxfp4(), Gptq(), Awq())
+
+NOWHERE = frozenset({"hqq", "quanto", "sinq"})
+"""Methods whose checkpoints neither a format here nor transformers makes ordinary."""
 
 
 def of_kind(kind: str) -> Format:
@@ -94,18 +102,38 @@ def of_checkpoint(hf_config: Any, label: str) -> Spec | None:
     Raises:
         UnsupportedArchitectureError: no format here has that method.
     """
+    spec = own_format(hf_config)
+    method = method_of(hf_config)
+    if spec is not None or method is None:
+        return spec
+    remedy = (
+        "Pass dequantize=True to load it through transformers' own dequantization, or take the "
+        "unquantized checkpoint with quantize=."
+    )
+    if method in NOWHERE:
+        remedy = (
+            "Nor does transformers make ordinary weights of its files: take the unquantized "
+            "checkpoint, with quantize= if it is too large."
+        )
+    raise UnsupportedArchitectureError(
+        f"{label} is quantized with {method}, whose bytes HookedTransformer cannot compute "
+        f"with. {remedy}"
+    )
+
+
+def own_format(hf_config: Any) -> Spec | None:
+    """How the format that reads a checkpoint says it is quantized; None if it is not, or if no
+    format here reads it.
+
+    Raises:
+        ArgumentError: its configuration contradicts itself.
+        UnsupportedArchitectureError: a variant of the format that is not read.
+    """
     fields = declared_fields(hf_config)
     if fields is None:
         return None
-    for format in FORMATS:
-        spec = format.declared(fields)
-        if spec is not None:
-            return spec
-    raise UnsupportedArchitectureError(
-        f"{label} is quantized with {method_of(hf_config)}, whose bytes HookedTransformer cannot "
-        "compute with. Pass dequantize=True to load it through transformers' own dequantization, "
-        "or take the unquantized checkpoint with quantize=."
-    )
+    specs = (format.declared(fields) for format in FORMATS)
+    return next((spec for spec in specs if spec is not None), None)
 
 
 def method_of(hf_config: Any) -> str | None:

@@ -120,8 +120,9 @@ class QuantizedBytes(Declared, ABC):
             QuantizationError: the format's bytes are only read, not made.
         """
         raise QuantizationError(
-            f"{self.kind} weights cannot be quantized again. Merge into the unquantized "
-            "checkpoint, with quantize= if it is too large."
+            f"{self.kind} weights cannot be quantized again. Merge into ordinary weights with "
+            "dequantize=True, or into the unquantized checkpoint, with quantize= if they are too "
+            "large."
         )
 
     @property
@@ -152,6 +153,8 @@ class Format(ABC):
             `{"_blocks": "", "_scales": ""}`. A tensor under the weight's own name is a piece, too.
         codes: dtypes in which only quantized weights are stored under their own name; such a
             `.weight` is quantized, with or without pieces.
+        ignored: ends of the names of stored tensors that a runtime needs and the weights do not,
+            such as scales of activations.
         descriptions: pieces of a few bytes, whose values have to be known to plan.
         undeclared: piece -> what config.json lacks where one stands alone.
         offered: what `quantize=` may say -> kind, for formats that quantize.
@@ -165,6 +168,7 @@ class Format(ABC):
     spec: ClassVar[type[Spec]] = Spec
     pieces: ClassVar[Mapping[str, str]] = {}
     codes: ClassVar[frozenset[torch.dtype]] = frozenset()
+    ignored: ClassVar[frozenset[str]] = frozenset()
     descriptions: ClassVar[frozenset[str]] = frozenset()
     undeclared: ClassVar[Mapping[str, str]] = {}
     offered: ClassVar[Mapping[str, str]] = {}
@@ -227,6 +231,16 @@ class Format(ABC):
             f"{spec.kind} weights can be loaded, but not made: take a checkpoint that has them."
         )
 
+    def sample(self, kind: str, device: torch.device) -> QuantizedBytes:
+        """A small matrix of a kind, [64, 128], to try whether products work.
+
+        Raises:
+            QuantizationError: no kernel here.
+        """
+        generator = torch.Generator().manual_seed(0)
+        dense = torch.randn(64, 128, generator=generator, device="cpu").to(device)
+        return self.quantize(dense, self.spec(kind))
+
     def require_device(self, device: torch.device) -> None:  # noqa: B027  # without kernels: none
         """Check that products can be computed on a device.
 
@@ -253,6 +267,30 @@ def take(tensor: torch.Tensor, runs: list[tuple[int, int]]) -> torch.Tensor:
     """Runs of the first dimension, one after the other: a view of one run, a copy of several."""
     parts = [tensor[start:stop] for start, stop in runs]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def take_rows(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Some rows of a tensor: a view of rows that are equally far apart, else a copy.
+
+    Args:
+        tensor: [rows, ...].
+        index: [n] row numbers on the CPU, in the order wanted.
+    """
+    step = _step(index)
+    if step is not None:
+        return tensor[int(index[0]) : int(index[-1]) + 1 : step]
+    return take(tensor, runs_of(index))
+
+
+@runs_untraced
+def _step(index: torch.Tensor) -> int | None:
+    """The distance of row numbers that are equally far apart, in ascending order; else None."""
+    if index.numel() == 0:
+        return None
+    if index.numel() == 1:
+        return 1
+    step = int(index[1] - index[0])
+    return step if step > 0 and bool((index[1:] - index[:-1] == step).all()) else None
 
 
 def describe(tensor: torch.Tensor) -> str:

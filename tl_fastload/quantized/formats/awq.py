@@ -1,0 +1,90 @@
+"""The format of AWQ, as AutoAWQ stores it in its version "gemm": `qweight`, `qzeros`, `scales`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from tl_fastload.errors import ArgumentError, QuantizationError, UnsupportedArchitectureError
+from tl_fastload.quantized.formats.base import Format, QuantizedBytes, describe
+from tl_fastload.quantized.formats.gptq import any_words, group_size, needed
+from tl_fastload.quantized.formats.packed_bytes import AwqBytes
+from tl_fastload.quantized.spec import Spec
+
+_NEEDED = ("qweight", "qzeros", "scales")
+_BITS = 4
+_PER_WORD = 32 // _BITS
+
+
+@dataclass(frozen=True)
+class AwqSpec(Spec):
+    """How AWQ stores a checkpoint.
+
+    Attributes:
+        group_size: columns with one scale; -1 for all of a row.
+    """
+
+    group_size: int = 128
+
+
+class Awq(Format):
+    """What AutoAWQ quantizes to 4 bits, dequantized at use."""
+
+    name = "AWQ"
+    kinds = ("awq",)
+    stores = (AwqBytes,)
+    spec = AwqSpec
+    pieces: ClassVar[Mapping[str, str]] = dict.fromkeys((f".{name}" for name in _NEEDED), ".weight")
+
+    def declared(self, fields: Mapping[str, Any]) -> Spec | None:
+        method = fields.get("quant_method")
+        if getattr(method, "value", method) != "awq":
+            return None
+        said = [fields.get(name) for name in ("version", "checkpoint_format", "format")]
+        named = next((name for name in said if name), "gemm")
+        version = str(getattr(named, "value", named)).lower()
+        if version != "gemm":
+            raise UnsupportedArchitectureError(
+                f"AWQ weights in the version {version!r}, which is packed for one kernel, cannot "
+                "be read: only 'gemm'. Take a checkpoint in that version, or the unquantized one "
+                "with quantize=."
+            )
+        bits = fields.get("bits", fields.get("w_bit", _BITS))
+        if bits != _BITS:
+            raise UnsupportedArchitectureError(
+                f"AWQ weights of {bits} bits cannot be read, only of {_BITS}. Take another "
+                "quantization, or the unquantized checkpoint with quantize=."
+            )
+        if fields.get("zero_point") is False:
+            raise ArgumentError(
+                "the quantization_config of AWQ says zero_point: false, which the version 'gemm' "
+                "does not have. Correct config.json, or take another checkpoint."
+            )
+        return AwqSpec(
+            "awq",
+            tuple(fields.get("modules_to_not_convert") or ()),
+            group_size=group_size(fields.get("group_size", fields.get("q_group_size"))),
+        )
+
+    def assemble(self, pieces: Mapping[str, torch.Tensor], spec: Any) -> QuantizedBytes:
+        words, zeros, scales = needed(pieces, _NEEDED, "AWQ")
+        columns, rows = words.shape[0], words.shape[1] * _PER_WORD
+        if scales.shape[1] != rows:
+            raise QuantizationError(
+                f"qweight {describe(words)} packs {rows} outputs, and scales {describe(scales)} "
+                f"are of {scales.shape[1]}. Download the checkpoint again."
+            )
+        size = max(columns, 1) if spec.group_size == -1 else spec.group_size
+        return AwqBytes(words.t(), scales.t(), (rows, columns), _BITS, size, "awq", zeros.t())
+
+    def sample(self, kind: str, device: torch.device) -> QuantizedBytes:
+        pieces = {
+            "qweight": any_words(128, 8),
+            "qzeros": torch.full((2, 8), 0x77777777, dtype=torch.int32, device="cpu"),
+            "scales": torch.linspace(0.1, 1, 128, device="cpu").view(2, 64),
+        }
+        spec = AwqSpec(kind, group_size=64)
+        return self.assemble({name: part.to(device) for name, part in pieces.items()}, spec)

@@ -1,0 +1,230 @@
+"""The format of 8-bit floats with scales, as transformers ("fp8", "fbgemm_fp8") and NVIDIA's
+ModelOpt store it: `weight` with `weight_scale_inv` or `weight_scale`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from tl_fastload.errors import ArgumentError, QuantizationError, UnsupportedArchitectureError
+from tl_fastload.quantized.formats.base import Format, QuantizedBytes, describe
+from tl_fastload.quantized.formats.scaled_bytes import (
+    FLOAT8,
+    ScaledBytes,
+    scaled_bytes,
+    scaled_sample,
+    stacked_again,
+)
+from tl_fastload.quantized.spec import Spec
+
+_USUAL = (128, 128)
+_SCALES = ("weight_scale_inv", "weight_scale")
+_STACKED = ("gate_up_proj", "down_proj", "up_proj")
+_MODELOPT = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
+OF_ACTIVATIONS = frozenset(
+    {
+        *(".input_scale", ".input_scale_ub", ".activation_scale", ".output_scale"),
+        *(".k_scale", ".v_scale", ".q_scale", ".prob_scale", ".kv_scale"),
+        *(f".{name}_activation_scale" for name in _STACKED),
+    }
+)
+"""Ends of the names of scales of activations, and of kept keys and values."""
+
+
+@dataclass(frozen=True)
+class ScaledSpec(Spec):
+    """How codes with scales are stored.
+
+    Attributes:
+        block: (rows, columns) of a block; None for one scale a row, or for the whole matrix.
+        is_sure: whether the configuration says which of these it is, and not the scales' shapes.
+        rounds: what the checkpoint's runtime rounds besides the weights, in words; empty for
+            nothing.
+    """
+
+    block: tuple[int, int] | None = None
+    is_sure: bool = True
+    rounds: str = ""
+
+    def __post_init__(self) -> None:
+        if self.block is not None:  # JSON has no tuples
+            object.__setattr__(self, "block", tuple(self.block))
+
+    def other_numbers(self) -> str | None:
+        if not self.rounds:
+            return None
+        return (
+            f"The {self.kind} checkpoint was made for a runtime that rounds {self.rounds}, too. "
+            "Here, as in transformers' dequantized model, only the weights are rounded: next to "
+            "that runtime, log-probabilities may differ by 0.1 or more."
+        )
+
+
+def rounded_besides(scales: str | None, rounds_cache: bool = False) -> str:
+    """What a runtime rounds to 8 bits besides weights, in words.
+
+    Args:
+        scales: of activations, "dynamic" or "static"; None if these are not rounded.
+        rounds_cache: whether it rounds the keys and values that it keeps.
+    """
+    parts = [] if scales is None else [f"activations ({scales} scales)"]
+    parts += ["the keys and values that it keeps"] if rounds_cache else []
+    return " and ".join(parts) + " to 8 bits" if parts else ""
+
+
+class Fp8(Format):
+    """8-bit floats, dequantized at use."""
+
+    name = "FP8"
+    kinds = ("fp8",)
+    stores = (ScaledBytes,)
+    spec = ScaledSpec
+    pieces: ClassVar[Mapping[str, str]] = {
+        **{f".{scale}": ".weight" for scale in _SCALES},
+        **{f".{name}_scale_inv": f".{name}" for name in _STACKED},
+    }
+    codes = FLOAT8
+    ignored = OF_ACTIVATIONS
+    remedy = 'pip install --upgrade "torch>=2.1"'
+    undeclared: ClassVar[Mapping[str, str]] = {
+        "weight_scale_inv": '{"quant_method": "fp8", "weight_block_size": [128, 128]}, or null for '
+        "the block size",
+        "weight_scale": "the one that the checkpoint was saved with (ModelOpt's lies in "
+        'hf_quant_config.json: {"quant_method": "modelopt", "quant_algo": "FP8"})',
+    }
+
+    def declared(self, fields: Mapping[str, Any]) -> Spec | None:
+        method = str(getattr(fields.get("quant_method"), "value", fields.get("quant_method")))
+        if method == "fp8":
+            return _of_transformers(fields)
+        if method == "fbgemm_fp8":
+            skip = tuple(fields.get("modules_to_not_convert") or ())
+            return ScaledSpec("fp8", skip, rounds=rounded_besides("dynamic"))
+        return _of_modelopt(fields) if method.startswith("modelopt") else None
+
+    def assemble(self, pieces: Mapping[str, torch.Tensor], spec: Any) -> QuantizedBytes:
+        codes, scales = codes_and_scales(pieces, FLOAT8, "fp8")
+        block = spec.block
+        if not spec.is_sure and (scales.dim() < 2 or scales.shape[-1] == 1):
+            block = None
+        return scaled_bytes(codes, scales, block, "fp8")
+
+    def as_parameter(self, matrix: Any, pieces: Mapping[str, torch.Tensor]) -> Any:
+        return stacked_again(matrix, codes_and_scales(pieces, FLOAT8, "fp8")[0])
+
+    def sample(self, kind: str, device: torch.device) -> QuantizedBytes:
+        if not FLOAT8:
+            raise QuantizationError("this torch has no 8-bit floats")
+        return scaled_sample(torch.float8_e4m3fn, kind, device)
+
+    def of_layer(self, module: Any) -> tuple[QuantizedBytes, torch.dtype | None] | None:
+        kind = type(module).__name__
+        if kind == "FP8Experts":
+            raise QuantizationError(
+                "transformers keeps these experts as 8-bit floats of its own. Pass the folder or "
+                "name of the checkpoint, not hf_model."
+            )
+        if kind != "FP8Linear" or module.weight.dtype not in FLOAT8:
+            return None
+        block = None if module.block_size is None else (module.block_size[0], module.block_size[1])
+        codes, scales = module.weight.detach(), module.weight_scale_inv.detach()
+        return scaled_bytes(codes, scales, block, "fp8"), None
+
+
+def _of_transformers(fields: Mapping[str, Any]) -> ScaledSpec:
+    """A `quantization_config` with quant_method fp8."""
+    block, is_sure = fields.get("weight_block_size", ...), True
+    if block is ...:
+        block, is_sure = _USUAL, False
+    scheme = fields.get("activation_scheme") or "dynamic"
+    if str(scheme).lower() not in ("dynamic", "static"):
+        raise ArgumentError(
+            f"activation_scheme={scheme!r} in quantization_config is neither 'dynamic' nor "
+            "'static'. Correct config.json."
+        )
+    for name, known in (("scale_fmt", ("float", "ue8m0")), ("fmt", ("e4m3", "e5m2"))):
+        value = fields.get(name) or known[0]
+        if value not in known:
+            raise UnsupportedArchitectureError(
+                f"the quantization_config has {name}={value!r}, and known here are "
+                f"{' and '.join(known)}: a newer tl_fastload may know it. Else take the "
+                "unquantized checkpoint."
+            )
+    if (fields.get("expert_dtype") or "fp8") != "fp8":
+        raise UnsupportedArchitectureError(
+            f"the quantization_config has expert_dtype={fields['expert_dtype']!r}: experts in "
+            "4 bits beside FP8 cannot be read. Take the unquantized checkpoint."
+        )
+    skip = fields.get("modules_to_not_convert") or fields.get("ignored_layers") or ()
+    rounds = rounded_besides(str(scheme).lower())
+    return ScaledSpec("fp8", tuple(skip), None, as_block(block), is_sure, rounds)
+
+
+def _of_modelopt(fields: Mapping[str, Any]) -> ScaledSpec:
+    """A `quantization_config` of ModelOpt, which may be nested as in hf_quant_config.json."""
+    inner = {**fields, **(fields.get("quantization") or {})}
+    algorithm = inner.get("quant_algo")
+    if algorithm not in _MODELOPT:
+        raise UnsupportedArchitectureError(
+            f"ModelOpt's {algorithm} weights cannot be read, only {' and '.join(_MODELOPT)}. Take "
+            "the unquantized checkpoint, with quantize= if it is too large."
+        )
+    skip = tuple(inner.get("ignore") or inner.get("exclude_modules") or ())
+    keeps = bool(inner.get("kv_cache_quant_algo") or inner.get("kv_cache_scheme"))
+    rounds = rounded_besides("static" if algorithm == "FP8" else "dynamic", keeps)
+    return ScaledSpec("fp8", skip, rounds=rounds)
+
+
+def as_block(value: Any) -> tuple[int, int] | None:
+    """A block size as configurations have it.
+
+    Raises:
+        ArgumentError: not two positive numbers, and not None.
+    """
+    if value is None:
+        return None
+    sizes = list(value) if isinstance(value, (list, tuple)) else []
+    if len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
+        raise ArgumentError(
+            f"the block size {value!r} in quantization_config is not a pair of positive numbers, "
+            "and not null. Correct config.json."
+        )
+    return (sizes[0], sizes[1])
+
+
+def codes_and_scales(
+    pieces: Mapping[str, torch.Tensor], dtypes: Any, kind: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two pieces that every weight needs.
+
+    Args:
+        pieces: of one weight, as in `Format.assemble`.
+        dtypes: of codes.
+        kind: of the weights, for messages.
+
+    Raises:
+        QuantizationError: one is missing, or both of two, or codes are of another dtype.
+    """
+    scales = [name for name in pieces if name.endswith(("_scale", "_scale_inv"))]
+    others = [name for name in pieces if name not in scales and not name.endswith("_zero_point")]
+    if not others:
+        raise QuantizationError(f"the {kind} weight itself is missing beside {scales[0]}.")
+    codes = pieces[others[0]]
+    if not scales:
+        raise QuantizationError(
+            f"{kind} weights {describe(codes)} without their scales (weight_scale_inv or "
+            "weight_scale). Save or download the checkpoint again."
+        )
+    if len(scales) > 1:
+        raise QuantizationError(f"{' and '.join(sorted(scales))} are several scales of one weight.")
+    if codes.dtype not in dtypes:
+        named = " or ".join(sorted(str(dtype) for dtype in dtypes)) or "8-bit floats (torch 2.1)"
+        raise QuantizationError(
+            f"a weight with {scales[0]} is {named}, not {describe(codes)}. Correct "
+            "quantization_config in config.json, or download the checkpoint again."
+        )
+    return codes, pieces[scales[0]]

@@ -1,0 +1,267 @@
+"""The format of GPTQ, as AutoGPTQ, gptqmodel and transformers store it: `qweight`, `qzeros`,
+`scales`, `g_idx`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from tl_fastload.errors import ArgumentError, QuantizationError, UnsupportedArchitectureError
+from tl_fastload.quantized.formats.base import Format, QuantizedBytes, describe
+from tl_fastload.quantized.formats.packed_bytes import BITS, PackedBytes
+from tl_fastload.quantized.spec import Spec
+
+_NEEDED = ("qweight", "qzeros", "scales")
+# Format of a checkpoint -> what is added to the zero points that it stores.
+_SHIFTS = {"gptq": 1, "gptq_v2": 0}
+_USUAL_GROUP = 128
+_INDICES = (torch.int32, torch.int64)
+
+
+@dataclass(frozen=True)
+class GptqSpec(Spec):
+    """How GPTQ stores a checkpoint.
+
+    Attributes:
+        bits: of a code.
+        group_size: columns with one scale; -1 for all of a row.
+        zero_shift: added to stored zero points: 1 in the first version of the format.
+        is_reordered: whether columns were quantized in another order, and `g_idx` has the group of
+            each.
+        is_mixed: whether single layers have other bits and groups, which their shapes say.
+    """
+
+    bits: int = 4
+    group_size: int = _USUAL_GROUP
+    zero_shift: int = 1
+    is_reordered: bool = False
+    is_mixed: bool = False
+
+
+class Gptq(Format):
+    """What AutoGPTQ and gptqmodel quantize, dequantized at use."""
+
+    name = "GPTQ"
+    kinds = ("gptq",)
+    stores = (PackedBytes,)
+    spec = GptqSpec
+    pieces: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        (*(f".{name}" for name in _NEEDED), ".g_idx"), ".weight"
+    )
+    undeclared: ClassVar[Mapping[str, str]] = {
+        "g_idx": '{"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": false}, with '
+        "the numbers of its quantize_config.json"
+    }
+
+    def declared(self, fields: Mapping[str, Any]) -> Spec | None:
+        method = fields.get("quant_method")
+        if getattr(method, "value", method) != "gptq":
+            return None
+        _check_version(fields)
+        bits, size = fields.get("bits"), group_size(fields.get("group_size"))
+        if type(bits) is not int:
+            raise ArgumentError(
+                f"the quantization_config of GPTQ has bits={bits!r}, which is no number of bits. "
+                "Correct config.json."
+            )
+        if bits not in BITS:
+            raise UnsupportedArchitectureError(
+                f"GPTQ weights of {bits} bits cannot be read, only {' or '.join(map(str, BITS))} "
+                "bits. Take another quantization, or the unquantized checkpoint with quantize=."
+            )
+        return GptqSpec(
+            "gptq",
+            tuple(fields.get("modules_to_not_convert") or ()),
+            bits=bits,
+            group_size=size,
+            zero_shift=_SHIFTS[_version(fields)],
+            is_reordered=bool(fields.get("desc_act")),
+            is_mixed=_is_mixed(fields.get("dynamic")),
+        )
+
+    def assemble(self, pieces: Mapping[str, torch.Tensor], spec: Any) -> QuantizedBytes:
+        words, zeros, scales = needed(pieces, _NEEDED, "GPTQ")
+        index = pieces.get("g_idx")
+        if index is None and (spec.is_reordered or spec.is_mixed):
+            raise QuantizationError(
+                "a GPTQ weight without its g_idx, which says to which group each column belongs "
+                "(desc_act or dynamic in quantization_config). Download the checkpoint again."
+            )
+        if index is not None and (index.dim() != 1 or index.dtype not in _INDICES):
+            raise QuantizationError(f"g_idx is a row of whole numbers, not {describe(index)}.")
+        columns = words.shape[0] * 32 // spec.bits if index is None else len(index)
+        bits, size = spec.bits, columns if spec.group_size == -1 else spec.group_size
+        if spec.is_mixed:
+            bits = words.shape[0] * 32 // max(columns, 1)
+            size = -(-columns // max(len(scales), 1))
+        groups = None
+        if index is not None:
+            _check_groups(index, size, len(scales), spec)
+            # One group has one order.
+            is_free = (spec.is_reordered or spec.is_mixed) and len(scales) > 1
+            groups = index.to(torch.int32) if is_free else None
+        made = PackedBytes(
+            words.t(),
+            scales.t(),
+            (words.shape[1], columns),
+            bits,
+            size,
+            "gptq",
+            zeros.t(),
+            spec.zero_shift,
+            groups,
+        )
+        _check_grid(made)
+        _check_zeros(made)
+        return made
+
+    def of_layer(self, module: Any) -> tuple[QuantizedBytes, torch.dtype | None] | None:
+        if "qweight" not in module._buffers and "qweight" not in module._parameters:
+            return None
+        raise QuantizationError(
+            f"a {type(module).__name__} may have put its bytes into the order of its kernel. Pass "
+            "the checkpoint's folder or name, not hf_model."
+        )
+
+    def sample(self, kind: str, device: torch.device) -> QuantizedBytes:
+        pieces = {
+            "qweight": any_words(16, 64),
+            "qzeros": torch.full((2, 8), 0x77777777, dtype=torch.int32, device="cpu"),
+            "scales": torch.linspace(0.1, 1, 128, device="cpu").view(2, 64),
+        }
+        spec = GptqSpec(kind, group_size=64)
+        return self.assemble({name: part.to(device) for name, part in pieces.items()}, spec)
+
+
+def any_words(*shape: int) -> torch.Tensor:
+    """Words with all kinds of codes, int32."""
+    generator = torch.Generator().manual_seed(0)
+    low, high = -(1 << 31), (1 << 31) - 1
+    words = torch.randint(low, high, shape, generator=generator, device="cpu")
+    return words.to(torch.int32)
+
+
+def needed(
+    pieces: Mapping[str, torch.Tensor], names: tuple[str, ...], format: str
+) -> list[torch.Tensor]:
+    """The pieces that every weight has.
+
+    Raises:
+        QuantizationError: some are missing, or no matrices.
+    """
+    missing = [name for name in names if name not in pieces]
+    if missing:
+        raise QuantizationError(
+            f"{format} weights without {' and '.join(missing)}. Download the checkpoint again."
+        )
+    for name in names:
+        if pieces[name].dim() != 2:
+            raise QuantizationError(f"{name} is a matrix, not {describe(pieces[name])}.")
+    return [pieces[name] for name in names]
+
+
+def group_size(value: Any) -> int:
+    """The group size of a configuration: columns, or -1 for whole rows.
+
+    Raises:
+        ArgumentError: it is neither.
+    """
+    size = _USUAL_GROUP if value is None else value
+    if type(size) is not int or (size < 1 and size != -1):
+        raise ArgumentError(
+            f"group_size={value!r} in quantization_config is neither -1 nor a positive number. "
+            "Correct config.json."
+        )
+    return size
+
+
+def _version(fields: Mapping[str, Any]) -> str:
+    named = fields.get("checkpoint_format") or fields.get("format") or "gptq"
+    return str(getattr(named, "value", named)).lower()
+
+
+def _check_version(fields: Mapping[str, Any]) -> None:
+    """Raise for what is stored in another way."""
+    remedy = "Take another checkpoint of it, or the unquantized one with quantize=."
+    version = "marlin" if fields.get("is_marlin_format") else _version(fields)
+    if version not in _SHIFTS:
+        raise UnsupportedArchitectureError(
+            f"GPTQ weights in the checkpoint_format {version!r}, which was made for one kernel or "
+            f"is newer than this version, cannot be read: only {' and '.join(_SHIFTS)}. {remedy}"
+        )
+    if str(fields.get("pack_dtype") or "int32").removeprefix("torch.") != "int32":
+        raise UnsupportedArchitectureError(
+            f"GPTQ weights packed into {fields['pack_dtype']} cannot be read, only int32. {remedy}"
+        )
+    rotation = fields.get("rotation") or (fields.get("meta") or {}).get("rotation")
+    if rotation:
+        raise UnsupportedArchitectureError(
+            f"the GPTQ checkpoint rotates activations ({rotation!r}), which HookedTransformer does "
+            f"not. {remedy}"
+        )
+
+
+def _is_mixed(dynamic: Any) -> bool:
+    """Whether rules for single modules say more than that these are not quantized."""
+    rules = dynamic if isinstance(dynamic, Mapping) else {}
+    return any(rule and not str(name).startswith("-:") for name, rule in rules.items())
+
+
+def _check_groups(index: torch.Tensor, size: int, count: int, spec: GptqSpec) -> None:
+    """Check the groups of columns, where their values are known.
+
+    Raises:
+        QuantizationError: there is no such group, or another order than is declared.
+    """
+    if index.is_meta or not len(index):
+        return
+    if int(index.min()) < 0 or int(index.max()) >= count:
+        raise QuantizationError(
+            f"g_idx names groups {int(index.min())} to {int(index.max())}, and there are scales of "
+            f"{count}. Download the checkpoint again."
+        )
+    in_order = torch.arange(len(index), device=index.device) // size
+    if not (spec.is_reordered or spec.is_mixed or torch.equal(index.long(), in_order)):
+        raise QuantizationError(
+            f"g_idx does not have one group of {size} columns after the other, but "
+            "quantization_config says desc_act: false. Set it to true in config.json if this is "
+            "the checkpoint's own g_idx."
+        )
+
+
+def _check_grid(made: PackedBytes) -> None:
+    """Raise unless there are as many groups as the group size says, in whatever order."""
+    count = -(-made.shape[1] // made.group_size)
+    if made.scales.shape[1] != count:
+        raise QuantizationError(
+            f"{made.shape[1]} columns in groups of {made.group_size} have {count} scales for each "
+            f"row, not {made.scales.shape[1]}. The group size is that of quantization_config in "
+            "config.json."
+        )
+
+
+def _check_zeros(made: PackedBytes) -> None:
+    """Check that stored zero points mean one thing, where their values are known.
+
+    The first version of the format stores a zero point less one. What stands for zero is then the
+    largest code, which libraries read as zero, as one more than that code, or with a carry into the
+    next zero point.
+
+    Raises:
+        QuantizationError: there are such.
+    """
+    if not made.zero_shift or made.packed.is_meta:
+        return
+    largest = (1 << made.bits) - 1
+    count = int((made.unpacked_zeros() == largest).sum())
+    if count:
+        raise QuantizationError(
+            f"{count} zero points are stored as {largest}, which the first version of the GPTQ "
+            "format leaves open: AutoGPTQ reads them as 0, kernels as "
+            f"{largest + 1}, gptqmodel changes the ones beside them. Take a checkpoint that is "
+            "symmetric or has the checkpoint_format gptq_v2."
+        )

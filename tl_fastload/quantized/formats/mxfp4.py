@@ -1,0 +1,137 @@
+"""The format of gpt-oss as published: experts as 4-bit floats in blocks of 32 that share a power of
+two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+
+from tl_fastload.errors import QuantizationError
+from tl_fastload.quantized.formats.base import Format, QuantizedBytes, describe, take_rows
+from tl_fastload.quantized.formats.scaled_bytes import looked_up, scale_values
+from tl_fastload.quantized.spec import Spec
+
+BLOCK = 32
+_PIECES = ("_blocks", "_scales")
+# By code: a sign, two bits of exponent, one of mantissa (OCP's E2M1).
+_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Mxfp4Bytes(QuantizedBytes):
+    """Rows of 4-bit floats, two a byte, the first in the low half, times 2^(scale - 127).
+
+    Attributes:
+        packed: [out, in / 2] uint8.
+        scales: [out, in / 32] uint8.
+    """
+
+    packed: torch.Tensor
+    scales: torch.Tensor
+
+    tag = kind = "mxfp4"
+
+    def __post_init__(self) -> None:
+        rows, halves = self.packed.shape
+        wanted = (rows, halves * 2 // BLOCK)
+        if halves * 2 % BLOCK or self.scales.shape != wanted:
+            raise QuantizationError(
+                f"4-bit weights {describe(self.packed)} need a scale for each {BLOCK} values of a "
+                f"row, not {describe(self.scales)}."
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:  # type: ignore[override]
+        return (self.packed.shape[0], self.packed.shape[1] * 2)
+
+    def rows(self, index: torch.Tensor) -> Mxfp4Bytes:
+        packed, scales = take_rows(self.packed, index), take_rows(self.scales, index)
+        return replace(self, packed=packed, scales=scales)
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        # A byte is looked up as the two values that it holds, in one piece.
+        values = looked_up(_pairs, self.packed).view(torch.float32)
+        values.view(*self.scales.shape, BLOCK).mul_(scale_values(self.scales)[..., None])
+        return values.to(dtype)
+
+
+def _pairs() -> torch.Tensor:
+    """For each byte the values of its low and its high half, two float32 as one int64; [256]."""
+    values = [*_VALUES, *(-value for value in _VALUES)]
+    pairs = [(values[byte & 15], values[byte >> 4]) for byte in range(256)]
+    return torch.tensor(pairs, dtype=torch.float32, device="cpu").view(torch.int64).flatten()
+
+
+class Mxfp4(Format):
+    """Stacked experts in 4 bits, dequantized at use; each expert is a matrix of its own."""
+
+    name = "MXFP4"
+    kinds = ("mxfp4",)
+    stores = (Mxfp4Bytes,)
+    pieces: ClassVar[Mapping[str, str]] = {
+        f".{name}{piece}": f".{name}" for name in ("gate_up_proj", "down_proj") for piece in _PIECES
+    }
+    undeclared: ClassVar[Mapping[str, str]] = {
+        f"{name}{piece}": '{"quant_method": "mxfp4"}'
+        for name in ("gate_up_proj", "down_proj")
+        for piece in _PIECES
+    }
+
+    def declared(self, fields: Mapping[str, Any]) -> Spec | None:
+        method = fields.get("quant_method")
+        if getattr(method, "value", method) != "mxfp4":
+            return None
+        return Spec("mxfp4", tuple(fields.get("modules_to_not_convert") or ()))
+
+    def assemble(self, pieces: Mapping[str, torch.Tensor], spec: Any) -> QuantizedBytes:
+        blocks, scales = _blocks_and_scales(pieces)
+        experts, rows, groups, halves = blocks.shape
+        return Mxfp4Bytes(
+            blocks.reshape(experts * rows, groups * halves), scales.reshape(experts * rows, groups)
+        )
+
+    def as_parameter(self, matrix: Any, pieces: Mapping[str, torch.Tensor]) -> Any:
+        experts, rows = _blocks_and_scales(pieces)[0].shape[:2]
+        return matrix.view(experts, rows, -1).transpose(1, 2)
+
+    def sample(self, kind: str, device: torch.device) -> QuantizedBytes:
+        packed = torch.arange(64 * 64, device="cpu").remainder(256).to(torch.uint8).view(64, 64)
+        scales = torch.arange(120, 124, device="cpu").to(torch.uint8).repeat(64, 1)
+        return Mxfp4Bytes(packed.to(device), scales.to(device))
+
+    def of_layer(self, module: Any) -> tuple[QuantizedBytes, torch.dtype | None] | None:
+        if type(module).__name__ != "Mxfp4GptOssExperts":
+            return None
+        raise QuantizationError(
+            "transformers has put the bytes of these experts into the order of its kernel. Pass "
+            "the checkpoint's folder or name, not hf_model."
+        )
+
+
+def _blocks_and_scales(pieces: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two pieces of stacked experts.
+
+    Raises:
+        QuantizationError: one is missing or misshapen.
+    """
+    named = {piece: part for name, part in pieces.items() for piece in _PIECES if piece in name}
+    if len(pieces) != len(_PIECES) or len(named) != len(_PIECES):
+        raise QuantizationError(
+            f"experts in 4 bits are blocks and scales, not {' and '.join(sorted(pieces))}. "
+            "Download the checkpoint again."
+        )
+    blocks, scales = (named[piece] for piece in _PIECES)
+    if (blocks.dtype, scales.dtype) != (torch.uint8, torch.uint8):
+        raise QuantizationError(
+            f"blocks and scales are uint8, not {describe(blocks)} and {describe(scales)}."
+        )
+    if blocks.dim() != 4 or blocks.shape[3] * 2 != BLOCK or scales.shape != blocks.shape[:3]:
+        raise QuantizationError(
+            f"blocks [experts, out, in / {BLOCK}, {BLOCK // 2}] need scales [experts, out, "
+            f"in / {BLOCK}], not {describe(blocks)} and {describe(scales)}."
+        )
+    return blocks, scales

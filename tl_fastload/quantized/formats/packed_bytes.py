@@ -1,0 +1,250 @@
+"""Unsigned integers of 2, 4 or 8 bits in words of 32, with a scale and a zero point for each group
+of a row's values: how GPTQ, AWQ and compressed-tensors pack matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from tl_fastload.errors import QuantizationError
+from tl_fastload.quantized.formats.base import QuantizedBytes, describe, runs_of, take_rows
+from tl_fastload.quantized.formats.scaled_bytes import grid_of, over_blocks
+from tl_fastload.quantized.views import runs_untraced
+
+BITS = (2, 4, 8)
+"""Sizes of codes that fill words without a rest."""
+SCALES = (torch.float16, torch.bfloat16, torch.float32)
+_WORD = 32
+# Values that are unpacked at a time: what is done to them stays in the processor's cache.
+_PART_SIZE = 1 << 18
+# Numbers of AWQ's columns in a word of eight, from the lowest bits on, and the other way round.
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBytes(QuantizedBytes):
+    """The matrix is `(codes - zero points) * scales`; the product is one of float32, and rounded to
+    the computing dtype once.
+
+    Attributes:
+        packed: [out, words] int32, the codes of a row from the lowest bits on. No strides are
+            wanted: GPTQ's words lie transposed.
+        scales: [out, groups], floating point.
+        shape: (out, in).
+        bits: of a code.
+        group_size: columns of a group; the last one may be cut short.
+        kind: of the checkpoint's spec.
+        zeros: [words, groups] int32, the zero points of a group packed along the rows, or
+            [out, groups] uint8; None for the middle of the codes.
+        zero_shift: what is added to stored zero points.
+        groups: [in] int32, the group of each column; None where groups lie side by side.
+    """
+
+    packed: torch.Tensor
+    scales: torch.Tensor
+    shape: tuple[int, int]
+    bits: int
+    group_size: int
+    kind: str
+    zeros: torch.Tensor | None = None
+    zero_shift: int = 0
+    groups: torch.Tensor | None = None
+
+    tag: ClassVar[str] = "packed"
+
+    def __post_init__(self) -> None:
+        rows, columns = self.shape
+        if self.bits not in BITS:
+            raise QuantizationError(
+                f"codes have {' or '.join(map(str, BITS))} bits, not {self.bits}."
+            )
+        self._check("packed codes", self.packed, (torch.int32,), self._words_shape())
+        grid = (rows, self.scales.shape[-1])
+        if self.groups is None:
+            grid = grid_of(self.shape, (1, self.group_size))
+        else:
+            self._check("groups of columns", self.groups, (torch.int32,), (columns,))
+        self._check("scales", self.scales, SCALES, grid)
+        if self.zeros is not None and self.zeros.dtype == torch.uint8:
+            self._check("zero points", self.zeros, (torch.uint8,), grid)
+        elif self.zeros is not None:
+            wanted = (words_of(rows, self.bits), grid[1])
+            self._check("zero points", self.zeros, (torch.int32,), wanted)
+
+    def _check(
+        self,
+        name: str,
+        tensor: torch.Tensor,
+        dtypes: tuple[torch.dtype, ...],
+        shape: tuple[int, ...],
+    ) -> None:
+        if tensor.dtype not in dtypes or tuple(tensor.shape) != shape:
+            named = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise QuantizationError(
+                f"a matrix {list(self.shape)} of {self.bits}-bit codes in groups of "
+                f"{self.group_size} needs {list(shape)} {named} as {name}, not {describe(tensor)}."
+            )
+
+    def _words_shape(self) -> tuple[int, int]:
+        return (self.shape[0], words_of(self.shape[1], self.bits))
+
+    def rows(self, index: torch.Tensor) -> PackedBytes:
+        return replace(self, packed=take_rows(self.packed, index), **self._beside_rows(index))
+
+    def _beside_rows(self, index: torch.Tensor) -> dict[str, Any]:
+        """The fields that some rows have, but for their codes."""
+        scales, zeros = take_rows(self.scales, index), self._zero_rows(index)
+        return {"scales": scales, "zeros": zeros, "shape": (len(index), self.shape[1])}
+
+    def _zero_rows(self, index: torch.Tensor) -> torch.Tensor | None:
+        if self.zeros is None or self.zeros.dtype == torch.uint8:
+            return None if self.zeros is None else take_rows(self.zeros, index)
+        words = _words_of_rows(index, _WORD // self.bits)
+        if words is None:
+            return take_rows(self.unpacked_zeros(), index)
+        return take_rows(self.zeros, words)
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        values = torch.empty(self.shape, dtype=dtype, device=self.packed.device)
+        if values.is_meta:
+            return values
+        scales, zeros = self.scales.float(), self._zero_points()
+        for first, last in self._parts():
+            part = values[first:last]
+            wide = part if dtype == torch.float32 else torch.empty_like(part, dtype=torch.float32)
+            wide.copy_(self._codes(first, last))
+            if zeros is None:
+                wide.sub_(1 << (self.bits - 1))
+            else:
+                self._over_groups(torch.Tensor.sub_, wide, zeros[first:last])
+            self._over_groups(torch.Tensor.mul_, wide, scales[first:last])
+            if wide is not part:
+                part.copy_(wide)
+        return values
+
+    def _parts(self) -> Iterator[tuple[int, int]]:
+        """Runs of rows that are unpacked together; each begins with a word, whichever way."""
+        rows, columns = self.shape
+        step = max(rows, 1)
+        if self.packed.device.type == "cpu":
+            step = max(_PART_SIZE // max(columns, 1) // _WORD, 1) * _WORD
+        return ((first, min(first + step, rows)) for first in range(0, rows, step))
+
+    def _codes(self, first: int, last: int) -> torch.Tensor:
+        """Some rows of the codes: [rows, in] uint8."""
+        return unpacked(self.packed[first:last], self.bits)[:, : self.shape[1]]
+
+    def _zero_points(self) -> torch.Tensor | None:
+        """[out, groups] float32; None for the middle of the codes."""
+        if self.zeros is None:
+            return None
+        zeros = self.zeros if self.zeros.dtype == torch.uint8 else self.unpacked_zeros()
+        return zeros.float().add_(self.zero_shift)
+
+    def unpacked_zeros(self) -> torch.Tensor:
+        """The zero points as they are stored, [out, groups] uint8, where they are packed."""
+        assert self.zeros is not None
+        return self._in_order(unpacked(self.zeros.t(), self.bits))[:, : self.shape[0]].t()
+
+    def _in_order(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes [.., n] as they lie in words -> in the order of what they belong to."""
+        return codes
+
+    def _over_groups(self, apply: Any, values: torch.Tensor, grid: torch.Tensor) -> None:
+        """Change values [rows, in] in place by one number [rows, groups] for each group."""
+        if self.groups is None:
+            over_blocks(apply, values, grid, (1, self.group_size))
+        else:
+            apply(values, grid.index_select(1, self.groups))
+
+
+@dataclass(frozen=True, eq=False)
+class AwqBytes(PackedBytes):
+    """Words that hold a value each of eight successive rows, in AWQ's order.
+
+    Attributes:
+        packed: [out / 8, in] int32.
+    """
+
+    tag: ClassVar[str] = "awq"
+
+    def _words_shape(self) -> tuple[int, int]:
+        return (words_of(self.shape[0], self.bits), self.shape[1])
+
+    def rows(self, index: torch.Tensor) -> PackedBytes:
+        beside, words = self._beside_rows(index), _words_of_rows(index, 8)
+        if words is not None and len(index) % 8 == 0:
+            return replace(self, packed=take_rows(self.packed, words), **beside)
+        # Out of words that hold other rows, too: the same codes, packed along the rows.
+        if beside["zeros"] is not None and beside["zeros"].dtype != torch.uint8:
+            beside["zeros"] = take_rows(self.unpacked_zeros(), index)
+        others = {name: getattr(self, name) for name in ("bits", "group_size", "kind")}
+        return PackedBytes(in_words(self._codes_of(index)), **others, **beside)
+
+    def _codes_of(self, index: torch.Tensor) -> torch.Tensor:
+        """Some rows of the codes, whichever: [n, in] uint8."""
+        numbers, shifts = _places_in_words(index)
+        words, shifts = self.packed[numbers.to(self.device)], shifts.to(self.device)
+        return (words >> shifts[:, None]).bitwise_and_(15).to(torch.uint8)
+
+    def _codes(self, first: int, last: int) -> torch.Tensor:
+        words = self.packed[first // 8 : -(-last // 8)].contiguous()
+        halves = words.view(torch.uint8).view(*words.shape, 4)
+        codes = torch.empty((len(words), 8, words.shape[1]), dtype=torch.uint8, device=words.device)
+        for byte in range(4):
+            low, high = _AWQ_ORDER[2 * byte], _AWQ_ORDER[2 * byte + 1]
+            torch.bitwise_and(halves[..., byte], 15, out=codes[:, low])
+            torch.bitwise_right_shift(halves[..., byte], 4, out=codes[:, high])
+        return codes.flatten(0, 1)[: last - first]
+
+    def _in_order(self, codes: torch.Tensor) -> torch.Tensor:
+        places = [codes[..., place::8] for place in _AWQ_PLACES]
+        return torch.stack(places, -1).flatten(-2)
+
+
+def words_of(count: int, bits: int) -> int:
+    """How many words some codes fill."""
+    return -(-count * bits // _WORD)
+
+
+def in_words(codes: torch.Tensor) -> torch.Tensor:
+    """4-bit codes [n, in] uint8 in words, from the lowest bits on: [n, in / 8] int32."""
+    codes = F.pad(codes, (0, -codes.shape[1] % 8))
+    return (codes[:, ::2] | codes[:, 1::2] << 4).view(torch.int32)
+
+
+def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """The codes in rows of words [n, w] int32, from the lowest bits on: [n, 32 w / bits] uint8."""
+    codes = words.contiguous().view(torch.uint8)
+    if bits == 8:
+        return codes
+    count = 8 // bits
+    parts = torch.empty((*codes.shape, count), dtype=torch.uint8, device=codes.device)
+    for place in range(count):
+        torch.bitwise_right_shift(codes, place * bits, out=parts[..., place])
+    return parts.bitwise_and_((1 << bits) - 1).flatten(1)
+
+
+@runs_untraced
+def _words_of_rows(index: torch.Tensor, per: int) -> torch.Tensor | None:
+    """Numbers of the words that hold some rows, `per` of them in each; None if the rows do not come
+    in whole words. The end of the last one may be left out.
+    """
+    runs = runs_of(index)
+    if any(start % per for start, _ in runs) or any(stop % per for _, stop in runs[:-1]):
+        return None
+    numbers = [torch.arange(start // per, -(-stop // per), device="cpu") for start, stop in runs]
+    return torch.cat(numbers)
+
+
+@runs_untraced
+def _places_in_words(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For AWQ's rows the number of each one's word, and by how many bits it lies in there."""
+    shifts = torch.tensor([4 * place for place in _AWQ_PLACES], dtype=torch.int32, device="cpu")
+    return index // 8, shifts[index % 8]
