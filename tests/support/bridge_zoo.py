@@ -407,8 +407,8 @@ _IN_OLDER_ONES = (
     *("gpt2", "neox", "llama-gqa", "llama-gqa1-tied", "gemma2", "gemma3", "mixtral", "phi3"),
     *("bloom", "opt", "qwen3", "qwen2-moe", "llama4", "mamba", "bert", "vit"),
 )
-"""One of each kind, for TransformerLens 3 and 4.0 to 4.2: for some others their own bridges fail beside
-a newer transformers."""
+"""One of each kind, for TransformerLens 3 and 4.0 to 4.2, whose own bridges fail at some others
+beside a newer transformers."""
 
 
 def _cases() -> dict[str, Case]:
