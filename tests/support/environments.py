@@ -73,9 +73,11 @@ LACKS: tuple[Lack, ...] = (
         "<3",
         "TransformerLens has no TransformerBridge",
         files=(
+            "bridge/test_bridge_copies.py",
             "bridge/test_bridge_errors.py",
             "bridge/test_bridge_features.py",
             "bridge/test_bridge_parity.py",
+            "bridge/test_bridge_quantized.py",
             "bridge/test_bridge_zoo.py",
             "whole/test_sae_bridge.py",
         ),
@@ -206,9 +208,9 @@ SKIPPED: dict[tuple[str, str, str], int] = {
     ("4.0.0", "2.13.0", "0"): 19,
     ("3.9.0", "2.13.0", "0"): 28,
     ("3.9.0", "2.13.0", "6.54.12"): 0,
-    ("2.18.0", "2.13.0", "0"): 101,
-    ("2.16.1", "2.13.0", "0"): 144,
-    ("2.8.1", "2.0.1", "0"): 351,
+    ("2.18.0", "2.13.0", "0"): 103,
+    ("2.16.1", "2.13.0", "0"): 146,
+    ("2.8.1", "2.0.1", "0"): 353,
 }
 
 
