@@ -5,8 +5,10 @@ TransformerLens.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import Any
+
+from packaging.version import Version
 
 from tl_fastload.source.aliases import Aliases
 
@@ -29,6 +31,11 @@ def stock_boot() -> Any:
 def is_processed(bridge: Any) -> bool:
     """Whether `process_weights` has run on a bridge, or has begun to."""
     return bool(getattr(bridge, "_weights_processed", False))
+
+
+def follows_shared_experts() -> bool:
+    """Whether second names of a shared expert's weights follow what is written to these."""
+    return Version(metadata.version("transformer-lens")) >= Version("4.3")
 
 
 def adapters() -> Mapping[str, Any]:
