@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support import bridge_stock
+from tests.support import bridge_stock, bridge_zoo
 from tests.support.bridge_comparison import differences, snapshot, without_values
 from tests.support.bridge_stock import quiet
 from tl_fastload import (
@@ -51,7 +51,8 @@ def saved(bridge: Any, folder: Path) -> Path:
     return save_lean(bridge, folder, progress=False)
 
 
-CASES = ("gpt2", "llama-gqa", "neox", "bloom", "mixtral", "phi3", "mamba", "gpt-oss")
+WANTED = ("gpt2", "llama-gqa", "neox", "bloom", "mixtral", "phi3", "mamba", "gpt-oss")
+CASES = [case_id for case_id in WANTED if case_id in bridge_zoo.CASES]
 
 
 @pytest.mark.parametrize("load", [lean, raw])
@@ -75,6 +76,7 @@ def test_a_copy_is_the_bridge_that_was_saved(
     assert [one for one in gc.get_objects() if type(one) is Promise] == []
 
 
+@pytest.mark.skipif("t5" not in bridge_zoo.CASES, reason="built for TransformerLens 4 only")
 def test_an_encoder_and_a_decoder_are_not_saved(
     bridge_zoo_folder: BridgeZoo, tmp_path: Path
 ) -> None:

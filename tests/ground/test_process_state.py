@@ -25,7 +25,7 @@ from accelerate import init_empty_weights
 from torch import nn
 
 import tl_fastload
-from tests.support import adapters, quantized_zoo
+from tests.support import adapters, quantized_zoo, reference
 from tests.support.comparison import lean_model
 from tl_fastload import NotEnoughMemory
 from tl_fastload.embedded_model import embedded_model_path
@@ -54,7 +54,7 @@ def roads(zoo: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Road]
     llama, wide = zoo("llama-gqa1-tied"), quantized_zoo.build(zoo, "llama-gqa")
     nf4 = quantized_zoo.saved(wide, "nf4-double")
     adapter = adapters.for_case("llama-gqa1-tied", llama, root / "adapter")
-    hf_model = quantized_zoo.reference.hf_model("llama-gqa1-tied", llama)
+    hf_model = reference.hf_model("llama-gqa1-tied", llama)
     live = lean_model(llama, **RAW, mmap=False)
     values = {name: tensor.clone() for name, tensor in live.state_dict().items()}
     kept = lean_model(llama, **RAW, mmap=False)

@@ -229,6 +229,8 @@ class _Answers:
         if found.hf_model is not None:
             own_configuration(model)
             forget_quantizer(model)
+            # TransformerLens takes a model in memory as it is, attentions off or on.
+            hf_config.output_attentions = found.config.output_attentions
         elif not self._on_meta:
             tie_equal(model, found.ledger.tied)
         folder = None if found.location is None else found.location.folder
