@@ -127,7 +127,6 @@ CASES = [
 ]
 
 
-@pytest.mark.parity
 @pytest.mark.parametrize("case_id", CASES)
 def test_every_architecture(case_id: str, zoo: Any) -> None:
     """Heads of fused projections and experts of their own included; nothing is dense unsaid."""

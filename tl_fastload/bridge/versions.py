@@ -5,11 +5,10 @@ TransformerLens.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import Any
 
-from packaging.version import Version
-
+from tl_fastload.ground.compat import TRANSFORMER_LENS
 from tl_fastload.source.aliases import Aliases
 
 _SOURCES = "transformer_lens.model_bridge.sources"
@@ -35,7 +34,7 @@ def is_processed(bridge: Any) -> bool:
 
 def follows_shared_experts() -> bool:
     """Whether second names of a shared expert's weights follow what is written to these."""
-    return Version(metadata.version("transformer-lens")) >= Version("4.3")
+    return TRANSFORMER_LENS.release >= (4, 3)
 
 
 def adapters() -> Mapping[str, Any]:
