@@ -136,9 +136,9 @@ def _compressed(named: str, strategy: str, **weights: Any) -> dict[str, Any]:
 
 
 _INT8 = torch.int8
-# torch 2.0 has no such dtypes; nothing is packed there.
-_E4M3: Any = getattr(torch, "float8_e4m3fn", None)
-_E5M2: Any = getattr(torch, "float8_e5m2", None)
+# torch 2.0 has no such dtypes; another stands in, and nothing is packed there.
+_E4M3: Any = getattr(torch, "float8_e4m3fn", torch.float16)
+_E5M2: Any = getattr(torch, "float8_e5m2", torch.float16)
 _STATIC = {"activation_scale": torch.tensor(0.5)}
 PACKINGS: dict[str, Packing] = {
     "fp8": Packing(
