@@ -15,7 +15,7 @@ from tl_fastload.bridge.processing import process_in_place
 from tl_fastload.bridge.quantizing import make_plain, require_bytes_can_follow
 from tl_fastload.bridge.record import COMPATIBILITY, IS_RECORDING
 from tl_fastload.bridge.road import ROAD
-from tl_fastload.bridge.steps import check_in_place, right_steps, run_stock
+from tl_fastload.bridge.steps import right_steps, run_stock
 from tl_fastload.errors import ArgumentError
 from tl_fastload.face import Face, loaded, request_of
 from tl_fastload.ground.boundary import guarded
@@ -303,7 +303,6 @@ class LeanBridgeMixin(Face):
         if not is_recording:
             make_plain(bridge)
             require_values(bridge.original_model, "enable_compatibility_mode")
-            check_in_place(bridge)
             require_bytes_can_follow(bridge, flags)
         flags = right_steps(bridge.cfg, flags)
         if is_recording:

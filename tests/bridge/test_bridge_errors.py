@@ -17,7 +17,6 @@ from tests.support import bridge_stock
 from tests.support.bridge_comparison import differences, snapshot
 from tests.support.bridge_stock import quiet
 from tl_fastload import LeanTransformerBridge
-from tl_fastload.bridge.versions import follows_shared_experts
 from tl_fastload.errors import (
     ArgumentError,
     CheckpointError,
@@ -229,10 +228,3 @@ def test_a_load_that_stops_in_the_middle_returns_nothing(
     monkeypatch.undo()
     with pytest.raises(HalfWrittenError), quiet():
         booted.enable_compatibility_mode()
-
-
-@pytest.mark.skipif(follows_shared_experts(), reason="this TransformerLens processes it in place")
-def test_llama_4_is_not_processed_in_place(bridge_zoo_folder: BridgeZoo) -> None:
-    bridge = LOADS["raw"](bridge_zoo_folder("llama4"), device="cpu", progress=False)
-    with pytest.raises(UnsupportedArchitectureError, match="Llama 4"):
-        bridge.enable_compatibility_mode()

@@ -191,15 +191,6 @@ LACKS: tuple[Lack, ...] = (
     Lack(
         "transformer_lens",
         "<4.3",
-        "Llama 4 is refused in place there",
-        tests=(
-            "bridge/test_bridge_parity.py::test_same_bridge[llama4-float32-booted by stock]",
-            "bridge/test_bridge_parity.py::test_same_bridge[llama4-float32-booted lean]",
-        ),
-    ),
-    Lack(
-        "transformer_lens",
-        "<4.3",
         "TransformerLens cannot run it in bfloat16 once it is processed",
         tests=("bridge/test_bridge_parity.py::test_same_bridge[qwen2-moe-bfloat16-from files]",),
     ),
@@ -213,7 +204,7 @@ LACKS: tuple[Lack, ...] = (
 
 # TransformerLens, torch, SAELens ("0": not installed) -> skipped tests of the parity suite.
 SKIPPED: dict[tuple[str, str, str], int] = {
-    ("4.3.0", "2.13.0", "0"): 17,
+    ("4.3.0", "2.13.0", "0"): 16,
     ("4.0.0", "2.13.0", "0"): 19,
     ("3.9.0", "2.13.0", "0"): 28,
     ("3.9.0", "2.13.0", "6.54.12"): 0,

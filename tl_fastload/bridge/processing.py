@@ -146,6 +146,9 @@ class _Before:
 
     def keep_unchanged(self, slots: list[Slot]) -> None:
         """Put memory back where processing has changed nothing, and let go of the rest."""
+        for slot in slots:
+            if isinstance(slot.tensor, LivePromise):
+                slot.tensor.require_fresh()
         homes = {id(home): (home, tensor) for home, _, tensor in self._memories}
         made: dict[tuple[int, ...], torch.Tensor] = {}
         for slot in slots:
@@ -157,11 +160,16 @@ class _Before:
             for home, source, tensor in self._memories
             if not any(id(home) == key[0] for key in made)
         }
+        kept: dict[int, torch.Tensor | None] = {}
         for slot in slots:
             # Processing in float32 leaves a copy of what it does not change in any other dtype.
             source = _source_of(slot.tensor)
-            held = free.pop(id(source), None) if source is not None else None
+            if source is None:
+                continue
+            copy = id(slot.tensor.home)  # which may stand in several slots
+            held = kept.get(copy, free.pop(id(source), None))
             if held is not None and not is_small_and_odd(held.untyped_storage().data_ptr(), held):
+                kept[copy] = held
                 slot.tensor = self._kept(slot, slot.tensor, held, made)
         self._memories.clear()
         for slot in slots:

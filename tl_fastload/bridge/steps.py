@@ -92,21 +92,6 @@ def right_steps(cfg: Any, flags: Mapping[str, bool]) -> dict[str, bool]:
     return found
 
 
-def check_in_place(bridge: Any) -> None:
-    """Check that a bridge which has values can be processed.
-
-    Raises:
-        UnsupportedArchitectureError: a Llama 4 before TransformerLens 4.3, whose shared experts
-            keep second names of their weights that would not follow.
-    """
-    kind = str(getattr(bridge.original_model.config, "model_type", ""))
-    if kind.startswith("llama4") and not versions.follows_shared_experts():
-        raise UnsupportedArchitectureError(
-            "A Llama 4 bridge that has its weights already cannot be processed in place with this "
-            "TransformerLens, only with 4.3 or newer. Load it processed, with from_pretrained_lean."
-        )
-
-
 def run_stock(stock: Callable[[], None]) -> None:
     """Run TransformerLens' processing, with an error of this family if it does not take the model.
 

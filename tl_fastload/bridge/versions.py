@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-from tl_fastload.ground.compat import TRANSFORMER_LENS
 from tl_fastload.source.aliases import Aliases
 
 _SOURCES = "transformer_lens.model_bridge.sources"
@@ -30,11 +29,6 @@ def stock_boot() -> Any:
 def is_processed(bridge: Any) -> bool:
     """Whether `process_weights` has run on a bridge, or has begun to."""
     return bool(getattr(bridge, "_weights_processed", False))
-
-
-def follows_shared_experts() -> bool:
-    """Whether second names of a shared expert's weights follow what is written to these."""
-    return TRANSFORMER_LENS.release >= (4, 3)
 
 
 def adapters() -> Mapping[str, Any]:
