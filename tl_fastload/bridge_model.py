@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -27,7 +28,7 @@ from tl_fastload.quantized.spec import as_dtype
 from tl_fastload.report.load_report import LoadReport
 from tl_fastload.report.progress import Progress, ProgressOption
 from tl_fastload.request.argument_types import checked
-from tl_fastload.request.options import DEFAULT_DTYPE, DEFAULT_LAYOUT
+from tl_fastload.request.options import DEFAULT_DTYPE
 from tl_fastload.request.steps import STEPS
 from tl_fastload.roads.known import describe_steps
 
@@ -43,112 +44,6 @@ class LeanBridgeMixin(Face):
 
     load_report: LoadReport
     _road = ROAD
-
-    @classmethod
-    @guarded("while loading")
-    def from_pretrained_lean(
-        cls,
-        model_name: str | Path,
-        fold_ln: bool = True,
-        center_writing_weights: bool = True,
-        center_unembed: bool = True,
-        refactor_factored_attn_matrices: bool = False,
-        checkpoint_index: int | None = None,
-        checkpoint_value: int | None = None,
-        checkpoint_label: int | None = None,
-        hf_model: Any = None,
-        device: str | torch.device | None = None,
-        n_devices: int = 1,
-        tokenizer: Any = None,
-        move_to_device: bool = True,
-        fold_value_biases: bool = True,
-        default_prepend_bos: bool | None = None,
-        default_padding_side: str | None = None,
-        dtype: str | torch.dtype = DEFAULT_DTYPE,
-        first_n_layers: int | None = None,
-        n_ctx: int | None = None,
-        *,
-        strategy: str = "auto",
-        mmap: str | bool = "auto",
-        progress: ProgressOption = None,
-        quantize: Any = None,
-        dequantize: bool = False,
-        adapter: Any = None,
-        requantize: bool = False,
-        cache: bool | str | Path | None = None,
-        verify: bool = False,
-        check_memory: bool = True,
-        check_base: bool = True,
-        layout: str = DEFAULT_LAYOUT,
-        **from_pretrained_kwargs: Any,
-    ) -> Any:
-        """Boot a pretrained model and process its weights, with the numbers of
-        `TransformerBridge.boot_transformers` followed by `enable_compatibility_mode`, and about one
-        copy of the weights in memory. The same call works for a HookedTransformer:
-        `LeanHookedTransformer.from_pretrained_lean`.
-
-            bridge = LeanTransformerBridge.from_pretrained_lean("gpt2", dtype="bfloat16")
-            print(bridge.load_report)  # time, memory, and what was done
-
-        Args:
-            model_name: TransformerLens name or alias, any hub name, a local folder, or a folder
-                that `save_lean` wrote. Arguments that contradict such a copy are errors, the
-                defaults of the processing steps included.
-            fold_ln: fold the norm weights into the following layer.
-            center_writing_weights: give what writes to the residual stream zero mean.
-            center_unembed: give the unembedding zero mean over the vocabulary.
-            refactor_factored_attn_matrices: make the factors of the QK and OV circuits even.
-            checkpoint_index: which training checkpoint, counted from zero.
-            checkpoint_value: which training checkpoint, by step or tokens.
-            checkpoint_label: another name of `checkpoint_value`.
-            hf_model: a transformers model in memory; read, never changed, and not shared.
-            device: where the parameters go; by default what TransformerLens chooses.
-            n_devices: 1; a bridge on several devices is TransformerLens' own to boot.
-            tokenizer: the tokenizer; by default the one that lies with the model, or none.
-            move_to_device: False leaves the parameters on the CPU.
-            fold_value_biases: fold the value biases into the output bias.
-            default_prepend_bos: whether strings get a BOS token.
-            default_padding_side: "left" or "right".
-            dtype: dtype of the parameters, such as "bfloat16" or torch.float32.
-            first_n_layers: load only that many layers.
-            n_ctx: another context length than the model's own.
-            strategy: "assign" puts finished tensors into the model, "copy" copies into the model's
-                own; "auto" assigns.
-            mmap: whether weights that need no change are mapped from the file instead of read;
-                "auto" does so on local disks.
-            progress: None for a bar when somebody watches, True or False, or a function of a
-                `tl_fastload.ProgressEvent`.
-            quantize: quantize the matrices of the blocks while loading, after processing: "int8",
-                "nf4", "fp4", or a `transformers.BitsAndBytesConfig`.
-            dequantize: let transformers turn a quantized checkpoint into ordinary weights, and load
-                these.
-            adapter: a LoRA adapter of peft to merge before processing: a folder,
-                "organisation/name", "organisation/name@revision"; or a list of adapters, each alone
-                or as (adapter, weight).
-            requantize: with adapter= for a checkpoint that is quantized already: dequantize, merge,
-                and quantize again, which rounds twice.
-            cache: keep a processed copy of what is loaded, and map it the next time: True for the
-                usual folder, or a folder; None for what the environment variable
-                TL_FASTLOAD_CACHE says; False for not. See `tl_fastload.cache`.
-            verify: compare every byte of a processed copy with its checksums.
-            check_memory: raise NotEnoughMemory before weights are read if they cannot be held.
-            check_base: raise AdapterError if the base model that an adapter names is known to be
-                another than this one.
-            layout: a bridge has one memory order, TransformerLens' own, whichever is asked for.
-            **from_pretrained_kwargs: for Hugging Face: revision, cache_dir, token,
-                local_files_only, subfolder, trust_remote_code (False by default), torch_dtype, or
-                fields of the model's configuration.
-
-        Returns:
-            The bridge, in compatibility mode, with a `load_report`.
-
-        Raises:
-            LeanLoadError: the base of all of: ArgumentError, UnknownModelError,
-                UnsupportedArchitectureError, CheckpointError, MissingWeightsError,
-                AdapterError, NotEnoughMemory. Raised before weights are read whenever that is
-                possible; nothing half-loaded is returned.
-        """
-        return loaded(request_of(road=cls._road, **locals()))
 
     @classmethod
     @guarded("while booting")
@@ -357,15 +252,15 @@ def _lean_class(cls: Any, kind: Any) -> Any:
 
 
 _DEFAULTS: dict[str, Any] = {
+    **{
+        name: one.default
+        for name, one in inspect.signature(LeanBridgeMixin.from_pretrained_lean).parameters.items()
+        if one.default is not one.empty
+    },
     **dict.fromkeys(STEPS, False),
-    **dict.fromkeys(("checkpoint_index", "checkpoint_value", "checkpoint_label"), None),
-    **dict.fromkeys(("hf_model", "device", "tokenizer", "first_n_layers", "n_ctx"), None),
-    **dict.fromkeys(("default_prepend_bos", "default_padding_side"), None),
-    **dict.fromkeys(("dequantize", "requantize", "verify"), False),
-    **dict.fromkeys(("quantize", "adapter", "progress"), None),
-    **{"n_devices": 1, "move_to_device": True, "strategy": "auto", "mmap": "auto"},
-    **{"cache": False, "check_memory": True, "check_base": True, "layout": DEFAULT_LAYOUT},
+    "cache": False,
 }
+"""Of a bridge that is booted and not processed."""
 
 
 class LeanTransformerBridge(LeanBridgeMixin, versions.bridge_class()):  # type: ignore[misc]  # a class that mypy does not see
