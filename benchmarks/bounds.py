@@ -74,7 +74,8 @@ def import_check(seconds: float | None) -> Check:
     )
 
 
-def _get(results: Results, case: Case) -> Measurement | None:
+def good(results: Results, case: Case) -> Measurement | None:
+    """What was measured of a case; None if nothing was, or it failed."""
     found = results.get(case.name)
     return found if found is not None and found.error is None else None
 
@@ -106,18 +107,18 @@ def _memory(results: Results, shape: Shape, dtype: str) -> Iterator[Check]:
         anonymous.append((cases.lean(model, dtype, processed=False), unprocessed_limit))
     anonymous.append((cases.with_adapter(cases.lean(model, dtype)), limit))
     for case, limit in anonymous:
-        found = _get(results, case)
+        found = good(results, case)
         value = ratio(found.peak_anonymous_bytes, found) if found else None
         yield Check(case.name, "peak anonymous memory", value, limit)
     case = cases.lean(model, dtype)
-    found = _get(results, case)
+    found = good(results, case)
     value = ratio(found.peak_resident_bytes, found) if found else None
     yield Check(case.name, "peak resident memory, file pages included", value, 1.15)
     yield from _adapter(results, model, dtype)
     for processed in (True, False):
         case = cases.repeated(model, dtype, processed)
         if case.name in results:
-            found = _get(results, case)
+            found = good(results, case)
             value = ratio(found.facts["growth_bytes"], found) if found else None
             yield Check(case.name, "growth from the second load to the last", value, _GROWTH)
 
@@ -134,7 +135,7 @@ def _predictions(results: Results, shape: Shape, dtype: str) -> Iterator[Check]:
     if dtype == shape.file_dtype:
         roads += [cases.lean(model, dtype, False), cases.stock(model, dtype, False)]
     for case in roads:
-        found = _get(results, case)
+        found = good(results, case)
         if found is None or "predicted" not in found.facts:
             continue
         predicted = found.facts["predicted"]
@@ -158,7 +159,7 @@ def prediction_error(predicted: int, measured: int, found: Measurement) -> float
 def _adapter(results: Results, model: str, dtype: str) -> Iterator[Check]:
     case, merged = (cases.with_adapter(one(model, dtype)) for one in (cases.lean, cases.stock))
     if merged.name in results:
-        found, stock = _get(results, case), _get(results, merged)
+        found, stock = good(results, case), good(results, merged)
         value = None
         if found and stock:
             value = stock.peak_anonymous_bytes / max(found.peak_anonymous_bytes, 1)
@@ -169,7 +170,7 @@ def _adapter(results: Results, model: str, dtype: str) -> Iterator[Check]:
 def _load_time(results: Results, shape: Shape, dtype: str) -> Iterator[Check]:
     model = shape.name
     case = cases.lean(model, dtype)
-    found, floor = _get(results, case), _get(results, cases.floor(model, dtype))
+    found, floor = good(results, case), good(results, cases.floor(model, dtype))
     if compat.can_assign():
         least = floor.median_seconds if floor else 0.0
         yield Check(
@@ -184,22 +185,22 @@ def _load_time(results: Results, shape: Shape, dtype: str) -> Iterator[Check]:
         return
     if (shape.family, dtype) in _FASTER_LOAD:
         limit, aim = _FASTER_LOAD[shape.family, dtype]
-        value = faster(found, _get(results, cases.stock(model, dtype)))
+        value = faster(found, good(results, cases.stock(model, dtype)))
         yield Check(case.name, "faster load than stock", value, limit, at_least=True, aim=aim)
     if dtype == shape.file_dtype:
         case = cases.lean(model, dtype, processed=False)
-        stock = _get(results, cases.stock(model, dtype, processed=False))
-        value = faster(_get(results, case), stock)
+        stock = good(results, cases.stock(model, dtype, processed=False))
+        value = faster(good(results, case), stock)
         yield Check(case.name, "faster load than stock, no processing", value, 10, at_least=True)
 
 
 def _copies(results: Results, shape: Shape, dtype: str) -> Iterator[Check]:
     """Processed copies: saved with one parameter of extra memory, mapped without any."""
     model = shape.name
-    stock = _get(results, cases.stock(model, dtype))
+    stock = good(results, cases.stock(model, dtype))
     for quantize in cases.kinds_kept(model, dtype):
         case = cases.reload(model, dtype, quantize)
-        found, touched = _get(results, case), _get(results, cases.touch(model, dtype, quantize))
+        found, touched = good(results, case), good(results, cases.touch(model, dtype, quantize))
         value = ratio(found.peak_anonymous_bytes, found) if found else None
         # Where torch cannot assign, a copy is read into the model's own memory.
         yield Check(
@@ -213,7 +214,7 @@ def _copies(results: Results, shape: Shape, dtype: str) -> Iterator[Check]:
             limit = touched.median_seconds + 1 if touched else 0.0
             yield Check(case.name, "load within touching every page + 1 s", value, limit, unit="s")
     case = cases.save(model, dtype)
-    found = _get(results, case)
+    found = good(results, case)
     value = None
     if found:
         value = found.peak_anonymous_bytes / found.facts["largest_parameter_bytes"]
@@ -237,13 +238,13 @@ def forward_ratio(this: Measurement | None, other: Measurement | None, tokens: i
 def _forward_time(results: Results, shape: Shape, dtype: str) -> Iterator[Check]:
     model = shape.name
     is_llama = shape.family == "llama"
-    reference = _get(results, cases.transformers(model, dtype))
+    reference = good(results, cases.transformers(model, dtype))
     for processed in (True, False):
         case = cases.lean(model, dtype, processed)
         if case.name not in results:
             continue
-        found = _get(results, case)
-        stock = _get(results, cases.stock(model, dtype, processed))
+        found = good(results, case)
+        stock = good(results, cases.stock(model, dtype, processed))
         for tokens in cases.FORWARD_TOKENS:
             # GPT-2's file has its matrices the other way round: mapped as they are, no gain.
             gains = tokens == 1 and processed
@@ -261,11 +262,11 @@ def _same_function(results: Results, shape: Shape, dtype: str) -> Iterator[Check
     """In bfloat16 two right answers differ by the rounding of every step: no bound there."""
     if dtype != "float32":
         return
-    reference = _get(results, cases.transformers(shape.name, dtype))
+    reference = good(results, cases.transformers(shape.name, dtype))
     for processed in (True, False):
         case = cases.lean(shape.name, dtype, processed)
         if case.name in results:
-            value = log_prob_difference(_get(results, case), reference)
+            value = log_prob_difference(good(results, case), reference)
             promise = "log-probabilities, largest difference from transformers'"
             yield Check(case.name, promise, value, _SAME_LOG_PROBS, unit="")
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from rich.table import Table
 
-from benchmarks import bounds, cases
+from benchmarks import bounds, cases, rows
 from benchmarks.bounds import Check, Results
 from benchmarks.measure import Case, Measurement
 from benchmarks.models import SHAPES
@@ -96,14 +96,14 @@ def _memory(results: Results, model: str, dtype: str) -> Iterator[Check]:
     if same:
         limits.append((lean(model, dtype, processed=False), _RAW_BYTES))
     for case, limit in limits:
-        found = _get(results, case)
+        found = bounds.good(results, case)
         value = bounds.ratio(found.peak_anonymous_bytes, found) if found else None
         yield Check(case.name, "peak anonymous memory", value, limit)
 
 
 def _time(results: Results, model: str, dtype: str) -> Iterator[Check]:
     case, other = lean(model, dtype), stock(model, dtype)
-    found, reference = _get(results, case), _get(results, other)
+    found, reference = bounds.good(results, case), bounds.good(results, other)
     value, limit = bounds.faster(found, reference), _FASTER_LOAD[SHAPES[model].family]
     promise = "faster than boot and compatibility mode"
     yield Check(case.name, promise, value, limit, at_least=True)
@@ -111,12 +111,12 @@ def _time(results: Results, model: str, dtype: str) -> Iterator[Check]:
         for processed in (True, False):
             case = lean(model, dtype, processed)
             if case.name in results:
-                reference = _get(results, stock(model, dtype, processed))
-                value = bounds.forward_ratio(reference, _get(results, case), tokens)
+                reference = bounds.good(results, stock(model, dtype, processed))
+                value = bounds.forward_ratio(reference, bounds.good(results, case), tokens)
                 promise = f"forward not slower than stock's, {tokens} tokens"
                 yield Check(case.name, promise, value, _NO_SLOWER, at_least=True)
     if dtype == "float32":
-        theirs = _get(results, cases.transformers(model, dtype))
+        theirs = bounds.good(results, cases.transformers(model, dtype))
         difference = bounds.log_prob_difference(found, theirs)
         promise = "log-probabilities, largest difference from transformers'"
         yield Check(lean(model, dtype).name, promise, difference, _SAME_LOG_PROBS, unit="")
@@ -130,44 +130,21 @@ def table(results: Results, planned: Sequence[Case]) -> Table:
         "highest resident with file pages, and private when loaded. /hf: multiple of the time of "
         "transformers' own model. log-probs: largest difference from its.",
     )
-    made.add_column("load", no_wrap=True)
-    for column in ("peak anon", "resident", "after", "vs stock", "s", "MB"):
-        made.add_column(column, justify="right")
-    for tokens in cases.FORWARD_TOKENS:
-        for part in ("ms", "/hf"):
-            made.add_column(f"{tokens} tok {part}", justify="right")
-    made.add_column("log-probs", justify="right")
-    previous = ""
-    for case in planned:
-        group = f"{case.model} {case.dtype}"
-        if group != previous:
-            made.add_section()
-            made.add_row(f"[bold]{group}[/]")
-        previous = group
-        found = _get(results, case)
-        label = case.name.removeprefix(group).strip()
-        made.add_row(label, *(_row(results, case, found) if found else ["[red]none[/]"]))
-    return made
+    timed = [f"{tokens} tok {part}" for tokens in cases.FORWARD_TOKENS for part in ("ms", "/hf")]
+    columns = ["peak anon", "resident", "after", "vs stock", "s", "MB", *timed, "log-probs"]
+    return rows.grouped(made, columns, _row, results, planned)
 
 
 def _row(results: Results, case: Case, found: Measurement) -> list[str]:
     memory = (found.peak_anonymous_bytes, found.peak_resident_bytes, found.after_anonymous_bytes)
     row = [f"{bounds.ratio(size, found):.2f}x" for size in memory]
     compared = case.road.startswith("bridge")
-    reference = _get(results, stock(case.model, case.dtype, case.processed))
+    reference = bounds.good(results, stock(case.model, case.dtype, case.processed))
     faster = bounds.faster(found, reference) if compared else None
-    row.append("-" if faster is None else f"{faster:.1f}x")
+    row.append(rows.number(faster, ".1f", "x"))
     row += [f"{found.median_seconds:.2f}", f"{found.parameter_bytes / 1e6:.0f}"]
-    theirs = _get(results, cases.transformers(case.model, case.dtype))
+    theirs = bounds.good(results, cases.transformers(case.model, case.dtype))
     for tokens in cases.FORWARD_TOKENS:
-        seconds = found.facts["forward_seconds"].get(str(tokens))
-        row.append("-" if seconds is None else f"{seconds * 1e3:.1f}")
-        ratio = bounds.forward_ratio(found, theirs, tokens)
-        row.append("-" if ratio is None else f"{ratio:.2f}")
-    difference = bounds.log_prob_difference(found, theirs)
-    return [*row, "-" if difference is None else f"{difference:.1e}"]
-
-
-def _get(results: Results, case: Case) -> Measurement | None:
-    found = results.get(case.name)
-    return found if found is not None and found.error is None else None
+        row.append(rows.milliseconds(found, tokens))
+        row.append(rows.number(bounds.forward_ratio(found, theirs, tokens), ".2f"))
+    return [*row, rows.number(bounds.log_prob_difference(found, theirs), ".1e")]

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from rich.table import Table
 
-from benchmarks import bounds, cases
+from benchmarks import bounds, cases, rows
 from benchmarks.bounds import Check, Results
 from benchmarks.measure import Case, Measurement
 from benchmarks.models import SHAPES
@@ -79,12 +79,15 @@ def checks(results: Results, models: Iterable[str]) -> list[Check]:
 def _memory(results: Results, model: str, kind: str) -> Iterator[Check]:
     for saved in (True, False):
         case = lean(model, kind, saved)
-        found, reference = _get(results, case), _get(results, transformers(model, kind, saved))
+        found, reference = (
+            bounds.good(results, case),
+            bounds.good(results, transformers(model, kind, saved)),
+        )
         value = found.parameter_bytes / reference.parameter_bytes if found and reference else None
         promise = "parameters, as a multiple of transformers' quantized model"
         yield Check(case.name, promise, value, _PARAMETER_BYTES)
     case = lean(model, kind, saved=False)
-    found = _get(results, case)
+    found = bounds.good(results, case)
     for name, bytes_ in (
         ("peak anonymous memory", found.peak_anonymous_bytes if found else 0),
         ("peak resident memory", found.peak_resident_bytes if found else 0),
@@ -106,12 +109,12 @@ def _forward_time(results: Results, model: str, kind: str) -> Iterator[Check]:
         references["transformers' on the same kernel"] = exact_reference(model, kind)
     for processed in (True, False):
         case = lean(model, kind, True, processed)
-        found = _get(results, case)
+        found = bounds.good(results, case)
         for name, reference in references.items():
             for tokens, limit in _FORWARD.items():
-                value = bounds.forward_ratio(found, _get(results, reference), tokens)
+                value = bounds.forward_ratio(found, bounds.good(results, reference), tokens)
                 yield Check(case.name, f"forward / {name}, {tokens} tokens", value, limit)
-        exact = _get(results, exact_reference(model, kind))
+        exact = bounds.good(results, exact_reference(model, kind))
         difference = bounds.log_prob_difference(found, exact)
         promise = "log-probabilities, largest difference from transformers'"
         yield Check(case.name, promise, difference, _SAME_LOG_PROBS, unit="")
@@ -131,25 +134,18 @@ def table(results: Results, planned: Sequence[Case]) -> Table:
         "/hf: multiple of the time of transformers' model as it comes; /same: of transformers' "
         "model on the same kernel. log-probs: largest difference from the latter's.",
     )
-    made.add_column("load", no_wrap=True)
-    for column in ("peak anon", "resident", "after", "in use", "params", "s"):
-        made.add_column(column, justify="right")
-    for tokens in cases.FORWARD_TOKENS:
-        for part in ("ms", "/hf", "/same"):
-            made.add_column(f"{tokens} tok {part}", justify="right")
-    made.add_column("log-probs", justify="right")
-    previous = ""
+    timed = [f"{n} tok {part}" for n in cases.FORWARD_TOKENS for part in ("ms", "/hf", "/same")]
+    columns = ["peak anon", "resident", "after", "in use", "params", "s", *timed, "log-probs"]
     stock = [case for case in planned if case.name == cases.stock(case.model, _DTYPE).name]
-    for case in [*(case for case in planned if case.kind), *stock]:
-        group = f"{case.model} {case.dtype} {case.kind}".strip()
-        if group != previous:
-            made.add_section()
-            made.add_row(f"[bold]{group}[/]")
-        previous = group
-        label = case.name.removeprefix(group).strip()
-        found = _get(results, case)
-        made.add_row(label, *(_row(results, case, found) if found else ["[red]none[/]"]))
-    return made
+    shown = [*(case for case in planned if case.kind), *stock]
+    return rows.grouped(
+        made,
+        columns,
+        _row,
+        results,
+        shown,
+        lambda case: f"{case.model} {case.dtype} {case.kind}".strip(),
+    )
 
 
 def _row(results: Results, case: Case, found: Measurement) -> list[str]:
@@ -160,21 +156,12 @@ def _row(results: Results, case: Case, found: Measurement) -> list[str]:
         found.used_resident_bytes if case.forward_tokens else None,
         found.parameter_bytes,
     )
-    row = ["-" if bytes_ is None else f"{bytes_ / 1e6:.0f}" for bytes_ in memory]
+    row = [rows.number(None if size is None else size / 1e6, ".0f") for size in memory]
     row.append(f"{found.median_seconds:.2f}")
-    as_it_comes = _get(results, transformers(case.model, case.kind)) if case.kind else None
-    exact = _get(results, exact_reference(case.model, case.kind)) if case.kind else None
-    seconds = found.facts["forward_seconds"]
+    as_it_comes = bounds.good(results, transformers(case.model, case.kind)) if case.kind else None
+    exact = bounds.good(results, exact_reference(case.model, case.kind)) if case.kind else None
     for tokens in cases.FORWARD_TOKENS:
-        here = seconds.get(str(tokens))
-        row.append("-" if here is None else f"{here * 1e3:.1f}")
-        for reference in (as_it_comes, exact):
-            ratio = bounds.forward_ratio(found, reference, tokens)
-            row.append("-" if ratio is None else f"{ratio:.2f}")
-    difference = bounds.log_prob_difference(found, exact)
-    return [*row, "-" if difference is None else f"{difference:.1e}"]
-
-
-def _get(results: Results, case: Case) -> Measurement | None:
-    found = results.get(case.name)
-    return found if found is not None and found.error is None else None
+        row.append(rows.milliseconds(found, tokens))
+        both = (bounds.forward_ratio(found, one, tokens) for one in (as_it_comes, exact))
+        row += [rows.number(ratio, ".2f") for ratio in both]
+    return [*row, rows.number(bounds.log_prob_difference(found, exact), ".1e")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,10 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks import bounds, bridge, cases, environment, quantized
+from benchmarks import bounds, bridge, cases, environment, quantized, rows
 from benchmarks.bounds import Check, Results
 from benchmarks.measure import Case, Measurement
 
-_NONE = "-"
 _WIDTH = 120
 
 
@@ -33,14 +32,13 @@ def load_table(results: Results, planned: Sequence[Case]) -> Table:
         *("peak anon", "plan", "resident", "plan"),
         *("file", "after", "floor", "vs stock", "s", "MB"),
     )
-    return _grouped(table, columns, _load_row, results, planned)
+    return rows.grouped(table, columns, _load_row, results, planned)
 
 
-def _load_row(results: Results, case: Case) -> list[str]:
-    found = results[case.name]
-    floor = _good(results, cases.floor(case.model, case.dtype))
+def _load_row(results: Results, case: Case, found: Measurement) -> list[str]:
+    floor = bounds.good(results, cases.floor(case.model, case.dtype))
     same = cases.stock(case.model, case.dtype, case.processed)
-    stock = _good(results, cases.with_adapter(same) if case.adapter else same)
+    stock = bounds.good(results, cases.with_adapter(same) if case.adapter else same)
     compared = case.road in ("lean", "stock", "reload") and case.loads == 1
     predicted = found.facts.get("predicted", {})
     memory = (
@@ -53,8 +51,8 @@ def _load_row(results: Results, case: Case) -> list[str]:
     )
     return [
         *(_times(None if size is None else bounds.ratio(size, found)) for size in memory),
-        _times(bounds.faster(floor, found)) if case.loads == 1 else _NONE,
-        _times(bounds.faster(found, stock)) if compared else _NONE,
+        _times(bounds.faster(floor, found)) if case.loads == 1 else rows.NONE,
+        _times(bounds.faster(found, stock)) if compared else rows.NONE,
         f"{found.median_seconds:.2f}",
         f"{found.parameter_bytes / 1e6:.0f}",
     ]
@@ -71,47 +69,19 @@ def forward_table(results: Results, planned: Sequence[Case]) -> Table:
     parts = ("/hf", "/stock", "ms")
     columns = [f"{n} tok {part}" for n in cases.FORWARD_TOKENS for part in parts]
     timed = [case for case in planned if case.forward_tokens]
-    return _grouped(table, [*columns, "log-probs", "in use"], _forward_row, results, timed)
+    return rows.grouped(table, [*columns, "log-probs", "in use"], _forward_row, results, timed)
 
 
-def _forward_row(results: Results, case: Case) -> list[str]:
-    found = results[case.name]
-    reference = _good(results, cases.transformers(case.model, case.dtype))
-    stock = _good(results, cases.stock(case.model, case.dtype, case.processed))
+def _forward_row(results: Results, case: Case, found: Measurement) -> list[str]:
+    reference = bounds.good(results, cases.transformers(case.model, case.dtype))
+    stock = bounds.good(results, cases.stock(case.model, case.dtype, case.processed))
     row = []
     for tokens in cases.FORWARD_TOKENS:
         row.append(_times(bounds.forward_ratio(found, reference, tokens)))
         row.append(_times(bounds.forward_ratio(found, stock, tokens)))
-        row.append(f"{found.facts['forward_seconds'][str(tokens)] * 1e3:.1f}")
-    difference = bounds.log_prob_difference(found, reference)
-    row.append(_NONE if difference is None else f"{difference:.1e}")
+        row.append(rows.milliseconds(found, tokens))
+    row.append(rows.number(bounds.log_prob_difference(found, reference), ".1e"))
     return [*row, _times(bounds.ratio(found.used_resident_bytes, found))]
-
-
-def _grouped(
-    table: Table,
-    columns: Sequence[str],
-    row: Callable[[Results, Case], list[str]],
-    results: Results,
-    planned: Sequence[Case],
-) -> Table:
-    """Fill a table: a line that names model and dtype, then a row for each of its loads."""
-    table.add_column("load", no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right")
-    previous = ""
-    for case in planned:
-        group = f"{case.model} {case.dtype}"
-        if group != previous:
-            table.add_section()
-            table.add_row(f"[bold]{group}[/]")
-        previous = group
-        label = case.name.removeprefix(group).strip()
-        if results[case.name].error is None:
-            table.add_row(label, *row(results, case))
-        else:
-            table.add_row(label, "[red]none[/]")
-    return table
 
 
 def _errors(results: Results) -> list[str]:
@@ -145,9 +115,9 @@ def _check_row(check: Check) -> list[str]:
     measured = check.value is not None
     return [
         check.promise,
-        _NONE if check.value is None else _number(check.value, check.unit),
-        f"{sign} {_number(check.limit, check.unit)}" if measured else _NONE,
-        _NONE if check.aim is None or not measured else _number(check.aim, check.unit),
+        rows.NONE if check.value is None else _number(check.value, check.unit),
+        f"{sign} {_number(check.limit, check.unit)}" if measured else rows.NONE,
+        rows.NONE if check.aim is None or not measured else _number(check.aim, check.unit),
         _verdict(check),
     ]
 
@@ -160,13 +130,8 @@ def _verdict(check: Check) -> str:
     return "[green]pass, aim reached[/]" if check.reached_aim else "[green]pass[/]"
 
 
-def _good(results: Results, case: Case) -> Measurement | None:
-    found = results.get(case.name)
-    return found if found is not None and found.error is None else None
-
-
 def _times(value: float | None) -> str:
-    return _NONE if value is None else _number(value, "x")
+    return rows.NONE if value is None else _number(value, "x")
 
 
 def _number(value: float, unit: str) -> str:
@@ -200,9 +165,9 @@ def _as_json(results: Results, case: Case) -> dict[str, Any]:
     found = results[case.name]
     facts = {name: fact for name, fact in found.facts.items() if name != "log_probs"}
     if case.kind:
-        reference = _good(results, quantized.exact_reference(case.model, case.kind))
+        reference = bounds.good(results, quantized.exact_reference(case.model, case.kind))
     else:
-        reference = _good(results, cases.transformers(case.model, case.dtype))
+        reference = bounds.good(results, cases.transformers(case.model, case.dtype))
     facts["log_prob_difference"] = bounds.log_prob_difference(found, reference)
     return asdict(found) | {"facts": facts}
 
