@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
+from tests.support.commands import flat, run
 from tl_fastload import LeanHookedTransformer, cli
 from tl_fastload.cli import console, diagnosis
 from tl_fastload.embedded_model import embedded_model_path
@@ -26,18 +27,6 @@ from tl_fastload.quantized import formats
 MODEL = str(embedded_model_path())
 SHAPE = "llama:d_model=64,n_layers=2,n_heads=4,n_kv_heads=2,d_mlp=176,d_vocab=320,n_ctx=64"
 COMMAND = [sys.executable, "-m", "tl_fastload"]
-
-
-def run(*arguments: str | Path, code: int = 0) -> Any:
-    """Run a command in this process, which must end with `code`."""
-    done = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
-    assert done.exit_code == code, (done.exit_code, done.output, done.exception)
-    return done
-
-
-def flat(text: str) -> str:
-    """Text without the frames and line breaks of a block."""
-    return re.sub(r"[\s│╭╮╰╯─]+", " ", text)
 
 
 STORES = {stored for format in formats.FORMATS for stored in format.stores}

@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from tl_fastload import cli, faces
+from tests.support.commands import flat, run
+from tl_fastload import faces
 from tl_fastload.cli import options
 from tl_fastload.errors import MissingPackageError
 from tl_fastload.ground import compat
 
 pytestmark = pytest.mark.skipif(not compat.has_bridge(), reason="no TransformerBridge")
-
-
-def run(*arguments: str | Path, code: int = 0) -> Any:
-    """Run a command in this process, which must end with `code`."""
-    done = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
-    assert done.exit_code == code, (done.exit_code, done.output, done.exception)
-    return done
-
-
-def flat(text: str) -> str:
-    """Text without the frames and line breaks of a block."""
-    return re.sub(r"[\s│╭╮╰╯─]+", " ", text)
 
 
 def test_the_roads_are_those_that_there_are() -> None:

@@ -5,19 +5,18 @@ any weight is read.
 from __future__ import annotations
 
 import copy
-import json
-import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from tests.support import quantized_packed as packed
 from tests.support import quantized_zoo as qz
 from tests.support.comparison import lean_model
+from tests.support.folders import edited_copy
 from tl_fastload.errors import (
     ArgumentError,
     LeanLoadError,
@@ -40,21 +39,14 @@ def make(zoo: Any, tmp_path: Path) -> Make:
 
     def made(name: str, edit: Any = None, declare: Any = None) -> Path:
         case_id = "gpt-oss" if packed.PACKINGS[name].stacked else "llama-gqa"
-        target = tmp_path / "model"
-        shutil.copytree(qz.saved(qz.build(zoo, case_id), name), target)
-        if edit is not None:
-            tensors = {k: v.clone() for k, v in load_file(target / "model.safetensors").items()}
-            edit(tensors)
-            (target / "model.safetensors").unlink()
-            tensors = {k: v.contiguous() for k, v in tensors.items()}
-            save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-        if declare is not None:
-            fields = json.loads((target / "config.json").read_text())
-            declare(fields["quantization_config"])
-            if not fields["quantization_config"]:
-                del fields["quantization_config"]
-            (target / "config.json").write_text(json.dumps(fields))
-        return target
+        source = qz.saved(qz.build(zoo, case_id), name)
+        return edited_copy(source, tmp_path / "model", edit, partial(declared, change=declare))
+
+    def declared(fields: dict[str, Any], change: Any) -> None:
+        if change is not None:
+            change(fields["quantization_config"])
+        if not fields["quantization_config"]:
+            del fields["quantization_config"]
 
     return made
 

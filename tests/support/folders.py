@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 STATE = {"a": torch.arange(4.0), "b": torch.ones(2, 3, dtype=torch.bfloat16)}
 INDEX = "model.safetensors.index.json"
@@ -30,6 +31,28 @@ def folder_with(folder: Path, files: Mapping[str, Any]) -> Path:
         else:
             torch.save(content, path)
     return folder
+
+
+def edited_copy(
+    source: Path,
+    target: Path,
+    tensors: Callable[[dict[str, torch.Tensor]], Any] | None = None,
+    config: Callable[[dict[str, Any]], Any] | None = None,
+) -> Path:
+    """A copy of a checkpoint of one file, whose tensors and config.json two functions change."""
+    shutil.copytree(source, target)
+    if tensors is not None:
+        file = target / "model.safetensors"
+        values = {name: value.clone() for name, value in load_file(file).items()}
+        tensors(values)
+        file.unlink()
+        values = {name: value.contiguous() for name, value in values.items()}
+        save_file(values, file, metadata={"format": "pt"})
+    if config is not None:
+        fields = json.loads((target / "config.json").read_text())
+        config(fields)
+        (target / "config.json").write_text(json.dumps(fields))
+    return target
 
 
 def index_of(**homes: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -11,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import BitsAndBytesConfig
 
 from tests.support import quantized_zoo as qz
 from tests.support import reference
 from tests.support.comparison import lean_model
+from tests.support.folders import edited_copy
 from tl_fastload import LeanHookedTransformer
 from tl_fastload.embedded_model import embedded_model_path
 from tl_fastload.errors import (
@@ -45,21 +45,14 @@ def variant(folder: Path, tmp_path: Path) -> Variant:
     """`variant(kind, edit_tensors, quantization_config)` -> a folder of its own."""
 
     def make(kind: str, edit: Callable[[Tensors], Any] | None = None, declared: Any = ...) -> Path:
-        target = tmp_path / "model"
-        shutil.copytree(qz.saved(folder, kind) if kind else folder, target)
-        file, config = target / "model.safetensors", target / "config.json"
-        if edit is not None:
-            tensors = {name: value.clone() for name, value in load_file(file).items()}
-            edit(tensors)
-            file.unlink()
-            save_file(tensors, file, metadata={"format": "pt"})
-        if declared is not ...:
-            fields = json.loads(config.read_text())
-            fields.pop("quantization_config", None)
-            if declared is not None:
+        def declare(fields: dict[str, Any]) -> None:
+            if declared is not ...:
+                fields.pop("quantization_config", None)
+            if declared is not ... and declared is not None:
                 fields["quantization_config"] = declared
-            config.write_text(json.dumps(fields))
-        return target
+
+        source = qz.saved(folder, kind) if kind else folder
+        return edited_copy(source, tmp_path / "model", edit, declare)
 
     return make
 

@@ -12,12 +12,12 @@ import torch
 from tests.support import bridge_stock, bridge_zoo
 from tests.support.bridge_comparison import differences, snapshot, without_values
 from tests.support.bridge_stock import quiet
+from tests.support.sae import small_sae
 from tl_fastload import LeanBridgeMixin
 
 pytestmark = pytest.mark.parity
 
 BridgeZoo = Callable[..., Path]
-HOOK = "blocks.1.hook_resid_pre"
 FEW = ("gpt2", "llama-gqa", "neox", "gemma2")
 
 
@@ -43,18 +43,6 @@ def stock_bridge(folder: Path) -> Any:
 def lean_bridge(lean_class: Any, folder: Path, **arguments: Any) -> Any:
     with quiet():
         return lean_class.from_pretrained_lean(folder, device="cpu", progress=False, **arguments)
-
-
-def small_sae(d_model: int) -> Any:
-    from sae_lens import StandardSAE, StandardSAEConfig
-
-    sae = StandardSAE(StandardSAEConfig(d_in=d_model, d_sae=3 * d_model, device="cpu"))
-    sae.cfg.metadata.hook_name = HOOK
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in sae.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return sae
 
 
 @pytest.mark.parametrize("case_id", FEW)

@@ -9,12 +9,12 @@ import torch
 
 from tests.support import reference
 from tests.support.comparison import changed, lean_model, values
+from tests.support.sae import HOOK, small_sae
 from tests.support.zoo import CASES, tokens
 from tl_fastload import LeanLoadingMixin
 
 pytestmark = pytest.mark.parity
 
-HOOK = "blocks.1.hook_resid_pre"
 PROCESSING: dict[str, dict[str, bool]] = {"processed": {}, "unprocessed": reference.NO_PROCESSING}
 
 
@@ -37,18 +37,6 @@ def pair(case_id: str, folder: Any, lean_class: type, **flags: Any) -> tuple[Any
     stock.load_state_dict(weights.state_dict())
     lean = lean_class.from_pretrained_lean(folder, device="cpu", progress=False, **flags)
     return stock.eval(), lean.eval()
-
-
-def small_sae(d_model: int) -> Any:
-    from sae_lens import StandardSAE, StandardSAEConfig
-
-    sae = StandardSAE(StandardSAEConfig(d_in=d_model, d_sae=3 * d_model, device="cpu"))
-    sae.cfg.metadata.hook_name = HOOK
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in sae.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return sae
 
 
 @pytest.mark.parametrize("processing", PROCESSING)

@@ -10,7 +10,7 @@ import torch
 
 from tl_fastload.errors import ArgumentError, QuantizationError, UnsupportedArchitectureError
 from tl_fastload.quantized.formats.base import Format, QuantizedBytes, describe
-from tl_fastload.quantized.formats.gptq import any_words, group_size, needed
+from tl_fastload.quantized.formats.gptq import any_pieces, group_size, needed
 from tl_fastload.quantized.formats.packed_bytes import AwqBytes
 from tl_fastload.quantized.spec import Spec
 
@@ -81,10 +81,4 @@ class Awq(Format):
         return AwqBytes(words.t(), scales.t(), (rows, columns), _BITS, size, "awq", zeros.t())
 
     def sample(self, kind: str, device: torch.device) -> QuantizedBytes:
-        pieces = {
-            "qweight": any_words(128, 8),
-            "qzeros": torch.full((2, 8), 0x77777777, dtype=torch.int32, device="cpu"),
-            "scales": torch.linspace(0.1, 1, 128, device="cpu").view(2, 64),
-        }
-        spec = AwqSpec(kind, group_size=64)
-        return self.assemble({name: part.to(device) for name, part in pieces.items()}, spec)
+        return self.assemble(any_pieces(device, 128, 8), AwqSpec(kind, group_size=64))

@@ -128,21 +128,25 @@ class Gptq(Format):
         )
 
     def sample(self, kind: str, device: torch.device) -> QuantizedBytes:
-        pieces = {
-            "qweight": any_words(16, 64),
-            "qzeros": torch.full((2, 8), 0x77777777, dtype=torch.int32, device="cpu"),
-            "scales": torch.linspace(0.1, 1, 128, device="cpu").view(2, 64),
-        }
-        spec = GptqSpec(kind, group_size=64)
-        return self.assemble({name: part.to(device) for name, part in pieces.items()}, spec)
+        return self.assemble(any_pieces(device, 16, 64), GptqSpec(kind, group_size=64))
 
 
-def any_words(*shape: int) -> torch.Tensor:
-    """Words with all kinds of codes, int32."""
+def any_pieces(device: torch.device, *words: int) -> dict[str, torch.Tensor]:
+    """Pieces of a 4-bit matrix [64, 128] in groups of 64 inputs, with all kinds of codes.
+
+    Args:
+        device: where they go.
+        *words: shape of `qweight`, int32.
+    """
     generator = torch.Generator().manual_seed(0)
     low, high = -(1 << 31), (1 << 31) - 1
-    words = torch.randint(low, high, shape, generator=generator, device="cpu")
-    return words.to(torch.int32)
+    codes = torch.randint(low, high, words, generator=generator, device="cpu")
+    pieces = {
+        "qweight": codes.to(torch.int32),
+        "qzeros": torch.full((2, 8), 0x77777777, dtype=torch.int32, device="cpu"),
+        "scales": torch.linspace(0.1, 1, 128, device="cpu").view(2, 64),
+    }
+    return {name: piece.to(device) for name, piece in pieces.items()}
 
 
 def needed(
