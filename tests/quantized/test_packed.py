@@ -193,7 +193,15 @@ def test_stacked_experts(block: tuple[int, int] | None, zoo: Any, tmp_path: Path
         assert _is_mapped(weight.content.stored.codes.data_ptr(), source / "model.safetensors")
 
 
-COPIED = ["fp8-ends", "fp8-powers", "ct-int-groups", "mxfp4", "gptq-reordered", "awq"]
+COPIED = [
+    "fp8-ends",
+    "fp8-powers",
+    "ct-int-groups",
+    "mxfp4",
+    "gptq-reordered",
+    "awq",
+    "packed-zeros",
+]
 
 
 @pytest.mark.parametrize("name", COPIED)

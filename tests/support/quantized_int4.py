@@ -167,6 +167,20 @@ def gptq_config(bits: int, size: int, **more: Any) -> dict[str, Any]:
     }
 
 
+def compressed_config(bits: int, size: int, **weights: Any) -> dict[str, Any]:
+    """A `quantization_config` as llm-compressor writes it for packed weights."""
+    strategy = {"strategy": "channel"} if size == -1 else {"strategy": "group", "group_size": size}
+    described = {"num_bits": bits, "type": "int", "symmetric": True, **strategy, **weights}
+    group = {"targets": ["Linear"], "weights": described, "input_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+
+
 def awq_config(size: int) -> dict[str, Any]:
     """A `quantization_config` as AutoAWQ writes it."""
     return {
