@@ -226,7 +226,7 @@ def test_arguments(asked: Any, message: str, folder: Path) -> None:
         lean_model(folder, **asked)
 
 
-OTHERS = ["gptq", "awq", "torchao"]
+OTHERS = ["torchao", "vptq"]
 NOWHERE = ["hqq", "quanto", "sinq"]
 
 

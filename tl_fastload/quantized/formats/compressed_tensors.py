@@ -80,6 +80,10 @@ class CompressedTensors(Format):
         ".weight_g_idx": ".weight",
     }
     codes = FLOAT8 | {torch.int8}
+    undeclared: ClassVar[Mapping[str, str]] = {
+        "weight_packed": '{"quant_method": "compressed-tensors", "format": "pack-quantized", '
+        '"config_groups": ...}, with the groups that the checkpoint was saved with'
+    }
     remedy = 'pip install --upgrade "torch>=2.1"'
     ignored = OF_ACTIVATIONS | {".input_zero_point", ".output_zero_point"}
 

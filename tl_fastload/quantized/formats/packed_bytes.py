@@ -268,7 +268,7 @@ def check_order(groups: torch.Tensor, size: int, said: str, right: str) -> None:
     """
     if groups.is_meta:
         return
-    if not torch.equal(groups, torch.arange(len(groups), device=groups.device) // size):
+    if bool((groups != torch.arange(len(groups), device=groups.device) // size).any()):
         raise QuantizationError(
             f"the columns' groups (g_idx) are not {size} columns each, one after the other, but "
             f"quantization_config says {said}. If these are the checkpoint's own, make it {right} "
