@@ -208,7 +208,7 @@ def test_methods_without_a_road(method: str, zoo: Any, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     declared = {"quant_method": method, **WITHOUT_A_ROAD[method]}
     _rewrite(qz.build(zoo, "llama-gqa"), folder, _packed, **declared)
-    remedy = "Take the unquantized" if method in formats.NOWHERE else "Pass dequantize=True"
+    remedy = "take the unquantized" if method in formats.NOWHERE else "Pass dequantize=True"
     with pytest.raises(UnsupportedArchitectureError, match=rf"with {method}, .*{remedy}"):
         lean_model(folder)
     with pytest.raises(

@@ -106,15 +106,18 @@ def of_checkpoint(hf_config: Any, label: str) -> Spec | None:
     method = method_of(hf_config)
     if spec is not None or method is None:
         return spec
-    refused = f"{label} is quantized with {method}, whose bytes HookedTransformer cannot compute "
+    remedy = (
+        "Pass dequantize=True to load it through transformers' own dequantization, or take the "
+        "unquantized checkpoint with quantize=."
+    )
     if method in NOWHERE:
-        raise UnsupportedArchitectureError(
-            f"{refused}with, and which transformers does not dequantize from files either. Take "
-            "the unquantized checkpoint, with quantize= if it is too large."
+        remedy = (
+            "Nor does transformers make ordinary weights of its files: take the unquantized "
+            "checkpoint, with quantize= if it is too large."
         )
     raise UnsupportedArchitectureError(
-        f"{refused}with. Pass dequantize=True to load it through transformers' own "
-        "dequantization, or take the unquantized checkpoint with quantize=."
+        f"{label} is quantized with {method}, whose bytes HookedTransformer cannot compute "
+        f"with. {remedy}"
     )
 
 
