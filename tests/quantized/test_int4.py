@@ -118,7 +118,7 @@ def test_all_codes_and_zero_points() -> None:
     }
     made = _bytes(int4.gptq_config(4, -1, checkpoint_format="gptq_v2"), stored)
     assert torch.equal(made.dense(torch.float32), expected)
-    with pytest.raises(QuantizationError, match="1 zero points are stored as 15, .*gptq_v2"):
+    with pytest.raises(QuantizationError, match=r"1 zero points are stored as 15, .*gptq_v2"):
         _bytes(int4.gptq_config(4, -1), stored)
     for_awq = {
         "qweight": int4.words(codes.T, 4, int4.AWQ_ORDER),
@@ -186,7 +186,7 @@ def test_biases_that_are_not_zeros(make: Make) -> None:
     def edit(tensors: Tensors) -> None:
         tensors["model.layers.0.mlp.up_proj.bias"] = torch.full((256,), 0.25)
 
-    with pytest.raises(MissingWeightsError, match="unexpected: model.layers.0.mlp.up_proj.bias"):
+    with pytest.raises(MissingWeightsError, match=r"unexpected: .*\.0\.mlp\.up_proj\.bias"):
         lean_model(make("gptq", edit))
 
 
