@@ -89,6 +89,10 @@ def _both(tensors: Tensors) -> None:
     tensors[f"{LAYER}.weight_scale"] = torch.ones(1)
 
 
+def _beside(tensors: Tensors) -> None:
+    tensors[f"{LAYER}.weight"] = torch.ones(128, 256)
+
+
 FLOAT8 = torch.float8_e4m3fn
 PIECES = [
     ("fp8", _change("weight_scale_inv"), "without their scales"),
@@ -125,6 +129,7 @@ PIECES = [
     ("mxfp4", _of_experts("blocks", lambda b: b.flatten(2)), "need scales"),
     ("gptq", _change("qweight"), "without qweight"),
     ("gptq", _change("qzeros"), "without qzeros"),
+    ("gptq", _beside, "an ordinary weight .* beside qweight"),
     ("gptq", _change("scales"), "without scales"),
     ("gptq", _change("scales", lambda s: s[0]), "scales is a matrix"),
     ("gptq", _change("scales", lambda s: s[:-1]), r"groups of 32 needs \[128, 8\] .* as scales"),
@@ -140,6 +145,7 @@ PIECES = [
     ("awq", _change("qzeros", lambda z: z[:-1]), "as zero points, not"),
     ("awq", _change("scales", lambda s: s[:-1]), "as scales, not"),
     ("packed", _change("weight_packed"), "without weight_packed"),
+    ("packed", _beside, "an ordinary weight .* beside weight_packed"),
     ("packed", _change("weight_scale"), "without weight_scale"),
     ("packed", _change("weight_packed", lambda w: w.long()), "as packed codes, not .*int64"),
     ("packed-zeros", _change("weight_zero_point"), "without weight_zero_point"),

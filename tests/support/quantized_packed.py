@@ -243,6 +243,7 @@ def pack(tensors: Tensors, packing: Packing, is_gpt2: bool) -> tuple[Tensors, Te
             is_conv1d = is_gpt2 and ".c_" in name
             pieces, value = packing.pack((tensor.T if is_conv1d else tensor).contiguous())
             values[name] = value.T.contiguous() if is_conv1d else value
+            del packed[name]
             packed |= {f"{layer}{piece}": part for piece, part in pieces.items()}
             packed |= {f"{layer}{piece}": part.clone() for piece, part in packing.beside.items()}
     return packed, values

@@ -219,12 +219,17 @@ def needed(pieces: Mapping[str, torch.Tensor], names: Iterable[str]) -> list[tor
     """The matrices among the pieces of a weight that have these names.
 
     Raises:
-        QuantizationError: some are missing, or none.
+        QuantizationError: some are missing, or none, or there is an ordinary weight, too.
     """
     missing = [name for name in names if name not in pieces]
     if missing:
         raise QuantizationError(
             f"packed weights without {' and '.join(missing)}. Download the checkpoint again."
+        )
+    if "weight" in pieces:
+        raise QuantizationError(
+            f"an ordinary weight {describe(pieces['weight'])} beside {' and '.join(names)}: one of "
+            "them is left over. Download the checkpoint again."
         )
     for name in names:
         if pieces[name].dim() != 2:
