@@ -67,6 +67,7 @@ INDICES = [
     [],
     range(40, 48),
     [*range(8, 24), *range(32, 35)],
+    [*range(0, 3), *range(8, 16)],
 ]
 
 
@@ -138,6 +139,15 @@ def test_a_last_word_that_is_not_full() -> None:
         made = _bytes(declared, pieces)
         assert torch.equal(made.dense(torch.float32), values)
         assert torch.equal(made.rows(torch.arange(3, 9)).dense(torch.float32), values[3:9])
+
+
+def test_an_order_that_was_not_recorded() -> None:
+    """Some versions of compressed-tensors store groups of -1 where nothing was reordered."""
+    pieces, values = int4.compressed(4, 32)(dense_matrix(16, 128))
+    pieces["weight_g_idx"] = torch.full((128,), -1, dtype=torch.int32)
+    for order in ("group", None):
+        made = _bytes(int4.compressed_config(4, 32, actorder=order), pieces)
+        assert torch.equal(made.dense(torch.float32), values)
 
 
 Make = Callable[..., Path]

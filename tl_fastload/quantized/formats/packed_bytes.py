@@ -178,11 +178,9 @@ class AwqBytes(PackedBytes):
 
     def rows(self, index: torch.Tensor) -> PackedBytes:
         beside, words = self._beside_rows(index), _words_of_rows(index, 8)
-        if words is not None and len(index) % 8 == 0:
+        if words is not None:
             return replace(self, packed=take_rows(self.packed, words), **beside)
         # Out of words that hold other rows, too: the same codes, packed along the rows.
-        if beside["zeros"] is not None and beside["zeros"].dtype != torch.uint8:
-            beside["zeros"] = take_rows(self.unpacked_zeros(), index)
         others = {name: getattr(self, name) for name in ("bits", "group_size", "kind")}
         return PackedBytes(in_words(self._codes_of(index)), **others, **beside)
 
