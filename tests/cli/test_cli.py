@@ -233,7 +233,8 @@ def test_doctor_names_what_it_tried() -> None:
     for word in ("int8 on cpu", "nf4 on cpu", "transformer_lens", "strategy", "can be had"):
         assert word in done.stdout
     values = json.loads(run("doctor", "--json", "-").stdout)
-    read = {"fp8", "compressed-tensors-fp8", "compressed-tensors-int8", "mxfp4", "gptq", "awq"}
+    compressed = {f"compressed-tensors-{kind}" for kind in ("fp8", "int8", "packed4", "packed8")}
+    read = {"fp8", "mxfp4", "gptq", "awq", *compressed}
     assert {kernel["kind"] for kernel in values["kernels"]} == {"int8", "nf4", "fp4", *read}
     assert values["caches"][0]["free_bytes"] > 0
 

@@ -191,9 +191,11 @@ def _packed(tensors: Tensors) -> None:
 
 # As their own tools write them, without the packages that would compute with them.
 WITHOUT_A_ROAD: dict[str, dict[str, Any]] = {
+    "vptq": {"config_for_layers": {}, "shared_layer_config": {}},
+    "auto-round": {"bits": 4, "group_size": 128, "packing_format": "auto_round:auto_gptq"},
     "hqq": {"quant_config": {"weight_quant_params": {"nbits": 4, "group_size": 64}}},
     "torchao": {"quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_data": {}}}},
-    "compressed-tensors": {"format": "pack-quantized", "config_groups": {}},
+    "compressed-tensors": {"format": "something-new", "config_groups": {}},
     "quanto": {"weights": "int8"},
     "sinq": {"nbits": 4},
     "something-new": {"bits": 3},

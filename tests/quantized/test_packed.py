@@ -119,30 +119,40 @@ def test_a_plan_knows_the_bytes(name: str, zoo: Any) -> None:
     assert dense.parameter_bytes.get("quantized", 0) == 0
 
 
-CASES = [
-    case_id
-    if case_id in ("gpt2", "phi3-gqa", "bloom", "mixtral", "qwen3")
-    else pytest.param(case_id, marks=pytest.mark.slow)
-    for case_id in qz.CASES
-]
+# Formats that take rows and pieces apart in other ways, each once in a usual run.
+CASES = {
+    "fp8": ("gpt2", "phi3-gqa", "bloom", "mixtral", "qwen3"),
+    "gptq-reordered": ("gpt2", "neox"),
+    "awq": ("phi3-gqa", "bloom"),
+    "packed-zeros": ("mixtral",),
+}
 
 
-@pytest.mark.parametrize("case_id", CASES)
-def test_every_architecture(case_id: str, zoo: Any) -> None:
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("case_id", "name"),
+    [
+        pytest.param(case_id, name, marks=[] if case_id in usual else pytest.mark.slow)
+        for name, usual in CASES.items()
+        for case_id in qz.CASES
+    ],
+)
+def test_every_architecture(case_id: str, name: str, zoo: Any) -> None:
     """Heads of fused projections and experts of their own included; nothing is dense unsaid."""
     folder = qz.build(zoo, case_id)
-    names = set(load_file(qz.saved(folder, "fp8") / "model.safetensors"))
+    names = set(load_file(qz.saved(folder, name) / "model.safetensors"))
+    codes = ("_scale_inv", ".qweight", ".weight_packed")
     for flags in ({}, reference.NO_PROCESSING):
-        model = qz.load(folder, "fp8", **flags)
-        gap = qz.gap(qz.log_probs(model, case_id), qz.hf_log_probs(folder, "fp8", case_id))
+        model = qz.load(folder, name, **flags)
+        gap = qz.gap(qz.log_probs(model, case_id), qz.hf_log_probs(folder, name, case_id))
         assert gap < 1e-4
         held = qz.quantized_parameters(model)
-        assert len(held) >= len([name for name in names if name.endswith("_scale_inv")])
+        assert len(held) >= len([stored for stored in names if stored.endswith(codes)])
         assert all(weight.why_dense() is None for weight in held.values())
-        matrices = {name for name, p in model.named_parameters() if p.dim() > 1 and "W_" in name}
+        matrices = {key for key, p in model.named_parameters() if p.dim() > 1 and "W_" in key}
         dense = matrices - set(held)
         assert dense <= set(model.load_report.not_quantized), dense
-        assert all("experts" not in name for name in dense)
+        assert all("experts" not in key for key in dense)
 
 
 def _stacked(folder: Path, target: Path, block: tuple[int, int] | None) -> tuple[Path, Path]:
@@ -192,7 +202,15 @@ def test_stacked_experts(block: tuple[int, int] | None, zoo: Any, tmp_path: Path
         assert _is_mapped(weight.content.stored.codes.data_ptr(), source / "model.safetensors")
 
 
-COPIED = ["fp8-ends", "fp8-powers", "ct-int-groups", "mxfp4", "gptq-reordered", "awq"]
+COPIED = [
+    "fp8-ends",
+    "fp8-powers",
+    "ct-int-groups",
+    "mxfp4",
+    "gptq-reordered",
+    "awq",
+    "packed-zeros",
+]
 
 
 @pytest.mark.parametrize("name", COPIED)

@@ -81,6 +81,10 @@ def _both(tensors: Tensors) -> None:
     tensors[f"{LAYER}.weight_scale"] = torch.ones(1)
 
 
+def _beside(tensors: Tensors) -> None:
+    tensors[f"{LAYER}.weight"] = torch.ones(128, 256)
+
+
 FLOAT8 = torch.float8_e4m3fn
 PIECES = [
     ("fp8", _change("weight_scale_inv"), "without their scales"),
@@ -115,7 +119,55 @@ PIECES = [
     ("mxfp4", _of_experts("scales", lambda s: s.float()), "are uint8"),
     ("mxfp4", _of_experts("scales", lambda s: s[..., :-1]), "need scales"),
     ("mxfp4", _of_experts("blocks", lambda b: b.flatten(2)), "need scales"),
+    ("gptq", _change("qweight"), "without qweight"),
+    ("gptq", _change("qzeros"), "without qzeros"),
+    ("gptq", _beside, "an ordinary weight .* beside qweight"),
+    ("gptq", _change("scales"), "without scales"),
+    ("gptq", _change("scales", lambda s: s[0]), "scales is a matrix"),
+    ("gptq", _change("scales", lambda s: s[:-1]), r"groups of 32 needs \[128, 8\] .* as scales"),
+    ("gptq", _change("scales", lambda s: s.int()), "as scales, not .*int32"),
+    ("gptq", _change("qzeros", lambda z: z[:, :-1]), r"needs \[16, 8\] int32 as zero points"),
+    ("gptq", _change("qzeros", lambda z: z.long()), "as zero points, not .*int64"),
+    ("gptq", _change("qweight", lambda w: w[:-1]), r"needs \[128, 32\] int32 as packed codes"),
+    ("gptq", _change("qweight", lambda w: w.long()), "as packed codes, not .*int64"),
+    ("gptq", _change("g_idx", lambda g: g.float()), "a row of whole numbers, not .*float32"),
+    ("gptq-reordered", _change("g_idx"), "without their g_idx"),
+    ("awq", _change("qweight", lambda w: w[:, :-1]), "packs 120 outputs, and scales"),
+    ("awq", _change("qzeros"), "without qzeros"),
+    ("awq", _change("qzeros", lambda z: z[:-1]), "as zero points, not"),
+    ("awq", _change("scales", lambda s: s[:-1]), "as scales, not"),
+    ("packed", _change("weight_packed"), "without weight_packed"),
+    ("packed", _beside, "an ordinary weight .* beside weight_packed"),
+    ("packed", _change("weight_scale"), "without weight_scale"),
+    ("packed", _change("weight_packed", lambda w: w.long()), "as packed codes, not .*int64"),
+    ("packed-zeros", _change("weight_zero_point"), "without weight_zero_point"),
+    ("packed-zeros", _change("weight_zero_point", lambda z: z[:-1]), "as zero points, not"),
+    ("packed-zeros", _change("weight_g_idx"), "without their weight_g_idx"),
 ]
+
+VALUES = [
+    ("gptq", _change("qzeros", lambda z: z | 0xF0), "zero points are stored as 15"),
+    ("gptq-8bit", _change("qzeros", lambda z: z | 0xFF), "zero points are stored as 255"),
+    ("gptq", _change("g_idx", lambda g: g.flip(0)), "one after the other, .*desc_act: false"),
+    ("gptq", _change("g_idx", lambda g: g + 1), "groups 1 to 8 .* scales of 8 groups"),
+    ("gptq-reordered", _change("g_idx", lambda g: g - 1), "groups -1 to 6 .* scales of 8"),
+    ("packed", _change("weight_shape", lambda s: s + 1), r"weight_shape says \[129, 257\]"),
+    ("packed-zeros", _change("weight_g_idx", lambda g: g * 2), "scales of 8 groups"),
+    ("packed-zeros", _change("weight_g_idx", lambda g: g + 0), "one after .*actorder: null"),
+]
+
+
+@pytest.mark.parametrize("dequantize", [False, True])
+@pytest.mark.parametrize(("name", "edit", "message"), VALUES)
+def test_values(
+    name: str, edit: Any, message: str, dequantize: bool, make: Make, monkeypatch: Any
+) -> None:
+    """What only the values of pieces say is seen when the weight's turn comes."""
+    monkeypatch.undo()
+    declare = _group(actorder=None) if "actorder" in message else None
+    layer = LAYER if declare is None else r"model.layers.\d.*"
+    with pytest.raises(QuantizationError, match=rf"{layer}: .*{message}"):
+        lean_model(make(name, edit, declare), dequantize=dequantize)
 
 
 @pytest.mark.parametrize("dequantize", [False, True])
@@ -190,6 +242,40 @@ DECLARED = [
     ("ct-blocks", _group(block_structure=None), ARG, "without a block_structure"),
     ("ct-blocks", _group(block_structure=[16, 16]), QUANT, "need"),
     ("ct-int-groups", _group(group_size=64), QUANT, "need"),
+    ("gptq", lambda f: f.clear(), QUANT, 'no quantization_config.*"quant_method": "gptq"'),
+    ("awq", lambda f: f.clear(), QUANT, "no quantization_config"),
+    ("packed", lambda f: f.clear(), QUANT, 'no quantization_config.*"compressed-tensors"'),
+    ("gptq", _set(bits=8), QUANT, "8-bit codes"),
+    ("gptq", _set(bits=3), ARCH, "of 3 bits cannot be read, only 2 or 4 or 8"),
+    ("gptq", _set(bits=None), ARG, "bits=None"),
+    ("gptq", _set(bits="4"), ARG, "bits='4'"),
+    ("gptq", _set(group_size=64), QUANT, "in groups of 64 needs .* as scales"),
+    ("gptq", _set(group_size=-1), QUANT, "in groups of 256 needs .* as scales"),
+    ("gptq", _set(group_size=0), ARG, "group_size=0"),
+    ("gptq", _set(checkpoint_format="marlin"), ARCH, "'marlin'.* only gptq and gptq_v2"),
+    ("gptq", _set(is_marlin_format=True), ARCH, "'marlin'"),
+    ("gptq", _set(checkpoint_format="gptq_v3"), ARCH, "'gptq_v3'"),
+    ("gptq", _set(pack_dtype="int64"), ARCH, "packed into int64"),
+    ("gptq", _set(rotation="hadamard"), ARCH, "rotates activations"),
+    ("gptq", _set(quant_method="awq"), QUANT, "packs .* outputs, and scales|Bits and group size"),
+    ("awq", _set(quant_method="gptq"), QUANT, "Bits and group size are those"),
+    ("awq", _set(version="gemv"), ARCH, "version 'gemv'.*only 'gemm'"),
+    ("awq", _set(version="llm-awq"), ARCH, "version 'llm-awq'"),
+    ("awq", _set(version="marlin"), ARCH, "version 'marlin'"),
+    ("awq", _set(bits=8), ARCH, "of 8 bits cannot be read, only of 4"),
+    ("awq", _set(zero_point=False), ARG, "zero_point: false"),
+    ("awq", _set(group_size=32), QUANT, "groups of 32 needs .* as scales"),
+    ("packed", _group(num_bits=8), QUANT, "needs .* as"),
+    ("packed", _group(num_bits=3), ARCH, "of 3 bits .* integers of 4 or 8 bits"),
+    ("packed", _group(type="float"), ARCH, "type 'float'"),
+    ("packed", _group(strategy="tensor"), ARCH, "strategy 'tensor'"),
+    ("packed", _group(strategy="block", block_structure=[16, 16]), ARCH, "in blocks cannot"),
+    ("packed", _group(group_size=64), QUANT, "groups of 64 needs .* as scales"),
+    ("packed", _group(symmetric=False), QUANT, "without weight_zero_point"),
+    ("packed", _set(format="int-quantized"), ARCH, "of 4 bits"),
+    ("packed-8bit", _set(format="int-quantized"), QUANT, "with weight_packed"),
+    ("ct-int", _set(format="pack-quantized"), QUANT, "without weight_packed"),
+    ("packed-zeros", _second_group(symmetric=True), ARCH, "in several ways"),
 ]
 
 
@@ -201,7 +287,7 @@ def test_configurations(
         lean_model(make(name, declare=declare))
 
 
-@pytest.mark.parametrize("name", ["fp8", "ct-int", "mxfp4"])
+@pytest.mark.parametrize("name", ["fp8", "ct-int", "mxfp4", "gptq", "awq", "packed"])
 def test_arguments(name: str, make: Make) -> None:
     source = make(name)
     with pytest.raises(ArgumentError, match="quantized already"):

@@ -117,7 +117,7 @@ def test_what_a_configuration_declares() -> None:
         assert isinstance(found, BitsAndBytesSpec)
         assert (found.kind, found.threshold) == ("int8", 4.0)
         assert method_of(declared) == "bitsandbytes"
-    for fields, method in (({"quant_method": "hqq"}, "hqq"), ({"bits": 4}, "an unnamed method")):
+    for fields, method in (({"quant_method": "vptq"}, "vptq"), ({"bits": 4}, "an unnamed method")):
         with pytest.raises(UnsupportedArchitectureError, match=f"here is quantized with {method}"):
             of_checkpoint(_config(**fields), "here")
 

@@ -44,7 +44,7 @@ def codes_of(
     return made[:, :count]
 
 
-def _quantized(
+def quantized(
     matrix: torch.Tensor, bits: int, groups: torch.Tensor, symmetric: bool, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes [out, in], zero points and scales [out, groups] that are near a matrix.
@@ -93,7 +93,7 @@ def gptq(
         groups = torch.arange(columns) // (columns if size == -1 else size)
         if reordered:
             groups = groups[torch.randperm(columns, generator=torch.Generator().manual_seed(3))]
-        codes, zeros, scales = _quantized(matrix, bits, groups, symmetric, dtype)
+        codes, zeros, scales = quantized(matrix, bits, groups, symmetric, dtype)
         pieces = {
             "qweight": words(codes, bits).T,
             "qzeros": words(zeros.T - int(version == 1), bits),
@@ -112,7 +112,7 @@ def awq(size: int, dtype: torch.dtype = torch.float16) -> Pack:
     def pack(matrix: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
         columns = matrix.shape[1]
         groups = torch.arange(columns) // (columns if size == -1 else size)
-        codes, zeros, scales = _quantized(matrix, 4, groups, False, dtype)
+        codes, zeros, scales = quantized(matrix, 4, groups, False, dtype)
         pieces = {
             "qweight": words(codes.T, 4, AWQ_ORDER),
             "qzeros": words(zeros.T, 4, AWQ_ORDER),
@@ -138,7 +138,7 @@ def compressed(
         groups = torch.arange(columns) // (columns if size == -1 else size)
         if reordered:
             groups = groups[torch.randperm(columns, generator=torch.Generator().manual_seed(3))]
-        codes, zeros, scales = _quantized(matrix, bits, groups, symmetric, dtype)
+        codes, zeros, scales = quantized(matrix, bits, groups, symmetric, dtype)
         pieces = {
             "weight_packed": words(codes, bits),
             "weight_scale": scales.contiguous(),
@@ -164,6 +164,20 @@ def gptq_config(bits: int, size: int, **more: Any) -> dict[str, Any]:
         "damp_percent": 0.1,
         "true_sequential": True,
         **more,
+    }
+
+
+def compressed_config(bits: int, size: int, **weights: Any) -> dict[str, Any]:
+    """A `quantization_config` as llm-compressor writes it for packed weights."""
+    strategy = {"strategy": "channel"} if size == -1 else {"strategy": "group", "group_size": size}
+    described = {"num_bits": bits, "type": "int", "symmetric": True, **strategy, **weights}
+    group = {"targets": ["Linear"], "weights": described, "input_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
     }
 
 

@@ -136,6 +136,8 @@ def _packed() -> list[Kind]:
         ("gptq-reordered", torch.float32),
         ("gptq-8bit", torch.bfloat16),
         ("awq", torch.float32),
+        ("packed", torch.bfloat16),
+        ("packed-zeros", torch.float32),
     ]
     return [
         PackedKind(

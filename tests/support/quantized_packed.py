@@ -198,12 +198,29 @@ PACKINGS: dict[str, Packing] = {
         int4.gptq(8, -1, symmetric=False),
         weights_only=True,
     ),
+    "packed": Packing(
+        int4.compressed_config(4, 32),
+        int4.compressed(4, 32),
+        weights_only=True,
+    ),
+    "packed-zeros": Packing(
+        int4.compressed_config(4, 32, symmetric=False, actorder="group"),
+        int4.compressed(4, 32, symmetric=False, reordered=True, dtype=torch.float32),
+        weights_only=True,
+    ),
+    "packed-8bit": Packing(
+        int4.compressed_config(8, -1),
+        int4.compressed(8, -1),
+        weights_only=True,
+    ),
     "awq": Packing(int4.awq_config(64), int4.awq(64), weights_only=True),
 }
 
 
 def kind_of(name: str) -> str:
     """The kind that the package gives the weights of a packing."""
+    if name.startswith("packed"):
+        return f"compressed-tensors-packed{8 if '8bit' in name else 4}"
     if name.startswith("ct-"):
         return f"compressed-tensors-{'int8' if 'int' in name else 'fp8'}"
     return name.split("-")[0] if name.startswith(("mxfp4", "gptq", "awq")) else "fp8"
@@ -229,6 +246,7 @@ def pack(tensors: Tensors, packing: Packing, is_gpt2: bool) -> tuple[Tensors, Te
             is_conv1d = is_gpt2 and ".c_" in name
             pieces, value = packing.pack((tensor.T if is_conv1d else tensor).contiguous())
             values[name] = value.T.contiguous() if is_conv1d else value
+            del packed[name]
             packed |= {f"{layer}{piece}": part for piece, part in pieces.items()}
             packed |= {f"{layer}{piece}": part.clone() for piece, part in packing.beside.items()}
     return packed, values

@@ -91,7 +91,13 @@ def test_quantized_weights(kind: str, part: str, zoo: Any) -> None:
     assert torch.equal(logits(compiled, "llama-gqa1-tied"), expected)
 
 
-@pytest.mark.parametrize("kind", ["fp8-ends", "fp8-powers", "ct-int-groups", "mxfp4"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("fp8-ends", "fp8-powers", "ct-int-groups", "mxfp4"),
+        *("gptq-8bit", "gptq-reordered", "awq", "packed"),
+    ],
+)
 def test_weights_that_are_dequantized_at_use(kind: str) -> None:
     """The product is one graph, with the decoding in it."""
     pytest.importorskip("bitsandbytes")

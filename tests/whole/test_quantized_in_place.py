@@ -49,6 +49,7 @@ PACKED = [
     ("gpt-oss", "mxfp4"),
     ("gpt2", "gptq"),
     ("neox", "awq"),
+    ("bloom", "packed-zeros"),
 ]
 
 

@@ -21,7 +21,12 @@ from tl_fastload.ground.hf_configs import declared_dtype
 from tl_fastload.ground.wrappers import without_wrappers
 from tl_fastload.huggingface.empty import empty_model
 from tl_fastload.huggingface.keys import Ledger, is_conv1d, rename_to_model, tied_groups
-from tl_fastload.quantized.assemble import combine, promise_of_layer, refuse_undeclared
+from tl_fastload.quantized.assemble import (
+    combine,
+    promise_of_layer,
+    refuse_undeclared,
+    zero_biases,
+)
 from tl_fastload.quantized.recipes import is_stored_quantized, reads_quantized
 from tl_fastload.quantized.spec import Spec
 from tl_fastload.recipes.nodes import MemorySource, Source, SourceView
@@ -139,7 +144,20 @@ def tree_from_checkpoint(
         ledger.note(renaming)
         return _bare_tree(renaming.apply(promises), hf_config, dtype), ledger
     model = empty_model(model_class, hf_config, dtype)
-    return model, fill_tree(model, promises, dtype)
+    ledger = fill_tree(model, promises, dtype)
+    if spec is not None:
+        _forget_zero_biases(ledger, promises)
+    return model, ledger
+
+
+def _forget_zero_biases(ledger: Ledger, promises: Mapping[str, Promise]) -> None:
+    zeros = set(zero_biases(ledger.unexpected, promises))
+    if zeros:
+        ledger.unexpected = [name for name in ledger.unexpected if name not in zeros]
+        ledger.notes.append(
+            f"{len(zeros)} biases of quantized weights, which the model does not have, are zeros "
+            "and were left out."
+        )
 
 
 def fill_tree(model: Any, promises: Mapping[str, Promise], dtype: torch.dtype) -> Ledger:

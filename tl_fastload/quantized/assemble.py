@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from tl_fastload.errors import QuantizationError
+from tl_fastload.errors import LeanLoadError, QuantizationError
 from tl_fastload.quantized import formats
 from tl_fastload.quantized.content import Content
 from tl_fastload.quantized.formats.base import Format, QuantizedBytes
-from tl_fastload.quantized.recipes import QuantizedSource
+from tl_fastload.quantized.recipes import QuantizedSource, is_stored_quantized
 from tl_fastload.quantized.spec import Spec
 from tl_fastload.quantized.tensor import QuantizedTensor, from_bytes
 from tl_fastload.recipes.nodes import SourceView
@@ -177,6 +177,31 @@ def _promise_of_pieces(
     source = QuantizedSource(load, outline.shape, dtype, name, outline, home, dense=dense)
     made: Promise = format.as_parameter(Promise.of(source), outlines)
     return made
+
+
+def zero_biases(names: Iterable[str], promises: Mapping[str, Promise]) -> list[str]:
+    """Those of some tensors that are biases of quantized weights and hold nothing but zeros:
+    AutoGPTQ gave one to every layer.
+
+    Args:
+        names: among those of `promises`.
+        promises: as `combine` leaves them.
+    """
+    found = []
+    for name in names:
+        weight = promises.get(f"{name.removesuffix('.bias')}.weight")
+        if not name.endswith(".bias") or weight is None or name not in promises:
+            continue
+        if is_stored_quantized(weight.node) and _is_zero(promises[name]):
+            found.append(name)
+    return found
+
+
+def _is_zero(promise: Promise) -> bool:
+    try:
+        return not bool(_values(promise).any())
+    except (OSError, LeanLoadError):  # a plan of files that are not here
+        return True
 
 
 def _home(promise: Promise) -> torch.device | None:

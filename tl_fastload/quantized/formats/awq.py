@@ -10,8 +10,8 @@ import torch
 
 from tl_fastload.errors import ArgumentError, QuantizationError, UnsupportedArchitectureError
 from tl_fastload.quantized.formats.base import Format, QuantizedBytes, describe
-from tl_fastload.quantized.formats.gptq import any_pieces, group_size, needed
-from tl_fastload.quantized.formats.packed_bytes import AwqBytes
+from tl_fastload.quantized.formats.gptq import any_pieces, group_size
+from tl_fastload.quantized.formats.packed_bytes import AwqBytes, needed
 from tl_fastload.quantized.spec import Spec
 
 _NEEDED = ("qweight", "qzeros", "scales")
@@ -70,7 +70,7 @@ class Awq(Format):
         )
 
     def assemble(self, pieces: Mapping[str, torch.Tensor], spec: Any) -> QuantizedBytes:
-        words, zeros, scales = needed(pieces, _NEEDED, "AWQ")
+        words, zeros, scales = needed(pieces, _NEEDED)
         columns, rows = words.shape[0], words.shape[1] * _PER_WORD
         if scales.shape[1] != rows:
             raise QuantizationError(

@@ -1,5 +1,5 @@
-"""The format of the compressed-tensors library: 8-bit floats and integers with scales. Its other
-formats (`format` in the configuration) each need an entry in `_KINDS`.
+"""The format of the compressed-tensors library: 8-bit floats and integers with scales, and integers
+of 4 or 8 bits packed into words (`format` in the configuration).
 """
 
 from __future__ import annotations
@@ -11,13 +11,21 @@ from typing import Any, ClassVar
 import torch
 
 from tl_fastload.errors import ArgumentError, QuantizationError, UnsupportedArchitectureError
-from tl_fastload.quantized.formats.base import Format, QuantizedBytes
+from tl_fastload.quantized.formats.base import Format, QuantizedBytes, describe
 from tl_fastload.quantized.formats.fp8 import (
     OF_ACTIVATIONS,
     ScaledSpec,
     as_block,
     codes_and_scales,
     rounded_besides,
+)
+from tl_fastload.quantized.formats.packed_bytes import (
+    PackedBytes,
+    any_words,
+    check_order,
+    checked_groups,
+    needed,
+    words_of,
 )
 from tl_fastload.quantized.formats.scaled_bytes import (
     FLOAT8,
@@ -30,9 +38,12 @@ from tl_fastload.quantized.spec import Spec
 
 _NAME = "compressed-tensors"
 _FLOAT, _INT = f"{_NAME}-fp8", f"{_NAME}-int8"
+_WORDS = {4: f"{_NAME}-packed4", 8: f"{_NAME}-packed8"}
 _CODES = {_FLOAT: FLOAT8, _INT: frozenset({torch.int8})}
 _KINDS = {"float": _FLOAT, "int": _INT}
-_FORMATS = ("float-quantized", "int-quantized", "naive-quantized")
+_PACKED = "pack-quantized"
+_FORMATS = ("float-quantized", "int-quantized", "naive-quantized", _PACKED)
+_EIGHT_BITS = "8-bit floats and integers"
 _NOT_HERE = (
     "nvfp4-pack-quantized mxfp4-pack-quantized mxfp6-pack-quantized mxfp8-quantized marlin-24 "
     "sparse-bitmask sparse-24-bitmask mixed-precision"
@@ -45,25 +56,36 @@ class CompressedSpec(ScaledSpec):
 
     Attributes:
         is_symmetric: whether there are no zero points.
+        bits: of codes that are packed into words; None where each has a byte.
+        is_reordered: whether `weight_g_idx` has the group of each column.
     """
 
     is_symmetric: bool = True
+    bits: int | None = None
+    is_reordered: bool = False
 
 
 class CompressedTensors(Format):
-    """What llm-compressor quantizes to 8 bits, dequantized at use."""
+    """What llm-compressor quantizes to 8 or 4 bits, dequantized at use."""
 
     name = _NAME
-    kinds = (_FLOAT, _INT)
-    stores = (ScaledBytes,)
+    kinds = (_FLOAT, _INT, *_WORDS.values())
+    stores = (ScaledBytes, PackedBytes)
     spec = CompressedSpec
     pieces: ClassVar[Mapping[str, str]] = {
         ".weight_scale": ".weight",
         ".weight_zero_point": ".weight",
+        ".weight_packed": ".weight",
+        ".weight_shape": ".weight",
+        ".weight_g_idx": ".weight",
     }
     codes = FLOAT8 | {torch.int8}
+    undeclared: ClassVar[Mapping[str, str]] = {
+        "weight_packed": '{"quant_method": "compressed-tensors", "format": "pack-quantized", '
+        '"config_groups": ...}, with the groups that the checkpoint was saved with'
+    }
     remedy = 'pip install --upgrade "torch>=2.1"'
-    ignored = OF_ACTIVATIONS | {".input_zero_point", ".output_zero_point", ".weight_g_idx"}
+    ignored = OF_ACTIVATIONS | {".input_zero_point", ".output_zero_point"}
 
     def declared(self, fields: Mapping[str, Any]) -> Spec | None:
         method = str(getattr(fields.get("quant_method"), "value", fields.get("quant_method")))
@@ -81,6 +103,14 @@ class CompressedTensors(Format):
         return _spec_of(fields, named) if named in _FORMATS else None
 
     def assemble(self, pieces: Mapping[str, torch.Tensor], spec: Any) -> QuantizedBytes:
+        if spec.bits is not None:
+            return _packed_bytes(pieces, spec)
+        beyond = sorted(pieces.keys() & {"weight_packed", "weight_g_idx"})
+        if beyond:
+            raise QuantizationError(
+                f"{spec.kind} weights with {' and '.join(beyond)}, which only packed ones have. "
+                "Correct quantization_config in config.json."
+            )
         codes, scales = codes_and_scales(pieces, _CODES[spec.kind], spec.kind)
         zeros = pieces.get("weight_zero_point")
         if zeros is None and not spec.is_symmetric:
@@ -95,11 +125,18 @@ class CompressedTensors(Format):
         return scaled_bytes(codes, scales, spec.block, spec.kind, zeros)
 
     def sample(self, kind: str, device: torch.device) -> QuantizedBytes:
+        bits = next((bits for bits, named in _WORDS.items() if named == kind), None)
+        if bits is not None:
+            scales = torch.linspace(0.1, 1, 64, device="cpu").view(64, 1).to(device)
+            words = any_words(64, words_of(128, bits)).to(device)
+            return PackedBytes(words, scales, (64, 128), bits, 128, kind)
         if kind == _FLOAT and not FLOAT8:
             raise QuantizationError("this torch has no 8-bit floats")
         return scaled_sample(torch.int8 if kind == _INT else torch.float8_e4m3fn, kind, device)
 
     def as_parameter(self, matrix: Any, pieces: Mapping[str, torch.Tensor]) -> Any:
+        if "weight_packed" in pieces:
+            return matrix
         return stacked_again(matrix, codes_and_scales(pieces, self.codes, _NAME)[0])
 
 
@@ -118,9 +155,9 @@ def _spec_of(fields: Mapping[str, Any], named: str) -> CompressedSpec:
         )
     skip = tuple(fields.get("ignore") or ())
     keeps = bool(fields.get("kv_cache_scheme"))
-    specs = [_spec_of_group(group, skip, keeps) for group in groups]
+    specs = [_spec_of_group(group, skip, keeps, named == _PACKED) for group in groups]
     first = specs[0]
-    if any((spec.kind, spec.block) != (first.kind, first.block) for spec in specs[1:]):
+    if any(_ways(spec) != _ways(first) for spec in specs[1:]):
         raise UnsupportedArchitectureError(
             f"the {_NAME} checkpoint quantizes its weights in several ways "
             f"({', '.join(sorted({_words(spec) for spec in specs}))}), which cannot be read "
@@ -136,17 +173,20 @@ def _spec_of(fields: Mapping[str, Any], named: str) -> CompressedSpec:
 
 
 def _spec_of_group(
-    group: Mapping[str, Any], skip: tuple[str, ...], rounds_cache: bool
+    group: Mapping[str, Any], skip: tuple[str, ...], rounds_cache: bool, is_packed: bool
 ) -> CompressedSpec:
     weights = group.get("weights")
     if not isinstance(weights, Mapping):
         raise ArgumentError(f"a config group of {_NAME} describes no weights. Restore config.json.")
+    bits = weights.get("num_bits", 8)
     kind = _KINDS.get(str(weights.get("type") or "int").lower())
-    if kind is None or weights.get("num_bits", 8) != 8:
+    if is_packed:
+        kind = _WORDS.get(bits) if kind == _INT else None
+    if kind is None or (bits != 8 and not is_packed):
         raise UnsupportedArchitectureError(
-            f"{_NAME} weights of {weights.get('num_bits')} bits and type "
-            f"{weights.get('type')!r} cannot be read in this format, only 8-bit floats and "
-            "integers. Take the unquantized checkpoint, with quantize= if it is too large."
+            f"{_NAME} weights of {bits} bits and type {weights.get('type')!r} cannot be read in "
+            f"this format, only {'integers of 4 or 8 bits' if is_packed else _EIGHT_BITS}. Take "
+            "the unquantized checkpoint, with quantize= if it is too large."
         )
     strategy, block = weights.get("strategy"), None
     size = weights.get("group_size")
@@ -154,10 +194,15 @@ def _spec_of_group(
         block = as_block(_of_text(weights.get("block_structure")))
     elif strategy == "group" or (strategy is None and size is not None and size != -1):
         block = as_block([1, size])
-    elif strategy not in (None, "tensor", "channel"):
+    elif strategy not in (None, "tensor", "channel") or (strategy == "tensor" and is_packed):
         raise UnsupportedArchitectureError(
             f"{_NAME} weights with the strategy {strategy!r} cannot be read. Take the unquantized "
             "checkpoint, with quantize= if it is too large."
+        )
+    if is_packed and strategy == "block":
+        raise UnsupportedArchitectureError(
+            f"packed {_NAME} weights in blocks cannot be read, only in groups or with a scale for "
+            "each row. Take the unquantized checkpoint, with quantize= if it is too large."
         )
     if block is None and strategy == "block":
         raise ArgumentError("blocks without a block_structure in quantization_config.")
@@ -172,6 +217,8 @@ def _spec_of_group(
         block,
         rounds=rounded_besides(scales, rounds_cache),
         is_symmetric=bool(weights.get("symmetric", True)),
+        bits=bits if is_packed else None,
+        is_reordered=str(weights.get("actorder") or "").lower() == "group",
     )
 
 
@@ -184,3 +231,44 @@ def _of_text(structure: Any) -> Any:
 
 def _words(spec: CompressedSpec) -> str:
     return spec.kind if spec.block is None else f"{spec.kind} in blocks of {list(spec.block)}"
+
+
+def _ways(spec: CompressedSpec) -> tuple[Any, ...]:
+    """What of a spec all groups of a checkpoint must have in common."""
+    return (spec.kind, spec.block, spec.bits and (spec.is_symmetric, spec.is_reordered))
+
+
+def _packed_bytes(pieces: Mapping[str, torch.Tensor], spec: CompressedSpec) -> PackedBytes:
+    """The bytes of a matrix of packed codes.
+
+    Raises:
+        QuantizationError: pieces are missing, or do not fit each other.
+    """
+    words, scales = needed(pieces, ("weight_packed", "weight_scale"))
+    zeros = None if spec.is_symmetric else needed(pieces, ["weight_zero_point"])[0]
+    groups = pieces.get("weight_g_idx")
+    if groups is None and spec.is_reordered:
+        raise QuantizationError(
+            "weights without their weight_g_idx, which says to which group each column belongs "
+            "(actorder in quantization_config). Download the checkpoint again."
+        )
+    bits = spec.bits or 8
+    columns = words.shape[1] * 32 // bits
+    size = columns if spec.block is None else spec.block[1]
+    if scales.shape[1] * size < columns:
+        columns = scales.shape[1] * size  # the last word is not full
+    if groups is not None and not groups.is_meta and bool((groups == -1).all()):
+        groups = None  # there was nothing to reorder
+    if groups is not None:
+        groups = checked_groups(groups, scales.shape[1])
+        if not spec.is_reordered:
+            check_order(groups, max(size, 1), "actorder: null", '"group"')
+            groups = None
+    shape = pieces.get("weight_shape")
+    found = (words.shape[0], columns)
+    if shape is not None and not shape.is_meta and tuple(shape.tolist()) != found:
+        raise QuantizationError(
+            f"weight_shape says {shape.tolist()}, and weight_packed {describe(words)} with "
+            f"weight_scale {describe(scales)} are of {list(found)}. Download the checkpoint again."
+        )
+    return PackedBytes(words, scales, found, bits, max(size, 1), spec.kind, zeros, groups=groups)

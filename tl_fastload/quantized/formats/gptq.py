@@ -11,15 +11,21 @@ from typing import Any, ClassVar
 import torch
 
 from tl_fastload.errors import ArgumentError, QuantizationError, UnsupportedArchitectureError
-from tl_fastload.quantized.formats.base import Format, QuantizedBytes, describe
-from tl_fastload.quantized.formats.packed_bytes import BITS, PackedBytes
+from tl_fastload.quantized.formats.base import Format, QuantizedBytes
+from tl_fastload.quantized.formats.packed_bytes import (
+    BITS,
+    PackedBytes,
+    any_words,
+    check_order,
+    checked_groups,
+    needed,
+)
 from tl_fastload.quantized.spec import Spec
 
 _NEEDED = ("qweight", "qzeros", "scales")
 # Format of a checkpoint -> what is added to the zero points that it stores.
 _SHIFTS = {"gptq": 1, "gptq_v2": 0}
 _USUAL_GROUP = 128
-_INDICES = (torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -84,38 +90,33 @@ class Gptq(Format):
         )
 
     def assemble(self, pieces: Mapping[str, torch.Tensor], spec: Any) -> QuantizedBytes:
-        words, zeros, scales = needed(pieces, _NEEDED, "GPTQ")
+        words, zeros, scales = needed(pieces, _NEEDED)
         index = pieces.get("g_idx")
         if index is None and (spec.is_reordered or spec.is_mixed):
             raise QuantizationError(
-                "a GPTQ weight without its g_idx, which says to which group each column belongs "
+                "weights without their g_idx, which says to which group each column belongs "
                 "(desc_act or dynamic in quantization_config). Download the checkpoint again."
             )
-        if index is not None and (index.dim() != 1 or index.dtype not in _INDICES):
-            raise QuantizationError(f"g_idx is a row of whole numbers, not {describe(index)}.")
         columns = words.shape[0] * 32 // spec.bits if index is None else len(index)
         bits, size = spec.bits, columns if spec.group_size == -1 else spec.group_size
         if spec.is_mixed:
             bits = words.shape[0] * 32 // max(columns, 1)
             size = -(-columns // max(len(scales), 1))
-        groups = None
-        if index is not None:
-            _check_groups(index, size, len(scales), spec)
-            # One group has one order.
-            is_free = (spec.is_reordered or spec.is_mixed) and len(scales) > 1
-            groups = index.to(torch.int32) if is_free else None
+        groups = None if index is None else checked_groups(index, len(scales))
+        if groups is not None and not (spec.is_reordered or spec.is_mixed):
+            check_order(groups, max(size, 1), "desc_act: false", "true")
+            groups = None
         made = PackedBytes(
             words.t(),
             scales.t(),
             (words.shape[1], columns),
             bits,
-            size,
+            max(size, 1),
             "gptq",
             zeros.t(),
             spec.zero_shift,
             groups,
         )
-        _check_grid(made)
         _check_zeros(made)
         return made
 
@@ -131,41 +132,19 @@ class Gptq(Format):
         return self.assemble(any_pieces(device, 16, 64), GptqSpec(kind, group_size=64))
 
 
-def any_pieces(device: torch.device, *words: int) -> dict[str, torch.Tensor]:
+def any_pieces(device: torch.device, *shape: int) -> dict[str, torch.Tensor]:
     """Pieces of a 4-bit matrix [64, 128] in groups of 64 inputs, with all kinds of codes.
 
     Args:
         device: where they go.
-        *words: shape of `qweight`, int32.
+        *shape: of `qweight`, int32.
     """
-    generator = torch.Generator().manual_seed(0)
-    low, high = -(1 << 31), (1 << 31) - 1
-    codes = torch.randint(low, high, words, generator=generator, device="cpu")
     pieces = {
-        "qweight": codes.to(torch.int32),
+        "qweight": any_words(*shape),
         "qzeros": torch.full((2, 8), 0x77777777, dtype=torch.int32, device="cpu"),
         "scales": torch.linspace(0.1, 1, 128, device="cpu").view(2, 64),
     }
     return {name: piece.to(device) for name, piece in pieces.items()}
-
-
-def needed(
-    pieces: Mapping[str, torch.Tensor], names: tuple[str, ...], format: str
-) -> list[torch.Tensor]:
-    """The pieces that every weight has.
-
-    Raises:
-        QuantizationError: some are missing, or no matrices.
-    """
-    missing = [name for name in names if name not in pieces]
-    if missing:
-        raise QuantizationError(
-            f"{format} weights without {' and '.join(missing)}. Download the checkpoint again."
-        )
-    for name in names:
-        if pieces[name].dim() != 2:
-            raise QuantizationError(f"{name} is a matrix, not {describe(pieces[name])}.")
-    return [pieces[name] for name in names]
 
 
 def group_size(value: Any) -> int:
@@ -213,39 +192,6 @@ def _is_mixed(dynamic: Any) -> bool:
     """Whether rules for single modules say more than that these are not quantized."""
     rules = dynamic if isinstance(dynamic, Mapping) else {}
     return any(rule and not str(name).startswith("-:") for name, rule in rules.items())
-
-
-def _check_groups(index: torch.Tensor, size: int, count: int, spec: GptqSpec) -> None:
-    """Check the groups of columns, where their values are known.
-
-    Raises:
-        QuantizationError: there is no such group, or another order than is declared.
-    """
-    if index.is_meta or not len(index):
-        return
-    if int(index.min()) < 0 or int(index.max()) >= count:
-        raise QuantizationError(
-            f"g_idx names groups {int(index.min())} to {int(index.max())}, and there are scales of "
-            f"{count}. Download the checkpoint again."
-        )
-    in_order = torch.arange(len(index), device=index.device) // size
-    if not (spec.is_reordered or spec.is_mixed or torch.equal(index.long(), in_order)):
-        raise QuantizationError(
-            f"g_idx does not have one group of {size} columns after the other, but "
-            "quantization_config says desc_act: false. Set it to true in config.json if this is "
-            "the checkpoint's own g_idx."
-        )
-
-
-def _check_grid(made: PackedBytes) -> None:
-    """Raise unless there are as many groups as the group size says, in whatever order."""
-    count = -(-made.shape[1] // made.group_size)
-    if made.scales.shape[1] != count:
-        raise QuantizationError(
-            f"{made.shape[1]} columns in groups of {made.group_size} have {count} scales for each "
-            f"row, not {made.scales.shape[1]}. The group size is that of quantization_config in "
-            "config.json."
-        )
 
 
 def _check_zeros(made: PackedBytes) -> None:

@@ -4,7 +4,7 @@ of a row's values: how GPTQ, AWQ and compressed-tensors pack matrices.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -38,7 +38,7 @@ class PackedBytes(QuantizedBytes):
         scales: [out, groups], floating point.
         shape: (out, in).
         bits: of a code.
-        group_size: columns of a group; the last one may be cut short.
+        group_size: columns of a group; the last one may be smaller.
         kind: of the checkpoint's spec.
         zeros: [words, groups] int32, the zero points of a group packed along the rows, or
             [out, groups] uint8; None for the middle of the codes.
@@ -65,10 +65,8 @@ class PackedBytes(QuantizedBytes):
                 f"codes have {' or '.join(map(str, BITS))} bits, not {self.bits}."
             )
         self._check("packed codes", self.packed, (torch.int32,), self._words_shape())
-        grid = (rows, self.scales.shape[-1])
-        if self.groups is None:
-            grid = grid_of(self.shape, (1, self.group_size))
-        else:
+        grid = grid_of(self.shape, (1, self.group_size))
+        if self.groups is not None:
             self._check("groups of columns", self.groups, (torch.int32,), (columns,))
         self._check("scales", self.scales, SCALES, grid)
         if self.zeros is not None and self.zeros.dtype == torch.uint8:
@@ -88,7 +86,8 @@ class PackedBytes(QuantizedBytes):
             named = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
             raise QuantizationError(
                 f"a matrix {list(self.shape)} of {self.bits}-bit codes in groups of "
-                f"{self.group_size} needs {list(shape)} {named} as {name}, not {describe(tensor)}."
+                f"{self.group_size} needs {list(shape)} {named} as {name}, not {describe(tensor)}. "
+                "Bits and group size are those of quantization_config in config.json."
             )
 
     def _words_shape(self) -> tuple[int, int]:
@@ -179,11 +178,9 @@ class AwqBytes(PackedBytes):
 
     def rows(self, index: torch.Tensor) -> PackedBytes:
         beside, words = self._beside_rows(index), _words_of_rows(index, 8)
-        if words is not None and len(index) % 8 == 0:
+        if words is not None:
             return replace(self, packed=take_rows(self.packed, words), **beside)
         # Out of words that hold other rows, too: the same codes, packed along the rows.
-        if beside["zeros"] is not None and beside["zeros"].dtype != torch.uint8:
-            beside["zeros"] = take_rows(self.unpacked_zeros(), index)
         others = {name: getattr(self, name) for name in ("bits", "group_size", "kind")}
         return PackedBytes(in_words(self._codes_of(index)), **others, **beside)
 
@@ -194,8 +191,8 @@ class AwqBytes(PackedBytes):
         return (words >> shifts[:, None]).bitwise_and_(15).to(torch.uint8)
 
     def _codes(self, first: int, last: int) -> torch.Tensor:
-        words = self.packed[first // 8 : -(-last // 8)].contiguous()
-        halves = words.view(torch.uint8).view(*words.shape, 4)
+        words = self.packed[first // 8 : -(-last // 8)]
+        halves = bytes_in(words)
         codes = torch.empty((len(words), 8, words.shape[1]), dtype=torch.uint8, device=words.device)
         for byte in range(4):
             low, high = _AWQ_ORDER[2 * byte], _AWQ_ORDER[2 * byte + 1]
@@ -206,6 +203,80 @@ class AwqBytes(PackedBytes):
     def _in_order(self, codes: torch.Tensor) -> torch.Tensor:
         places = [codes[..., place::8] for place in _AWQ_PLACES]
         return torch.stack(places, -1).flatten(-2)
+
+
+def any_words(*shape: int) -> torch.Tensor:
+    """Words with all kinds of codes, int32."""
+    generator = torch.Generator().manual_seed(0)
+    low, high = -(1 << 31), (1 << 31) - 1
+    words = torch.randint(low, high, shape, generator=generator, device="cpu")
+    return words.to(torch.int32)
+
+
+def needed(pieces: Mapping[str, torch.Tensor], names: Iterable[str]) -> list[torch.Tensor]:
+    """The matrices among the pieces of a weight that have these names.
+
+    Raises:
+        QuantizationError: some are missing, or none, or there is an ordinary weight, too.
+    """
+    missing = [name for name in names if name not in pieces]
+    if missing:
+        raise QuantizationError(
+            f"packed weights without {' and '.join(missing)}. Download the checkpoint again."
+        )
+    if "weight" in pieces:
+        raise QuantizationError(
+            f"an ordinary weight {describe(pieces['weight'])} beside {' and '.join(names)}: one of "
+            "them is left over. Download the checkpoint again."
+        )
+    for name in names:
+        if pieces[name].dim() != 2:
+            raise QuantizationError(f"{name} is a matrix, not {describe(pieces[name])}.")
+    return [pieces[name] for name in names]
+
+
+def checked_groups(index: torch.Tensor, count: int) -> torch.Tensor:
+    """The group of each column, [in] int32.
+
+    Args:
+        index: as it is stored.
+        count: how many groups have scales.
+
+    Raises:
+        QuantizationError: no row of whole numbers, or, where values are known, others than groups.
+    """
+    if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64):
+        raise QuantizationError(
+            f"the groups of columns (g_idx) are a row of whole numbers, not {describe(index)}."
+        )
+    if not index.is_meta and len(index) and (int(index.min()) < 0 or int(index.max()) >= count):
+        raise QuantizationError(
+            f"columns are of groups {int(index.min())} to {int(index.max())} (g_idx), and there "
+            f"are scales of {count} groups. Download the checkpoint again."
+        )
+    return index.to(torch.int32)
+
+
+def check_order(groups: torch.Tensor, size: int, said: str, right: str) -> None:
+    """Check that groups lie side by side, where their values are known.
+
+    Args:
+        groups: of each column, [in] int32.
+        size: of a group.
+        said: what the configuration says.
+        right: what it would say of these groups.
+
+    Raises:
+        QuantizationError: they do not.
+    """
+    if groups.is_meta:
+        return
+    if bool((groups != torch.arange(len(groups), device=groups.device) // size).any()):
+        raise QuantizationError(
+            f"the columns' groups (g_idx) are not {size} columns each, one after the other, but "
+            f"quantization_config says {said}. If these are the checkpoint's own, make it {right} "
+            "in config.json."
+        )
 
 
 def words_of(count: int, bits: int) -> int:
@@ -219,9 +290,15 @@ def in_words(codes: torch.Tensor) -> torch.Tensor:
     return (codes[:, ::2] | codes[:, 1::2] << 4).view(torch.int32)
 
 
+def bytes_in(words: torch.Tensor) -> torch.Tensor:
+    """The bytes of words [n, w] int32, lowest first: [n, w, 4] uint8."""
+    # Flat, as strides of dimensions of size 1 may be anything.
+    return words.contiguous().flatten().view(torch.uint8).view(*words.shape, 4)
+
+
 def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
     """The codes in rows of words [n, w] int32, from the lowest bits on: [n, 32 w / bits] uint8."""
-    codes = words.contiguous().view(torch.uint8)
+    codes = bytes_in(words).flatten(1)
     if bits == 8:
         return codes
     count = 8 // bits
