@@ -125,6 +125,7 @@ CASES = {
     "gptq-reordered": ("gpt2", "neox"),
     "awq": ("phi3-gqa", "bloom"),
     "packed-zeros": ("mixtral",),
+    "torchao-groups": ("gpt2",),
 }
 
 
@@ -141,7 +142,7 @@ def test_every_architecture(case_id: str, name: str, zoo: Any) -> None:
     """Heads of fused projections and experts of their own included; nothing is dense unsaid."""
     folder = qz.build(zoo, case_id)
     names = set(load_file(qz.saved(folder, name) / "model.safetensors"))
-    codes = ("_scale_inv", ".qweight", ".weight_packed")
+    codes = ("_scale_inv", ".qweight", ".weight_packed", "._weight_qdata")
     for flags in ({}, reference.NO_PROCESSING):
         model = qz.load(folder, name, **flags)
         gap = qz.gap(qz.log_probs(model, case_id), qz.hf_log_probs(folder, name, case_id))
@@ -210,6 +211,7 @@ COPIED = [
     "gptq-reordered",
     "awq",
     "packed-zeros",
+    "torchao-groups",
 ]
 
 

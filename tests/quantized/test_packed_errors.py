@@ -143,6 +143,20 @@ PIECES = [
     ("packed-zeros", _change("weight_zero_point"), "without weight_zero_point"),
     ("packed-zeros", _change("weight_zero_point", lambda z: z[:-1]), "as zero points, not"),
     ("packed-zeros", _change("weight_g_idx"), "without their weight_g_idx"),
+    ("torchao", _change("_weight_qdata"), "itself is missing beside _weight_scale"),
+    ("torchao", _change("_weight_scale"), "without their scales"),
+    ("torchao", _change("_weight_qdata", lambda w: w.view(torch.uint8)), "is .*, not .*uint8"),
+    ("torchao", _change("_weight_scale", lambda s: s[:, 0]), "codes and scales are matrices"),
+    ("torchao", _change("_weight_scale", lambda s: s[:-1]), "scales, not"),
+    ("torchao", _change("_weight_scale", lambda s: s.long()), "floating point or uint8"),
+    ("torchao-groups", _change("_weight_zero_point", lambda z: z[:-1]), "zero points, not"),
+    ("torchao-groups", _change("_weight_zero_point", lambda z: z.float()), "are int8, not"),
+    ("torchao-groups", _change("_weight_zero_point"), "without its zero points"),
+    (
+        "torchao",
+        lambda t: t.update({f"{LAYER}._weight_act_pre_scale": torch.ones(1, 256)}),
+        "several scales of one weight",
+    ),
 ]
 
 VALUES = [
@@ -154,6 +168,11 @@ VALUES = [
     ("packed", _change("weight_shape", lambda s: s + 1), r"weight_shape says \[129, 257\]"),
     ("packed-zeros", _change("weight_g_idx", lambda g: g * 2), "scales of 8 groups"),
     ("packed-zeros", _change("weight_g_idx", lambda g: g + 0), "one after .*actorder: null"),
+    (
+        "torchao",
+        lambda t: t.update({f"{LAYER}._weight_zero_point": torch.ones(128, 1, dtype=torch.int8)}),
+        "zero points other than zero",
+    ),
 ]
 
 
@@ -208,6 +227,11 @@ def _second_group(**values: Any) -> Any:
         fields["config_groups"]["group_1"] = other
 
     return edit
+
+
+def _torchao(*kinds: str) -> Any:
+    table = {f"re:.*{number}": {"_type": kind, "_data": {}} for number, kind in enumerate(kinds)}
+    return _set(quant_type={"default": {"_type": "FqnToConfig", "_data": {"fqn_to_config": table}}})
 
 
 ARG, ARCH, QUANT = ArgumentError, UnsupportedArchitectureError, QuantizationError
@@ -276,6 +300,12 @@ DECLARED = [
     ("packed-8bit", _set(format="int-quantized"), QUANT, "with weight_packed"),
     ("ct-int", _set(format="pack-quantized"), QUANT, "without weight_packed"),
     ("packed-zeros", _second_group(symmetric=True), ARCH, "in several ways"),
+    ("torchao", lambda f: f.clear(), QUANT, 'no quantization_config.*"quant_method": "torchao"'),
+    ("torchao", _set(quant_type="int8_weight_only"), ARG, "'int8_weight_only', which names no"),
+    ("torchao", _set(quant_type={"default": {}}), ARG, "names no configuration"),
+    ("torchao", _torchao("Int4WeightOnlyConfig"), ARCH, "of Int4WeightOnlyConfig cannot be read"),
+    ("torchao", _torchao("MXFPInferenceConfig", "Int8WeightOnlyConfig"), ARCH, "MXFPInf.* cannot"),
+    ("torchao", _set(quant_method="fp8"), QUANT, "declares fp8 weights, but .* none"),
 ]
 
 
@@ -287,7 +317,7 @@ def test_configurations(
         lean_model(make(name, declare=declare))
 
 
-@pytest.mark.parametrize("name", ["fp8", "ct-int", "mxfp4", "gptq", "awq", "packed"])
+@pytest.mark.parametrize("name", ["fp8", "ct-int", "mxfp4", "gptq", "awq", "packed", "torchao"])
 def test_arguments(name: str, make: Make) -> None:
     source = make(name)
     with pytest.raises(ArgumentError, match="quantized already"):

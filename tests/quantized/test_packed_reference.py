@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support import quantized_zoo as qz
+from tests.support import reference
+from tests.support import zoo as zoo_module
+from tests.support.comparison import lean_model
 from tests.support.quantized_kinds import dense_matrix
 from tl_fastload.quantized import formats
 
@@ -116,3 +120,80 @@ def test_what_the_compressed_tensors_library_writes(way: str) -> None:
     expected = compressor.decompress(stored, scheme)["weight"]
     assert torch.equal(ours.dense(torch.float32), expected)
     assert (expected - matrix).norm() < matrix.norm()  # it was this matrix
+
+
+TORCHAO: dict[str, tuple[str, dict[str, Any]]] = {
+    "int8": ("Int8WeightOnlyConfig", {"version": 2}),
+    "float8": ("Float8WeightOnlyConfig", {"version": 2}),
+    "activations": ("Int8DynamicActivationInt8WeightConfig", {"version": 2}),
+    "rows": ("IntxWeightOnlyConfig", {"weight_dtype": torch.int8}),
+    "groups": ("IntxWeightOnlyConfig", {"weight_dtype": "int4", "group_size": 32}),
+    "asymmetric": (
+        "IntxWeightOnlyConfig",
+        {"weight_dtype": "int4", "group_size": 32, "mapping_type": "ASYMMETRIC"},
+    ),
+}
+
+
+def _torchao_config(way: str) -> Any:
+    quantization: Any = importlib.import_module("torchao.quantization")
+    kind, settings = TORCHAO[way]
+    settings = dict(settings)
+    if settings.get("weight_dtype") == "int4":
+        settings["weight_dtype"] = torch.int4
+    if "group_size" in settings:
+        settings["granularity"] = quantization.PerGroup(settings.pop("group_size"))
+    if "mapping_type" in settings:
+        settings["mapping_type"] = quantization.MappingType[settings["mapping_type"]]
+    return getattr(quantization, kind)(**settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", TORCHAO)
+def test_what_torchao_writes(way: str, dtype: torch.dtype) -> None:
+    """Its tensors, flattened as they are saved, and its own dequantization in their dtype."""
+    support = pytest.importorskip("torchao.prototype.safetensors.safetensors_support")
+    core: Any = importlib.import_module("torchao.core.config")
+    layer = torch.nn.Linear(256, 96, bias=False)
+    layer.weight.data = dense_matrix(96, 256)
+    model, config = torch.nn.Sequential(layer).to(dtype), _torchao_config(way)
+    importlib.import_module("torchao.quantization").quantize_(model, config)
+    stored, _ = support.flatten_tensor_state_dict(model.state_dict())
+    pieces = {name.removeprefix("0."): part for name, part in stored.items()}
+    declared = {
+        "quant_method": "torchao",
+        "quant_type": {"default": core.config_to_dict(config)},
+    }
+    expected = model[0].weight.dequantize()
+    ours, (shared, compute_dtype) = _ours(declared, pieces), formats.of_layer(model[0], "weight")
+    assert compute_dtype is None
+    assert ours.kind == shared.kind == "torchao"
+    assert (ours.zero_points is None) == (shared.zero_points is None) == (way != "asymmetric")
+    assert torch.equal(ours.dense(dtype), expected)
+    assert torch.equal(shared.dense(dtype), expected)
+    assert shared.codes.data_ptr() == model[0].weight.qdata.data_ptr()
+
+
+@pytest.mark.parametrize("way", ["int8", "float8", "asymmetric"])
+def test_a_checkpoint_that_transformers_saves_with_torchao(
+    way: str, zoo: Any, tmp_path: Any
+) -> None:
+    """Read from its files and in memory, raw and processed, beside the values in float32."""
+    pytest.importorskip("torchao")
+    transformers: Any = importlib.import_module("transformers")
+    folder = qz.build(zoo, "llama-gqa")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    config = transformers.TorchAoConfig(_torchao_config(way))
+    hf = load(folder, quantization_config=config, dtype=torch.float32)
+    hf.save_pretrained(tmp_path / "saved")
+    dense = load(folder, dtype=torch.float32)
+    for name, weight in hf.named_parameters():
+        is_packed = type(weight).__module__.startswith("torchao.")
+        dense.get_parameter(name).data.copy_(weight.dequantize() if is_packed else weight)
+    with torch.no_grad():
+        expected = dense(zoo_module.tokens("llama-gqa")).logits.log_softmax(-1)
+    for flags in ({}, reference.NO_PROCESSING):
+        for more in ({}, {"hf_model": hf}):
+            model = lean_model(tmp_path / "saved", **flags, **more)
+            assert len(qz.quantized_parameters(model)) == 7 * model.cfg.n_layers
+            assert qz.gap(qz.log_probs(model, "llama-gqa"), expected) < 1e-4

@@ -84,7 +84,8 @@ class Stored(torch.nn.Module):
         super().__init__()
         self.values, self.bias = values, None
         self.main = next(
-            (n for n in ("blocks", "qweight", "weight_packed") if n in pieces), "weight"
+            (n for n in ("blocks", "qweight", "weight_packed", "_weight_qdata") if n in pieces),
+            "weight",
         )
         for name, tensor in pieces.items():
             # Groups in order, and shapes, are not kept.
@@ -138,6 +139,8 @@ def _packed() -> list[Kind]:
         ("awq", torch.float32),
         ("packed", torch.bfloat16),
         ("packed-zeros", torch.float32),
+        ("torchao", torch.bfloat16),
+        ("torchao-groups", torch.float32),
     ]
     return [
         PackedKind(

@@ -69,6 +69,7 @@ def codes(
     powers: bool = False,
     zero_points: bool = False,
     shape: tuple[int, ...] | None = None,
+    main: str = "weight",
 ) -> Pack:
     """How matrices become 8-bit codes with scales.
 
@@ -80,6 +81,7 @@ def codes(
         powers: store exponents, uint8.
         zero_points: whether codes are shifted.
         shape: of the stored scales, if not the grid's.
+        main: name of the codes.
     """
     top = 127.0 if dtype == torch.int8 else float(torch.finfo(dtype).max)
 
@@ -96,12 +98,12 @@ def codes(
         shift = torch.zeros_like(spread)
         if zero_points:
             zeros = torch.arange(scales.numel()).reshape(scales.shape) % 7 - 3
-            pieces["weight_zero_point"] = zeros.to(torch.int8)
+            pieces[name.replace("scale", "zero_point")] = zeros.to(torch.int8)
             shift = expanded(zeros.float(), tuple(matrix.shape), real)
         shifted = matrix / spread + shift
         made = shifted.round().clamp(-128, 127) if dtype == torch.int8 else shifted
         made = made.to(dtype)
-        pieces["weight"] = made
+        pieces[main] = made
         pieces[name] = stored if shape is None else stored.reshape(shape)
         return pieces, (made.float() - shift) * spread
 
@@ -133,6 +135,11 @@ def _compressed(named: str, strategy: str, **weights: Any) -> dict[str, Any]:
         "config_groups": {"group_0": group},
         "ignore": ["lm_head"],
     }
+
+
+def _torchao(kind: str, **settings: Any) -> dict[str, Any]:
+    described = {"_type": kind, "_version": 2, "_data": settings}
+    return {"quant_method": "torchao", "quant_type": {"default": described}}
 
 
 _INT8 = torch.int8
@@ -214,6 +221,25 @@ PACKINGS: dict[str, Packing] = {
         weights_only=True,
     ),
     "awq": Packing(int4.awq_config(64), int4.awq(64), weights_only=True),
+    "torchao": Packing(
+        _torchao("Int8WeightOnlyConfig"),
+        codes(_INT8, (1, 0), "_weight_scale", main="_weight_qdata"),
+        weights_only=True,
+    ),
+    "torchao-fp8": Packing(
+        _torchao("Float8DynamicActivationFloat8WeightConfig"),
+        codes(_E4M3, (1, 0), "_weight_scale", main="_weight_qdata"),
+    ),
+    "torchao-groups": Packing(
+        _torchao("IntxWeightOnlyConfig", mapping_type={"_data": "ASYMMETRIC"}),
+        codes(
+            *(_INT8, (1, 32), "_weight_scale"),
+            scale_dtype=torch.bfloat16,
+            zero_points=True,
+            main="_weight_qdata",
+        ),
+        weights_only=True,
+    ),
 }
 
 
@@ -223,7 +249,7 @@ def kind_of(name: str) -> str:
         return f"compressed-tensors-packed{8 if '8bit' in name else 4}"
     if name.startswith("ct-"):
         return f"compressed-tensors-{'int8' if 'int' in name else 'fp8'}"
-    return name.split("-")[0] if name.startswith(("mxfp4", "gptq", "awq")) else "fp8"
+    return name.split("-")[0] if name.startswith(("mxfp4", "gptq", "awq", "torchao")) else "fp8"
 
 
 def pack(tensors: Tensors, packing: Packing, is_gpt2: bool) -> tuple[Tensors, Tensors]:

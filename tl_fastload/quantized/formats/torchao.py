@@ -1,0 +1,168 @@
+"""The format of torchao's tensors of bytes, as transformers saves them: `_weight_qdata` with
+`_weight_scale` and perhaps `_weight_zero_point`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from tl_fastload.errors import ArgumentError, QuantizationError, UnsupportedArchitectureError
+from tl_fastload.quantized.formats.base import Format, QuantizedBytes, describe
+from tl_fastload.quantized.formats.fp8 import ScaledSpec, codes_and_scales, rounded_besides
+from tl_fastload.quantized.formats.scaled_bytes import (
+    FLOAT8,
+    ScaledBytes,
+    scaled_bytes,
+    scaled_sample,
+)
+from tl_fastload.quantized.spec import Spec
+
+_KIND = "torchao"
+_CODES = FLOAT8 | {torch.int8}
+_TENSORS = ("Int8Tensor", "Float8Tensor", "IntxUnpackedToInt8Tensor")
+# torchao's configurations whose tensors are read -> how it scales activations, if it rounds them.
+_CONFIGS = {
+    "Int8WeightOnlyConfig": None,
+    "Float8WeightOnlyConfig": None,
+    "IntxWeightOnlyConfig": None,
+    "Int8DynamicActivationInt8WeightConfig": "dynamic",
+    "Int8DynamicActivationIntxWeightConfig": "dynamic",
+    "Float8DynamicActivationFloat8WeightConfig": "dynamic",
+    "Int8StaticActivationInt8WeightConfig": "static",
+    "Float8StaticActivationFloat8WeightConfig": "static",
+}
+_TABLES = ("FqnToConfig", "ModuleFqnToConfig")
+
+
+@dataclass(frozen=True)
+class TorchaoSpec(ScaledSpec):
+    """How torchao stores codes with scales; blocks are what the scales' shapes say.
+
+    Attributes:
+        is_symmetric: whether stored zero points are zeros.
+    """
+
+    is_symmetric: bool = True
+
+
+class Torchao(Format):
+    """What torchao quantizes to 8 bits, or to fewer in a byte each; dequantized at use."""
+
+    name = "torchao"
+    kinds = (_KIND,)
+    stores = (ScaledBytes,)
+    spec = TorchaoSpec
+    pieces: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        (f"._weight_{name}" for name in ("qdata", "scale", "zero_point", "act_pre_scale")),
+        ".weight",
+    )
+    ignored = frozenset({"._weight_act_quant_scale", "._weight_act_quant_zero_point"})
+    undeclared: ClassVar[Mapping[str, str]] = {
+        "_weight_qdata": '{"quant_method": "torchao", "quant_type": ...}, with the type that the '
+        "checkpoint was saved with"
+    }
+    remedy = 'pip install --upgrade "torch>=2.1"'
+
+    def declared(self, fields: Mapping[str, Any]) -> Spec | None:
+        method = fields.get("quant_method")
+        if getattr(method, "value", method) != "torchao":
+            return None
+        configs = list(_configs_in(fields.get("quant_type")))
+        if not configs:
+            raise ArgumentError(
+                f"the quantization_config of torchao has quant_type={fields.get('quant_type')!r}, "
+                "which names no configuration of torchao, or is of a version whose files are "
+                "pickles. Save the model again with a current torchao, or take the unquantized "
+                "checkpoint with quantize=."
+            )
+        unknown = sorted({str(config["_type"]) for config in configs} - _CONFIGS.keys())
+        if unknown:
+            raise UnsupportedArchitectureError(
+                f"torchao weights of {' and '.join(unknown)} cannot be read, only of "
+                f"{', '.join(_CONFIGS)}. Take the unquantized checkpoint, with quantize= if it is "
+                "too large."
+            )
+        scales = [_CONFIGS[config["_type"]] for config in configs]
+        return TorchaoSpec(
+            _KIND,
+            tuple(fields.get("modules_to_not_convert") or ()),
+            rounds=rounded_besides(next(filter(None, scales), None)),
+            is_symmetric=all(_is_symmetric(config) for config in configs),
+        )
+
+    def assemble(self, pieces: Mapping[str, torch.Tensor], spec: Any) -> QuantizedBytes:
+        codes, scales = codes_and_scales(pieces, _CODES, _KIND)
+        zeros = pieces.get("_weight_zero_point")
+        if zeros is None and not spec.is_symmetric and codes.dtype == torch.int8:
+            raise QuantizationError(
+                "an asymmetric weight without its zero points (_weight_zero_point). Download the "
+                "checkpoint again."
+            )
+        if zeros is not None and spec.is_symmetric:
+            if not zeros.is_meta and bool(zeros.any()):
+                raise QuantizationError(
+                    "there are zero points other than zero, and quant_type in config.json is a "
+                    "symmetric one. Restore config.json from the checkpoint's repository."
+                )
+            zeros = None
+        return _bytes_of(codes, scales, zeros)
+
+    def of_layer(self, module: Any) -> tuple[QuantizedBytes, torch.dtype | None] | None:
+        weight = module._parameters.get("weight") if hasattr(module, "_parameters") else None
+        if not type(weight).__module__.startswith("torchao."):
+            return None
+        name = type(weight).__name__
+        if name not in _TENSORS or getattr(weight, "act_pre_scale", None) is not None:
+            raise QuantizationError(
+                f"torchao's {name} cannot be read, only {', '.join(_TENSORS)} that do not scale "
+                "activations. Take the unquantized model, with quantize= if it is too large."
+            )
+        tensor: Any = weight
+        zeros = getattr(tensor, "zero_point", None)
+        if zeros is not None and not bool(zeros.any()):
+            zeros = None
+        return _bytes_of(tensor.qdata, tensor.scale, zeros), None
+
+    def sample(self, kind: str, device: torch.device) -> QuantizedBytes:
+        return scaled_sample(torch.int8, kind, device)
+
+
+def _bytes_of(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> ScaledBytes:
+    """The bytes of a matrix whose blocks are as large as the scales are few."""
+    if codes.dim() != 2 or scales.dim() not in (0, 2):
+        raise QuantizationError(
+            f"codes and scales are matrices, not {describe(codes)} and {describe(scales)}."
+        )
+    if zeros is not None and zeros.dtype != torch.int8:
+        raise QuantizationError(f"zero points are int8, not {zeros.dtype}.")
+    grid = scales.shape if scales.dim() else (1, 1)
+    sizes = [side // max(count, 1) for side, count in zip(codes.shape, grid, strict=True)]
+    return scaled_bytes(codes, scales, (max(sizes[0], 1), max(sizes[1], 1)), _KIND, zeros)
+
+
+def _configs_in(named: Any) -> Iterator[Mapping[str, Any]]:
+    """torchao's configurations in a `quant_type`, those for single modules included."""
+    if not isinstance(named, Mapping):
+        return
+    kind = named.get("_type")
+    if kind is not None and kind not in _TABLES:
+        yield named
+        return
+    for value in named.values():
+        yield from _configs_in(value)
+
+
+def _is_symmetric(config: Mapping[str, Any]) -> bool:
+    """Whether the weights of a configuration have no zero points."""
+    settings = config.get("_data")
+    settings = settings if isinstance(settings, Mapping) else {}
+    for name in ("mapping_type", "weight_mapping_type"):
+        said = settings.get(name)
+        said = said.get("_data") if isinstance(said, Mapping) else said
+        if str(said) == "ASYMMETRIC":
+            return False
+    return True
