@@ -28,6 +28,7 @@ from tl_fastload.ground.compat import __version__ as __version__
 
 if TYPE_CHECKING:
     from tl_fastload.bridge_model import LeanBridgeMixin, LeanTransformerBridge
+    from tl_fastload.copies.to_hub import push_copy, push_lean_to_hub
     from tl_fastload.copies.verify import verify_copy
     from tl_fastload.copies.write import save_lean
     from tl_fastload.faces import plan
@@ -50,6 +51,8 @@ else:
         "ProgressEvent": "report.progress",
         "load_weights_": "loading.load_weights",
         "plan": "faces",
+        "push_copy": "copies.to_hub",
+        "push_lean_to_hub": "copies.to_hub",
         "save_lean": "copies.write",
         "verify_copy": "copies.verify",
         "watch_memory": "report.memory",
@@ -97,6 +100,8 @@ __all__ = [
     "UnsupportedArchitectureError",
     "load_weights_",
     "plan",
+    "push_copy",
+    "push_lean_to_hub",
     "save_lean",
     "verify_copy",
     "watch_memory",

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo
 
+from tl_fastload.copies.to_hub import push_lean_to_hub
 from tl_fastload.copies.write import MAX_SHARD_BYTES, save_lean
 from tl_fastload.errors import NotEnoughMemory
 from tl_fastload.ground.boundary import guarded
@@ -122,9 +124,9 @@ class Face:
             print(model.load_report)  # time, memory, and what was done
 
         Args:
-            model_name: TransformerLens name or alias, any hub name, a local folder, or a folder
-                that `save_lean` wrote. Arguments that contradict such a copy are errors, the
-                defaults of the processing steps included.
+            model_name: TransformerLens name or alias, any hub name, a local folder, a folder that
+                `save_lean` wrote, or a repository that it was pushed to. Arguments that contradict
+                such a copy are errors, the defaults of the processing steps included.
             fold_ln: fold the norm weights into the following layer.
             center_writing_weights: give what writes to the residual stream zero mean.
             center_unembed: give the unembedding zero mean over the vocabulary.
@@ -236,3 +238,9 @@ class Face:
         `from_pretrained_lean` maps in an instant; see `tl_fastload.save_lean`.
         """
         return save_lean(self, folder, max_shard_bytes=max_shard_bytes, progress=progress)
+
+    def push_lean_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
+        """Push this model as it is in memory to the hub, from where `from_pretrained_lean(repo_id)`
+        loads it; see `tl_fastload.push_lean_to_hub` for the options and what is raised.
+        """
+        return push_lean_to_hub(self, repo_id, **options)

@@ -120,6 +120,9 @@ class FakeHub:
             def do_GET(self) -> None:
                 hub.answer(self)
 
+            def do_POST(self) -> None:
+                hub.receive(self)
+
             def log_message(self, *args: object) -> None:
                 """Keep the tests' output quiet."""
 
@@ -151,6 +154,10 @@ class FakeHub:
         if path.startswith("api/models/"):
             return self._answer_listing(handler, path[len("api/models/") :])
         return self._answer_file(handler, path)
+
+    def receive(self, handler: BaseHTTPRequestHandler) -> None:
+        """Answer what would change something: it takes nothing."""
+        self._send(handler, 405)
 
     def _answer_listing(self, handler: BaseHTTPRequestHandler, path: str) -> None:
         name, kind, revision = path.partition("/revision/")

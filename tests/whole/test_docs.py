@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 import tl_fastload
+from tests.support.pushable_hub import PushableHub, pushable_hub
 from tl_fastload import cli
 from tl_fastload.cli.bench import run
 from tl_fastload.cli.bench.loads import Contender
@@ -41,6 +42,13 @@ def _blocks(language: str) -> list[Any]:
     ]
 
 
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[PushableHub]:
+    with pushable_hub(monkeypatch, tmp_path) as found:
+        yield found
+
+
+@pytest.mark.usefixtures("hub")
 @pytest.mark.parametrize("code", _blocks("python"))
 def test_a_block_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -49,7 +57,7 @@ def test_a_block_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.fixture
-def command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def command_line(hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder and a cache of its own, and benchmarks that take no time."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TL_FASTLOAD_CACHE", str(tmp_path / "cache"))

@@ -117,7 +117,11 @@ def _show_predictions(predicted: list[dict[str, Any]]) -> None:
 
 @command
 def save(
-    model: Model, folder: Annotated[Path, typer.Argument()], arguments: dict[str, Any]
+    model: Model,
+    folder: Annotated[Path, typer.Argument()],
+    arguments: dict[str, Any],
+    push: Annotated[str | None, typer.Option(metavar="REPOSITORY")] = None,
+    private: bool | None = None,
 ) -> None:
     """Load a model and save it, processed and quantized as asked, for loading in an instant.
 
@@ -131,9 +135,14 @@ def save(
 
       tl-fastload load ./gpt2-xl-processed
 
+      tl-fastload save gpt2-xl ./gpt2-xl-processed --push me/gpt2-xl-processed
+
     Args:
         folder: Where to write the copy; a new or empty folder.
+        push: Push the copy to this repository on the hub as well.
+        private: Whether a repository that --push makes is private. By default as its owner has it.
     """
+    from tl_fastload.copies.to_hub import push_copy
     from tl_fastload.copies.write import check_target
 
     check_target(folder)
@@ -143,3 +152,7 @@ def save(
     size_bytes = sum(path.stat().st_size for path in written.rglob("*") if path.is_file())
     console().print(Text(f"Saved {loaded.load_report.source} in {written}"))
     console().print(Text(f"{format_bytes(size_bytes)}; load it with: tl-fastload load {written}"))
+    if push is not None:
+        with libraries_to_stderr():
+            commit = push_copy(folder, push, private=private)
+        console().print(Text(f"Pushed: {commit.commit_url}"))

@@ -41,7 +41,8 @@ def check_asked_for(manifest: Manifest, cfg: Any, request: Request, folder: Path
         ("first_n_layers", arguments["first_n_layers"], cfg.n_layers),
         ("n_ctx", arguments["n_ctx"], cfg.n_ctx),
         ("quantize", options.quantize, manifest.quantization),
-        ("revision", keywords.hub.get("revision"), manifest.revision),
+        # Of a copy on the hub it chooses the copy, and says nothing of what was saved.
+        ("revision", None if request.copy_at else keywords.hub.get("revision"), manifest.revision),
         *((name, arguments[name], None) for name in _PICKED),
         *((name, value, getattr(cfg, name, None)) for name, value in keywords.overrides.items()),
     ]

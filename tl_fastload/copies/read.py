@@ -13,6 +13,7 @@ from torch import nn
 
 from tl_fastload import quantized
 from tl_fastload.copies.check import check_asked_for, check_names, check_road, check_steps
+from tl_fastload.copies.from_hub import fetch_copy
 from tl_fastload.copies.layout import layout_of, moved
 from tl_fastload.copies.manifest import (
     Manifest,
@@ -73,6 +74,10 @@ def load_copy(request: Request, folder: Path) -> Any:
         ArgumentError: arguments that contradict what was saved.
     """
     started = time.perf_counter()
+    if request.copy_at is not None:
+        manifest = read_manifest(folder)
+        checked_configuration(manifest, request, folder)  # before gigabytes are downloaded
+        fetch_copy(request.copy_at, manifest)
     if request.options.verify:
         verify_copy(folder)
     return_freed_memory()
@@ -121,7 +126,7 @@ def _load(
     entries = stored_tensors(folder, manifest)
     cfg = checked_configuration(manifest, request, folder)
     hf_config = _hf_config(manifest, request)
-    notes: list[str] = []
+    notes = [] if request.copy_at is None else list(request.copy_at.notes)
     model = _build(request, cfg, manifest, hf_config, folder, notes)
     device_of = request.road.device_map(model, request.arguments["move_to_device"])
     check_names(model, manifest, folder)

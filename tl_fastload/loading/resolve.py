@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from tl_fastload.copies.from_hub import locate_copy
 from tl_fastload.copies.read import copy_folder
+from tl_fastload.errors import MissingFileError
 from tl_fastload.huggingface.pretrained import locate
 from tl_fastload.roads.road import Request
 
@@ -21,11 +23,18 @@ def resolved(request: Request) -> Request:
     copy = copy_folder(name, request.keywords)
     if copy is not None:
         return replace(request, copy=copy)
-    located = locate(
-        name,
-        in_memory=request.arguments["hf_model"] is not None,
-        adapters=request.options.adapter,
-        hub=request.keywords.hub,
-        aliases=request.road.aliases(),
-    )
+    aliases = request.road.aliases()
+    try:
+        located = locate(
+            name,
+            in_memory=request.arguments["hf_model"] is not None,
+            adapters=request.options.adapter,
+            hub=request.keywords.hub,
+            aliases=aliases,
+        )
+    except MissingFileError:  # a repository without a config.json
+        place = locate_copy(name, request.keywords, aliases)
+        if place is None:
+            raise
+        return replace(request, copy=place.folder, copy_at=place)
     return replace(request, located=located)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from tl_fastload.copies.check import check_names
+from tl_fastload.copies.from_hub import Description, describe_copy
 from tl_fastload.copies.layout import layout_of, moved
 from tl_fastload.copies.manifest import Manifest, View, read_manifest
 from tl_fastload.copies.read import checked_configuration, may_map
@@ -49,7 +51,8 @@ def plan_copy(request: Request, folder: Path) -> LoadPlan:
     Raises:
         ArgumentError, CheckpointError: what loading it would raise.
     """
-    manifest, entries = open_copy(folder)
+    found = _described(request, folder)
+    manifest, entries = found.manifest, found.entries
     cfg = checked_configuration(manifest, request, folder)
     cfg.init_weights = False  # no seed is to be set
     model = request.road.model_on_meta(request.cls, cfg, manifest.built)
@@ -76,15 +79,23 @@ def plan_copy(request: Request, folder: Path) -> LoadPlan:
         stock_peak_anonymous_bytes=None,
         stock_peak_device_bytes=None,
         stock_note="TransformerLens' own loader does not load processed copies.",
-        disk_bytes=0,
-        available_disk_bytes=None,
+        disk_bytes=found.missing_bytes,
+        available_disk_bytes=shutil.disk_usage(folder).free if found.missing_bytes else None,
         rooms=needs.rooms(),
         layout=layout_of(manifest, request.options),
-        notes=(f"A processed copy: {folder}.",),
+        notes=(
+            f"A processed copy: {folder if request.copy_at is None else request.copy_at.label}.",
+        ),
     )
     if plan.fits_memory:
         return plan
     return replace(plan, advise=lambda: tuple(choices(request, folder)))
+
+
+def _described(request: Request, folder: Path) -> Description:
+    if request.copy_at is not None:
+        return describe_copy(request.copy_at)
+    return Description(*open_copy(folder), missing_bytes=0)
 
 
 def choices(request: Request, folder: Path) -> Iterator[Choice]:

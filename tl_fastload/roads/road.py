@@ -23,6 +23,7 @@ from tl_fastload.request.keywords import Keywords
 from tl_fastload.request.options import Options
 from tl_fastload.roads.observer import Observer
 from tl_fastload.source.aliases import Aliases
+from tl_fastload.source.location import Location
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Request:
         arguments: of TransformerLens' own method; `torch_dtype` only if it was given.
         keywords: for Hugging Face.
         copy: the processed copy that the name means; None for anything else.
+        copy_at: where on the hub that copy lies; None for one in a local folder.
         located: where the model and its adapters lie; None for a copy, and as long as nobody has
             looked (`tl_fastload.loading.resolve`).
     """
@@ -46,6 +48,7 @@ class Request:
     arguments: dict[str, Any]
     keywords: Keywords
     copy: Path | None = None
+    copy_at: Location | None = None
     located: Located | None = None
 
     @property

@@ -36,7 +36,7 @@ from tl_fastload.errors import (
 
 # huggingface_hub 0.x speaks through requests, 1.x and newer through httpx; either one's errors
 # share a base with HfHubHTTPError, whose bases therefore cover "could not reach the hub" too.
-_HUB_FAILURES: tuple[type[Exception], ...] = (OSError, ValueError, *HfHubHTTPError.__bases__)
+HUB_FAILURES: tuple[type[Exception], ...] = (OSError, ValueError, *HfHubHTTPError.__bases__)
 
 # What the hub's answers mean; the first that fits counts (a gated repository is "not found" too).
 _MEANINGS: tuple[tuple[type[Exception], type[LeanLoadError], str], ...] = (
@@ -174,8 +174,8 @@ def hub_file(
             return held / filename, listing
         if not options.offline:
             return Path(hf_hub_download(repo, filename, **options.download)), listing
-    except _HUB_FAILURES as error:
-        raise _explain(repo, filename, options, error) from error
+    except HUB_FAILURES as error:
+        raise explain(repo, filename, options, error) from error
     raise _not_cached(repo, options, None, filename)
 
 
@@ -190,7 +190,7 @@ def hub_files(
     missing = [name for name in filenames if folder is None or not (folder / name).is_file()]
     if options.offline or not missing:
         return
-    with contextlib.suppress(*_HUB_FAILURES):
+    with contextlib.suppress(*HUB_FAILURES):
         if listing is None:
             _ask(repo, options, None)
         patterns = [glob.escape(name) for name in missing]
@@ -207,8 +207,8 @@ def list_files(repo: str, options: HubOptions = HubOptions()) -> Listing:
     if not options.offline:
         try:
             listing = _ask(repo, options, cached_snapshot(repo, options))
-        except _HUB_FAILURES as error:
-            raise _explain(repo, "", options, error) from error
+        except HUB_FAILURES as error:
+            raise explain(repo, "", options, error) from error
     return listing or Listing(cached_files(repo, options), complete=False)
 
 
@@ -222,8 +222,8 @@ def file_sizes(repo: str, options: HubOptions = HubOptions()) -> dict[str, int]:
         raise _not_cached(repo, options, None)
     try:
         info = _info(repo, options, files_metadata=True)
-    except _HUB_FAILURES as error:
-        raise _explain(repo, "", options, error) from error
+    except HUB_FAILURES as error:
+        raise explain(repo, "", options, error) from error
     return {file.rfilename: file.size or 0 for file in info.siblings or ()}
 
 
@@ -242,8 +242,8 @@ def safetensors_header(
         )
     except SafetensorsParsingError as error:
         raise CheckpointError(f"{filename} of {repo} has a corrupt header: {error}") from error
-    except _HUB_FAILURES as error:
-        raise _explain(repo, filename, options, error) from error
+    except HUB_FAILURES as error:
+        raise explain(repo, filename, options, error) from error
 
 
 def cached_files(repo: str, options: HubOptions) -> list[str]:
@@ -285,7 +285,7 @@ def _ask(repo: str, options: HubOptions, held: Path | None) -> Listing | None:
     """What the hub says of a repository; None if it does not, and what is `held` must do."""
     try:
         info = _info(repo, options)
-    except _HUB_FAILURES as error:
+    except HUB_FAILURES as error:
         if held is None or isinstance(error, RevisionNotFoundError):
             raise
         return None
@@ -303,7 +303,7 @@ def _info(repo: str, options: HubOptions, files_metadata: bool = False) -> Model
     )
 
 
-def _explain(repo: str, filename: str, options: HubOptions, error: Exception) -> LeanLoadError:
+def explain(repo: str, filename: str, options: HubOptions, error: Exception) -> LeanLoadError:
     """The error of our family that says what the hub's failure means and what to do."""
     for kind, ours, meaning in _MEANINGS:
         if isinstance(error, kind) and not isinstance(error, LocalEntryNotFoundError):

@@ -53,7 +53,7 @@ def open_headers(
     if choice.is_safetensors:
         entries = read_headers(local) if local else {}
         for name in missing:
-            entries.update(_remote_entries(location, name))
+            entries.update(remote_entries(location, name))
     _check_descriptions(location, entries, needs_values)
     missing_bytes = sum(sizes.values())
     return Checkpoint(
@@ -85,7 +85,7 @@ def _sizes(location: Location, names: Sequence[str]) -> dict[str, int]:
     return {name: sizes.get(inside_repo(location, name), 0) for name in names}
 
 
-def _remote_entries(location: Location, name: str) -> dict[str, TensorEntry]:
+def remote_entries(location: Location, name: str) -> dict[str, TensorEntry]:
     """The entries of a safetensors file on the hub; their offsets count from the end of the
     header.
     """
