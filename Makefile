@@ -20,7 +20,7 @@ PROPERTIES := $(shell grep -lr --include="test_*.py" "^@given" tests)
 .PHONY: help install install-dev demo demo-quick test test-fast explore test-slow test-gpu lint format types fuzz bench notebooks notebooks-check embedded-model clean
 # Other versions of the libraries, each in a virtual environment of its own; see README.md.
 ENVIRONMENTS := tl4 tl40 tl2 tl216 old sae
-.PHONY: parity parity-current $(ENVIRONMENTS:%=parity-%) $(ENVIRONMENTS:%=bench-%)
+.PHONY: parity parity-current $(ENVIRONMENTS:%=parity-%) $(ENVIRONMENTS:%=bench-%) $(ENVIRONMENTS:%=demo-%)
 
 help: ## show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -34,6 +34,10 @@ demo: $(BASE) ## load the embedded model, then compare lean with stock loading
 
 demo-quick: $(BASE) ## the demo's first half: the embedded model alone
 	$(BIN)/python -m demo.demo --quick
+
+# The same where another TransformerLens is installed, for instance `make demo-tl4`: the Bridge.
+$(ENVIRONMENTS:%=demo-%): demo-%: .venv-%/.installed
+	.venv-$*/bin/python -m demo.demo --quick
 
 test: lint types test-fast ## ruff, mypy, and every test that is neither slow nor needs a GPU
 

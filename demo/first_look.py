@@ -9,15 +9,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformer_lens import HookedTransformer
-from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
 from transformers import GPT2LMHeadModel
 from transformers import logging as transformers_logging
 
 from demo.induction import copy_losses, head_scores, repeated_tokens
 from demo.toy_language import END, FIRST_ORDINARY_ID, IDS
-from tl_fastload import LeanHookedTransformer
 from tl_fastload.embedded_model import embedded_model_path
+from tl_fastload.faces import lean_class
+from tl_fastload.ground.compat import TRANSFORMER_LENS
 
 PROMPTS = (
     "the hungry",  # the toy language decides
@@ -26,12 +25,18 @@ PROMPTS = (
 INDUCTION_SCORE = 0.5  # more than half of a head's attention, on average
 
 
-def show(console: Console) -> None:
-    """Load the embedded model the lean way and print what it is and does."""
-    folder = embedded_model_path()
-    model = LeanHookedTransformer.from_pretrained_lean(folder, device="cpu")
+def show(console: Console, road: str | None = None) -> None:
+    """Load the embedded model lean and print what it is and does.
+
+    Args:
+        console: where to print.
+        road: "hooked" or "bridge"; by default the first that the installed TransformerLens has.
+    """
+    folder, lean = embedded_model_path(), lean_class(road)
+    console.print(f"{lean.__name__} (TransformerLens {TRANSFORMER_LENS})", highlight=False)
+    model = lean.from_pretrained_lean(folder, device="cpu")
     console.print(str(model.load_report), highlight=False)
-    console.print("(Of a model this small, time and memory are mostly fixed costs.)\n", style="dim")
+    console.print()
     tokens = repeated_tokens(FIRST_ORDINARY_ID, model.cfg.d_vocab, IDS[END])
     console.print(_heads_table(model, tokens))
     first, second = copy_losses(model, tokens)
@@ -44,7 +49,7 @@ def show(console: Console) -> None:
     console.print(_equality_table(model, folder, tokens))
 
 
-def _heads_table(model: HookedTransformer, tokens: torch.Tensor) -> Table:
+def _heads_table(model: Any, tokens: torch.Tensor) -> Table:
     table = Table(title="Heads on 50 random words said twice: share of attention", title_style="")
     for column in ("head", "to the previous word", "induction", ""):
         table.add_column(column, justify="left" if column in ("head", "") else "right")
@@ -56,18 +61,19 @@ def _heads_table(model: HookedTransformer, tokens: torch.Tensor) -> Table:
     return table
 
 
-def _next_word(model: HookedTransformer, prompt: str) -> str:
+def _next_word(model: Any, prompt: str) -> str:
     with torch.inference_mode():
         logits: Any = model(prompt)
     word: str = model.to_single_str_token(int(logits[0, -1].argmax()))
     return word
 
 
-def _equality_table(model: HookedTransformer, folder: Path, tokens: torch.Tensor) -> Table:
+def _equality_table(model: Any, folder: Path, tokens: torch.Tensor) -> Table:
     """How far the lean model is from stock TransformerLens, and from transformers itself."""
     transformers_logging.disable_progress_bar()
     hf_model = GPT2LMHeadModel.from_pretrained(folder).eval()
-    stock = stock_model(model, hf_model)
+    is_bridge = hasattr(model, "original_model")
+    stock = stock_bridge(folder) if is_bridge else stock_model(model, hf_model)
     theirs = dict(stock.named_parameters())
     with torch.inference_mode():
         lean_logits, stock_logits = model(tokens), stock(tokens)
@@ -87,17 +93,29 @@ def _equality_table(model: HookedTransformer, folder: Path, tokens: torch.Tensor
     return table
 
 
-def stock_model(like: HookedTransformer, hf_model: GPT2LMHeadModel) -> HookedTransformer:
+def stock_model(like: Any, hf_model: GPT2LMHeadModel) -> Any:
     """What TransformerLens' own classes, converter and processing make of the same weights.
 
     Args:
-        like: a processed model, for the shape.
+        like: a processed HookedTransformer, for the shape.
         hf_model: the weights.
     """
+    from transformer_lens import HookedTransformer
+    from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
+
     config = copy.deepcopy(like.cfg)
     config.normalization_type = "LN"  # as before the processing
     stock = HookedTransformer(config, like.tokenizer)
     stock.load_and_process_state_dict(convert_gpt2_weights(hf_model, config))
+    return stock.eval()
+
+
+def stock_bridge(folder: Path) -> Any:
+    """The bridge that TransformerLens itself boots and processes."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    stock = TransformerBridge.boot_transformers(str(folder), device="cpu")
+    stock.enable_compatibility_mode(disable_warnings=True)
     return stock.eval()
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformer_lens import HookedTransformer
 
 PERIOD = 50
 ROWS = 8
@@ -40,7 +40,7 @@ def repeated_tokens(first_id: int, end_id: int, bos_id: int, seed: int = 0) -> t
     return torch.cat([torch.full((ROWS, 1), bos_id), half, half], dim=1)
 
 
-def head_scores(model: HookedTransformer, tokens: torch.Tensor) -> list[HeadScore]:
+def head_scores(model: Any, tokens: torch.Tensor) -> list[HeadScore]:
     """The scores of every head on `repeated_tokens(...)`, by layer and head."""
     _, cache = model.run_with_cache(tokens, names_filter=lambda name: name.endswith("hook_pattern"))
     scores = []
@@ -54,7 +54,7 @@ def head_scores(model: HookedTransformer, tokens: torch.Tensor) -> list[HeadScor
     return scores
 
 
-def copy_losses(model: HookedTransformer, tokens: torch.Tensor) -> tuple[float, float]:
+def copy_losses(model: Any, tokens: torch.Tensor) -> tuple[float, float]:
     """Mean loss (nats a token) on the first and on the second copy of `repeated_tokens(...)`."""
     with torch.inference_mode():
         logits = model(tokens)[:, :-1]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import cases
+from benchmarks import bridge, cases
 from benchmarks.measure import Case, Measurement, run_case
 from benchmarks.models import make_checkpoint
+from tl_fastload.faces import installed
 
 MODEL = "gpt2-medium"
 DTYPE = "float32"
@@ -29,13 +31,14 @@ def show(console: Console, model: str = MODEL) -> None:
     """
     with console.status(f"writing random weights in the shape of {model}"):
         make_checkpoint(model)
+    roads: Any = bridge if installed()[0] == "bridge" else cases
     lean: Runs = []
     stock: Runs = []
     for turn in range(1, RUNS + 1):
         with console.status(f"loading {model} with tl_fastload ({turn} of {RUNS})"):
-            lean.append(_measure(cases.lean(model, DTYPE)))
+            lean.append(_measure(roads.lean(model, DTYPE)))
         with console.status(f"loading {model} with stock TransformerLens ({turn} of {RUNS})"):
-            stock.append(_measure(cases.stock(model, DTYPE)))
+            stock.append(_measure(roads.stock(model, DTYPE)))
     console.print(_table(model, lean, stock))
     console.print(
         f"Each {RUNS} times in a fresh process: fastest time, largest peak above the imports.\n"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import tempfile
 import time
@@ -20,6 +21,7 @@ from nbclient.exceptions import CellExecutionError
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+_DRAWS = re.compile(r"\.plot\(|\bplot_\w+\(|\bsubplots\(|\bImage\(")
 CELL_LIMIT_SECONDS = 600  # a hanging cell, not a slow machine
 
 
@@ -54,6 +56,10 @@ def _execute(path: Path, write: bool) -> bool:
         except CellExecutionError as error:
             print(f"{path.name}: {error}", flush=True)
             return False
+        missing = without_picture(notebook)
+        if missing:
+            print(f"{path.name}: no picture below {missing[0]!r}", flush=True)
+            return False
         for text, holder, key in _texts(notebook):
             holder[key] = text.replace(scratch, "scratch").replace(f"{ROOT}{os.sep}", "")
     seconds = time.perf_counter() - started
@@ -64,6 +70,20 @@ def _execute(path: Path, write: bool) -> bool:
         nbformat.write(notebook, partial)
         partial.replace(path)
     return True
+
+
+def without_picture(notebook: Any) -> list[str]:
+    """The last lines of the cells that draw and show nothing.
+
+    Args:
+        notebook: as nbformat reads it, with outputs.
+    """
+    found = []
+    for cell in notebook.cells:
+        shown = [kind for output in cell.get("outputs", []) for kind in output.get("data", {})]
+        if cell.cell_type == "code" and _DRAWS.search(cell.source) and "image/png" not in shown:
+            found.append(cell.source.splitlines()[-1])
+    return found
 
 
 def _texts(notebook: Any) -> Iterator[tuple[str, Any, str]]:

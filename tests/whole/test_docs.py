@@ -152,6 +152,28 @@ def test_no_block_is_left_out() -> None:
     assert fences == 2 * len(every)
 
 
+def test_what_pip_is_told_to_install_can_be_had() -> None:
+    """Our own package from a clone with extras that it has, or what it depends on."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    wanted = {
+        re.split(r"[><=\[ ]", line)[0] for line in re.findall(r'^    ?"(.+?)"', project, re.M)
+    }
+    wanted |= set(re.findall(r'^\w+ = \["([\w-]+)>', project, re.M))  # the extras
+    pages = [*PAGES, *(ROOT / "tl_fastload").rglob("*.py")]
+    told = [
+        (page.name, word)
+        for page in pages
+        for rest in re.findall(r"pip install ([^\n`';)]+)", page.read_text(encoding="utf-8"))
+        for word in shlex.split(rest.partition(" (")[0].rstrip(". "))
+        if not word.startswith("-")
+    ]
+    assert {"README.md", "style.py", "adapter.py"} <= {page for page, _ in told}
+    for page, word in told:
+        extra = re.fullmatch(r"\.\[(\w+)\]", word)
+        known = word in (".", "") or re.split("[><={]", word)[0] in wanted
+        assert known or (extra and re.search(f"^{extra[1]} = ", project, re.M)), (page, word)
+
+
 def test_the_readme_takes_two_screens_before_its_reference_part() -> None:
     before, _, _ = README.partition("\n## Reference\n")
     lines = sum(1 + len(line) // _SCREEN_COLUMNS for line in before.splitlines())

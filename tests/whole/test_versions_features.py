@@ -91,6 +91,6 @@ def test_an_adapter_without_its_library(zoo: Any, tmp_path: Path) -> None:
     config = {"peft_type": "LORA", "r": 2, "target_modules": ["c_attn"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     is_there = environments.installed("peft") != "0"
-    wanted = "adapter_model" if is_there else r'pip install "tl-fastload\[lora\]"'
+    wanted = "adapter_model" if is_there else 'pip install "peft>=0.11"'
     with pytest.raises(LeanLoadError, match=wanted):
         lean_model(zoo("gpt2"), adapter=tmp_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import re
@@ -34,7 +33,8 @@ _NEEDED = (
     "rich",
     "typer",
 )
-_EXTRAS = {"peft": "lora", "lightning": "lightning", "matplotlib": "plots"}
+_EXTRAS = {"peft": "adapter=", "lightning": "tl_fastload.lightning", "matplotlib": "pictures"}
+"""What only that needs which is named beside it."""
 _LITTLE_DISK_BYTES = 10 << 30
 
 
@@ -126,7 +126,7 @@ class Diagnosis:
         machine = {name: str(value) for name, value in self.machine.items()}
         del machine["memory_bytes"]  # the CPU's row has it
         return [
-            *((name, version or "not installed") for name, version in self.versions.items()),
+            *((name, version or _not_installed(name)) for name, version in self.versions.items()),
             ("loads into", ", ".join(self.roads) or "nothing: TransformerLens is not installed"),
             ("strategy", self.strategy),
             *machine.items(),
@@ -251,17 +251,11 @@ def _fixes_for_versions(found: dict[str, str | None]) -> list[str]:
             "holds no quantized weights: "
             f'pip install "torch>={compat.ASSIGN_NEEDS_TORCH}".'
         )
-    for package, extra in _EXTRAS.items():
-        name = "pytorch_lightning" if package == "lightning" and found[package] is None else package
-        if found[package] is None and not _importable(name):
-            fixes.append(
-                f'{package} is not installed (optional): pip install "tl-fastload[{extra}]".'
-            )
     return fixes
 
 
-def _importable(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
+def _not_installed(name: str) -> str:
+    return f"not installed; only for {_EXTRAS[name]}" if name in _EXTRAS else "not installed"
 
 
 def _fixes_for_kernels(kernels: tuple[Kernel, ...]) -> list[str]:

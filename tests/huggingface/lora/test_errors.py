@@ -87,7 +87,7 @@ def test_arguments_that_name_none(base: Path, asked: Any) -> None:
 
 def test_without_peft(base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    assert 'pip install "tl-fastload[lora]"' in refusal(base, adapter, MissingPackageError)
+    assert 'pip install "peft>=0.11"' in refusal(base, adapter, MissingPackageError)
 
 
 def test_places_without_an_adapter(base: Path, adapter: Path, tmp_path: Path) -> None:

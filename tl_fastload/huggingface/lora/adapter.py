@@ -212,7 +212,7 @@ def import_peft() -> Any:
     except ImportError as error:
         raise MissingPackageError(
             f"adapter= reads adapters with peft, which cannot be imported ({error}). Install it: "
-            'pip install "tl-fastload[lora]"'
+            'pip install "peft>=0.11"'
         ) from error
     return peft
 

@@ -31,7 +31,7 @@ def pictures() -> Any:
     except ImportError as error:
         raise MissingPackageError(
             "Pictures need matplotlib, which is not installed or does not work here "
-            f'({error}): pip install "tl-fastload[plots]".'
+            f'({error}): pip install "matplotlib>=3.7".'
         ) from error
     return canvas
 
