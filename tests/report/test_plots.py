@@ -110,7 +110,7 @@ def test_without_matplotlib_it_says_what_to_install(
     monkeypatch.delitem(sys.modules, "tl_fastload.report.pictures.canvas", raising=False)
     monkeypatch.delattr(tl_fastload.report.pictures, "canvas", raising=False)
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(MissingPackageError, match='pip install "matplotlib>=3.7"'):
+    with pytest.raises(MissingPackageError, match=r'pip install "matplotlib>=3\.7"'):
         report.plot()
 
 
