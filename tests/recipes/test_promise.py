@@ -65,6 +65,25 @@ def test_a_promise_looks_like_the_real_tensor(program: Any) -> None:
         assert (one.dim(), one.is_floating_point()) == (other.dim(), other.is_floating_point())
 
 
+def test_what_is_remembered_of_an_operation_is_what_decides_its_result() -> None:
+    (whole,) = in_memory([torch.arange(6).view(2, 3)])
+    (turned,) = in_memory([torch.arange(6).view(3, 2).T])
+    for _ in range(2):
+        kinds = [(whole * number).dtype for number in (True, 1, 1.0, 1 + 0j)]
+        assert kinds == [torch.int64, torch.int64, torch.float32, torch.complex64]
+        assert [(x * 2).stride() for x in (whole, turned)] == [(3, 1), (1, 2)]
+        assert [whole.sum(dim).shape for dim in (0, 1)] == [(3,), (2,)]
+        assert (whole + 1).meta.untyped_storage()._cdata != (  # type: ignore[attr-defined]
+            (whole + 1).meta.untyped_storage()._cdata  # type: ignore[attr-defined]
+        )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert (whole * 1.0).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_recording_reads_nothing() -> None:
     source = Counting(torch.randn(4, 6))
     recorded = torch.stack([Promise.of(source).T * 2, torch.ones(6, 4)]).sum(0).split(2)[0]

@@ -34,6 +34,7 @@ _BY_NUMBERS = _named("arange", "range", "full")
 # Functions of data, which may know a dtype and a device of its own.
 _OF_DATA = _named("tensor", "as_tensor", "asarray")
 _INTEGERS = _named("randint", "randperm", "tril_indices", "triu_indices")
+_FILLED = _FLOATS | _BY_NUMBERS | _OF_DATA | _INTEGERS
 # Elementwise sums that turn integers into the default dtype.
 _PROMOTING = frozenset(
     name.format(function)
@@ -61,6 +62,11 @@ class Defaults(overrides.TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func not in _FILLED and func is not torch.Tensor.to:
+            made = func(*args, **kwargs)
+            if isinstance(made, torch.Tensor) and self._is_promoted(func, args, kwargs, made):
+                return func(*(self._cast(x) for x in args), **kwargs)
+            return made
         if func in _FLOATS:
             return func(*args, **self._filled(kwargs, is_float=True))
         if func in _BY_NUMBERS:
@@ -73,10 +79,7 @@ class Defaults(overrides.TorchFunctionMode):
             return func(*args, **({**kwargs} if kind is None else self._filled(kwargs, kind)))
         if func is torch.Tensor.to and _is_emptied(*args):
             return args[0]
-        made = func(*args, **kwargs)
-        if self._is_promoted(func, args, kwargs, made):
-            return func(*(self._cast(x) for x in args), **kwargs)
-        return made
+        return func(*args, **kwargs)
 
     def _filled(self, kwargs: dict[str, Any], is_float: bool) -> dict[str, Any]:
         if kwargs.get("out") is not None:
@@ -88,9 +91,9 @@ class Defaults(overrides.TorchFunctionMode):
             filled["device"] = self._device
         return filled
 
-    def _is_promoted(self, func: Any, args: Any, kwargs: Any, made: Any) -> bool:
+    def _is_promoted(self, func: Any, args: Any, kwargs: Any, made: torch.Tensor) -> bool:
         """Whether integers have become floating point numbers of another default dtype."""
-        if not isinstance(made, torch.Tensor) or made.dtype is self._dtype or kwargs:
+        if made.dtype is self._dtype or kwargs:
             return False
         if not made.dtype.is_floating_point or getattr(func, "__name__", "") not in _PROMOTING:
             return False

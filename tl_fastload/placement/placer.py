@@ -302,7 +302,7 @@ class _Waiting:
         self, recipes: dict[str, Promise], targets: dict[str, torch.Tensor], assign: bool
     ) -> None:
         self._done: dict[str, torch.Tensor] = {}
-        self._readers: dict[str, set[str]] = {name: set() for name in recipes}
+        self._readers: dict[str, set[str]] = {}
         if assign:
             return
         in_memory = (name for name in recipes if not isinstance(targets[name], QuantizedTensor))
@@ -312,14 +312,14 @@ class _Waiting:
                 if isinstance(view.source, MemorySource):
                     read = owner.get(view.source.tensor.untyped_storage().data_ptr())
                     if read is not None and read != name:
-                        self._readers[read].add(name)
+                        self._readers.setdefault(read, set()).add(name)
 
     def add(self, name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
         """Take a result; give back those that may be written now."""
         self._done[name] = tensor
         for readers in self._readers.values():
             readers.discard(name)
-        ready = [done for done in self._done if not self._readers[done]]
+        ready = [done for done in self._done if not self._readers.get(done)]
         return [(done, self._done.pop(done)) for done in ready]
 
     def forget(self) -> None:
@@ -335,39 +335,42 @@ def groups(recipes: dict[str, Promise]) -> list[list[str]]:
     the same weight (a folded bias) are evaluated just before it, so that the weight is read once.
     """
     size = {name: bytes_of(promise) for name, promise in recipes.items()}
+    views = {name: sources(promise.node) for name, promise in recipes.items()}
+    large = {name: {id(view.source) for view in _large(found)} for name, found in views.items()}
     names = sorted(recipes, key=lambda name: -size[name])
-    big = {
-        id(view.source): name for name in reversed(names) for view in _large_sources(recipes[name])
-    }
+    big = {source: name for name in reversed(names) for source in large[name]}
     joined: dict[str, list[str]] = {}
     for name in names:
-        readers = {big[id(view.source)] for view in _large_sources(recipes[name])}
-        heads = [head for head in joined if head in readers]
-        joined.setdefault(heads[0] if heads else name, []).append(name)
+        heads = {big[source] for source in large[name]} & joined.keys()
+        head = min(heads, key=list(joined).index) if len(heads) > 1 else next(iter(heads), name)
+        joined.setdefault(head, []).append(name)
 
     def largest_first(group: list[str]) -> tuple[int, int]:
         return -size[group[0]], -sum(size[name] for name in group)
 
     ordered = sorted(joined.values(), key=largest_first)
-    return [_small_before_big(group, recipes) for group in ordered]
+    return [_small_before_big(group, recipes, views) for group in ordered]
 
 
-def _small_before_big(group: list[str], recipes: dict[str, Promise]) -> list[str]:
-    reads = {name: set(sources(recipes[name].node)) for name in group}
-    order: list[str] = []
+def _small_before_big(
+    group: list[str], recipes: dict[str, Promise], views: dict[str, list[SourceView]]
+) -> list[str]:
+    if len(group) == 1:
+        return group
+    reads = {name: set(views[name]) for name in group}
+    count = {name: recipes[name].numel() for name in group}
+    order: dict[str, None] = {}
     for name in group:
         if name in order:
             continue
         for small in reversed(group):
-            is_small = recipes[small].numel() * 8 < recipes[name].numel()
-            if is_small and small not in order and reads[small] & reads[name]:
-                order.append(small)
-        order.append(name)
-    return order
+            if count[small] * 8 < count[name] and small not in order and reads[small] & reads[name]:
+                order[small] = None
+        order[name] = None
+    return list(order)
 
 
-def _large_sources(promise: Promise) -> Iterable[SourceView]:
-    views = sources(promise.node)
+def _large(views: list[SourceView]) -> Iterable[SourceView]:
     largest = max((view.source.shape.numel() for view in views), default=0)
     return [view for view in views if view.source.shape.numel() * 8 > largest]
 

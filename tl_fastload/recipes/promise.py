@@ -116,30 +116,70 @@ def node_of(tensor: torch.Tensor) -> Node:
 
 
 def _record(cls: type[Promise], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if torch.Tag.nondeterministic_seeded in func.tags:
-        raise RecordingError(
-            f"{func} draws random numbers, which a recipe cannot hold. Load the model first."
-        )
-    if func is aten.as_strided.default:
-        raise RecordingError(
-            "as_strided reads memory, and a recorded tensor has none. Use slices and views."
-        )
-    if func._schema.is_mutable:
-        raise RecordingError(
-            f"{func} writes into a tensor whose values are not loaded yet. Load the model first, "
-            "then change it."
-        )
+    refusal = _refusal(func)
+    if refusal is not None:
+        raise RecordingError(refusal)
     if func is aten._local_scalar_dense.default:
         return evaluate(args[0].node, torch.device("cpu")).tensor.item()
     device = kwargs.get("device") or _device_of(args)
-    meta_kwargs = {**kwargs, "device": torch.device("meta")} if "device" in kwargs else kwargs
-    meta = func(*_mapped(_to_meta, args), **_mapped(_to_meta, meta_kwargs))
+    meta = _inferred(func, args, kwargs)
     if isinstance(meta, (tuple, list)):
         return _record_several(cls, func, args, kwargs, meta, device)
     if not isinstance(meta, torch.Tensor):
         return meta
     node = _simplify(func, args, kwargs, meta) or _call(func, args, kwargs, meta)
     return _followed(func, args, cls(node, meta, torch.device(device)))
+
+
+@cache
+def _refusal(func: Any) -> str | None:
+    """Why an operation cannot be recorded, or None."""
+    if torch.Tag.nondeterministic_seeded in func.tags:
+        return f"{func} draws random numbers, which a recipe cannot hold. Load the model first."
+    if func is aten.as_strided.default:
+        return "as_strided reads memory, and a recorded tensor has none. Use slices and views."
+    if func._schema.is_mutable:
+        return (
+            f"{func} writes into a tensor whose values are not loaded yet. Load the model first, "
+            "then change it."
+        )
+    return None
+
+
+# What torch found out on the meta device, by all that it depends on: layers are much alike.
+_FORMS: dict[Any, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
+_MOST_FORMS = 4096
+
+
+def _inferred(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What an operation returns, without values."""
+    key = None
+    if not _takes_views(func):
+        key = (func, _form(args), _form(kwargs), torch.get_default_dtype())
+        known = _FORMS.get(key)
+        if known is not None:
+            shape, stride, dtype = known
+            return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+    meta_kwargs = {**kwargs, "device": torch.device("meta")} if "device" in kwargs else kwargs
+    meta = func(*_mapped(_to_meta, args), **_mapped(_to_meta, meta_kwargs))
+    if key is not None and isinstance(meta, torch.Tensor):
+        if len(_FORMS) >= _MOST_FORMS:
+            _FORMS.clear()
+        _FORMS[key] = meta.shape, meta.stride(), meta.dtype
+    return meta
+
+
+def _form(x: Any) -> Any:
+    """What of an argument decides the form of a result, as a key: 1, 1.0 and True are three."""
+    if isinstance(x, Promise):
+        return (x.meta.shape, x.meta.stride(), x.meta.dtype)
+    if isinstance(x, torch.Tensor):
+        return (x.shape, x.stride(), x.dtype)
+    if isinstance(x, dict):
+        return tuple((key, _form(value)) for key, value in x.items())
+    if isinstance(x, (tuple, list)):
+        return tuple([_form(value) for value in x])
+    return type(x), x
 
 
 def _record_several(
@@ -214,12 +254,15 @@ def _device_of(args: Any) -> torch.device:
 
 
 @cache
+def _takes_views(func: Any) -> bool:
+    """Whether a result may lie in an argument's memory."""
+    return any(argument.alias_info is not None for argument in func._schema.arguments)
+
+
+@cache
 def _is_view(func: Any) -> bool:
     # aten.view.dtype reinterprets bytes: its geometry is not one of the source's elements.
-    return func is not aten.view.dtype and any(
-        argument.alias_info is not None and not argument.alias_info.is_write
-        for argument in func._schema.arguments
-    )
+    return func is not aten.view.dtype and _takes_views(func)
 
 
 def _simplify(
