@@ -17,7 +17,7 @@ DEV := $(VENV)/.installed-dev
 PROPERTIES := $(shell grep -lr --include="test_*.py" "^@given" tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo demo-quick test test-fast explore test-slow test-gpu lint format types fuzz bench notebooks notebooks-check embedded-model clean
+.PHONY: help install install-dev demo demo-quick test test-fast explore test-slow test-gpu lint format types fuzz bench notebooks notebooks-check docs docs-look embedded-model clean
 # Other versions of the libraries, each in a virtual environment of its own; see README.md.
 ENVIRONMENTS := tl4 tl40 tl2 tl216 old sae
 .PHONY: parity parity-current $(ENVIRONMENTS:%=parity-%) $(ENVIRONMENTS:%=bench-%) $(ENVIRONMENTS:%=demo-%)
@@ -102,8 +102,21 @@ notebooks: $(DEV) ## run the notebooks and write their outputs
 notebooks-check: $(DEV) ## run them and leave the files as they are
 	$(BIN)/python -m notebooks.execute --check
 
+# Links and anchors that lead nowhere are errors.
+docs: .venv-docs/.installed ## build the site of the documentation into site/
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+
+docs-look: docs ## look at the site in chromium, at two widths; pictures go to site-pictures/
+	.venv-docs/bin/python tools/look_at_site.py
+
 embedded-model: $(BASE) ## train the embedded model anew (minutes)
 	$(BIN)/python -m demo.train_embedded_model
+
+.venv-docs/.installed: constraints/docs.txt
+	python=$$(tools/find_python 3.11) && $$python -m venv --clear .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --constraint $< \
+		mkdocs-jupyter mkdocs-material "mkdocstrings[python]" ruff
+	touch $@
 
 # Made once, and again only when what it pins changes. torch goes first: see above.
 .venv-%/.installed: constraints/%.txt pyproject.toml
@@ -116,7 +129,7 @@ embedded-model: $(BASE) ## train the embedded model anew (minutes)
 	touch $@
 
 clean: ## remove .venv and every cache
-	rm -rf $(VENV) $(ENVIRONMENTS:%=.venv-%) .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) $(ENVIRONMENTS:%=.venv-%) .venv-docs site site-pictures .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
