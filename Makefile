@@ -104,7 +104,7 @@ notebooks-check: $(DEV) ## run them and leave the files as they are
 
 # Links and anchors that lead nowhere are errors.
 docs: .venv-docs/.installed ## build the site of the documentation into site/
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
 docs-look: docs ## look at the site in chromium, at two widths; pictures go to site-pictures/
 	.venv-docs/bin/python tools/look_at_site.py

@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = ("", "quantized/", "api/models/", "notebooks/quickstart/")
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 # A frame, because a browser's own window has a least width.
-_FRAME = """<!doctype html><style>body {{ margin: 0 }} iframe {{ border: 0; display: block }}</style>
+_FRAME = """<!doctype html>
+<style>body {{ margin: 0 }} iframe {{ border: 0; display: block }}</style>
 <iframe src="/{page}" width="{width}" height="{height}" onload="
   const page = this.contentDocument.documentElement;
   document.title = 'LOOKED ' + JSON.stringify(
