@@ -12,7 +12,8 @@ import torch
 
 from tl_fastload.errors import QuantizationError
 from tl_fastload.quantized.formats.base import Format, QuantizedBytes, describe, take_rows
-from tl_fastload.quantized.formats.scaled_bytes import looked_up, scale_values
+from tl_fastload.quantized.formats.decoded import DecodedBytes
+from tl_fastload.quantized.formats.scaled_bytes import looked_up, pairs_of, scale_values
 from tl_fastload.quantized.spec import Spec
 
 BLOCK = 32
@@ -22,7 +23,7 @@ _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 @dataclass(frozen=True, eq=False)
-class Mxfp4Bytes(QuantizedBytes):
+class Mxfp4Bytes(DecodedBytes):
     """Rows of 4-bit floats, two a byte, the first in the low half, times 2^(scale - 127).
 
     Attributes:
@@ -52,18 +53,15 @@ class Mxfp4Bytes(QuantizedBytes):
         packed, scales = take_rows(self.packed, index), take_rows(self.scales, index)
         return replace(self, packed=packed, scales=scales)
 
-    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+    def decode(self, first: int, last: int, out: torch.Tensor) -> None:
         # A byte is looked up as the two values that it holds, in one piece.
-        values = looked_up(_pairs, self.packed).view(torch.float32)
-        values.view(*self.scales.shape, BLOCK).mul_(scale_values(self.scales)[..., None])
-        return values.to(dtype)
+        looked_up(_pairs, self.packed[first:last], out.view(torch.int64))
+        scales = scale_values(self.scales[first:last])
+        out.view(*scales.shape, BLOCK).mul_(scales[..., None])
 
 
 def _pairs() -> torch.Tensor:
-    """For each byte the values of its low and its high half, two float32 as one int64; [256]."""
-    values = [*_VALUES, *(-value for value in _VALUES)]
-    pairs = [(values[byte & 15], values[byte >> 4]) for byte in range(256)]
-    return torch.tensor(pairs, dtype=torch.float32, device="cpu").view(torch.int64).flatten()
+    return pairs_of([*_VALUES, *(-value for value in _VALUES)])
 
 
 class Mxfp4(Format):

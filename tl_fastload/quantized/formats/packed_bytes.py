@@ -4,7 +4,7 @@ of a row's values: how GPTQ, AWQ and compressed-tensors pack matrices.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -12,23 +12,27 @@ import torch
 import torch.nn.functional as F
 
 from tl_fastload.errors import QuantizationError
-from tl_fastload.quantized.formats.base import QuantizedBytes, describe, runs_of, take_rows
-from tl_fastload.quantized.formats.scaled_bytes import grid_of, over_blocks
+from tl_fastload.quantized.formats.base import describe, runs_of, take_rows
+from tl_fastload.quantized.formats.decoded import DecodedBytes
+from tl_fastload.quantized.formats.scaled_bytes import (
+    grid_of,
+    looked_up,
+    over_blocks,
+    pairs_of,
+)
 from tl_fastload.quantized.views import runs_untraced
 
 BITS = (2, 4, 8)
 """Sizes of codes that fill words without a rest."""
 SCALES = (torch.float16, torch.bfloat16, torch.float32)
 _WORD = 32
-# Values that are unpacked at a time: what is done to them stays in the processor's cache.
-_PART_SIZE = 1 << 18
 # Numbers of AWQ's columns in a word of eight, from the lowest bits on, and the other way round.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 @dataclass(frozen=True, eq=False)
-class PackedBytes(QuantizedBytes):
+class PackedBytes(DecodedBytes):
     """The matrix is `(codes - zero points) * scales`; the product is one of float32, and rounded to
     the computing dtype once.
 
@@ -109,47 +113,53 @@ class PackedBytes(QuantizedBytes):
             return take_rows(self.unpacked_zeros(), index)
         return take_rows(self.zeros, words)
 
-    def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        values = torch.empty(self.shape, dtype=dtype, device=self.packed.device)
-        if values.is_meta:
-            return values
-        scales, zeros = self.scales.float(), self._zero_points()
-        for first, last in self._parts():
-            part = values[first:last]
-            wide = part if dtype == torch.float32 else torch.empty_like(part, dtype=torch.float32)
-            wide.copy_(self._codes(first, last))
-            if zeros is None:
-                wide.sub_(1 << (self.bits - 1))
-            else:
-                self._over_groups(torch.Tensor.sub_, wide, zeros[first:last])
-            self._over_groups(torch.Tensor.mul_, wide, scales[first:last])
-            if wide is not part:
-                part.copy_(wide)
-        return values
+    @property
+    def row_step(self) -> int:
+        return _WORD  # whichever way words lie, a row begins with one
 
-    def _parts(self) -> Iterator[tuple[int, int]]:
-        """Runs of rows that are unpacked together; each begins with a word, whichever way."""
-        rows, columns = self.shape
-        step = max(rows, 1)
-        if self.packed.device.type == "cpu":
-            step = max(_PART_SIZE // max(columns, 1) // _WORD, 1) * _WORD
-        return ((first, min(first + step, rows)) for first in range(0, rows, step))
+    @property
+    def lies_transposed(self) -> bool:
+        return self.packed.stride(0) == 1 != self.packed.stride(1)
 
-    def _codes(self, first: int, last: int) -> torch.Tensor:
-        """Some rows of the codes: [rows, in] uint8."""
-        return unpacked(self.packed[first:last], self.bits)[:, : self.shape[1]]
+    def decode(self, first: int, last: int, out: torch.Tensor) -> None:
+        self._write_codes(first, last, out)
+        zeros = self._zero_points(first, last)
+        if zeros is None:
+            out.sub_(1 << (self.bits - 1))
+        else:
+            self._over_groups(torch.Tensor.sub_, out, zeros)
+        self._over_groups(torch.Tensor.mul_, out, self.scales[first:last].float())
 
-    def _zero_points(self) -> torch.Tensor | None:
-        """[out, groups] float32; None for the middle of the codes."""
+    def _write_codes(self, first: int, last: int, out: torch.Tensor) -> None:
+        """Some rows of the codes as they are, into `out`."""
+        words, columns = self.packed[first:last], out.shape[1]
+        if self.lies_transposed:
+            per = _WORD // self.bits
+            write_codes(words.t(), self.bits, [out.t()[place::per] for place in range(per)])
+        elif self.bits == 4 and columns % 2 == 0:
+            halves = bytes_in(words).flatten(1)[:, : columns // 2]
+            looked_up(_pairs, halves, out.view(torch.int64))
+        else:
+            out.copy_(unpacked(words, self.bits)[:, :columns])
+
+    def _zero_points(self, first: int, last: int) -> torch.Tensor | None:
+        """Of some rows [rows, groups] float32; None for the middle of the codes."""
         if self.zeros is None:
             return None
-        zeros = self.zeros if self.zeros.dtype == torch.uint8 else self.unpacked_zeros()
+        if self.zeros.dtype == torch.uint8:
+            zeros = self.zeros[first:last]
+        else:
+            per = _WORD // self.bits
+            zeros = self._unpacked_zeros(self.zeros[first // per : -(-last // per)])[: last - first]
         return zeros.float().add_(self.zero_shift)
 
     def unpacked_zeros(self) -> torch.Tensor:
         """The zero points as they are stored, [out, groups] uint8, where they are packed."""
         assert self.zeros is not None
-        return self._in_order(unpacked(self.zeros.t(), self.bits))[:, : self.shape[0]].t()
+        return self._unpacked_zeros(self.zeros)[: self.shape[0]]
+
+    def _unpacked_zeros(self, words: torch.Tensor) -> torch.Tensor:
+        return self._in_order(unpacked(words.t(), self.bits)).t()
 
     def _in_order(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes [.., n] as they lie in words -> in the order of what they belong to."""
@@ -157,10 +167,13 @@ class PackedBytes(QuantizedBytes):
 
     def _over_groups(self, apply: Any, values: torch.Tensor, grid: torch.Tensor) -> None:
         """Change values [rows, in] in place by one number [rows, groups] for each group."""
+        dim, block = 1, (1, self.group_size)
+        if self.lies_transposed:
+            values, grid, dim, block = values.t(), grid.t(), 0, (self.group_size, 1)
         if self.groups is None:
-            over_blocks(apply, values, grid, (1, self.group_size))
+            over_blocks(apply, values, grid, block)
         else:
-            apply(values, grid.index_select(1, self.groups))
+            apply(values, grid.index_select(dim, self.groups))
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,19 +203,34 @@ class AwqBytes(PackedBytes):
         words, shifts = self.packed[numbers.to(self.device)], shifts.to(self.device)
         return (words >> shifts[:, None]).bitwise_and_(15).to(torch.uint8)
 
-    def _codes(self, first: int, last: int) -> torch.Tensor:
-        words = self.packed[first // 8 : -(-last // 8)]
-        halves = bytes_in(words)
-        codes = torch.empty((len(words), 8, words.shape[1]), dtype=torch.uint8, device=words.device)
-        for byte in range(4):
-            low, high = _AWQ_ORDER[2 * byte], _AWQ_ORDER[2 * byte + 1]
-            torch.bitwise_and(halves[..., byte], 15, out=codes[:, low])
-            torch.bitwise_right_shift(halves[..., byte], 4, out=codes[:, high])
-        return codes.flatten(0, 1)[: last - first]
+    @property
+    def lies_transposed(self) -> bool:
+        return False
+
+    def _write_codes(self, first: int, last: int, out: torch.Tensor) -> None:
+        words = self.packed[first // 8 : -(-last // 8)].contiguous()
+        write_codes(words, self.bits, [out[row::8] for row in _AWQ_ORDER])
 
     def _in_order(self, codes: torch.Tensor) -> torch.Tensor:
         places = [codes[..., place::8] for place in _AWQ_PLACES]
         return torch.stack(places, -1).flatten(-2)
+
+
+def write_codes(words: torch.Tensor, bits: int, outs: Iterable[torch.Tensor]) -> None:
+    """Write the codes in words as numbers.
+
+    Args:
+        words: [n, m] int32.
+        bits: of a code.
+        outs: where the lowest code of each word goes, [n, m] or the first rows of that; the next
+            ones.
+    """
+    for place, out in enumerate(outs):
+        out.copy_((words[: len(out)] >> (place * bits)).bitwise_and_((1 << bits) - 1))
+
+
+def _pairs() -> torch.Tensor:
+    return pairs_of(range(16))
 
 
 def any_words(*shape: int) -> torch.Tensor:
