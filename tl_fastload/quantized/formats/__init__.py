@@ -15,13 +15,14 @@ from tl_fastload.quantized.formats.base import Format, QuantizedBytes
 from tl_fastload.quantized.formats.bitsandbytes import BitsAndBytes
 from tl_fastload.quantized.formats.compressed_tensors import CompressedTensors
 from tl_fastload.quantized.formats.fp8 import Fp8
+from tl_fastload.quantized.formats.gguf import Gguf
 from tl_fastload.quantized.formats.gptq import Gptq
 from tl_fastload.quantized.formats.mxfp4 import Mxfp4
 from tl_fastload.quantized.formats.torchao import Torchao
 from tl_fastload.quantized.spec import Spec, declared_fields
 
 FORMATS: tuple[Format, ...] = (
-    *(BitsAndBytes(), Fp8(), CompressedTensors(), Mxfp4(), Gptq(), Awq(), Torchao()),
+    *(BitsAndBytes(), Fp8(), CompressedTensors(), Mxfp4(), Gptq(), Awq(), Torchao(), Gguf()),
 )
 
 NOWHERE = frozenset({"hqq", "quanto", "sinq"})

@@ -1,0 +1,242 @@
+"""GGUF's blocks: codes of 2 to 8 bits with scales beside them, as llama.cpp quantizes.
+
+Each block is decoded by the steps, in float32, of gguf-py's `dequantize` (`gguf/quants.py`), so
+that values are equal to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+
+from tl_fastload.errors import QuantizationError
+from tl_fastload.quantized.formats.base import Format, QuantizedBytes, describe, take_rows
+from tl_fastload.quantized.formats.scaled_bytes import looked_up
+from tl_fastload.quantized.spec import Spec
+from tl_fastload.source.ggml_types import BLOCK_TYPES
+
+# Values that are decoded at a time: what is done to them stays in the processor's cache.
+_PART_SIZE = 1 << 18
+
+
+@dataclass(frozen=True, eq=False)
+class GgufBytes(QuantizedBytes):
+    """Rows of blocks of one type.
+
+    Attributes:
+        packed: [out, bytes of a row] uint8.
+        ggml_type: the type's name, such as "Q4_K".
+    """
+
+    packed: torch.Tensor
+    ggml_type: str
+
+    tag = kind = "gguf"
+
+    def __post_init__(self) -> None:
+        if self.ggml_type not in BLOCK_TYPES:
+            raise QuantizationError(
+                f"blocks are of one of the types {', '.join(BLOCK_TYPES)}, not {self.ggml_type}."
+            )
+        whole = self.packed.dim() == 2 and self.packed.dtype == torch.uint8
+        if not whole or self.packed.shape[1] % BLOCK_TYPES[self.ggml_type].nbytes:
+            raise QuantizationError(
+                f"rows of {self.ggml_type} are blocks of {BLOCK_TYPES[self.ggml_type].nbytes} "
+                f"bytes, not {describe(self.packed)}."
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:  # type: ignore[override]
+        block = BLOCK_TYPES[self.ggml_type]
+        return (self.packed.shape[0], self.packed.shape[1] // block.nbytes * block.size)
+
+    def rows(self, index: torch.Tensor) -> GgufBytes:
+        return replace(self, packed=take_rows(self.packed, index))
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        values = torch.empty(self.shape, dtype=dtype, device=self.packed.device)
+        if values.is_meta or not values.numel():
+            return values
+        rows, columns = self.shape
+        on_cpu = values.device.type == "cpu"
+        step = max(_PART_SIZE // columns, 1) if on_cpu else rows
+        block, decode = BLOCK_TYPES[self.ggml_type], _DECODERS[self.ggml_type]
+        for first in range(0, rows, step):
+            blocks = self.packed[first : first + step].reshape(-1, block.nbytes)
+            part = values[first : first + step]
+            part.copy_(decode(blocks).view(part.shape))
+        return values
+
+
+def _fields(codes: torch.Tensor, bits: int, width: int) -> torch.Tensor:
+    """Numbers of some bits out of bytes: of each `width` successive bytes first the lowest bits,
+    then the next higher ones, and so on.
+
+    Args:
+        codes: [n, bytes] uint8.
+        bits: of a number.
+        width: bytes whose equal bits lie side by side.
+
+    Returns:
+        [n, 8 bytes / bits] uint8.
+    """
+    groups = codes.reshape(len(codes), -1, width)
+    shape = (len(codes), groups.shape[1], 8 // bits, width)
+    parts = torch.empty(shape, dtype=torch.uint8, device=codes.device)
+    for place in range(8 // bits):
+        torch.bitwise_right_shift(groups, place * bits, out=parts[:, :, place])
+    return parts.bitwise_and_((1 << bits) - 1).flatten(1)
+
+
+def _half(blocks: torch.Tensor, at: int) -> torch.Tensor:
+    """The float16 at a byte of each block, [n, 1] float32."""
+    return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
+
+
+def _scaled(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Codes [n, values], a scale for each of equally many of them: [n, groups, values of a group]
+    float32.
+    """
+    values = codes.float().view(len(codes), scales.shape[1], -1)
+    return values.mul_(scales[..., None])
+
+
+def _q4_0(blocks: torch.Tensor) -> torch.Tensor:
+    codes = _fields(blocks[:, 2:], 4, 16).float().sub_(8)
+    return codes.mul_(_half(blocks, 0))
+
+
+def _q4_1(blocks: torch.Tensor) -> torch.Tensor:
+    codes = _fields(blocks[:, 4:], 4, 16).float()
+    return codes.mul_(_half(blocks, 0)).add_(_half(blocks, 2))
+
+
+def _q5_codes(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    return _fields(low, 4, 16).bitwise_or_(_fields(high, 1, 1) << 4).float()
+
+
+def _q5_0(blocks: torch.Tensor) -> torch.Tensor:
+    return _q5_codes(blocks[:, 6:], blocks[:, 2:6]).sub_(16).mul_(_half(blocks, 0))
+
+
+def _q5_1(blocks: torch.Tensor) -> torch.Tensor:
+    codes = _q5_codes(blocks[:, 8:], blocks[:, 4:8])
+    return codes.mul_(_half(blocks, 0)).add_(_half(blocks, 2))
+
+
+def _q8_0(blocks: torch.Tensor) -> torch.Tensor:
+    return blocks[:, 2:].view(torch.int8).float().mul_(_half(blocks, 0))
+
+
+def _q2_k(blocks: torch.Tensor) -> torch.Tensor:
+    scales, codes = blocks[:, :16], _fields(blocks[:, 16:80], 2, 32)
+    values = _scaled(codes, (scales & 15).float().mul_(_half(blocks, 80)))
+    return values.sub_((scales >> 4).float().mul_(_half(blocks, 82))[..., None])
+
+
+def _q3_k(blocks: torch.Tensor) -> torch.Tensor:
+    low, high = _fields(blocks[:, 96:104], 4, 8), _fields(blocks[:, 104:108], 2, 4)
+    scales = low.bitwise_or_(high << 4).float().sub_(32).mul_(_half(blocks, 108))
+    # Codes without the highest bit are those below zero.
+    codes = _fields(blocks[:, 32:96], 2, 32).bitwise_or_(_fields(blocks[:, :32], 1, 32) << 2)
+    return _scaled(codes.float().sub_(4), scales)
+
+
+def _k_scales(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and minima of 6 bits, [n, 8] float32 each, out of [n, 12] bytes."""
+    low, middle, high = packed[:, :4], packed[:, 4:8], packed[:, 8:]
+    scales = torch.cat([low & 63, (high & 15) | (low >> 2 & 48)], 1)
+    minima = torch.cat([middle & 63, (high >> 4) | (middle >> 2 & 48)], 1)
+    return scales.float(), minima.float()
+
+
+def _with_minima(blocks: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    scales, minima = _k_scales(blocks[:, 4:16])
+    values = _scaled(codes, scales.mul_(_half(blocks, 0)))
+    return values.sub_(minima.mul_(_half(blocks, 2))[..., None])
+
+
+def _q4_k(blocks: torch.Tensor) -> torch.Tensor:
+    return _with_minima(blocks, _fields(blocks[:, 16:], 4, 32))
+
+
+def _q5_k(blocks: torch.Tensor) -> torch.Tensor:
+    codes = _fields(blocks[:, 48:], 4, 32).bitwise_or_(_fields(blocks[:, 16:48], 1, 32) << 4)
+    return _with_minima(blocks, codes)
+
+
+def _q6_k(blocks: torch.Tensor) -> torch.Tensor:
+    codes = _fields(blocks[:, :128], 4, 64).bitwise_or_(_fields(blocks[:, 128:192], 2, 32) << 4)
+    scales = blocks[:, 192:208].view(torch.int8).float().mul_(_half(blocks, 208))
+    return _scaled(codes.float().sub_(32), scales)
+
+
+def _mxfp4(blocks: torch.Tensor) -> torch.Tensor:
+    values = looked_up(_doubled_floats, _fields(blocks[:, 1:], 4, 16))
+    return values.mul_(looked_up(_half_powers, blocks[:, :1]))
+
+
+def _doubled_floats() -> torch.Tensor:
+    """By code of 4 bits, twice the float that it is; [256] float32, beyond 16 unused."""
+    values = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12]
+    return torch.tensor(values + [0] * 240, dtype=torch.float32, device="cpu")
+
+
+def _half_powers() -> torch.Tensor:
+    """2^(s - 128) for each s, [256] float32."""
+    exact = [2.0 ** (s - 128) for s in range(256)]
+    return torch.tensor(exact, dtype=torch.float64, device="cpu").to(torch.float32)
+
+
+_DECODERS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    **{"Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q8_0": _q8_0},
+    **{"Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k},
+    "MXFP4": _mxfp4,
+}
+"""Blocks [n, bytes] uint8 -> their values in float32, n times the block's size of them."""
+
+
+class Gguf(Format):
+    """Matrices of a GGUF file, each of a type of its own, dequantized at use."""
+
+    name = "GGUF"
+    kinds = ("gguf",)
+    stores = (GgufBytes,)
+    # Files do not name pieces: their reader puts the type behind the tensor's name.
+    pieces: ClassVar[Mapping[str, str]] = {f".{name}": "" for name in BLOCK_TYPES}
+
+    def declared(self, fields: Mapping[str, Any]) -> Spec | None:
+        method = fields.get("quant_method")
+        return Spec("gguf") if getattr(method, "value", method) == "gguf" else None
+
+    def assemble(self, pieces: Mapping[str, torch.Tensor], spec: Spec) -> QuantizedBytes:
+        if len(pieces) != 1:
+            raise QuantizationError(
+                f"stored {' and as '.join(sorted(pieces))}: one of them is left over. Download the "
+                "file again."
+            )
+        ((ggml_type, blocks),) = pieces.items()
+        if blocks.dim() not in (2, 3):
+            raise QuantizationError(f"quantized weights are matrices, not {describe(blocks)}.")
+        return GgufBytes(blocks.reshape(-1, blocks.shape[-1]), ggml_type)
+
+    def as_parameter(self, matrix: Any, pieces: Mapping[str, torch.Tensor]) -> Any:
+        shape = next(iter(pieces.values())).shape
+        return matrix if len(shape) == 2 else matrix.view(*shape[:2], -1)
+
+    def of_layer(self, module: Any) -> tuple[QuantizedBytes, torch.dtype | None] | None:
+        if type(module).__name__ not in ("GgufLinear", "GgufExperts", "GgufEmbedding"):
+            return None
+        raise QuantizationError(
+            "transformers' layers of GGUF blocks are not read. Pass the path of the file, not "
+            "hf_model."
+        )
+
+    def sample(self, kind: str, device: torch.device) -> QuantizedBytes:
+        codes = torch.arange(64 * 4 * 32, device="cpu").remainder(100).to(torch.int8)
+        scales = torch.linspace(-1, 1, 64 * 4, dtype=torch.float16, device="cpu")
+        parts = [scales.view(-1, 1).view(torch.uint8), codes.view(-1, 32).view(torch.uint8)]
+        return GgufBytes(torch.cat(parts, 1).view(64, 4 * 34).to(device), "Q8_0")
