@@ -135,7 +135,7 @@ def test_a_named_weights_file(tmp_path: Path) -> None:
     ("files", "hints"),
     [
         ({}, ["model.safetensors", INDEX, "pytorch_model.bin", BIN_INDEX, "save_pretrained"]),
-        ({"m.gguf": b"GGUF"}, ["GGUF (llama.cpp)"]),
+        ({"m.gguf": b"GGUF"}, ["pass gguf_file= with one of m.gguf"]),
         ({"tf_model.h5": b"x", "flax_model.msgpack": b"x"}, ["TensorFlow", "Flax", "convert"]),
         ({"adapter_model.safetensors": STATE}, ["adapter (LoRA)"]),
         (

@@ -199,7 +199,7 @@ def test_a_repository_without_config_or_weights(cache: Path, server: FakeHub) ->
     server.repos["org/gguf"] = Repo({"config.json": CONFIG, "m.gguf": b"x"})
     message = refusal("org/gguf", CheckpointError, cache_dir=cache)
     assert "org/gguf@main holds no weights" in message
-    assert "GGUF (llama.cpp)" in message
+    assert "pass gguf_file= with one of m.gguf" in message
     assert "Only the cache" not in message
 
 

@@ -52,7 +52,7 @@ def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
     [
         ({"model.safetensors": STATE}, "save_pretrained"),
         ({"adapter_config.json": {}}, "adapter (LoRA)"),
-        ({"m.gguf": b"GGUF"}, "GGUF"),
+        ({"m.gguf": b"GGUF", "n.gguf": b"GGUF"}, "gguf_file= with one of m.gguf, n.gguf"),
         ({"checkpoint-50/config.json": {}}, "checkpoint-50"),
     ],
 )

@@ -201,12 +201,12 @@ class _Answers:
         try:
             if name != str(self._request.arguments["model_name"]):
                 return load_tokenizer(name, keywords)
-            folder = self._pretrained.tokenizer_folder()
-            if folder is None:
-                return load_tokenizer(name, keywords)
-            for unused in ("token", "revision"):
-                keywords.pop(unused, None)
-            return named(read_tokenizer(folder, **keywords), name)
+            with self._pretrained.tokenizer_folder() as folder:
+                if folder is None:
+                    return load_tokenizer(name, keywords)
+                for unused in ("token", "revision"):
+                    keywords.pop(unused, None)
+                return named(read_tokenizer(folder, **keywords), name)
         except BaseException as error:  # tokenizers raise anything at all
             if not is_failure(error):
                 raise

@@ -76,9 +76,10 @@ def entry_name(request: Request) -> str:
 
 
 def _source(location: Location) -> list[Any]:
+    file = [] if location.gguf_file is None else [location.gguf_file]
     if location.commit is not None:
-        return [location.repo, location.commit, location.subfolder]
-    return _files_of(location.folder)
+        return [location.repo, location.commit, location.subfolder, *file]
+    return [*_files_of(location.folder), *file]
 
 
 def _files_of(folder: Path) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def build_empty(
     *args: Any,
     hf_config: Any = None,
     trust_remote_code: bool = False,
-    tokenizer_folder: Callable[[], Path | None] = lambda: None,
+    tokenizer_folder: Callable[[], AbstractContextManager[Path | None]] = nullcontext,
     hub: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Any:
@@ -41,8 +42,8 @@ def build_empty(
         *args: for the class.
         hf_config: transformers' configuration of the model, or None.
         trust_remote_code: whether code that comes with a tokenizer may run.
-        tokenizer_folder: has the tokenizer's files and gives their folder; None to look for the
-            tokenizer by its name.
+        tokenizer_folder: has the tokenizer's files in a folder while it is read; None to look for
+            the tokenizer by its name.
         hub: keyword arguments that say how to reach the hub.
         **kwargs: for the class.
     """
@@ -104,12 +105,16 @@ def _give_experts_the_dtype(model: Any) -> bool:
 
 
 def _own_tokenizer(
-    cfg: Any, folder: Callable[[], Path | None], hub: dict[str, Any], notes: list[str]
+    cfg: Any,
+    folder: Callable[[], AbstractContextManager[Path | None]],
+    hub: dict[str, Any],
+    notes: list[str],
 ) -> Any:
     """The tokenizer that lies with the model. The weights do not need it: token ids still work."""
     try:
         # The files of this revision and cache; the name alone would mean the usual ones.
-        return own_tokenizer(cfg, folder(), hub, trust=cfg.trust_remote_code)
+        with folder() as files:
+            return own_tokenizer(cfg, files, hub, trust=cfg.trust_remote_code)
     except BaseException as error:  # tokenizers raise anything at all
         if not is_failure(error):
             raise

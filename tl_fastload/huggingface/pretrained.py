@@ -4,14 +4,16 @@ module tree of promises. No road is known here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tl_fastload.errors import ArgumentError, UnsupportedArchitectureError
+from tl_fastload.errors import ArgumentError, CheckpointError, UnsupportedArchitectureError
 from tl_fastload.ground.paths import is_directory
 from tl_fastload.huggingface import tree
 from tl_fastload.huggingface.config import Supported, architecture_of, read_config, read_config_json
@@ -20,6 +22,8 @@ from tl_fastload.huggingface.dequantize import (
     load_dequantized,
     outline_dequantized,
 )
+from tl_fastload.huggingface.gguf import from_gguf, gguf_config
+from tl_fastload.huggingface.gguf_tokenizer import has_gguf_tokenizer, write_gguf_tokenizer
 from tl_fastload.huggingface.keys import Ledger
 from tl_fastload.huggingface.lora.adapter import Adapter, locate_adapter, open_adapters
 from tl_fastload.huggingface.lora.base_model import compare_bases
@@ -36,9 +40,10 @@ from tl_fastload.request.keywords import Keywords, override
 from tl_fastload.request.options import Options
 from tl_fastload.source.aliases import NO_ALIASES, Aliases
 from tl_fastload.source.checkpoint import Checkpoint, open_weights
+from tl_fastload.source.gguf import GgufHeader, read_gguf, shard_names
 from tl_fastload.source.hub import HubOptions, list_files
 from tl_fastload.source.links import check_all_links
-from tl_fastload.source.location import Location
+from tl_fastload.source.location import Location, fetch
 from tl_fastload.source.location import locate as locate_files
 from tl_fastload.source.reader import FileMaps, FileReader
 from tl_fastload.source.remote import open_headers
@@ -95,8 +100,9 @@ def locate(
 
 
 def _files_at(name: str | Path, hub: Mapping[str, Any], aliases: Aliases = NO_ALIASES) -> Location:
-    options = {key: value for key, value in hub.items() if key != "subfolder"}
-    return locate_files(name, HubOptions(**options), hub.get("subfolder", ""), aliases)
+    options = {key: value for key, value in hub.items() if key not in ("subfolder", "gguf_file")}
+    place = hub.get("subfolder", ""), aliases, hub.get("gguf_file")
+    return locate_files(name, HubOptions(**options), *place)
 
 
 @dataclass
@@ -127,6 +133,7 @@ class Pretrained:
         checkpoint: the opened weight files.
         is_recording: whether some road's code runs on the tree just now.
         model_class: transformers' class, if a road takes another one than the architecture's.
+        gguf: of a GGUF file, its header; None for anything else.
     """
 
     label: str
@@ -152,6 +159,7 @@ class Pretrained:
     checkpoint: Checkpoint | None = None
     is_recording: bool = False
     model_class: Any = None
+    gguf: GgufHeader | None = None
 
     @classmethod
     def of_weights(
@@ -194,7 +202,7 @@ class Pretrained:
         return self.root
 
     def _tree_of_files(self, dtype: torch.dtype, revision: str | None) -> Any:
-        promises = dict(self._promises(revision) if self.promises is None else self.promises)
+        promises = dict(self._promises(revision, dtype) if self.promises is None else self.promises)
         root = self._grow(promises, dtype)
         if self.adapters:
             weights = Weights(root, self.ledger.tied)
@@ -205,11 +213,15 @@ class Pretrained:
         self.notes.extend(self.ledger.notes)
         return root
 
-    def _promises(self, revision: str | None) -> dict[str, Promise]:
+    def _promises(self, revision: str | None, dtype: torch.dtype) -> dict[str, Promise]:
         checkpoint = self.open(revision=revision)
         if checkpoint.is_outline:
             return tree.outline_promises(self.architecture, self.config, checkpoint)
-        return self.promises_of(checkpoint)
+        promises = self.promises_of(checkpoint)
+        if self.gguf is None:
+            return promises
+        spec = self.spec or self.dequantized
+        return from_gguf(promises, self.gguf, self.config, spec, dtype, dense=self.spec is None)
 
     def _grow(self, promises: Mapping[str, Promise], dtype: torch.dtype) -> Any:
         root, self.ledger = tree.tree_from_checkpoint(
@@ -217,7 +229,7 @@ class Pretrained:
             self.config,
             self.architecture,
             dtype,
-            self.spec or self.dequantized,
+            None if self.gguf is not None else self.spec or self.dequantized,
             self.model_class,
             dense=self.dequantized is not None,
         )
@@ -296,22 +308,33 @@ class Pretrained:
         """What its tokenizer is called: a folder or a hub name; None for a model without one."""
         if self.location is None:
             return self.official
+        if self.gguf is not None:
+            name = self.location.repo or self.location.label
+            return name if has_gguf_tokenizer(self.gguf) else None
         if self.location.repo is None:
             return str(self.location.folder) if has_tokenizer(self.location.folder) else None
         return self.official or self.location.repo
 
-    def tokenizer_folder(self) -> Path | None:
-        """Where the tokenizer's files lie beside the weights, if they do.
+    @contextmanager
+    def tokenizer_folder(self) -> Iterator[Path | None]:
+        """Where the tokenizer's files lie beside the weights, if they do; that of a GGUF file is
+        written into a folder for the moment.
 
         Raises:
-            LeanLoadError: they cannot be had from the hub.
+            Exception: anything at all, as tokenizers do; LeanLoadError where the files cannot be
+                had from the hub.
         """
         location = self.location
-        if location is None or has_tokenizer(location.folder):
-            return None if location is None else location.folder
-        if location.repo is None or self.config is None:  # which names another repository itself
-            return None
-        return fetch_tokenizer(location, code=self.keywords.trust_remote_code)
+        if location is not None and location.gguf_file is not None:
+            with tempfile.TemporaryDirectory(prefix="tl_fastload-") as folder:
+                write_gguf_tokenizer(fetch(location, location.gguf_file), Path(folder))
+                yield Path(folder)
+        elif location is None or has_tokenizer(location.folder):
+            yield None if location is None else location.folder
+        elif location.repo is None or self.config is None:  # which names another repository itself
+            yield None
+        else:
+            yield fetch_tokenizer(location, code=self.keywords.trust_remote_code)
 
 
 def find(
@@ -360,11 +383,14 @@ def find(
     location = found.place()
     found.label, found.commit = location.label, location.commit
     found.name = location.repo or location.label
-    reader.files.see(location.folder / "config.json")
-    found.raw = read_config_json(location.folder)
-    if supported.own_format(located.official, found.raw):
-        return found
     trust = keywords.trust_remote_code
+    if location.gguf_file is not None:
+        _read_gguf_config(found, location, location.gguf_file)
+    else:
+        reader.files.see(location.folder / "config.json")
+        found.raw = read_config_json(location.folder)
+        if supported.own_format(located.official, found.raw):
+            return found
     config = read_config(location.folder, supported, trust_remote_code=trust, raw=found.raw)
     found.config = override(config, keywords.overrides)
     here = dequantized_here(found.config, location.label) if options.dequantize else None
@@ -377,6 +403,19 @@ def find(
         found.config = found.hf_model.config
     found.spec = of_checkpoint(found.config, location.label)
     return found
+
+
+def _read_gguf_config(found: Pretrained, location: Location, name: str) -> None:
+    """Let the configuration be that of a GGUF file."""
+    if found.headers_only and not (location.folder / name).exists():
+        raise CheckpointError(
+            f"{location.label} is not on this machine, and a plan reads its header. Load it, or "
+            "download it with huggingface_hub.hf_hub_download, and plan again."
+        )
+    path = fetch(location, shard_names(name, read_gguf(fetch(location, name)))[0])
+    found.reader.files.see(path)
+    found.gguf = read_gguf(path)
+    found.raw = gguf_config(found.gguf, location.label, found.supported, found.reader)
 
 
 def _take_model(found: Pretrained, hf_model: Any) -> None:

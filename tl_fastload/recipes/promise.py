@@ -127,7 +127,11 @@ def _record(cls: type[Promise], func: Any, args: tuple[Any, ...], kwargs: dict[s
         return _record_several(cls, func, args, kwargs, meta, device)
     if not isinstance(meta, torch.Tensor):
         return meta
-    node = _simplify(func, args, kwargs, meta) or _call(func, args, kwargs, meta)
+    node = _simplify(func, args, kwargs, meta)
+    if node is None and (part := _one_of_interleaved(func, args)) is not None:
+        node = part
+        meta = torch.empty_like(meta_of(part), dtype=dtype_of(part))  # other strides, and truly so
+    node = node or _call(func, args, kwargs, meta)
     return _followed(func, args, cls(node, meta, torch.device(device)))
 
 
@@ -325,6 +329,25 @@ def _look_inside(node: Call, func: Any, args: tuple[Any, ...], meta: torch.Tenso
                 return _as_node(part)
             position += length
     return None
+
+
+def _one_of_interleaved(func: Any, args: tuple[Any, ...]) -> Node | None:
+    """Of n tensors that were stacked in a last dimension and flattened, every n-th element is one
+    of them: gpt-oss asks for columns of two matrices that a GGUF file has apart.
+    """
+    node = args[0].node if isinstance(args[0], Promise) else None
+    if func is not aten.slice.Tensor or not isinstance(node, Call) or len(args) < 5:
+        return None
+    stack = node.args[0] if node.func in (aten.view.default, aten._unsafe_view.default) else None
+    if not isinstance(stack, Call) or stack.func is not aten.stack.default:
+        return None
+    shape, count = shape_of(stack), len(stack.args[0])
+    dim, start, end, step = args[1:5]
+    is_flat = shape_of(node) == (*shape[:-2], shape[-2] * count)
+    if _dim_of(stack) != len(shape) - 1 or not is_flat or dim % args[0].dim() != len(shape) - 2:
+        return None
+    is_each = step == count and 0 <= start < count and end >= args[0].shape[-1]
+    return _as_node(stack.args[0][start]) if is_each else None
 
 
 def _select_inside(node: Call, dim: int, index: int, meta: torch.Tensor) -> Node | None:

@@ -18,6 +18,7 @@ _HUB_KEYWORDS = (
     "local_files_only",
     "force_download",
     "subfolder",
+    "gguf_file",
 )
 _FILE_KEYWORDS = ("variant", "use_safetensors")
 # Ways of loading that transformers has and that change nothing here: weights are streamed anyway.

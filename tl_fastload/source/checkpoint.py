@@ -19,6 +19,7 @@ from tl_fastload.source.choose import (
     stays_inside,
 )
 from tl_fastload.source.file_states import FileState, state_of
+from tl_fastload.source.gguf import joined_entries, read_gguf, shard_names
 from tl_fastload.source.location import (
     Location,
     fetch,
@@ -47,7 +48,7 @@ class Checkpoint:
         folder: the local folder, or the one in the hub cache, that holds `config.json`.
         label: for messages and reports: the folder, or "organisation/name@revision".
         files: the weight files.
-        entries: where each tensor lies, for safetensors; empty for torch files.
+        entries: where each tensor lies, for safetensors and GGUF; empty for torch files.
         commit: the hub repository's commit; None for a local folder.
         notes: what the reader of a report should know, one sentence each.
         indexed: the tensor names that an index of torch files promises; else empty.
@@ -142,6 +143,8 @@ def open_weights(
         UnknownModelError: the hub does not let us have them.
         ArgumentError: `weights_file` is not inside the model's folder.
     """
+    if location.gguf_file is not None:
+        return _open_gguf(location, location.gguf_file)
     choice = choose_weights(location, weights_file, variant, use_safetensors)
     path = fetch(location, choice.name)
     files: tuple[Path, ...] = (path,)
@@ -167,6 +170,21 @@ def open_weights(
         indexed=frozenset() if choice.is_safetensors else frozenset(homes),
         weight_bytes=sum(state_of(path).size_bytes for path in files),
         states=states,
+    )
+
+
+def _open_gguf(location: Location, name: str) -> Checkpoint:
+    """The GGUF files of a model."""
+    names = shard_names(name, read_gguf(fetch(location, name)))
+    files = tuple(fetch_shards(location, names).values())
+    return Checkpoint(
+        folder=location.folder,
+        label=location.label,
+        files=files,
+        entries=MappingProxyType(joined_entries(files)),
+        commit=location.commit,
+        notes=location.notes,
+        weight_bytes=sum(state_of(path).size_bytes for path in files),
     )
 
 

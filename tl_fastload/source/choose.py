@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from tl_fastload.errors import CheckpointError
 from tl_fastload.source.file_states import unreadable
+from tl_fastload.source.gguf import first_of_splits
 from tl_fastload.source.json_files import read_object
 from tl_fastload.source.safetensors import AGAIN
 
@@ -24,7 +25,6 @@ _NOT_WEIGHTS = (
     "adapter_",
 )
 _OTHER_FORMATS = {
-    ".gguf": "GGUF (llama.cpp)",
     ".h5": "TensorFlow",
     ".msgpack": "Flax",
     ".onnx": "ONNX",
@@ -121,6 +121,8 @@ def no_weights_message(label: str, names: Collection[str], looked_for: Collectio
         )
     elif any(name.startswith("adapter_") for name in names):
         message += "It holds an adapter (LoRA): load its base model with adapter= this."
+    elif ggufs := first_of_splits(names):
+        message += f"It has GGUF files: pass gguf_file= with one of {', '.join(ggufs[:10])}."
     elif others:
         message += (
             f"Its weights are in another format ({', '.join(others)}): fetch the safetensors "

@@ -276,6 +276,11 @@ def cached_snapshot(repo: str, options: HubOptions) -> Path | None:
     return folder if is_one else None
 
 
+def snapshot_folder(repo: str, commit: str, options: HubOptions) -> Path:
+    """Where the cache has, or will have, the files of a commit."""
+    return _repo_folder(repo, options) / "snapshots" / commit
+
+
 def _repo_folder(repo: str, options: HubOptions) -> Path:
     cache = Path(options.cache_dir or constants.HF_HUB_CACHE).expanduser()
     return cache / "--".join(["models", *repo.split("/")])

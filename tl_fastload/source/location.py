@@ -9,12 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tl_fastload.errors import ArgumentError, CheckpointError, UnknownModelError
+from tl_fastload.errors import (
+    ArgumentError,
+    CheckpointError,
+    MissingFileError,
+    UnknownModelError,
+)
 from tl_fastload.ground.paths import exists, expanded
 from tl_fastload.source import hub
 from tl_fastload.source.aliases import NO_ALIASES, Aliases
 from tl_fastload.source.choose import stays_inside
 from tl_fastload.source.file_states import unreadable
+from tl_fastload.source.gguf import SUFFIX, first_of_splits
 from tl_fastload.source.hub import HubOptions, Listing
 from tl_fastload.source.links import check_link
 
@@ -24,10 +30,10 @@ _LOOKS_LIKE_PATH = re.compile(r"[./~\\]|[A-Za-z]:|.*[\\]|.*/$")
 
 @dataclass(frozen=True)
 class Location:
-    """A model whose `config.json` is at hand.
+    """A model whose `config.json` is at hand, or one in GGUF files, which have what it says.
 
     Attributes:
-        folder: the local folder, or the one in the hub cache, that holds `config.json`.
+        folder: the local folder, or the one in the hub cache, with `config.json` or the files.
         label: for messages and reports: the folder, or "organisation/name@revision".
         repo: the hub repository; None for a local folder.
         commit: the repository's commit; None for a local folder.
@@ -35,6 +41,8 @@ class Location:
         options: how to reach the hub; pinned to `commit`, so that all files are of one state.
         notes: what the reader of a report should know, one sentence each.
         listing: what the hub said that the commit has; None if it was not asked.
+        gguf_file: name of the GGUF file, or of one of several that belong together; None for a
+            model in Hugging Face's format.
     """
 
     folder: Path
@@ -45,6 +53,7 @@ class Location:
     options: HubOptions = field(default=HubOptions(), repr=False)
     notes: tuple[str, ...] = ()
     listing: Listing | None = field(default=None, repr=False, compare=False)
+    gguf_file: str | None = None
 
 
 def locate(
@@ -52,14 +61,17 @@ def locate(
     options: HubOptions,
     subfolder: str = "",
     aliases: Aliases = NO_ALIASES,
+    gguf_file: str | None = None,
 ) -> Location:
-    """Find a model and have its `config.json`, and nothing else.
+    """Find a model and have its `config.json`, and nothing else; of a GGUF file, have nothing yet.
 
     Args:
-        name: a folder, a name or alias that `aliases` has, or a hub name. A folder wins.
+        name: a folder, a GGUF file, a name or alias that `aliases` has, or a hub name. What is here
+            wins.
         options: how to reach the hub.
         subfolder: where in the folder or repository the model lies.
         aliases: names beside those on the hub.
+        gguf_file: which GGUF file of the folder or repository it is.
 
     Raises:
         UnknownModelError: there is no such model; says what was tried and what has a similar name.
@@ -74,18 +86,22 @@ def locate(
         )
     if not stays_inside(subfolder):
         raise ArgumentError(f"subfolder={subfolder!r} leaves the model. Pass a folder inside it.")
+    if gguf_file is not None and not (stays_inside(gguf_file) and gguf_file.endswith(SUFFIX)):
+        raise ArgumentError(
+            f"gguf_file={gguf_file!r} is no path inside the model's folder that ends with {SUFFIX}."
+        )
     path = expanded(text)
     if exists(path):
         if not path.is_dir():
-            raise UnknownModelError(f"{path} is a file. Pass its folder, where {CONFIG} lies too.")
+            return _one_file(path, options, subfolder or gguf_file)
         check_link(path, subfolder)
-        return _local(text, path / subfolder, options, aliases)
+        return _local(text, path / subfolder, options, aliases, gguf_file)
     if not isinstance(name, str) or _LOOKS_LIKE_PATH.match(text):
         raise UnknownModelError(
             f"There is no folder {path.absolute()}. Check the path; a hub name is written "
             "'name' or 'organisation/name'."
         )
-    return _on_hub(text, options, subfolder, aliases)
+    return _on_hub(text, options, subfolder, aliases, gguf_file)
 
 
 def file_names(location: Location) -> Listing:
@@ -165,16 +181,49 @@ def unfinished_downloads(folder: Path) -> list[str]:
     return sorted(path.name for place in places for path in place)
 
 
-def _local(name: str, folder: Path, options: HubOptions, aliases: Aliases) -> Location:
+def _one_file(path: Path, options: HubOptions, beside: str | None) -> Location:
+    """The model in a GGUF file."""
+    if path.suffix != SUFFIX:
+        raise UnknownModelError(f"{path} is a file. Pass its folder, where {CONFIG} lies too.")
+    if beside:
+        raise ArgumentError(
+            f"{path} is a GGUF file already: leave subfolder= and gguf_file= ({beside!r}) out."
+        )
+    return _gguf_at(path.parent, path.name, options)
+
+
+def _gguf_at(folder: Path, name: str, options: HubOptions, *notes: str) -> Location:
+    check_link(folder, name)
+    if options.revision:
+        notes = (*notes, f"revision={options.revision!r} was ignored: {folder} is a folder")
+    return Location(folder, str(folder / name), notes=notes, gguf_file=name)
+
+
+def _local(
+    name: str, folder: Path, options: HubOptions, aliases: Aliases, gguf_file: str | None
+) -> Location:
     try:
         names = [path.name for path in folder.iterdir()]
     except OSError as error:
         raise unreadable(folder, error) from error
+    if gguf_file is not None:
+        if not (folder / gguf_file).exists():
+            raise CheckpointError(_no_gguf_message(str(folder), gguf_file, names))
+        return _gguf_at(folder, gguf_file, options)
     if CONFIG not in names:
-        raise CheckpointError(_no_config_message(name, folder, names, aliases))
+        found = first_of_splits(names)
+        if len(found) != 1:
+            raise CheckpointError(_no_config_message(name, folder, names, aliases))
+        return _gguf_at(folder, found[0], options, f"the only model there is {found[0]}")
     check_link(folder, CONFIG)
     ignored = f"revision={options.revision!r} was ignored: {folder} is a folder"
     return Location(folder, str(folder), notes=(ignored,) if options.revision else ())
+
+
+def _no_gguf_message(label: str, name: str, names: Sequence[str]) -> str:
+    found = first_of_splits(names)
+    there = f"It has {', '.join(found[:10])}." if found else "It has no GGUF file at all."
+    return f"{label} has no file {name!r}. {there}"
 
 
 def _no_config_message(name: str, folder: Path, names: Sequence[str], aliases: Aliases) -> str:
@@ -190,12 +239,14 @@ def _no_config_message(name: str, folder: Path, names: Sequence[str], aliases: A
         )
     if any(entry.startswith("adapter_") for entry in names):
         return message + "It holds an adapter (LoRA): load its base model with adapter= this."
-    if any(entry.endswith(".gguf") for entry in names):
-        return message + "GGUF files are not supported: fetch the safetensors version."
+    if found := first_of_splits(names):
+        return message + f"Pass gguf_file= with one of {', '.join(found[:10])}."
     return message + "Save the model there with `save_pretrained`, or copy its config.json into it."
 
 
-def _on_hub(name: str, options: HubOptions, subfolder: str, aliases: Aliases) -> Location:
+def _on_hub(
+    name: str, options: HubOptions, subfolder: str, aliases: Aliases, gguf_file: str | None
+) -> Location:
     official = aliases.official(name)
     repo = official or name
     if repo in aliases.not_on_the_hub:
@@ -204,9 +255,44 @@ def _on_hub(name: str, options: HubOptions, subfolder: str, aliases: Aliases) ->
             "hf_model=, or a local folder in Hugging Face's format."
         )
     try:
+        if gguf_file is not None:
+            return _gguf_in_repo(repo, subfolder, gguf_file, options)
         return in_repo(repo, subfolder, CONFIG, options)
     except UnknownModelError as error:
         raise UnknownModelError(_unknown_message(name, aliases, error)) from error
+    except MissingFileError as error:
+        found = first_of_splits(_below(hub.list_files(repo, options).files, subfolder))
+        if gguf_file is not None or not found:
+            raise
+        raise CheckpointError(
+            f"{repo} has no {CONFIG}. Pass gguf_file= with one of {', '.join(found[:20])}."
+        ) from error
+
+
+def _gguf_in_repo(repo: str, subfolder: str, name: str, options: HubOptions) -> Location:
+    """A GGUF file of a hub repository, which is not fetched yet.
+
+    Raises:
+        UnknownModelError, CheckpointError: there is no such repository or file.
+    """
+    listing = hub.list_files(repo, options)
+    held = hub.cached_snapshot(repo, options) if listing.commit is None else None
+    commit = listing.commit or (held.name if held is not None else options.revision_name)
+    names = _below(listing.files, subfolder)
+    label = f"{repo}@{options.revision_name}"
+    if name not in names:
+        raise CheckpointError(_no_gguf_message(label, name, names))
+    return Location(
+        hub.snapshot_folder(repo, commit, options) / subfolder,
+        label=f"{label}/{name}",
+        repo=repo,
+        commit=commit,
+        subfolder=subfolder,
+        options=dataclasses.replace(options, revision=commit),
+        notes=(f"{repo} at commit {commit}",),
+        listing=listing if listing.commit == commit else None,
+        gguf_file=name,
+    )
 
 
 def in_repo(repo: str, subfolder: str, file: str, options: HubOptions) -> Location:

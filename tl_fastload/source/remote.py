@@ -36,6 +36,8 @@ def open_headers(
     Raises:
         As `open_weights`.
     """
+    if location.gguf_file is not None:
+        return open_weights(location, **files)
     choice = choose_weights(location, **files)
     names = [choice.name]
     if choice.is_index:
