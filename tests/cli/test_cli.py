@@ -234,7 +234,7 @@ def test_doctor_names_what_it_tried() -> None:
         assert word in done.stdout
     values = json.loads(run("doctor", "--json", "-").stdout)
     compressed = {f"compressed-tensors-{kind}" for kind in ("fp8", "int8", "packed4", "packed8")}
-    read = {"fp8", "mxfp4", "gptq", "awq", *compressed}
+    read = {"fp8", "mxfp4", "gptq", "awq", "torchao", "gguf", *compressed}
     assert {kernel["kind"] for kernel in values["kernels"]} == {"int8", "nf4", "fp4", *read}
     assert values["caches"][0]["free_bytes"] > 0
 
