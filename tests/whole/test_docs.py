@@ -180,3 +180,9 @@ def test_the_readme_takes_two_screens_before_its_reference_part() -> None:
     assert lines <= 2 * _SCREEN_LINES
     for part in ("make demo", "| stock ", "## Versions", "## Limits", "quantize=", "plan("):
         assert part in before
+
+
+def test_the_site_has_every_guide() -> None:
+    listed = set(re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    guides = {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")}
+    assert guides <= listed, "add it to the nav of mkdocs.yml"
