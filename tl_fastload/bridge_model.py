@@ -6,7 +6,7 @@ import inspect
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,6 +31,9 @@ from tl_fastload.request.argument_types import checked
 from tl_fastload.request.options import DEFAULT_DTYPE
 from tl_fastload.request.steps import STEPS
 from tl_fastload.roads.known import describe_steps
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _SPREADING = ("device_map", "n_devices", "max_memory", "offload_folder")
 
@@ -67,7 +70,7 @@ class LeanBridgeMixin(Face):
         progress: ProgressOption = None,
         check_memory: bool = True,
         **stock_arguments: Any,
-    ) -> Any:
+    ) -> Self:
         """`TransformerBridge.boot_transformers`, with weights that are mapped from their files
         where these hold them as they are, and read one at a time where not. Nothing is processed:
         `enable_compatibility_mode()` does that, in place.
@@ -111,7 +114,7 @@ class LeanBridgeMixin(Face):
         boot = {name: value for name, value in boot.items() if value is not None}
         given = checked(device=device, tokenizer=tokenizer, n_ctx=n_ctx, dtype=dtype)
         if hf_model is not None or not load_weights:
-            return boot_in_memory(
+            booted: Self = boot_in_memory(
                 cls,
                 str(model_name),
                 hf_model=hf_model,
@@ -124,12 +127,15 @@ class LeanBridgeMixin(Face):
                 **stock_arguments,
                 **{**given, "dtype": as_dtype(given["dtype"])},
             )
+            return booted
         given |= {"model_name": model_name, "mmap": mmap, "progress": progress}
         given |= {"checkpoint_index": checkpoint_index, "checkpoint_value": checkpoint_value}
         given |= {"check_memory": check_memory, COMPATIBILITY: False}
         keywords = {"revision": revision, "trust_remote_code": trust_remote_code}
         keywords |= stock_arguments
-        return loaded(request_of(cls, cls._road, keywords, **{**_DEFAULTS, **boot, **given}))
+        arguments = {**_DEFAULTS, **boot, **given}
+        bridge: Self = loaded(request_of(cls, cls._road, keywords, **arguments))
+        return bridge
 
     @classmethod
     def of(cls, bridge: Any) -> Any:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import CommitInfo
@@ -14,7 +14,7 @@ from huggingface_hub import CommitInfo
 from tl_fastload.copies.to_hub import push_lean_to_hub
 from tl_fastload.copies.write import MAX_SHARD_BYTES, save_lean
 from tl_fastload.errors import NotEnoughMemory
-from tl_fastload.ground.boundary import guarded
+from tl_fastload.ground.boundary import called, guarded
 from tl_fastload.loading.relayout import put_in_layout
 from tl_fastload.loading.resolve import resolved
 from tl_fastload.loading.through_cache import load_through_cache
@@ -28,6 +28,9 @@ from tl_fastload.request.argument_types import checked, checked_keywords
 from tl_fastload.request.keywords import sort_keywords
 from tl_fastload.request.options import DEFAULT_DTYPE, DEFAULT_LAYOUT, OWN_ARGUMENTS, Options
 from tl_fastload.roads.road import Request, Road
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 def request_of(
@@ -51,7 +54,18 @@ def request_of(
     own["adapter"] = read_adapter_argument(own["adapter"])
     if "torch_dtype" in keywords:
         arguments["torch_dtype"] = keywords.pop("torch_dtype")
-    return Request(cls, road, Options(**own), arguments, sort_keywords(keywords))
+    function, names = _called(cls)
+    sorted_keywords = sort_keywords(keywords, function, names)
+    return Request(cls, road, Options(**own), arguments, sorted_keywords)
+
+
+def _called(cls: Any) -> tuple[str, tuple[str, ...]]:
+    """The public function that was called, and the arguments that it takes."""
+    function = called() or "from_pretrained_lean"
+    names = inspect.signature(getattr(cls, function, cls.from_pretrained_lean)).parameters
+    if "device" not in names:  # it hands on what it is given
+        names = inspect.signature(cls.from_pretrained_lean).parameters
+    return function, tuple(names)
 
 
 def loaded(request: Request) -> Any:
@@ -115,7 +129,7 @@ class Face:
         check_base: bool = True,
         layout: str = DEFAULT_LAYOUT,
         **from_pretrained_kwargs: Any,
-    ) -> Any:
+    ) -> Self:
         """Load a pretrained model, its weights processed, with TransformerLens' own numbers (those
         of HookedTransformer's `from_pretrained`, or of TransformerBridge's `boot_transformers` and
         `enable_compatibility_mode`) and about one copy of its weights in memory.
@@ -190,7 +204,8 @@ class Face:
                 AdapterError, NotEnoughMemory, StrategyError. Raised before weights are read
                 whenever that is possible; nothing half-loaded is returned.
         """
-        return loaded(request_of(road=cls._road, **locals()))
+        model: Self = loaded(request_of(road=cls._road, **locals()))
+        return model
 
     @classmethod
     @guarded("while planning")
@@ -203,7 +218,7 @@ class Face:
         bound.apply_defaults()
         return make.plan_load(resolved(request_of(cls, cls._road, **bound.arguments)))
 
-    def to_layout_(self, layout: str) -> Any:
+    def to_layout_(self, layout: str) -> Self:
         """Put every parameter of this model, and its gradient, into another memory order, one at a
         time. Values, shapes, dtypes and the Parameter objects stay.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +22,9 @@ from tl_fastload.placement.half_written import forgive
 from tl_fastload.report.load_report import LoadReport
 from tl_fastload.request.argument_types import checked
 from tl_fastload.roads.road import Recording
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class LeanLoadingMixin(Face):
@@ -50,6 +53,7 @@ class LeanLoadingMixin(Face):
         check_bases(cls, LeanLoadingMixin)
 
     @classmethod
+    @guarded("while loading")
     def from_pretrained_no_processing_lean(
         cls,
         model_name: str | Path,
@@ -59,7 +63,7 @@ class LeanLoadingMixin(Face):
         refactor_factored_attn_matrices: bool = False,
         fold_value_biases: bool = False,
         **arguments: Any,
-    ) -> Any:
+    ) -> Self:
         """`from_pretrained_lean` with every processing step off by default; the other arguments
         are the same.
         """
@@ -74,11 +78,13 @@ class LeanLoadingMixin(Face):
         )
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+    @guarded("while loading")
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self:
         """`from_pretrained_lean` under the name that existing code calls."""
         return cls.from_pretrained_lean(*args, **kwargs)
 
     @classmethod
+    @guarded("while loading")
     def from_pretrained_no_processing(
         cls,
         model_name: str | Path,
@@ -88,7 +94,7 @@ class LeanLoadingMixin(Face):
         refactor_factored_attn_matrices: bool = False,
         fold_value_biases: bool = False,
         **arguments: Any,
-    ) -> Any:
+    ) -> Self:
         """`from_pretrained` with every processing step off by default, which is the class's own
         where it has one, as in TransformerLens; the other arguments are the same. See
         `from_pretrained_lean`.

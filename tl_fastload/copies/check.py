@@ -57,6 +57,7 @@ def check_asked_for(manifest: Manifest, cfg: Any, request: Request, folder: Path
         raise ArgumentError(
             f"{name}={_shown(asked)} was asked for, but {folder} was saved with {held}. Leave the "
             f"argument out, or load the original ({manifest.source}) with it."
+            f"{keywords.guess(name) if name in keywords.overrides else ''}"
         )
     if manifest.quantization is not None:
         if not options.assigns:

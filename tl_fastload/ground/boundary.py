@@ -29,7 +29,7 @@ from tl_fastload.errors import (
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-_is_inside: ContextVar[bool] = ContextVar("is_inside", default=False)
+_called: ContextVar[str] = ContextVar("called", default="")
 _HERE = str(Path(__file__).parents[1])
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 # Where transformers puts the code of checkpoints that may run.
@@ -50,18 +50,23 @@ def guarded(
     def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
         @functools.wraps(function)
         def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-            if _is_inside.get():  # what a part of a load raises, the whole may explain better
+            if _called.get():  # what a part of a load raises, the whole may explain better
                 return function(*args, **kwargs)
-            token = _is_inside.set(True)
+            token = _called.set(function.__name__)
             try:
                 with boundary(doing, system):
                     return function(*args, **kwargs)
             finally:
-                _is_inside.reset(token)
+                _called.reset(token)
 
         return call
 
     return decorate
+
+
+def called() -> str:
+    """The name of the public function that was called from outside; "" in none."""
+    return _called.get()
 
 
 @contextmanager

@@ -392,7 +392,7 @@ def find(
         if supported.own_format(located.official, found.raw):
             return found
     config = read_config(location.folder, supported, trust_remote_code=trust, raw=found.raw)
-    found.config = override(config, keywords.overrides)
+    found.config = override(config, keywords)
     here = dequantized_here(found.config, location.label) if options.dequantize else None
     if here is not None:
         found.config, found.dequantized = here

@@ -21,6 +21,8 @@ _HUB_KEYWORDS = (
     "gguf_file",
 )
 _FILE_KEYWORDS = ("variant", "use_safetensors")
+_OTHER_KEYWORDS = ("torch_dtype", "trust_remote_code")
+_CLOSE_ENOUGH = 0.7  # for difflib, to which "adaptor" and "adapter" are 0.86 alike
 # Ways of loading that transformers has and that change nothing here: weights are streamed anyway.
 _WITHOUT_EFFECT = ("low_cpu_mem_usage", "attn_implementation", "proxies", "resume_download")
 
@@ -34,21 +36,38 @@ class Keywords:
         files: which of the weight files to take.
         overrides: fields of the Hugging Face configuration to set.
         trust_remote_code: whether code of the checkpoint may run.
+        function: that was called with them.
+        arguments: names of the arguments that it takes.
     """
 
     hub: dict[str, Any] = field(default_factory=dict)
     files: dict[str, Any] = field(default_factory=dict)
     overrides: dict[str, Any] = field(default_factory=dict)
     trust_remote_code: bool = False
+    function: str = "from_pretrained_lean"
+    arguments: tuple[str, ...] = ()
+
+    def guess(self, name: str) -> str:
+        """A question that names the argument nearest to a name that is none; "" without."""
+        known = (*self.arguments, *_HUB_KEYWORDS, *_FILE_KEYWORDS, *_OTHER_KEYWORDS)
+        close = difflib.get_close_matches(name, known, n=1, cutoff=_CLOSE_ENOUGH)
+        return f" Did you mean {close[0]}=?" if close else ""
 
 
-def sort_keywords(keywords: dict[str, Any]) -> Keywords:
+def sort_keywords(
+    keywords: dict[str, Any], function: str, arguments: tuple[str, ...]
+) -> Keywords:
     """Sort the keyword arguments that `from_pretrained` would hand to Hugging Face.
+
+    Args:
+        keywords: under their names.
+        function: that was called with them.
+        arguments: names of the arguments that it takes.
 
     Raises:
         ArgumentError: for one that contradicts how weights are loaded here.
     """
-    found = Keywords()
+    found = Keywords(function=function, arguments=arguments)
     for name, value in keywords.items():
         if name == "use_auth_token":
             found.hub["token"] = value
@@ -67,23 +86,22 @@ def sort_keywords(keywords: dict[str, Any]) -> Keywords:
     return found
 
 
-def override(hf_config: Any, overrides: dict[str, Any]) -> Any:
+def override(hf_config: Any, keywords: Keywords) -> Any:
     """A copy of a Hugging Face configuration with some fields set.
 
     Raises:
         ArgumentError: for a name that is no field of it.
     """
-    if not overrides:
+    if not keywords.overrides:
         return hf_config
     changed = copy.deepcopy(hf_config)
-    for name, value in overrides.items():
+    for name, value in keywords.overrides.items():
         if not hasattr(changed, name):
-            known = list(changed.to_dict())
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {close[0]}?" if close else ""
+            close = difflib.get_close_matches(name, list(changed.to_dict()), n=1)
+            field_hint = f" Did you mean the field {close[0]}=?" if close else ""
             raise ArgumentError(
-                f"{name}= is neither an argument of from_pretrained nor a field of this model's "
-                f"configuration.{hint}"
+                f"{name}= is neither an argument of {keywords.function} nor a field of this "
+                f"model's configuration.{keywords.guess(name) or field_hint}"
             )
         setattr(changed, name, value)
     return changed
