@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_fastload.copies.manifest import is_copy, read_manifest
+from tl_fastload.face import Face
 from tl_fastload.ground import compat
 from tl_fastload.ground.paths import expanded
 from tl_fastload.planning.plan import LoadPlan
@@ -79,5 +80,5 @@ def plan(model_name: str | Path, *args: Any, **kwargs: Any) -> LoadPlan:
 
 
 plan.__signature__ = inspect.signature(  # type: ignore[attr-defined]
-    lean_class().from_pretrained_lean
+    Face.from_pretrained_lean
 ).replace(return_annotation=LoadPlan)

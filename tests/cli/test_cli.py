@@ -88,7 +88,7 @@ def test_load_prints_the_report_and_what_comes_next() -> None:
 def test_load_as_json_is_nothing_but_json() -> None:
     done = run("load", MODEL, "--prompt", "the hungry", "--json", "-", "--dtype", "bfloat16")
     values = json.loads(done.stdout)
-    assert values["report"]["dtype"] == "torch.bfloat16"
+    assert values["report"]["dtype"] == "bfloat16"
     assert len(values["predictions"]) == 5
 
 
@@ -138,8 +138,8 @@ def test_a_prompt_without_a_tokenizer(zoo: Any) -> None:
     ("arguments", "code", "said"),
     [
         (["load", "/no/such/folder"], 1, "There is no folder /no/such/folder"),
-        (["load", MODEL, "--dtype", "int3"], 1, "dtype='int3'"),
-        (["load", MODEL, "--quantize", "3bit"], 1, "3bit"),
+        (["load", MODEL, "--dtype", "int3"], 2, "--dtype int3"),
+        (["load", MODEL, "--quantize", "3bit"], 2, "3bit"),
         (["load", MODEL, "--skip", "nothing"], 2, "'nothing' is none of"),
         (["load"], 2, "Missing argument"),
         (["frobnicate"], 2, "No such command"),
@@ -147,15 +147,15 @@ def test_a_prompt_without_a_tokenizer(zoo: Any) -> None:
         (["bench", MODEL, "--shape", "gpt2:"], 2, "one of the two"),
         (["bench", MODEL, "--keep", "x"], 2, "--shape only"),
         (["bench", MODEL, "--dtype", "int8"], 2, "none of float32"),
-        (["bench", "--shape", "bert:"], 1, "'bert' is none of gpt2, llama"),
-        (["bench", "--shape", "gpt2:layers=3"], 1, "layers is none of n_layers"),
-        (["bench", "--shape", "gpt2:n_layers=none"], 1, "n_layers=none is not a number"),
-        (["bench", "--shape", "llama:d_model=100,n_heads=3"], 1, "multiple of n_heads=3"),
+        (["bench", "--shape", "bert:"], 2, "'bert' is none of gpt2, llama"),
+        (["bench", "--shape", "gpt2:layers=3"], 2, "layers is none of n_layers"),
+        (["bench", "--shape", "gpt2:n_layers=none"], 2, "n_layers=none is not a number"),
+        (["bench", "--shape", "llama:d_model=100,n_heads=3"], 2, "multiple of n_heads=3"),
         (["cache", "prune", "--max-size", "many"], 2, "is no size"),
         (["plan", MODEL, "--json", "nowhere/plan.json"], 2, "there is no folder"),
         (["load", MODEL, "--plot", "nowhere/memory.png"], 2, "there is no folder"),
-        (["load", MODEL, "--map", "layers.doc"], 1, "layers.doc: pictures are written as"),
-        (["bench", MODEL, "--plot", "peaks"], 1, "end the name in one of these"),
+        (["load", MODEL, "--map", "layers.doc"], 2, "layers.doc: pictures are written as"),
+        (["bench", MODEL, "--plot", "peaks"], 2, "end the name in one of these"),
     ],
 )
 def test_errors_are_one_block_without_a_traceback(
@@ -197,7 +197,7 @@ def test_save_then_load_then_refuse(tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     assert "Saved" in run("save", MODEL, folder, "--dtype", "bfloat16").stdout
     values = json.loads(run("load", folder, "--json", "-").stdout)["report"]
-    assert values["dtype"] == "torch.bfloat16"
+    assert values["dtype"] == "bfloat16"
     assert values["timeline"]["seconds"]
     taken = tmp_path / "taken"
     taken.mkdir()

@@ -153,4 +153,4 @@ def test_on_the_command_line(copy: Path) -> None:
     values = json.loads(done.stdout)
     assert values["mapped_bytes"] == plan(copy, device="cpu").mapped_bytes
     assert "advise" not in values
-    run("plan", copy, "--dtype", "bfloat16", code=1)
+    run("plan", copy, "--dtype", "bfloat16", code=2)

@@ -16,7 +16,7 @@ from tests.support import reference
 from tests.support.comparison import lean_model
 from tl_fastload import LoadReport
 from tl_fastload.ground import compat
-from tl_fastload.ground.words import format_bytes
+from tl_fastload.ground.words import against, format_bytes
 from tl_fastload.report.memory import unique_bytes
 
 
@@ -91,7 +91,7 @@ def test_text_has_every_row() -> None:
         "assign (torch can)",
         "bfloat16, cpu",
         "1.25 s",
-        "1.50 MiB (1.50x of the parameters)",
+        "1.50 MiB (mostly fixed costs)",
         "peak device memory",
         "fold_ln",
         "skipped: not asked for",
@@ -137,7 +137,7 @@ def test_json(zoo: Any) -> None:
     for report in (make_report(), lean_model(zoo("gpt2")).load_report):
         values = json.loads(json.dumps(report.to_dict()))
         assert set(values) == {field.name for field in dataclasses.fields(LoadReport)}
-        assert values["dtype"] == str(report.dtype)
+        assert values["dtype"] == str(report.dtype).removeprefix("torch.")
         assert values["processing"] == report.processing
         assert values["notes"] == list(report.notes)
         assert values["parameter_bytes"] == report.parameter_bytes
@@ -147,6 +147,19 @@ def test_a_report_cannot_be_changed_through_its_dictionary() -> None:
     report = make_report()
     report.to_dict()["processing"]["fold_ln"] = "never"
     assert report.processing["fold_ln"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("size", "whole", "text"),
+    [
+        (30 << 20, 3 << 20, "30.00 MiB (mostly fixed costs)"),
+        (2 << 20, 4 << 20, "2.00 MiB (0.50x of it)"),
+        (3 << 30, 2 << 30, "3.00 GiB (1.50x of it)"),
+        (0, 0, "0 B (0.00x of it)"),
+    ],
+)
+def test_a_peak_is_compared_where_the_model_is_a_measure(size: int, whole: int, text: str) -> None:
+    assert against(size, whole, " of it") == text
 
 
 @pytest.mark.parametrize(

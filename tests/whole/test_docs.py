@@ -165,7 +165,7 @@ def test_what_pip_is_told_to_install_can_be_had() -> None:
         for page in pages
         for rest in re.findall(r"pip install ([^\n`';)]+)", page.read_text(encoding="utf-8"))
         for word in shlex.split(rest.partition(" (")[0].rstrip(". "))
-        if not word.startswith("-")
+        if not word.startswith(("-", "{"))
     ]
     assert {"README.md", "style.py", "adapter.py"} <= {page for page, _ in told}
     for page, word in told:

@@ -1,7 +1,7 @@
 """The command `tl-fastload`: which commands there are, how errors look, exit codes.
 
-Exit codes: 0 all went well; 1 an error; 2 the command was not understood; 130 Ctrl-C; 143 ended by
-a signal (SIGTERM).
+Exit codes: 0 all went well; 1 something failed; 2 the command was not understood (no such option, a
+value that it cannot have); 130 Ctrl-C; 143 ended by a signal (SIGTERM).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from tl_fastload.cli.cache import cache_app
 from tl_fastload.cli.console import show_error
 from tl_fastload.cli.doctor import doctor
 from tl_fastload.cli.one_model import load, plan, save
-from tl_fastload.cli.options import Debug
-from tl_fastload.errors import LeanLoadError
+from tl_fastload.cli.options import Debug, as_options
+from tl_fastload.errors import ArgumentError, LeanLoadError
 from tl_fastload.ground.compat import __version__
 
-EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
+EXIT_ERROR, EXIT_NOT_UNDERSTOOD, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 _PASSED_ON = ("Exit", "Abort", "ClickException", "UsageError", "BadParameter")
 
 
@@ -52,11 +52,12 @@ class _Group(TyperGroup):
                 show_error("Ended" if terminated else "Interrupted", "Nothing is left behind.")
                 raise typer.Exit(EXIT_TERMINATED if terminated else EXIT_INTERRUPTED) from None
             if isinstance(error, LeanLoadError):
-                show_error("Error", str(error))
+                show_error("Error", as_options(str(error)))
             else:
                 hint = "" if debug else "Run it again with --debug for the traceback."
                 show_error(type(error).__name__, str(error), hint)
-            raise typer.Exit(EXIT_ERROR) from None
+            is_understood = not isinstance(error, ArgumentError)
+            raise typer.Exit(EXIT_ERROR if is_understood else EXIT_NOT_UNDERSTOOD) from None
 
 
 app = typer.Typer(
@@ -66,7 +67,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 all went well, 1 an error, 2 the command was not understood, "
+    epilog="Exit codes: 0 all went well, 1 something failed, 2 the command was not understood, "
     "130 Ctrl-C, 143 ended by SIGTERM.",
 )
 

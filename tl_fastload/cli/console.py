@@ -16,6 +16,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from tl_fastload.cli.options import as_options
 from tl_fastload.ground.whole_files import write_whole
 from tl_fastload.ground.words import one_line
 from tl_fastload.printable import printable
@@ -49,13 +50,13 @@ def show_rows(found: Any) -> None:
     """A report or a plan, long texts below their start on a terminal, as whole lines in a pipe."""
     out = console()
     if not out.is_terminal:
-        sys.stdout.write(f"{found}\n")
+        sys.stdout.write(f"{as_options(str(found))}\n")
         return
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for label, text in found.rows():
-        table.add_row(Text(f"  {one_line(label)}"), Text(one_line(text)))
+        table.add_row(Text(f"  {one_line(label)}"), Text(as_options(one_line(text))))
     out.print(type(found).__name__)
     out.print(table)
 

@@ -15,7 +15,8 @@ import psutil
 import torch
 
 from tl_fastload.cache import default_folder
-from tl_fastload.faces import installed
+from tl_fastload.errors import MissingPackageError
+from tl_fastload.faces import installed, lean_class
 from tl_fastload.ground import compat
 from tl_fastload.ground.words import format_bytes, text_table
 from tl_fastload.quantized import formats
@@ -127,7 +128,7 @@ class Diagnosis:
         del machine["memory_bytes"]  # the CPU's row has it
         return [
             *((name, version or _not_installed(name)) for name, version in self.versions.items()),
-            ("loads into", ", ".join(self.roads) or "nothing: TransformerLens is not installed"),
+            ("loads into", ", ".join(self.roads) or "nothing: see below"),
             ("strategy", self.strategy),
             *machine.items(),
             *(device.row() for device in self.devices),
@@ -139,6 +140,7 @@ class Diagnosis:
 def diagnose() -> Diagnosis:
     """Find all facts; takes a few seconds, since kernels are run."""
     options, found, devices = Options(), versions(), _devices()
+    there, road_fixes = roads()
     kernels = tuple(
         Kernel(device.name, kind, _try_kernel(device.name, kind))
         for device in devices
@@ -148,7 +150,7 @@ def diagnose() -> Diagnosis:
     caches = _caches()
     return Diagnosis(
         versions=found,
-        roads=roads(),
+        roads=there,
         machine=machine(),
         strategy=f"{'assign' if options.assigns else 'copy'} ({options.reason()})",
         devices=devices,
@@ -156,6 +158,7 @@ def diagnose() -> Diagnosis:
         caches=caches,
         fixes=(
             *_fixes_for_versions(found),
+            *road_fixes,
             *_fixes_for_kernels(kernels),
             *_fixes_for_caches(caches),
             *_fixes_for_memory(devices[0]),
@@ -174,10 +177,19 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def roads() -> tuple[str, ...]:
-    """TransformerLens' classes that models can be loaded into, as --road names them."""
-    names = {"hooked": "HookedTransformer", "bridge": "TransformerBridge"}
-    return tuple(f"{names[road]} (--road {road})" for road in installed())
+def roads() -> tuple[tuple[str, ...], list[str]]:
+    """TransformerLens' classes that models can be loaded into, as --road names them; and what to
+    do about one that cannot be imported.
+    """
+    there, fixes = [], []
+    for road in installed():
+        try:
+            there.append(f"{lean_class(road).__name__.removeprefix('Lean')} (--road {road})")
+        except MissingPackageError as error:
+            fixes.append(str(error))
+    if not installed():
+        fixes.append('TransformerLens is not installed: pip install "transformer-lens>=2.8,<5".')
+    return tuple(there), list(dict.fromkeys(fixes))
 
 
 def machine() -> dict[str, Any]:

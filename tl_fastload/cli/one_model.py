@@ -12,7 +12,7 @@ from rich.text import Text
 
 from tl_fastload.cli.console import console, draw, give, libraries_to_stderr, show_rows
 from tl_fastload.cli.options import Drawn, Model, Written, command, lean_class
-from tl_fastload.errors import ArgumentError
+from tl_fastload.errors import CheckpointError
 from tl_fastload.ground.words import format_bytes
 
 
@@ -91,7 +91,7 @@ def _predictions(model: Any, prompt: str, top: int) -> list[dict[str, Any]]:
     import torch
 
     if model.tokenizer is None:
-        raise ArgumentError(
+        raise CheckpointError(
             "--prompt needs a tokenizer, and none lies with the model. Put its tokenizer files "
             "(tokenizer.json ...) beside config.json."
         )
@@ -138,7 +138,8 @@ def save(
       tl-fastload save gpt2-xl ./gpt2-xl-processed --push me/gpt2-xl-processed
 
     Args:
-        folder: Where to write the copy; a new or empty folder.
+        folder: Where to write the copy: a new or empty folder, or that of an older copy, which is
+            replaced.
         push: Push the copy to this repository on the hub as well.
         private: Whether a repository that --push makes is private. By default as its owner has it.
     """

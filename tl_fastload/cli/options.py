@@ -23,6 +23,8 @@ ROADS = ("hooked", "bridge")
 # The last of them is no part of the processing that is on by default.
 _STEPS = STEPS[:-1]
 
+_ARGUMENT = re.compile(r"\b([a-z_]\w*)=(\"[^\"]*\"|'[^']*'|[\w.:/*+-]*\w)?")
+_SEPARATED = re.compile(r"(--[a-z-]+(?: [\w.:/*+-]+)?), (?=--)")
 _SECTION = re.compile(r"^(\w[\w ]*):\n((?: +.*\n?)+)", re.MULTILINE)
 _ENTRY = re.compile(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
 
@@ -94,7 +96,7 @@ def _shared(
             from_pretrained_no_processing does.
         skip: Leave out one step: fold_ln, center_writing_weights, center_unembed or
             fold_value_biases. May be repeated.
-        quantize: One of 8bit, nf4, fp4, after processing.
+        quantize: 8bit, nf4 or fp4, after processing.
         dequantize: Make a quantized checkpoint ordinary.
         adapter: Merge this LoRA adapter: a folder or hub name.
         requantize: Merge the adapter into quantized weights, too.
@@ -137,6 +139,29 @@ def _arguments(given: dict[str, Any]) -> dict[str, Any]:
     return {
         name: value for name, value in arguments.items() if value or name not in _PASSED_IF_GIVEN
     }
+
+
+def as_options(text: str) -> str:
+    """A message or a choice with options of the command line in place of Python's arguments:
+    `--dtype bfloat16` for `dtype='bfloat16'`. What has no option stays as it is.
+    """
+    if text.startswith("--"):  # it speaks of an option, in the option's own syntax
+        return text
+    known = {**dict.fromkeys(inspect.signature(_shared).parameters), "local_files_only": "offline"}
+
+    def option(found: re.Match[str]) -> str:
+        name, value = found[1], (found[2] or "").strip("\"'").removeprefix("torch.")
+        if name in _STEPS and value == "False":
+            return f"--skip {name}"
+        if name not in known:
+            return found[0]
+        flag = (known[name] or name).replace("_", "-")
+        if value in ("True", "False"):
+            return f"--{'no-' if value == 'False' else ''}{flag}"
+        return f"--{flag} {value}".rstrip()
+
+    text = _SEPARATED.sub(r"\1 ", _ARGUMENT.sub(option, text))
+    return text.replace(" ".join(f"--skip {step}" for step in _STEPS), "--no-processing")
 
 
 def lean_class(model: str, arguments: dict[str, Any]) -> Any:

@@ -8,6 +8,7 @@ from functools import cache
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
+from traceback import walk_tb
 from types import FunctionType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -163,13 +164,16 @@ CONFIG_DTYPE_NAME = "dtype" if Version("4.56") <= TRANSFORMERS else "torch_dtype
 
 
 def require_hooked_transformer() -> None:
-    """Raise MissingPackageError on a TransformerLens that has no HookedTransformer any more."""
+    """Raise MissingPackageError on a TransformerLens that has no HookedTransformer any more, or
+    that cannot be imported.
+    """
     if not has_hooked_transformer():
         raise MissingPackageError(
             f"TransformerLens {TRANSFORMER_LENS} has no HookedTransformer, which "
             "LeanHookedTransformer loads into. Take tl_fastload.LeanTransformerBridge, or pip "
             'install "transformer-lens>=2.8,<4".'
         )
+    _require_import("transformer_lens")
 
 
 def has_hooked_transformer() -> bool:
@@ -186,13 +190,32 @@ def has_bridge() -> bool:
 
 
 def require_bridge() -> None:
-    """Raise MissingPackageError on a TransformerLens that has no TransformerBridge yet."""
+    """Raise MissingPackageError on a TransformerLens that has no TransformerBridge yet, or that
+    cannot be imported.
+    """
     if not has_bridge():
         raise MissingPackageError(
             f"TransformerLens {TRANSFORMER_LENS} has no TransformerBridge, which "
             "LeanTransformerBridge loads into. Take tl_fastload.LeanHookedTransformer, or pip "
             'install "transformer-lens>=3".'
         )
+    _require_import("transformer_lens.model_bridge")
+
+
+def _require_import(module: str) -> None:
+    """Import a module; what is wrong is mostly a package that it imports, bitsandbytes say."""
+    try:
+        import_module(module)
+    except Exception as error:  # whatever a broken installation raises
+        frames = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
+        names = [name.partition(".")[0] for name in frames if not name.startswith("importlib")]
+        culprit = names[-1].replace("_", "-")
+        said = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        raise MissingPackageError(
+            f"TransformerLens {TRANSFORMER_LENS} cannot be imported: {culprit} fails ({said}). "
+            f"Repair it (pip install --force-reinstall --no-deps {culprit}), or remove it "
+            f"(pip uninstall {culprit}) if nothing needs it."
+        ) from error
 
 
 @contextmanager

@@ -20,6 +20,24 @@ def format_bytes(size_bytes: float) -> str:
     return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
 
 
+_FIXED_BYTES = 22 << 20
+"""What a load takes beside the weights: modules, tables, library code that runs the first time."""
+
+
+def against(size_bytes: int, whole_bytes: int, of: str = "") -> str:
+    """A peak beside what is loaded, such as "1.50 GiB (1.02x of the parameters)"; a model that is
+    smaller than the fixed costs of a load is no measure.
+
+    Args:
+        size_bytes: the peak.
+        whole_bytes: of what is loaded.
+        of: what that is, as in " of the parameters".
+    """
+    if size_bytes > whole_bytes and whole_bytes < _FIXED_BYTES:
+        return f"{format_bytes(size_bytes)} (mostly fixed costs)"
+    return f"{format_bytes(size_bytes)} ({size_bytes / max(whole_bytes, 1):.2f}x{of})"
+
+
 def one_line(text: str) -> str:
     """`printable` without line ends, which would begin a row of their own."""
     return printable(text).replace("\n", "\\n")

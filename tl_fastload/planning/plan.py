@@ -12,7 +12,7 @@ import torch
 
 from tl_fastload.ground.memory_orders import FORWARD
 from tl_fastload.ground.role import Role
-from tl_fastload.ground.words import format_bytes, html_table, text_table
+from tl_fastload.ground.words import against, format_bytes, html_table, text_table
 
 KINDS = ("embedding", "attention", "MLP", "norms and other", "quantized", "buffers")
 
@@ -211,7 +211,7 @@ class LoadPlan:
         return text if stock is None else f"{text}; stock {self._times(stock)}"
 
     def _times(self, size: int) -> str:
-        return f"{format_bytes(size)} ({size / max(self.total_bytes, 1):.2f}x)"
+        return against(size, self.total_bytes)
 
     def __str__(self) -> str:
         return text_table("LoadPlan", self.rows())
@@ -242,7 +242,7 @@ class LoadPlan:
         values = {
             **{item.name: getattr(self, item.name) for item in fields(self)},
             "parameter_bytes": dict(self.parameter_bytes),
-            "dtype": str(self.dtype),
+            "dtype": str(self.dtype).removeprefix("torch."),
             "rooms": [asdict(room) for room in self.rooms],
             "advice": [{**asdict(choice), "text": str(choice)} for choice in self.advice],
             "notes": list(self.notes),

@@ -11,7 +11,7 @@ import torch
 
 from tl_fastload.ground import compat
 from tl_fastload.ground.memory_orders import FORWARD
-from tl_fastload.ground.words import format_bytes, html_table, text_table
+from tl_fastload.ground.words import against, format_bytes, html_table, text_table
 from tl_fastload.report.memory import PeakSampler, unique_bytes
 from tl_fastload.report.timeline import Timeline
 
@@ -160,8 +160,7 @@ class LoadReport:
         return rows
 
     def _peak(self, size_bytes: int) -> str:
-        ratio = size_bytes / max(self.parameter_bytes, 1)
-        return f"{format_bytes(size_bytes)} ({ratio:.2f}x of the parameters)"
+        return against(size_bytes, self.parameter_bytes, " of the parameters")
 
     def __str__(self) -> str:
         return text_table("LoadReport", self.rows())
@@ -173,7 +172,7 @@ class LoadReport:
         """Plain values for JSON: dtype as text, everything else as it is."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         plain = {
-            "dtype": str(self.dtype),
+            "dtype": str(self.dtype).removeprefix("torch."),
             "adapters": list(self.adapters),
             "notes": list(self.notes),
             "timeline": self.timeline.to_dict(),

@@ -54,9 +54,7 @@ class Keywords:
         return f" Did you mean {close[0]}=?" if close else ""
 
 
-def sort_keywords(
-    keywords: dict[str, Any], function: str, arguments: tuple[str, ...]
-) -> Keywords:
+def sort_keywords(keywords: dict[str, Any], function: str, arguments: tuple[str, ...]) -> Keywords:
     """Sort the keyword arguments that `from_pretrained` would hand to Hugging Face.
 
     Args:

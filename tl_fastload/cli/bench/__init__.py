@@ -61,7 +61,7 @@ def bench(
             llama:d_model=512,n_layers=8.
         dtype: To load in, by default float32; may be repeated.
         strategy: auto, assign or copy, by default auto; may be repeated.
-        quantize: Also quantized while loading; may be repeated.
+        quantize: Also quantized while loading: 8bit, nf4 or fp4; may be repeated.
         road: Into which of TransformerLens' classes: hooked (HookedTransformer) or bridge
             (TransformerBridge); by default the first of the two that is installed.
         processing: Fold and centre the weights.
