@@ -13,7 +13,7 @@ from huggingface_hub import CommitInfo
 
 from tl_fastload.copies.to_hub import push_lean_to_hub
 from tl_fastload.copies.write import MAX_SHARD_BYTES, save_lean
-from tl_fastload.errors import NotEnoughMemory
+from tl_fastload.errors import ArgumentError, NotEnoughMemory
 from tl_fastload.ground.boundary import called, guarded
 from tl_fastload.loading.relayout import put_in_layout
 from tl_fastload.loading.resolve import resolved
@@ -128,6 +128,8 @@ class Face:
         check_memory: bool = True,
         check_base: bool = True,
         layout: str = DEFAULT_LAYOUT,
+        mesh: Any = None,
+        parallel: str | None = None,
         **from_pretrained_kwargs: Any,
     ) -> Self:
         """Load a pretrained model, its weights processed, with TransformerLens' own numbers (those
@@ -191,6 +193,10 @@ class Face:
                 "stock", row-major as TransformerLens has them, for code that looks at strides;
                 by default "forward", and for a processed copy what was saved. A bridge has one
                 order, TransformerLens' own.
+            mesh: a one-dimensional `torch.distributed.device_mesh.DeviceMesh` of processes that
+                share the model; all of them call this alike. Each reads and holds its part alone.
+            parallel: how they share it. "fsdp": each parameter lies in parts (DTensor), and those
+                of a block come together while it runs (torch's `fully_shard`).
             **from_pretrained_kwargs: for Hugging Face: revision, cache_dir, token,
                 local_files_only, subfolder, trust_remote_code (False by default), torch_dtype, or
                 fields of the model's configuration.
@@ -216,7 +222,13 @@ class Face:
         lean: Any = cls
         bound = inspect.signature(lean.from_pretrained_lean).bind(model_name, *args, **kwargs)
         bound.apply_defaults()
-        return make.plan_load(resolved(request_of(cls, cls._road, **bound.arguments)))
+        request = request_of(cls, cls._road, **bound.arguments)
+        if request.options.mesh is not None:
+            raise ArgumentError(
+                "A plan tells of one process: leave mesh= out. Each process of a mesh holds its "
+                "part of the parameters, and while it loads the largest one as well."
+            )
+        return make.plan_load(resolved(request))
 
     def to_layout_(self, layout: str) -> Self:
         """Put every parameter of this model, and its gradient, into another memory order, one at a

@@ -28,7 +28,8 @@ FOLDERS = ("tl_fastload", "benchmarks", "demo", "notebooks", "tests")
 SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 ROOMS = (
     *("printable", "errors", "ground", "report", "recipes", "source", "quantized", "request"),
-    *("huggingface", "placement", "roads", "hooked", "bridge", "copies", "loading", "planning"),
+    *("huggingface", "placement", "roads", "shards", "hooked", "bridge", "copies", "loading"),
+    "planning",
     *("cache", "face", "model", "bridge_model", "faces"),
     *("lightning", "embedded_model", "memory_map", "plots", "quantization", "timeline"),
     *("cli", "__main__"),

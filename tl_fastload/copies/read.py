@@ -24,6 +24,7 @@ from tl_fastload.copies.manifest import (
     read_manifest,
     stored_tensors,
 )
+from tl_fastload.copies.parts import place_parts
 from tl_fastload.copies.verify import check_tokenizer, verify_copy
 from tl_fastload.errors import CheckpointError
 from tl_fastload.ground.geometry import copied
@@ -41,6 +42,7 @@ from tl_fastload.request.keywords import Keywords
 from tl_fastload.request.options import Options, is_on_network
 from tl_fastload.roads.known import describe_steps
 from tl_fastload.roads.road import Request
+from tl_fastload.shards.load import finish
 from tl_fastload.source.choose import stays_inside
 from tl_fastload.source.links import leads_out
 from tl_fastload.source.reader import FileMaps, FileReader, FileSource
@@ -97,7 +99,7 @@ def _load_whole(
 ) -> tuple[Any, LoadReport]:
     """What `_load` returns; from the beginning if another process saved the copy meanwhile."""
     manifest = read_manifest(folder)
-    for _ in range(_TRIES):
+    for _ in range(_TRIES if request.options.mesh is None else 1):
         try:
             found = _load(request, manifest, folder, reader, sampler)
             reader.files.check_all()
@@ -133,12 +135,21 @@ def _load(
     if may_map(options, folder):
         reader.maps = FileMaps(reader.files)
     sampler.watch({device_of(name) for name in manifest.parameters})
-    moves = moved(model, manifest, options)
-    if options.check_memory:
-        _check_room(manifest, entries, reader, device_of, moves)
+    sharding = None
     with let_go_on_error(model, manifest.source or manifest.model_class):
-        mapped_bytes = _place(model, manifest, entries, reader, options, device_of, moves)
+        if options.mesh is not None:
+            mapped_bytes, sharding = place_parts(
+                model, manifest, entries, reader, options, request.road
+            )
+        else:
+            moves = moved(model, manifest, options)
+            if options.check_memory:
+                _check_room(manifest, entries, reader, device_of, moves)
+            mapped_bytes = _place(model, manifest, entries, reader, options, device_of, moves)
+        _place_buffers(model, manifest, entries, reader, device_of)
     model = request.road.finished(model)
+    if sharding is not None:
+        finish(sharding, model)
     model._layout = str(layout_of(manifest, options))
     model._processed = (
         {step for step, on in manifest.flags.items() if on},
@@ -288,7 +299,7 @@ def _place(
     device_of: Any,
     moves: Mapping[str, tuple[int, ...]],
 ) -> int:
-    """Put every parameter and buffer into the model; the bytes of parameters that are mapped."""
+    """Put every parameter into the model; the bytes of those that are mapped."""
     done: dict[tuple[str, ...], nn.Parameter] = {}
     mapped_bytes = 0
     used = {key for view in manifest.parameters.values() for key in _keys(view)}
@@ -313,6 +324,16 @@ def _place(
                 progress.advance(name, size_bytes)
             parent, _, leaf = name.rpartition(".")
             model.get_submodule(parent)._parameters[leaf] = done[keys]
+    return mapped_bytes
+
+
+def _place_buffers(
+    model: nn.Module,
+    manifest: Manifest,
+    entries: dict[str, TensorEntry],
+    reader: FileReader,
+    device_of: Any,
+) -> None:
     for name, buffer in list(model.named_buffers()):
         parent, _, leaf = name.rpartition(".")
         held = manifest.buffers.get(name)
@@ -321,7 +342,6 @@ def _place(
         else:
             value = buffer.to(device_of(name))
         model.get_submodule(parent)._buffers[leaf] = value
-    return mapped_bytes
 
 
 def _keys(view: View) -> Iterator[str]:

@@ -45,6 +45,17 @@ def can_assign() -> bool:
     return Version(TORCH.base_version) >= ASSIGN_NEEDS_TORCH
 
 
+def why_no_shards() -> str | None:
+    """Why this torch cannot share a model over processes; None if it can. FSDP2 before 2.8 kept
+    each unit whole once it had run.
+    """
+    import torch
+
+    if Version(TORCH.base_version) < Version("2.8"):
+        return f"needs torch 2.8 or newer, this is {TORCH}: upgrade torch."
+    return None if torch.distributed.is_available() else "needs a torch with torch.distributed."
+
+
 def can_map_torch_files() -> bool:
     """Whether `torch.load` takes `mmap=True` (torch 2.1 and newer)."""
     return Version(TORCH.base_version) >= Version("2.1")

@@ -59,6 +59,11 @@ def check_quantization(pretrained: Pretrained, options: Options, arguments: dict
             f"quantized bytes cannot follow. {pretrained.label} is quantized: load the unquantized "
             "checkpoint with quantize=, which refactors first."
         )
+    if options.mesh is not None:
+        raise ArgumentError(
+            f"{pretrained.label} is quantized ({spec.kind}), and mesh= shares dense weights only: "
+            "quantized bytes cannot be cut yet. Load it without mesh=, in each process."
+        )
     if not compat.can_assign():
         raise ArgumentError(
             f"Quantized weights need torch {compat.ASSIGN_NEEDS_TORCH} or newer, this is "

@@ -30,6 +30,8 @@ from tl_fastload.request.options import Options
 from tl_fastload.roads.known import describe_steps
 from tl_fastload.roads.observer import Observer
 from tl_fastload.roads.road import Recording, Request
+from tl_fastload.shards.fill import Sharding
+from tl_fastload.shards.load import agreed, begin, finish
 from tl_fastload.source.reader import FileReader
 
 Watch = Callable[[Iterable[torch.device]], None]
@@ -45,12 +47,16 @@ def load(request: Request) -> Any:
         # Parameters made in inference mode could never be trained or saved.
         with torch.inference_mode(False), own_defaults(), PeakSampler() as sampler:
             sampler.mark("configuration")
-            recording = record(request, reader, mark=sampler.mark)
-            checks.check_recipes(recording)
+            with agreed(request.options):
+                recording = record(request, reader, mark=sampler.mark)
+                checks.check_recipes(recording)
             sampler.mark("placing")
-            placer = place(request, recording, sampler.watch)
+            sharding = begin(request.options, recording.model, recording.recipes)
+            placer = place(request, recording, sampler.watch, sharding)
             recording.model = request.road.finished(recording.model)
             reader.files.check_all()
+            if sharding is not None:
+                finish(sharding, recording.model)
     finally:
         reader.close()
     model = recording.model
@@ -132,7 +138,9 @@ def placer_for(request: Request, recording: Recording, progress: Progress) -> Pl
     )
 
 
-def place(request: Request, recording: Recording, watch: Watch) -> Placer:
+def place(
+    request: Request, recording: Recording, watch: Watch, sharding: Sharding | None = None
+) -> Placer:
     """Fill the new model of a recording, if there is room for it; its recipes are used up."""
     model, pretrained = recording.model, recording.pretrained
     assert pretrained is not None  # new models are never made for a state dict alone
@@ -143,9 +151,13 @@ def place(request: Request, recording: Recording, watch: Watch) -> Placer:
         watch(devices)
         elements = sum(recipe.numel() for recipe in recording.recipes.values())
         if request.options.check_memory and not is_ample(elements, devices):
-            check_room(_needed_bytes(placer, recording.recipes), pretrained.label)
+            with agreed(request.options):
+                check_room(_needed_bytes(placer, recording.recipes, sharding), pretrained.label)
         with let_go_on_error(model, pretrained.label):
-            placer.place(recording.recipes)
+            if sharding is not None:
+                sharding.exchange(recording.recipes)
+            with agreed(request.options):
+                placer.place(recording.recipes)
             for name, buffer in list(model.named_buffers()):
                 parent, _, leaf = name.rpartition(".")
                 model.get_submodule(parent)._buffers[leaf] = buffer.to(placer.device_of(name))
@@ -153,10 +165,15 @@ def place(request: Request, recording: Recording, watch: Watch) -> Placer:
     return placer
 
 
-def _needed_bytes(placer: Placer, recipes: dict[str, Promise]) -> dict[torch.device, int]:
+def _needed_bytes(
+    placer: Placer, recipes: dict[str, Promise], sharding: Sharding | None
+) -> dict[torch.device, int]:
     """The most that placing allocates on each device, with the buffers that move there."""
-    found = forecast(placer, recipes)
+    exchanged = {} if sharding is None else sharding.exchanged_bytes()
+    found = forecast(placer, {n: recipe for n, recipe in recipes.items() if n not in exchanged})
     needed = dict(found.peak_bytes)
+    for name, size in exchanged.items():
+        needed[placer.device_of(name)] = needed.get(placer.device_of(name), 0) + size
     for name, buffer in placer.model.named_buffers():
         device = placer.device_of(name)
         if device != buffer.device and name not in found.held_bytes:

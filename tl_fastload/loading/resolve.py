@@ -7,8 +7,12 @@ from dataclasses import replace
 from tl_fastload.copies.from_hub import locate_copy
 from tl_fastload.copies.read import copy_folder
 from tl_fastload.errors import MissingFileError
+from tl_fastload.ground.memory_orders import STOCK
 from tl_fastload.huggingface.pretrained import locate
+from tl_fastload.request.sharing import FULLY
 from tl_fastload.roads.road import Request
+from tl_fastload.shards.load import agreed
+from tl_fastload.shards.ranks import Ranks
 
 
 def resolved(request: Request) -> Request:
@@ -19,6 +23,15 @@ def resolved(request: Request) -> Request:
             cannot be found.
     """
     request.check()
+    if request.options.mesh is not None:
+        request = request.changed(device=str(Ranks(request.options.mesh).device))
+    if request.options.parallel == FULLY:
+        request = request.with_options(layout=STOCK)  # FSDP2 takes row-major parameters alone
+    with agreed(request.options):
+        return _located(request)
+
+
+def _located(request: Request) -> Request:
     name = request.arguments["model_name"]
     copy = copy_folder(name, request.keywords)
     if copy is not None:

@@ -27,6 +27,11 @@ from tl_fastload.loading import load
 from tl_fastload.printable import printable
 from tl_fastload.roads.road import Request
 
+_NOT_SHARED = (
+    "not used: entries are of whole models. Save a copy in one process (save_lean), and load its "
+    "folder with mesh=."
+)
+
 
 def load_through_cache(request: Request) -> Any:
     """Load a model: a processed copy as it is, anything else through the cache if there is one.
@@ -36,6 +41,10 @@ def load_through_cache(request: Request) -> Any:
     """
     if request.copy is not None:
         return load_copy(request, request.copy)
+    if request.options.mesh is not None:
+        model = load.load(request)
+        is_wanted = folder_for(request.options.cache) is not None
+        return _told(model, _NOT_SHARED) if is_wanted else model
     folder = entry_for(request)
     if folder is None:
         model = load.load(request)

@@ -11,6 +11,7 @@ from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.quantized.recipes import promise_of_tensor
 from tl_fastload.recipes.nodes import MemorySource
 from tl_fastload.recipes.promise import Promise
+from tl_fastload.report.memory import stored_parts
 
 
 def as_promise(tensor: torch.Tensor, name: str) -> Promise:
@@ -88,6 +89,4 @@ def parameter_versions(model: nn.Module) -> list[tuple[str, int, int]]:
 
 
 def _address(parameter: torch.Tensor) -> int:
-    if isinstance(parameter, QuantizedTensor):
-        return next(iter(parameter.content.tensors().values())).data_ptr()
-    return parameter.data_ptr()
+    return stored_parts(parameter)[0].data_ptr()

@@ -218,8 +218,11 @@ def return_freed_memory() -> None:
 
 
 def stored_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors that hold a tensor's memory: several for a quantized one."""
+    """The tensors that hold a tensor's memory in this process: several for a quantized one, one
+    part of a DTensor.
+    """
     content = getattr(tensor, "content", None)
+    tensor = getattr(tensor, "_local_tensor", tensor)
     return [tensor] if content is None else list(content.tensors().values())
 
 

@@ -52,12 +52,11 @@ def memory_map(model: Any, role: RoleOf) -> list[Part]:
     seen: set[tuple[int, int]] = set()
     buffers = dict(model.named_buffers())
     for name, tensor in (*model.named_parameters(), *buffers.items()):
-        pieces = stored_parts(tensor)
-        for piece in pieces:
+        for piece in stored_parts(tensor):
             address, size_bytes = piece.data_ptr(), bytes_of(piece)
             if size_bytes and (address, size_bytes) not in seen:
                 seen.add((address, size_bytes))
-                state = _state(piece, pieces[0] is not tensor, _lies_in(address, spans))
+                state = _state(piece, hasattr(tensor, "content"), _lies_in(address, spans))
                 key = (*_place(role(name), name in buffers), state)
                 sizes[key] = sizes.get(key, 0) + size_bytes
     parts = [Part(*key, size_bytes) for key, size_bytes in sizes.items()]

@@ -18,6 +18,7 @@ from tl_fastload.request.adapters import Requests
 OWN_ARGUMENTS = (
     *("strategy", "mmap", "progress", "check_memory", "check_base"),
     *("quantize", "dequantize", "adapter", "requantize", "cache", "verify", "layout"),
+    *("mesh", "parallel"),
 )
 """Arguments of `from_pretrained_lean` that TransformerLens' `from_pretrained` does not have."""
 
@@ -48,6 +49,8 @@ class Options:
         requantize: whether adapters may be merged into weights that came quantized.
         check_base: whether an adapter whose base is another model is refused.
         layout: memory order of the parameters, "forward" or "stock".
+        mesh: the processes that share the model, or None.
+        parallel: how they do, "fsdp"; None without a mesh.
     """
 
     strategy: str = "auto"
@@ -62,6 +65,8 @@ class Options:
     requantize: bool = False
     check_base: bool = True
     layout: str = DEFAULT_LAYOUT
+    mesh: Any = None
+    parallel: str | None = None
 
     def check(self) -> None:
         """Raise for values that mean nothing, or that this torch cannot do."""

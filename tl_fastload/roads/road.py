@@ -21,6 +21,7 @@ from tl_fastload.recipes.promise import Promise
 from tl_fastload.request.contradictions import check_arguments
 from tl_fastload.request.keywords import Keywords
 from tl_fastload.request.options import Options
+from tl_fastload.request.sharing import check_sharing
 from tl_fastload.roads.observer import Observer
 from tl_fastload.source.aliases import Aliases
 from tl_fastload.source.location import Location
@@ -60,6 +61,7 @@ class Request:
         """Raise for values that mean nothing, contradict each other or this machine."""
         self.options.check()
         check_arguments(self.arguments, self.keywords)
+        check_sharing(self.options, self.arguments)
 
     def changed(self, **changes: Any) -> Request:
         """The same call with other arguments of TransformerLens' own method."""

@@ -1,0 +1,257 @@
+"""Run by tests/shards/test_whole.py under torchrun: `shared_lens.py FOLDER PART`.
+
+Every process checks the same, so that a difference in one of them fails the test.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from tests.support.counting import AllocatedBytes
+from tl_fastload import (
+    LeanHookedTransformer,
+    LeanLoadError,
+    load_weights_,
+    save_lean,
+)
+from tl_fastload.ground.sizes import bytes_of
+from tl_fastload.loading import load as loading
+from tl_fastload.memory_map import memory_map
+from tl_fastload.source.reader import FileReader
+
+TOKENS = torch.arange(3, 14)[None]
+
+
+class CountingReader:
+    """Counts the bytes that are read of files, in all processes together."""
+
+    def __init__(self) -> None:
+        self._read = FileReader.read
+        self._bytes = 0
+
+    def __enter__(self) -> CountingReader:
+        def read(reader: FileReader, path: Path, offset: int, out: torch.Tensor) -> None:
+            self._bytes += out.numel()
+            self._read(reader, path, offset, out)
+
+        FileReader.read = read  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        FileReader.read = self._read  # type: ignore[method-assign]
+
+    def total(self) -> int:
+        total = torch.tensor([self._bytes])
+        dist.all_reduce(total)
+        return int(total)
+
+
+@contextmanager
+def placing_under(mode: AllocatedBytes) -> Iterator[None]:
+    """The empty model, whose memory nobody touches, is made before."""
+    place = loading.place
+
+    def counted(*args: Any) -> Any:
+        with mode:
+            return place(*args)
+
+    loading.place = counted
+    try:
+        yield
+    finally:
+        loading.place = place
+
+
+def load(name: Path, mesh: Any = None, parallel: str | None = None, **arguments: Any) -> Any:
+    device = "cpu" if mesh is None else None
+    return LeanHookedTransformer.from_pretrained_lean(
+        name, device=device, mesh=mesh, parallel=parallel, progress=False, **arguments
+    )
+
+
+def message_of(action: Callable[[], Any]) -> str:
+    try:
+        action()
+    except LeanLoadError as error:
+        return str(error)
+    raise AssertionError("no error")
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def check_equal(model: Any, reference: Any) -> None:
+    wanted = dict(reference.named_parameters())
+    found = dict(model.named_parameters())
+    assert found.keys() == wanted.keys()
+    for name, parameter in found.items():
+        assert torch.equal(whole(parameter.detach()), wanted[name]), name
+        assert parameter.requires_grad == wanted[name].requires_grad, name
+
+
+def zero_a_position(value: torch.Tensor, hook: Any) -> torch.Tensor:
+    value[:, 1] = 0
+    return value
+
+
+def check_uses(model: Any, reference: Any) -> None:
+    """Forward, caches, hooks, gradients and generation, and nothing stays whole behind them."""
+    found, cache = model.run_with_cache(TOKENS)
+    wanted, known = reference.run_with_cache(TOKENS)
+    assert torch.equal(found, wanted)
+    assert all(torch.equal(cache[name], known[name]) for name in known)
+    hooks = [("blocks.1.attn.hook_z", zero_a_position)]
+    found, wanted = (m.run_with_hooks(TOKENS, fwd_hooks=hooks) for m in (model, reference))
+    assert torch.equal(found, wanted)
+    for one in (model, reference):
+        one(TOKENS, return_type="loss").backward()
+    known = dict(reference.named_parameters())
+    for name, parameter in model.named_parameters():
+        if known[name].grad is not None:
+            assert torch.equal(whole(parameter.grad), known[name].grad), name
+    model.zero_grad()
+    settings = {"max_new_tokens": 3, "do_sample": False, "verbose": False, "stop_at_eos": False}
+    assert torch.equal(*(m.generate(TOKENS, **settings) for m in (model, reference)))
+    assert all(hasattr(p, "full_tensor") for p in model.parameters())
+    assert torch.equal(model.W_Q.full_tensor(), reference.W_Q)
+
+
+def check_resuming(model: Any, again: Callable[[], Any], folder: Path) -> None:
+    def step(lens: Any, optimizer: Any) -> None:
+        lens(TOKENS, return_type="loss").backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    step(model, optimizer)
+    state = get_state_dict(model, optimizer)
+    dcp.save({"model": state[0], "optimizer": state[1]}, checkpoint_id=folder)
+    resumed = again()
+    other = torch.optim.AdamW(resumed.parameters(), lr=1e-3)
+    state = get_state_dict(resumed, other)
+    dcp.load({"model": state[0], "optimizer": state[1]}, checkpoint_id=folder)
+    set_state_dict(resumed, other, model_state_dict=state[0], optim_state_dict=state[1])
+    step(model, optimizer)
+    step(resumed, other)
+    for one, two in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one.to_local(), two.to_local())
+
+
+def check_refused(model: Any, given: dict[str, torch.Tensor], folder: Path) -> None:
+    """What works on a model's own values says so, and changes nothing."""
+    before = [(p.to_local().data_ptr(), p._version) for p in model.parameters()]
+    for action in (
+        model.process_weights_,
+        lambda: model.load_and_process_state_dict(given),
+        lambda: load_weights_(model, given),
+        lambda: save_lean(model, folder / "refused"),
+        lambda: model.to_layout_("forward"),
+    ):
+        assert "DTensor" in message_of(action)
+    for action in (lambda: pickle.dumps(model), lambda: copy.deepcopy(model)):
+        try:
+            action()
+        except (pickle.PicklingError, AssertionError):
+            continue
+        raise AssertionError("copied a part of a model")
+    assert before == [(p.to_local().data_ptr(), p._version) for p in model.parameters()]
+    states = {part.state for part in memory_map(model)}
+    assert states <= {"dense", "mapped"}, states
+
+
+def check_arguments(mesh: Any, name: Path) -> None:
+    two_dimensional = dist.init_device_mesh("cpu", (1, mesh.size()))
+    for arguments, word in (
+        ({"mesh": mesh, "parallel": "ddp"}, "'ddp'"),
+        ({"mesh": mesh}, "parallel=None"),
+        ({"parallel": "fsdp"}, "needs mesh="),
+        ({"mesh": "cpu", "parallel": "fsdp"}, "no DeviceMesh"),
+        ({"mesh": two_dimensional, "parallel": "fsdp"}, "2 dimensions"),
+        ({"mesh": mesh, "parallel": "fsdp", "quantize": "nf4"}, "quantize="),
+        ({"mesh": mesh, "parallel": "fsdp", "layout": "forward"}, "layout="),
+        ({"mesh": mesh, "parallel": "fsdp", "strategy": "copy"}, "strategy="),
+        ({"mesh": mesh, "parallel": "fsdp", "move_to_device": False}, "move_to_device="),
+    ):
+        told = message_of(lambda given=arguments: load(name, **given))
+        assert word in told, told
+    told = message_of(
+        lambda: LeanHookedTransformer.plan(name, mesh=mesh, parallel="fsdp", device="cpu")
+    )
+    assert "one process" in told
+
+
+def fully(folder: Path, mesh: Any) -> None:
+    """Two processes: equal numbers, little read, little held."""
+    for case, most in (("gpt2", 1.5), ("llama", 1.1)):
+        name = folder / case
+        file_bytes = sum(file.stat().st_size for file in name.glob("*.safetensors"))
+        reference = load(name, layout="stock")
+        held_bytes = sum(map(bytes_of, reference.parameters()))
+        largest_bytes = max(map(bytes_of, reference.parameters()))
+        allocated = AllocatedBytes()
+        with CountingReader() as counted, placing_under(allocated):
+            model = load(name, mesh, "fsdp", mmap=False)
+        assert counted.total() <= most * file_bytes, (case, counted.total() / file_bytes)
+        own_bytes = sum(bytes_of(parameter.to_local()) for parameter in model.parameters())
+        assert own_bytes <= 0.51 * held_bytes
+        assert model.load_report.parameter_bytes == own_bytes
+        assert allocated.peak <= 1.1 * (own_bytes + largest_bytes), allocated.peak / own_bytes
+        check_equal(model, reference)
+        check_uses(model, reference)
+    given = {key: value.clone() for key, value in reference.state_dict().items()}
+    check_refused(model, given, folder)
+    if dist.get_rank() == 0:
+        save_lean(reference, folder / "copy")
+    dist.barrier()
+    from_copy = load(folder / "copy", mesh, "fsdp")
+    check_equal(from_copy, reference)
+    assert from_copy.load_report.mapped_bytes > 0
+    check_resuming(model, lambda: load(name, mesh, "fsdp"), folder / "states")
+    check_arguments(mesh, name)
+
+
+def awkward(folder: Path, mesh: Any) -> None:
+    """Three processes: sizes that do not divide, nothing processed, one that fails."""
+    for case in ("gpt2-odd", "llama-gqa1-tied", "mixtral", "apertus"):
+        name = folder / case
+        for on in (True, False):
+            steps = dict.fromkeys(("fold_ln", "center_writing_weights", "center_unembed"), on)
+            steps["fold_value_biases"] = on
+            reference = load(name, layout="stock", **steps)
+            model = load(name, mesh, "fsdp", **steps)
+            check_equal(model, reference)
+            assert torch.equal(model(TOKENS), reference(TOKENS)), case
+    rank = dist.get_rank()
+    lacking = folder / ("nowhere" if rank == 1 else case)
+    told = message_of(lambda: load(lacking, mesh, "fsdp"))
+    assert "nowhere" in told, told
+    assert rank == 1 or "Process 1 of 3" in told, told
+    other = folder / ("mixtral" if rank == 2 else case)
+    told = message_of(lambda: load(other, mesh, "fsdp"))
+    assert "Processes 0 and 2 of 3" in told, told
+    assert torch.equal(load(name, mesh, "fsdp")(TOKENS), load(name)(TOKENS))
+
+
+def main(folder: Path, part: str) -> None:
+    assert "torchrun" in message_of(lambda: load(folder / "gpt2", "cpu", "fsdp"))
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    {"fully": fully, "awkward": awkward}[part](folder, mesh)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
