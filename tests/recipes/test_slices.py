@@ -19,6 +19,7 @@ CUT: dict[str, Recipe] = {
     "scaled": lambda w, b: w * b,
     "cast": lambda w, b: (w * b).to(torch.bfloat16).float() + 1,
     "heads": lambda w, b: (w * b).reshape(4, 3, 6).permute(0, 2, 1) * b[:, None],
+    "turned": lambda w, b: (w * b).transpose(0, 1) * (w - b).t(),
     "merged": lambda w, b: (w * b).reshape(4, 3, 6).transpose(0, 1).reshape(12, 6) / b,
     "stacked": lambda w, b: torch.stack([w * b, w - b], 1),
     "joined": lambda w, b: torch.cat([w * b, w + b, w * 2], 0),
