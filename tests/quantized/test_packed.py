@@ -7,6 +7,7 @@ import shutil
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from tests.support import quantized_zoo as qz
 from tests.support.comparison import lean_model
 from tl_fastload import load_weights_
 from tl_fastload.errors import ArgumentError, NumbersWarning, QuantizationError
+from tl_fastload.quantized import formats
 
 every_packing = pytest.mark.parametrize("name", packed.PACKINGS)
 
@@ -203,16 +205,7 @@ def test_stacked_experts(block: tuple[int, int] | None, zoo: Any, tmp_path: Path
         assert _is_mapped(weight.content.stored.codes.data_ptr(), source / "model.safetensors")
 
 
-COPIED = [
-    "fp8-ends",
-    "fp8-powers",
-    "ct-int-groups",
-    "mxfp4",
-    "gptq-reordered",
-    "awq",
-    "packed-zeros",
-    "torchao-groups",
-]
+COPIED = [*packed.ONE_OF_EACH, "fp8-powers"]
 
 
 @pytest.mark.parametrize("name", COPIED)
@@ -254,14 +247,22 @@ def test_weights_into_a_live_model(name: str, zoo: Any) -> None:
     assert qz.gap(qz.log_probs(plain, case_id), qz.log_probs(expected, case_id)) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["fp8", "ct-int"])
+def test_every_kind_is_among_them() -> None:
+    others = ("bitsandbytes", "GGUF")  # with suites of their own
+    kinds = {kind for f in formats.FORMATS if f.name not in others for kind in f.kinds}
+    assert {packed.kind_of(name) for name in packed.ONE_OF_EACH} == kinds
+
+
+@pytest.mark.parametrize("name", packed.ONE_OF_EACH)
 def test_adapters_need_ordinary_weights(name: str, zoo: Any, tmp_path: Path) -> None:
+    if name == "mxfp4":
+        pytest.skip("its attention has ordinary weights: below")
     folder = qz.build(zoo, "llama-gqa")
     adapter = adapters.for_case(
         "llama-gqa", folder, tmp_path / "adapter", target_modules=["q_proj"]
     )
     source = qz.saved(folder, name)
-    with pytest.raises(ArgumentError, match="requantize=True"):
+    with pytest.raises(ArgumentError, match=r"cannot be quantized again: pass dequantize="):
         lean_model(source, adapter=adapter)
     with pytest.raises(QuantizationError, match=r"cannot be quantized again.*dequantize=True"):
         lean_model(source, adapter=adapter, requantize=True)
@@ -270,6 +271,21 @@ def test_adapters_need_ordinary_weights(name: str, zoo: Any, tmp_path: Path) -> 
     expected = lean_model(plain, adapter=adapter, check_base=False)
     for key, value in expected.named_parameters():
         assert torch.equal(merged.get_parameter(key), value), key
+
+
+def test_adapters_of_what_is_not_quantized(zoo: Any, tmp_path: Path) -> None:
+    """LoRA on gpt-oss' attention leaves its experts' bytes alone."""
+    folder = qz.build(zoo, "gpt-oss")
+    adapter = adapters.for_case("gpt-oss", folder, tmp_path / "adapter", target_modules=["q_proj"])
+    source = qz.saved(folder, "mxfp4")
+    with pytest.raises(ArgumentError, match="only weights that are not quantized"):
+        lean_model(source, adapter=adapter)
+    model = lean_model(source, adapter=adapter, requantize=True)
+    plain = qz.dense_folder("gpt-oss", folder, "mxfp4")
+    expected = lean_model(plain, adapter=adapter, check_base=False)
+    assert len(qz.quantized_parameters(model)) == 9 * model.cfg.n_layers
+    assert qz.gap(qz.log_probs(model, "gpt-oss"), qz.log_probs(expected, "gpt-oss")) < 1e-4
+    assert qz.gap(qz.log_probs(model, "gpt-oss"), qz.log_probs(lean_model(plain), "gpt-oss")) > 1e-3
 
 
 def test_quantized_anew(zoo: Any) -> None:
@@ -312,3 +328,59 @@ def test_a_model_that_transformers_has_dequantized(zoo: Any) -> None:
     model = lean_model(folder, hf_model=hf)
     assert not qz.quantized_parameters(model)
     assert model.load_report.quantization is None
+
+
+def _in_memory(folder: Path, name: str) -> Any:
+    """transformers' model with the layers that the compressed-tensors library leaves there."""
+    weights = packed.PACKINGS[name].declared["config_groups"]["group_0"]["weights"]
+    tensors = load_file(qz.saved(folder, name) / "model.safetensors")
+    hf = reference.hf_model("llama-gqa", folder)
+    for layer in {key.rpartition(".")[0] for key in tensors if "weight_scale" in key}:
+        module = hf.get_submodule(layer)
+        del module.weight
+        module.quantization_scheme = SimpleNamespace(weights=SimpleNamespace(**weights))
+        module.quantization_status = "compressed"
+        for key, value in tensors.items():
+            if key.startswith(layer + "."):
+                part = torch.nn.Parameter(value, requires_grad=False)
+                module.register_parameter(key.rpartition(".")[2], part)
+    return hf
+
+
+@pytest.mark.parametrize("name", ["ct-rows", "ct-int-groups", "packed", "packed-zeros"])
+def test_compressed_layers_in_memory(name: str, zoo: Any) -> None:
+    """Their bytes are shared; what the library has decompressed is an ordinary weight."""
+    folder = qz.build(zoo, "llama-gqa")
+    hf, expected = _in_memory(folder, name), qz.hf_log_probs(folder, name, "llama-gqa")
+    model = lean_model(folder, hf_model=hf)
+    assert model.load_report.quantization == f"{packed.kind_of(name)}, as in the checkpoint"
+    held = qz.quantized_parameters(model)
+    assert len(held) == 7 * model.cfg.n_layers
+    theirs = {part.data_ptr() for part in hf.parameters()}
+    assert {next(iter(w.content.tensors().values())).data_ptr() for w in held.values()} <= theirs
+    assert qz.gap(qz.log_probs(model, "llama-gqa"), expected) < 1e-4
+    dense = load_file(qz.dense_folder("llama-gqa", folder, name) / "model.safetensors")
+    for layer, module in hf.named_modules():
+        if hasattr(module, "quantization_status"):
+            module._parameters.pop("weight_packed", None)
+            module.weight = torch.nn.Parameter(dense[f"{layer}.weight"])
+            module.quantization_status = "decompressed"  # and scales stay beside it
+    model = lean_model(folder, hf_model=hf)
+    assert not qz.quantized_parameters(model)
+    assert qz.gap(qz.log_probs(model, "llama-gqa"), expected) < 1e-4
+
+
+class GptqLinear(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("qweight", torch.zeros(4, 4, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("name", ["GptqLinear", "FP8Experts", "Mxfp4GptOssExperts"])
+def test_layers_that_cannot_be_read_in_memory(name: str, zoo: Any) -> None:
+    """Kernels have bytes in orders of their own."""
+    folder = qz.build(zoo, "llama-gqa")
+    hf = reference.hf_model("llama-gqa", folder)
+    hf.model.layers[1].mlp.up_proj = type(name, (GptqLinear,), {})()
+    with pytest.raises(QuantizationError, match=r"layers\.1\.mlp\.up_proj.*folder .*not hf_model"):
+        lean_model(folder, hf_model=hf)

@@ -242,6 +242,12 @@ PACKINGS: dict[str, Packing] = {
     ),
 }
 
+ONE_OF_EACH = (
+    *("fp8-ends", "ct-rows", "ct-int-groups", "mxfp4", "gptq-reordered", "awq"),
+    *("packed-zeros", "packed-8bit", "torchao-groups"),
+)
+"""A packing for each kind of weights."""
+
 
 def kind_of(name: str) -> str:
     """The kind that the package gives the weights of a packing."""

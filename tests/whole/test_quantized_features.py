@@ -29,6 +29,7 @@ CASES_AND_KINDS = (
     ("gpt2", "gptq-reordered"),
     ("neox", "awq"),
     ("gpt2", "packed-zeros"),
+    ("llama-gqa", "torchao-groups"),
 )
 # How far the model may lie from the dequantized one: 8-bit kernels round activations to 127 steps.
 BOUND = {"int8": 4e-2, **dict.fromkeys(("nf4-double", *packed.PACKINGS), 1e-5)}

@@ -50,6 +50,7 @@ PACKED = [
     ("gpt2", "gptq"),
     ("neox", "awq"),
     ("bloom", "packed-zeros"),
+    ("qwen2", "torchao-groups"),
 ]
 
 

@@ -218,17 +218,20 @@ def _shadow(
     if quantized is not None:
         # transformers turns GPT-2's Conv1D into a linear layer when it quantizes.
         quantized = quantized.t() if is_conv1d(getattr(module, "source_cls", None)) else quantized
-        promises[id(module._parameters["weight"])] = _as_parameter(quantized)
         shadow = plain_layer(module, quantized.shape)
     else:
         shadow = object.__new__(type(module))
         shadow.__dict__ = dict(module.__dict__)
+    # Scales are read already; compressed-tensors leaves them beside what it has decompressed.
+    has_scales = quantized is not None or hasattr(module, "quantization_scheme")
     for kind in ("_parameters", "_buffers"):
         shadow.__dict__[kind] = {
             name: None if tensor is None else _promise_once(tensor, prefix + name, promises)
             for name, tensor in getattr(module, kind).items()
-            if quantized is None or name in ("weight", "bias")  # not scales, which are read already
+            if not has_scales or name == "bias" or (name == "weight" and quantized is None)
         }
+    if quantized is not None:
+        shadow.__dict__["_parameters"]["weight"] = _as_parameter(quantized)
     shadow.__dict__["_modules"] = {
         name: None if child is None else _shadow(child, f"{prefix}{name}.", promises, dtype)
         for name, child in module._modules.items()

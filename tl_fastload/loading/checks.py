@@ -94,11 +94,17 @@ def check_adapters(pretrained: Pretrained, options: Options) -> None:
             "TransformerLens' own."
         )
     if pretrained.spec is not None and not options.requantize:
+        kind = pretrained.spec.kind
+        remedy = (
+            "Pass requantize=True to dequantize, merge and quantize again (which rounds twice)"
+            if formats.of_kind(kind).offered
+            else f"{kind} weights cannot be quantized again: pass dequantize=True to merge into "
+            "ordinary weights, requantize=True if it changes only weights that are not quantized"
+        )
         raise ArgumentError(
-            f"{pretrained.label} is quantized already ({pretrained.spec.kind}), and an adapter "
-            "changes the values behind its bytes. Pass requantize=True to dequantize, merge and "
-            "quantize again (which rounds twice), or take the unquantized checkpoint with adapter= "
-            "and quantize=."
+            f"{pretrained.label} is quantized already ({kind}), and an adapter changes the values "
+            f"behind its bytes. {remedy}, or take the unquantized checkpoint with adapter= and "
+            "quantize=."
         )
 
 

@@ -43,6 +43,7 @@ _CODES = {_FLOAT: FLOAT8, _INT: frozenset({torch.int8})}
 _KINDS = {"float": _FLOAT, "int": _INT}
 _PACKED = "pack-quantized"
 _FORMATS = ("float-quantized", "int-quantized", "naive-quantized", _PACKED)
+_OF_SCHEMES = "num_bits type strategy symmetric group_size block_structure actorder".split()
 _EIGHT_BITS = "8-bit floats and integers"
 _NOT_HERE = (
     "nvfp4-pack-quantized mxfp4-pack-quantized mxfp6-pack-quantized mxfp8-quantized marlin-24 "
@@ -123,6 +124,22 @@ class CompressedTensors(Format):
         elif zeros is not None and zeros.dtype != torch.int8:
             raise QuantizationError(f"zero points are int8, not {zeros.dtype}.")
         return scaled_bytes(codes, scales, spec.block, spec.kind, zeros)
+
+    def of_layer(self, module: Any) -> tuple[QuantizedBytes, torch.dtype | None] | None:
+        status = getattr(module, "quantization_status", None)
+        if getattr(status, "value", status) != "compressed":
+            return None  # the library decompresses layers when the model runs first
+        held = {**dict(module._parameters), **dict(module._buffers)}
+        pieces = {
+            name: part.detach()
+            for name, part in held.items()
+            if f".{name}" in self.pieces or name == "weight"
+        }
+        weights = module.quantization_scheme.weights
+        fields = {name: getattr(weights, name, None) for name in _OF_SCHEMES}
+        fields = {name: getattr(value, "value", value) for name, value in fields.items()}
+        spec = _spec_of_group({"weights": fields}, (), False, "weight_packed" in pieces)
+        return self.assemble(pieces, spec), None
 
     def sample(self, kind: str, device: torch.device) -> QuantizedBytes:
         bits = next((bits for bits, named in _WORDS.items() if named == kind), None)
