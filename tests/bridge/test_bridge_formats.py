@@ -11,6 +11,7 @@ import torch
 from tests.bridge.test_bridge_quantized import lean
 from tests.support import quantized_packed as packed
 from tests.support import quantized_zoo as qz
+from tests.support import zoo as zoo_module
 from tests.support.bridge_stock import quiet
 
 
@@ -33,3 +34,15 @@ def test_bytes_stay_bytes(name: str, zoo: Any, tmp_path: Path) -> None:
     assert copied.keys() == held.keys()
     for key, weight in held.items():
         assert torch.equal(copied[key].dequantize(), weight.dequantize()), key
+
+
+def test_gradients_pass_stacked_experts(zoo: Any) -> None:
+    """Their runs of tokens are multiplied expert by expert, forwards and backwards."""
+    folder = qz.build(zoo, "gpt-oss")
+    found = []
+    for source in (qz.saved(folder, "mxfp4"), qz.dense_folder("gpt-oss", folder, "mxfp4")):
+        bridge = lean(source, "raw")
+        with quiet():
+            bridge(zoo_module.tokens("gpt-oss")).float().square().mean().backward()
+        found.append(next(p for n, p in bridge.named_parameters() if "embed" in n).grad)
+    assert qz.relative_gap(*found) < 1e-5

@@ -8,9 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.bridge.test_bridge_quantized import lean as bridge
 from tests.support import quantized_packed as packed
+from tests.support import quantized_zoo as qz
+from tests.support import zoo as zoo_module
+from tests.support.bridge_stock import quiet
+from tests.support.comparison import lean_model
 from tests.support.quantized_kinds import PackedKind, assert_near
-from tl_fastload.quantized import QuantizedTensor
+from tl_fastload.quantized import QuantizedTensor, formats
 from tl_fastload.quantized.formats import decoded
 from tl_fastload.quantized.formats.scaled_bytes import scaled_bytes
 
@@ -71,6 +76,37 @@ def test_gradients_need_no_whole_matrix(name: str, small_parts: Any) -> None:
     for one, two in zip(found, expected, strict=True):
         assert_near(one.detach(), two.detach(), 1e-5)
     assert_near(again, torch.autograd.grad(expected[0].square().sum(), x)[0], 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("road", "case_id", "name"),
+    [
+        ("hooked", "mixtral", "packed-zeros"),
+        ("hooked", "gpt-oss", "mxfp4"),
+        ("bridge", "gpt-oss", "mxfp4"),
+    ],
+)
+def test_only_experts_that_tokens_go_to_are_decoded(
+    road: str, case_id: str, name: str, zoo: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = qz.saved(qz.build(zoo, case_id), name)
+    model = lean_model(source) if road == "hooked" else bridge(source, "raw")
+    stored = formats.bytes_class("mxfp4" if name == "mxfp4" else "packed")
+    decode, rows = stored.decode, []  # type: ignore[attr-defined]
+
+    def counted(self: Any, first: int, last: int, out: torch.Tensor) -> None:
+        rows.append(last - first)
+        decode(self, first, last, out)
+
+    monkeypatch.setattr(stored, "decode", counted)
+    cfg, matrices = model.cfg, 2 if road == "bridge" else 3  # gate and up are one there
+    for tokens in (1, 6):
+        rows.clear()
+        with torch.no_grad(), quiet():
+            model(zoo_module.tokens(case_id)[:1, :tokens])
+        per_layer = len(rows) / cfg.n_layers - (0 if name == "mxfp4" else 4)
+        assert per_layer <= matrices * min(cfg.num_experts, tokens * cfg.experts_per_token)
+        assert per_layer >= matrices * cfg.experts_per_token
 
 
 def test_autocasting_chooses_the_dtype() -> None:

@@ -3,6 +3,7 @@
 | operation | answer |
 |---|---|
 | linear, matmul, mm, addmm by a view of whole rows | the format's kernel |
+| grouped_mm by stacked experts | the same, for experts that have tokens |
 | views: permute, reshape, transpose, slice, split ... | the same bytes, another geometry |
 | clone, contiguous, to: nothing would move, or whole rows move | bytes |
 | a move to a device; another floating point dtype | the bytes moved; the same bytes |
@@ -212,6 +213,32 @@ def _addmm(
         return _multiply(mat1, mat2, columns, input)
     product = _multiply(mat1, mat2, columns, None)
     return product if product is NotImplemented else product + input.to(product.dtype)
+
+
+def _grouped_mm(
+    x: Any, stack: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None
+) -> Any:
+    """transformers multiplies runs of tokens by an expert each: of the experts, only those that
+    have tokens are decoded.
+    """
+    is_stack = isinstance(stack, QuantizedTensor) and stack.dim() == 3
+    if not is_stack or x.dim() != 2 or offs is None or bias is not None:
+        return NotImplemented
+    out = x.new_zeros((len(x), stack.shape[2]), dtype=out_dtype or x.dtype)
+    first = 0
+    for expert, last in enumerate(offs.tolist()):
+        if last > first:
+            matrix = stack[expert]
+            product = _matmul(x[first:last], matrix)
+            if product is NotImplemented:
+                product = x[first:last] @ matrix.dequantize()
+            out[first:last] = product
+        first = last
+    return out
+
+
+if (_GROUPED := _overload("_grouped_mm.default")) is not None:  # came with torch 2.8
+    OPERATORS[_GROUPED] = _grouped_mm
 
 
 def _is_weight(tensor: Any) -> bool:

@@ -69,6 +69,8 @@ class DecodedBytes(QuantizedBytes):
     def times(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`x @ W.T + bias` for x [n, in], without a gradient: [n, out]."""
         out = torch.empty((len(x), self.shape[0]), dtype=x.dtype, device=x.device)
+        if not len(x):
+            return out  # an expert that no token goes to
         for (first, last), part in self._decoded():
             columns, here = part.to(x.dtype).t(), out[:, first:last]
             if bias is None:
