@@ -1,4 +1,4 @@
-# Everything a newcomer runs. Needs GNU make and Python 3.10 to 3.12, nothing else:
+# Everything a newcomer runs. Needs GNU make and Python 3.10 to 3.13, nothing else:
 # each target makes `.venv` and installs what it needs, and does so again only when
 # pyproject.toml or constraints.txt change.
 
@@ -17,7 +17,7 @@ DEV := $(VENV)/.installed-dev
 PROPERTIES := $(shell grep -lr --include="test_*.py" "^@given" tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo demo-quick test test-fast explore test-slow test-gpu lint format types fuzz bench notebooks notebooks-check docs docs-look embedded-model clean
+.PHONY: help install install-dev demo demo-quick test test-fast explore test-slow test-gpu lint format types fuzz bench notebooks notebooks-check docs docs-look release-check embedded-model clean
 # Other versions of the libraries, each in a virtual environment of its own; see README.md.
 ENVIRONMENTS := tl4 tl40 tl2 tl216 old sae
 .PHONY: parity parity-current $(ENVIRONMENTS:%=parity-%) $(ENVIRONMENTS:%=bench-%) $(ENVIRONMENTS:%=demo-%)
@@ -109,8 +109,22 @@ docs: .venv-docs/.installed ## build the site of the documentation into site/
 docs-look: docs ## look at the site in chromium, at two widths; pictures go to site-pictures/
 	.venv-docs/bin/python tools/look_at_site.py
 
+# Each Python gets what pip chooses within the bounds of pyproject.toml; only torch is pinned.
+RELEASE_PYTHONS ?= 3.10 3.11 3.12 3.13
+release-check: .venv-release/.installed ## build wheel and sdist into dist/, check them, and try the wheel on every Python
+	rm -rf dist && .venv-release/bin/python -m build --no-isolation
+	.venv-release/bin/twine check --strict dist/*
+	.venv-release/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+	.venv-release/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/ci.yml
+	for version in $(RELEASE_PYTHONS); do tools/try_wheel $$version dist/*.whl || exit 1; done
+
 embedded-model: $(BASE) ## train the embedded model anew (minutes)
 	$(BIN)/python -m demo.train_embedded_model
+
+.venv-release/.installed: pyproject.toml
+	python=$$(tools/find_python 3.11) && $$python -m venv --clear .venv-release
+	.venv-release/bin/python -m pip install --quiet build check-jsonschema hatchling twine
+	touch $@
 
 .venv-docs/.installed: constraints/docs.txt
 	python=$$(tools/find_python 3.11) && $$python -m venv --clear .venv-docs
@@ -129,12 +143,12 @@ embedded-model: $(BASE) ## train the embedded model anew (minutes)
 	touch $@
 
 clean: ## remove .venv and every cache
-	rm -rf $(VENV) $(ENVIRONMENTS:%=.venv-%) .venv-docs site site-pictures .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) $(ENVIRONMENTS:%=.venv-%) .venv-docs .venv-release site site-pictures .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
-	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' \
-		|| { echo "tl_fastload needs Python 3.10 to 3.12: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' \
+		|| { echo "tl_fastload needs Python 3.10 to 3.13: make PYTHON=/path/to/python3.11 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 # torch goes first and pinned: left to the resolver, another package may draw a newer torch

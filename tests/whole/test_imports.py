@@ -207,3 +207,11 @@ def test_the_package_is_typed_and_names_what_it_has() -> None:
     assert (Path(tl_fastload.__file__).parent / "py.typed").exists()
     assert all(hasattr(tl_fastload, name) for name in tl_fastload.__all__)
     assert sorted(tl_fastload.__all__) == tl_fastload.__all__
+
+
+def test_one_version_everywhere() -> None:
+    import tl_fastload
+
+    root, version = Path(__file__).parents[2], tl_fastload.__version__
+    assert f'\nversion = "{version}"\n' in (root / "pyproject.toml").read_text()
+    assert f"\nversion: {version}\n" in (root / "CITATION.cff").read_text()

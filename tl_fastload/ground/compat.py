@@ -32,7 +32,7 @@ TORCH = _version("torch")
 TRANSFORMERS = _version("transformers")
 TRANSFORMER_LENS = _version("transformer_lens")
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
