@@ -5,11 +5,16 @@ it, and the methods that every lean model has.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import CommitInfo
+from transformers import PretrainedConfig
 
 from tl_fastload.copies.to_hub import push_lean_to_hub
 from tl_fastload.copies.write import MAX_SHARD_BYTES, save_lean
@@ -81,6 +86,17 @@ def loaded(request: Request) -> Any:
         return load_through_cache(request)
     except NotEnoughMemory as error:
         raise make.with_advice(request, error) from None
+
+
+@contextmanager
+def _folder_of(model: str | Path | PretrainedConfig) -> Iterator[str | Path]:
+    """What a plan is made of: a name or a folder, for a configuration one for the moment."""
+    if not isinstance(model, PretrainedConfig):
+        yield model
+        return
+    with TemporaryDirectory(prefix="tl_fastload-") as folder:
+        model.save_pretrained(folder)
+        yield folder
 
 
 class Face:
@@ -215,20 +231,26 @@ class Face:
 
     @classmethod
     @guarded("while planning")
-    def plan(cls, model_name: str | Path, *args: Any, **kwargs: Any) -> LoadPlan:
+    def plan(cls, model_name: str | Path | PretrainedConfig, *args: Any, **kwargs: Any) -> LoadPlan:
         """Predict what `from_pretrained_lean` of this class would take, without loading; see
         `tl_fastload.plan`.
         """
         lean: Any = cls
-        bound = inspect.signature(lean.from_pretrained_lean).bind(model_name, *args, **kwargs)
-        bound.apply_defaults()
-        request = request_of(cls, cls._road, **bound.arguments)
-        if request.options.mesh is not None:
-            raise ArgumentError(
-                "A plan tells of one process: leave mesh= out. Each process of a mesh holds its "
-                "part of the parameters, and while it loads the largest one as well."
-            )
-        return make.plan_load(resolved(request))
+        with _folder_of(model_name) as place:
+            bound = inspect.signature(lean.from_pretrained_lean).bind(place, *args, **kwargs)
+            bound.apply_defaults()
+            request = request_of(cls, cls._road, **bound.arguments)
+            if request.options.mesh is not None:
+                raise ArgumentError(
+                    "A plan tells of one process: leave mesh= out. Each process of a mesh holds "
+                    "its part of the parameters, and while it loads the largest one as well."
+                )
+            found = make.plan_load(resolved(request))
+            if place is model_name:
+                return found
+            advice = found.advice  # now, while there is a configuration to read
+        advise = None if found.advise is None else lambda: advice
+        return replace(found, source=type(model_name).__name__, advise=advise)
 
     def to_layout_(self, layout: str) -> Self:
         """Put every parameter of this model, and its gradient, into another memory order, one at a

@@ -7,6 +7,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from tl_fastload.copies.manifest import is_copy, read_manifest
 from tl_fastload.face import Face
 from tl_fastload.ground import compat
@@ -53,7 +55,7 @@ def road_for(model_name: str) -> str | None:
     return next((road for road, (_, name) in _CLASSES.items() if name == written), None)
 
 
-def plan(model_name: str | Path, *args: Any, **kwargs: Any) -> LoadPlan:
+def plan(model_name: str | Path | PretrainedConfig, *args: Any, **kwargs: Any) -> LoadPlan:
     """Predict what `from_pretrained_lean` would take, without loading: of `LeanHookedTransformer`
     where the installed TransformerLens has a HookedTransformer, else of `LeanTransformerBridge`.
     `LeanTransformerBridge.plan(...)` plans a bridge anywhere.
@@ -63,7 +65,9 @@ def plan(model_name: str | Path, *args: Any, **kwargs: Any) -> LoadPlan:
     sizes).
 
     Args:
-        model_name: TransformerLens name or alias, any hub name, or a local folder.
+        model_name: TransformerLens name or alias, any hub name, a local folder, or a configuration
+            of transformers. Where there are no weights, planned is what transformers would save of
+            such a model, in the dtype that the configuration names.
         *args: as for `from_pretrained_lean`.
         **kwargs: as for `from_pretrained_lean`.
 

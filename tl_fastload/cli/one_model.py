@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,15 +11,24 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from tl_fastload.cli.bench.synthetic import Shape, checked_model, hf_config
 from tl_fastload.cli.console import console, draw, give, libraries_to_stderr, show_rows
-from tl_fastload.cli.options import Drawn, Model, Written, command, lean_class
+from tl_fastload.cli.options import MODEL_HELP, Drawn, Model, Written, command, lean_class
 from tl_fastload.errors import CheckpointError
 from tl_fastload.ground.words import format_bytes
 
 
 @command
-def plan(model: Model, arguments: dict[str, Any], json: Written = None, plot: Drawn = None) -> None:
-    """Tell what loading would take and whether it fits, from headers alone.
+def plan(
+    model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None,
+    *,
+    arguments: dict[str, Any],
+    shape: str | None = None,
+    json: Written = None,
+    plot: Drawn = None,
+) -> None:
+    """Tell what loading would take and whether it fits, from headers alone, or from config.json
+    where there are no weights.
 
     Exits with 1 if the model does not fit.
 
@@ -28,12 +38,23 @@ def plan(model: Model, arguments: dict[str, Any], json: Written = None, plot: Dr
 
       tl-fastload plan gpt2-xl --quantize nf4 --plot plan.png
 
+      tl-fastload plan --shape llama:d_model=512,n_layers=8,dtype=bfloat16 --dtype bfloat16
+
     Args:
+        shape: Plan a model of this shape instead: gpt2 or llama, then any of n_layers, d_model,
+            n_heads, n_kv_heads, d_mlp, d_vocab, n_ctx and dtype (of the file).
         json: Write the plan as JSON; - for standard output.
         plot: Draw the plan into this file (.png, .pdf ...).
     """
+    what = checked_model(model, shape)
     with libraries_to_stderr():
-        found = lean_class(model, arguments).plan(model, **arguments)
+        planned: Any = what
+        if isinstance(what, Shape):
+            from transformers import AutoConfig
+
+            planned = AutoConfig.for_model(**hf_config(what))
+        found = lean_class(model or "", arguments).plan(planned, **arguments)
+        found = found if shape is None else replace(found, source=shape)
     give(json, found.to_dict, lambda: show_rows(found))
     draw(plot, found.plot)
     if not found.fits:

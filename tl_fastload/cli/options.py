@@ -44,9 +44,8 @@ def _can_be_drawn(path: Path | None) -> Path | None:
     return _can_be_written(path)
 
 
-Model = Annotated[
-    str, typer.Argument(help="A folder, a TransformerLens name or alias, or any hub name.")
-]
+MODEL_HELP = "A folder, a TransformerLens name or alias, or any hub name."
+Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 Written = Annotated[Path | None, typer.Option(callback=_can_be_written)]
 """A file to write, or "-" for standard output."""
 Drawn = Annotated[Path | None, typer.Option(callback=_can_be_drawn)]

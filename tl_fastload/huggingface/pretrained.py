@@ -29,6 +29,7 @@ from tl_fastload.huggingface.lora.adapter import Adapter, locate_adapter, open_a
 from tl_fastload.huggingface.lora.base_model import compare_bases
 from tl_fastload.huggingface.lora.live import adapters_of, merge_into_model
 from tl_fastload.huggingface.lora.merge import Weights, merge, merge_into_files
+from tl_fastload.huggingface.sketch import sketch
 from tl_fastload.huggingface.tokenizer import fetch_tokenizer, has_tokenizer
 from tl_fastload.quantized.assemble import is_quantized, spec_of_layers
 from tl_fastload.quantized.formats import descriptions, of_checkpoint
@@ -40,10 +41,11 @@ from tl_fastload.request.keywords import Keywords, override
 from tl_fastload.request.options import Options
 from tl_fastload.source.aliases import NO_ALIASES, Aliases
 from tl_fastload.source.checkpoint import Checkpoint, open_weights
+from tl_fastload.source.choose import is_bare
 from tl_fastload.source.gguf import GgufHeader, read_gguf, shard_names
 from tl_fastload.source.hub import HubOptions, list_files
 from tl_fastload.source.links import check_all_links
-from tl_fastload.source.location import Location, fetch
+from tl_fastload.source.location import Location, fetch, file_names
 from tl_fastload.source.location import locate as locate_files
 from tl_fastload.source.reader import FileMaps, FileReader
 from tl_fastload.source.remote import open_headers
@@ -275,7 +277,15 @@ class Pretrained:
             self.label, self.commit = location.label, location.commit
         files = {"weights_file": weights_file} if weights_file else dict(self.keywords.files)
         if self.headers_only:
-            checkpoint = open_headers(location, needs_values=descriptions(), **files)
+            try:
+                checkpoint = open_headers(location, needs_values=descriptions(), **files)
+            except CheckpointError:
+                if files or not is_bare(file_names(location).files):
+                    raise
+                is_quantized = self.spec is not None
+                checkpoint = sketch(
+                    location, self.architecture, self.config, quantized=is_quantized
+                )
         else:
             checkpoint = open_weights(location, **files)
         self.checkpoint = checkpoint

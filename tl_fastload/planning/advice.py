@@ -151,4 +151,5 @@ def _fitting(
             peak_host_bytes=needs.resident_bytes,
             peak_device_bytes=needs.peak_device_bytes,
             needed_bytes=max(needs.by_device.values()),
+            mapped_bytes=sum(found.mapped_bytes.values()),
         )

@@ -122,6 +122,7 @@ def choices(request: Request, folder: Path) -> Iterator[Choice]:
                 peak_host_bytes=plan.peak_host_bytes,
                 peak_device_bytes=plan.peak_device_bytes,
                 needed_bytes=max(room.needed_bytes for room in plan.rooms),
+                mapped_bytes=plan.mapped_bytes,
             )
 
 

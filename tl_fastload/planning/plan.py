@@ -56,16 +56,19 @@ class Choice:
         peak_host_bytes: as in `LoadPlan`.
         peak_device_bytes: as in `LoadPlan`.
         needed_bytes: the most that is held on the fullest device at a time, mapped pages left out.
+        mapped_bytes: as in `LoadPlan`.
     """
 
     arguments: dict[str, Any]
     peak_host_bytes: int
     peak_device_bytes: int | None
     needed_bytes: int
+    mapped_bytes: int = 0
 
     def __str__(self) -> str:
         passed = ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
-        return f"{passed} (needs {format_bytes(self.needed_bytes)})"
+        mapped = f", {format_bytes(self.mapped_bytes)} mapped" if self.mapped_bytes else ""
+        return f"{passed} (needs {format_bytes(self.needed_bytes)}{mapped})"
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,12 @@ def _lone(names: list[str]) -> Choice | None:
     return Choice(names[0], f"no standard name; weights from the only candidate, {names[0]}")
 
 
+def is_bare(names: Collection[str]) -> bool:
+    """Whether no file looks like weights, whole or cut off, nor like a part of them."""
+    ends = (SAFETENSORS, *TORCH_SUFFIXES, *_OTHER_FORMATS, ".gguf", ".incomplete")
+    return not any(name.endswith(ends) or ".index." in name for name in names)
+
+
 def no_weights_message(label: str, names: Collection[str], looked_for: Collection[str]) -> str:
     """Say that a model has no weights, what was looked for, and what lies there instead."""
     message = (

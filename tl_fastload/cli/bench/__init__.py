@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from tl_fastload.cli.bench.synthetic import Shape, parse_shape
+from tl_fastload.cli.bench.synthetic import checked_model
 from tl_fastload.cli.console import console, draw, give, say
 from tl_fastload.cli.options import QUANTIZATIONS, ROADS, Drawn, Written, check_known, command
 from tl_fastload.ground.words import format_bytes
@@ -73,7 +73,9 @@ def bench(
             one, whose name has "-timeline" added.
     """
     dtypes, strategies, kinds = dtype or ["float32"], strategy or ["auto"], quantize or []
-    what = _checked_model(model, shape, keep)
+    what = checked_model(model, shape)
+    if keep is not None and shape is None:
+        raise typer.BadParameter("goes with --shape only.", param_hint="'--keep'")
     check_known("--dtype", dtypes, _DTYPES)
     check_known("--strategy", strategies, _STRATEGIES)
     check_known("--quantize", kinds, QUANTIZATIONS)
@@ -98,19 +100,6 @@ def bench(
         _draw(label, found, plot)
     if any((one.error or "").startswith("failed") for one in found.values()):
         raise typer.Exit(1)
-
-
-def _checked_model(model: str | None, shape: str | None, keep: Path | None) -> str | Shape:
-    """What to load; says what is wrong with it before anything slow is imported."""
-    if (model is None) == (shape is None):
-        raise typer.BadParameter(
-            "name a model or give --shape, one of the two.", param_hint="'MODEL' / '--shape'"
-        )
-    if shape is not None:
-        return parse_shape(shape)
-    if keep is not None:
-        raise typer.BadParameter("goes with --shape only.", param_hint="'--keep'")
-    return str(model)
 
 
 def _announce(name: str, number: int, total: int) -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from tl_fastload.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -50,6 +52,20 @@ class Shape:
 
 _FAMILIES = {"gpt2": (GPT2_NAME, 50257), "llama": (LLAMA_NAME, 32000)}
 _NUMBERS = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_mlp", "d_vocab", "n_ctx")
+
+
+def checked_model(model: str | None, shape: str | None) -> str | Shape:
+    """What a command is about; says what is wrong with it before anything slow is imported.
+
+    Raises:
+        typer.BadParameter: neither a model nor a shape is given, or both are.
+        ArgumentError: as `parse_shape`.
+    """
+    if (model is None) == (shape is None):
+        raise typer.BadParameter(
+            "name a model or give --shape, one of the two.", param_hint="'MODEL' / '--shape'"
+        )
+    return str(model) if shape is None else parse_shape(shape)
 
 
 def parse_shape(text: str) -> Shape:
