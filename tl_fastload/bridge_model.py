@@ -16,7 +16,7 @@ from tl_fastload.bridge.processing import process_in_place
 from tl_fastload.bridge.quantizing import make_plain, require_bytes_can_follow
 from tl_fastload.bridge.record import COMPATIBILITY, IS_RECORDING
 from tl_fastload.bridge.road import ROAD
-from tl_fastload.bridge.steps import right_steps, run_stock
+from tl_fastload.bridge.steps import check_flags, right_steps, run_stock
 from tl_fastload.errors import ArgumentError
 from tl_fastload.face import Face, loaded, request_of
 from tl_fastload.ground.boundary import guarded
@@ -161,6 +161,51 @@ class LeanBridgeMixin(Face):
         return bridge
 
     @guarded("while processing")
+    def enable_compatibility_mode(
+        self,
+        disable_warnings: bool = False,
+        no_processing: bool = False,
+        fold_ln: bool = True,
+        center_writing_weights: bool = True,
+        center_unembed: bool = True,
+        fold_value_biases: bool = True,
+        refactor_factored_attn_matrices: bool = False,
+    ) -> None:
+        """TransformerLens' `enable_compatibility_mode`, in place: its names of hooks, and weights
+        processed by `process_weights`. What cannot be processed is refused before anything changes.
+
+        Args:
+            disable_warnings: say nothing about names of earlier versions.
+            no_processing: leave the weights as they are.
+            fold_ln: fold the norm weights into the following layer.
+            center_writing_weights: give what writes to the residual stream zero mean.
+            center_unembed: give the unembedding zero mean over the vocabulary.
+            fold_value_biases: fold the value biases into the output bias.
+            refactor_factored_attn_matrices: make the factors of the QK and OV circuits even.
+
+        Raises:
+            LeanLoadError: as `process_weights`.
+        """
+        flags = {step: on for step, on in locals().items() if step in STEPS}
+        checked(disable_warnings=disable_warnings, no_processing=no_processing, **flags)
+        require_whole(self, "enable_compatibility_mode")  # type: ignore[arg-type]
+        if not no_processing:
+            self._make_processable(flags)
+        super().enable_compatibility_mode(  # type: ignore[misc]
+            disable_warnings=disable_warnings, no_processing=no_processing, **flags
+        )
+
+    def _make_processable(self, flags: dict[str, bool]) -> None:
+        """Raise ArgumentError if the weights cannot be processed with these steps, or not here."""
+        bridge: Any = self
+        if versions.is_processed(bridge) or IS_RECORDING in bridge.__dict__:
+            return
+        make_plain(bridge)
+        require_values(bridge.original_model, "enable_compatibility_mode")
+        require_bytes_can_follow(bridge, flags)
+        check_flags(bridge.cfg, flags)
+
+    @guarded("while processing")
     def process_weights(
         self,
         verbose: bool = False,
@@ -187,26 +232,17 @@ class LeanBridgeMixin(Face):
             UnsupportedArchitectureError: TransformerLens does not process such a model.
             HalfWrittenError: it was stopped in the middle, now or before.
         """
-        flags = {
-            "fold_ln": fold_ln,
-            "center_writing_weights": center_writing_weights,
-            "center_unembed": center_unembed,
-            "fold_value_biases": fold_value_biases,
-            "refactor_factored_attn_matrices": refactor_factored_attn_matrices,
-        }
+        flags = {step: on for step, on in locals().items() if step in STEPS}
+        checked(verbose=verbose, **flags)
         bridge: Any = self
         require_whole(bridge, "enable_compatibility_mode")
         stock = super().process_weights  # type: ignore[misc]
         if versions.is_processed(bridge):
             stock(verbose)  # says that it does nothing
             return
-        is_recording = IS_RECORDING in bridge.__dict__
-        if not is_recording:
-            make_plain(bridge)
-            require_values(bridge.original_model, "enable_compatibility_mode")
-            require_bytes_can_follow(bridge, flags)
+        self._make_processable(flags)
         flags = right_steps(bridge.cfg, flags)
-        if is_recording:
+        if IS_RECORDING in bridge.__dict__:
             stock(verbose, **flags)
             return
         with torch.inference_mode(False), own_defaults(), Progress(None) as progress:

@@ -16,10 +16,12 @@ from torch import nn
 
 from tl_fastload.bridge import versions
 from tl_fastload.bridge.placing import Shelf
+from tl_fastload.bridge.quantizing import role_in
 from tl_fastload.bridge.record import COMPATIBILITY, PROCESSED, boot_and_process, completed
 from tl_fastload.bridge.slots import ATTRIBUTE, Slot, is_plain, slots_of
-from tl_fastload.errors import ArgumentError, CheckpointError, SaveError
+from tl_fastload.errors import ArgumentError, CheckpointError
 from tl_fastload.ground.geometry import dense_strides
+from tl_fastload.ground.role import Role
 from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.ground.words import listed
 from tl_fastload.huggingface.config import Supported
@@ -50,27 +52,23 @@ class StoredShelf(Shelf):
     Attributes:
         cfg: the bridge's.
         built: what a copy says of the bridge; "slots" has for each slot its memory and its form.
+        slots: of a live bridge, by name.
     """
 
-    def __init__(self, cfg: Any, built: dict[str, Any]) -> None:
+    def __init__(
+        self, cfg: Any, built: dict[str, Any], slots: Mapping[str, Slot] | None = None
+    ) -> None:
         super().__init__()
-        self.cfg, self.built = cfg, built
+        self.cfg, self.built, self.slots = cfg, built, slots or {}
+
+    def role(self, name: str) -> Role:
+        slot = self.slots.get(name)
+        return super().role(name) if slot is None else role_in(name, slot.module, self.slots)
 
 
 def stored(bridge: Any) -> StoredShelf:
-    """As `tl_fastload.roads.road.Road.stored`.
-
-    Raises:
-        SaveError: an encoder and a decoder, whose shared tables TransformerLens 4 holds in
-            places that depend on what was loaded.
-    """
-    if getattr(bridge.original_model.config, "is_encoder_decoder", False):
-        raise SaveError(
-            f"A bridge of a {type(bridge.original_model).__name__}, which has an encoder and a "
-            "decoder, cannot be saved as a processed copy. Load it from its checkpoint, which is "
-            "mapped."
-        )
-    slots = _by_name(slots_of(bridge))
+    """As `tl_fastload.roads.road.Road.stored`."""
+    slots = by_name(slots_of(bridge))
     forms: dict[str, Any] = {}
     built = {
         "road": "TransformerBridge",
@@ -78,7 +76,7 @@ def stored(bridge: Any) -> StoredShelf:
         "processed": versions.is_processed(bridge),
         "slots": forms,
     }
-    shelf = StoredShelf(bridge.cfg, built)
+    shelf = StoredShelf(bridge.cfg, built, slots)
     shelf._hf_config = bridge.original_model.config
     homes: dict[int, dict[str, Slot]] = {}
     for name, slot in slots.items():
@@ -95,7 +93,8 @@ def stored(bridge: Any) -> StoredShelf:
     return shelf
 
 
-def _by_name(slots: list[Slot]) -> dict[str, Slot]:
+def by_name(slots: list[Slot]) -> dict[str, Slot]:
+    """Slots by the names that a copy has for them: no two are the same."""
     found: dict[str, Slot] = {}
     for slot in slots:
         name = slot.name
@@ -180,8 +179,14 @@ def empty_model(
     _as_saved(bridge, cfg)
     if "default_padding_side" in keywords and bridge.tokenizer is not None:
         bridge.tokenizer.padding_side = keywords["default_padding_side"]
-    slots = _by_name(slots_of(bridge))
-    _check_slots(slots, built["slots"], label)
+    slots = by_name(slots_of(bridge))
+    wrong = apart(slots, built["slots"])
+    if wrong:
+        raise CheckpointError(
+            f"{label} does not hold the bridge that TransformerLens builds here: "
+            f"{listed(wrong, 10)}. Load it with the class and versions that saved it, or load the "
+            "original."
+        )
     shelf = on_meta(request.cls, bridge.cfg, built)
     shelf.finish = lambda: _filled(bridge, slots, shelf)
     return shelf
@@ -220,10 +225,10 @@ def _as_saved(bridge: Any, cfg: Any) -> None:
                 setattr(bridge.cfg, name, value)
 
 
-def _check_slots(slots: Mapping[str, Slot], saved: Mapping[str, Any], label: str) -> None:
-    """Raise CheckpointError if the bridge is built of other tensors than were saved."""
+def apart(slots: Mapping[str, Slot], saved: Mapping[str, Any]) -> list[str]:
+    """In which tensors a bridge that was built differs from what `stored` said of one, sorted."""
     wrong = [
-        f"missing in the copy: {name}"
+        f"new in the bridge: {name}"
         for name, slot in slots.items()
         if name not in saved and (slot.kind != ATTRIBUTE or type(slot.tensor) is not torch.Tensor)
     ]
@@ -232,13 +237,8 @@ def _check_slots(slots: Mapping[str, Slot], saved: Mapping[str, Any], label: str
             wrong += [f"not in the bridge: {name}"] if form["kind"] != ATTRIBUTE else []
         elif list(slots[name].tensor.shape) != form["shape"]:
             shape = list(slots[name].tensor.shape)
-            wrong.append(f"{name} is {form['shape']} in the copy, {shape} in the bridge")
-    if wrong:
-        raise CheckpointError(
-            f"{label} does not hold the bridge that TransformerLens builds here: "
-            f"{listed(sorted(wrong), 10)}. Load it with the class and versions that saved it, or "
-            "load the original."
-        )
+            wrong.append(f"{name} was {form['shape']}, and is {shape} in the bridge")
+    return sorted(wrong)
 
 
 def _filled(bridge: Any, slots: Mapping[str, Slot], shelf: StoredShelf) -> Any:

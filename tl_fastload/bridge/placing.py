@@ -41,6 +41,10 @@ class Shelf(nn.Module):
         super().__init__()
         self.strides: dict[str, tuple[int, ...]] = {}
 
+    def role(self, name: str) -> Role:
+        """What a parameter is."""
+        return names.role(name)
+
     def put(self, name: str, tensor: torch.Tensor, strides: tuple[int, ...]) -> str:
         """Add a parameter or a buffer; returns its name, which no other one has."""
         *path, leaf = name.split(".")
@@ -95,7 +99,7 @@ class BridgeShelf(Shelf):
         return self.put(slot.name, empty, strides)
 
     def role(self, name: str) -> Role:
-        """What a parameter is, as the module that holds it has it."""
+        """As the module that holds it has it."""
         return role_in(name, self._homes[name].slots[0].module, self._homes)
 
     def slots(self, name: str) -> list[Slot]:
@@ -133,7 +137,7 @@ def is_small_and_odd(address: int, tensor: torch.Tensor) -> bool:
 
 def roles_in(model: nn.Module) -> RoleOf:
     """What the parameters of a shelf, or of a bridge, are."""
-    return model.role if isinstance(model, BridgeShelf) else names.role
+    return model.role if isinstance(model, Shelf) else names.role
 
 
 def strides_in(order: str, module: nn.Module, name: str, shape: torch.Size) -> tuple[int, ...]:

@@ -51,7 +51,9 @@ def process_in_place(
         before.keep_unchanged(slots_of(bridge))
     except BaseException:
         before.restore()
+        bridge._weights_processed = False  # of stock, which sets it first
         raise
+    bridge.__dict__.pop("_processed", None)
     mark = Mark("enable_compatibility_mode")
     bridge.__dict__[MARK] = mark
 

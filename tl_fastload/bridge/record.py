@@ -56,6 +56,7 @@ def record(
 ) -> Recording:
     """As `tl_fastload.roads.road.Road.record`."""
     _check(request, pretrained)
+    hf_config = copy.deepcopy(pretrained.config)
     bridge, inputs, notes = boot_and_process(request, pretrained, is_quiet=on_meta)
     requested = {step: bool(request.arguments[step]) for step in STEPS}
     shelf = BridgeShelf(
@@ -63,7 +64,7 @@ def record(
         is_raw=not request.arguments.get(COMPATIBILITY, True),
         on_meta=request.options.assigns,
     )
-    shelf.finish = lambda: _finished(bridge, shelf)
+    shelf.finish = lambda: _finished(bridge, shelf, hf_config)
     shifts = inputs.shifts(shelf.recipes, requested)
     return Recording(shelf, requested, pretrained, shelf.recipes, shifts, notes)
 
@@ -140,8 +141,9 @@ def _set_up(bridge: Any, arguments: dict[str, Any]) -> None:
         bridge.tokenizer.padding_side = arguments["default_padding_side"]
 
 
-def _finished(bridge: Any, shelf: BridgeShelf) -> Any:
+def _finished(bridge: Any, shelf: BridgeShelf, hf_config: Any) -> Any:
     shelf.clear()
+    bridge._hf_config = hf_config
     bridge._layout, bridge._quantization = shelf._layout, shelf._quantization
     return completed(bridge)
 
@@ -237,7 +239,7 @@ class _Answers:
             forget_quantizer(model)
             # TransformerLens takes a model in memory as it is, attentions off or on.
             hf_config.output_attentions = found.config.output_attentions
-        elif not self._on_meta:
+        elif found.promises or not self._on_meta:
             tie_equal(model, found.ledger.tied)
         folder = None if found.location is None else found.location.folder
         make_runnable(model, hf_config, dtype, folder, attention)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -10,12 +10,11 @@ from typing import Any
 import torch
 
 from tl_fastload.bridge import copied, names, steps, versions
+from tl_fastload.bridge.convert import record_weights
 from tl_fastload.bridge.placing import roles_in, strides_in
 from tl_fastload.bridge.record import record
-from tl_fastload.errors import ArgumentError
 from tl_fastload.huggingface.config import Supported
-from tl_fastload.huggingface.pretrained import Pretrained
-from tl_fastload.roads.road import Recording, Road
+from tl_fastload.roads.road import Road
 
 
 def _why_not(name: str, model_type: str, is_seq2seq: bool) -> str:
@@ -35,10 +34,9 @@ def _finished(model: Any) -> Any:
     return model.finish()
 
 
-def _record_weights(model: Any, pretrained: Pretrained, flags: Mapping[str, bool]) -> Recording:
-    raise ArgumentError(
-        "Weights under Hugging Face's names go into a HookedTransformer only: load the bridge anew."
-    )
+def _hf_config(model: Any) -> Any:
+    # As it was loaded: with all layers, and with what is said of quantized weights.
+    return model.__dict__.get("_hf_config") or model.original_model.config
 
 
 def _folded_names(model: Any) -> list[str]:
@@ -55,7 +53,7 @@ class BridgeRoad:
     supported = _SUPPORTED
     aliases = staticmethod(versions.aliases)
     record = staticmethod(record)
-    record_weights = staticmethod(_record_weights)
+    record_weights = staticmethod(record_weights)
     empty_model = partial(copied.empty_model, supported=_SUPPORTED)
     model_on_meta = staticmethod(copied.on_meta)
     finished = staticmethod(_finished)
@@ -65,6 +63,8 @@ class BridgeRoad:
     strides_in = staticmethod(strides_in)
     why_skipped = staticmethod(steps.why_skipped)
     check_flags = staticmethod(steps.check_flags)
+    steps_of = staticmethod(steps.steps_of)
+    hf_config = staticmethod(_hf_config)
     is_processed = staticmethod(lambda model, flags: versions.is_processed(model))
     role = staticmethod(names.role)
     roles_in = staticmethod(roles_in)

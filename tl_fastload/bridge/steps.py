@@ -8,11 +8,14 @@ from typing import Any
 from tl_fastload.bridge import versions
 from tl_fastload.errors import (
     ArgumentError,
+    HalfWrittenError,
     LeanLoadError,
     UnsupportedArchitectureError,
     is_out_of_memory,
     warn_numbers,
 )
+from tl_fastload.ground.mark import is_half_written
+from tl_fastload.request.steps import STEPS
 
 _OF_STOCK = (RuntimeError, NotImplementedError, LookupError, ValueError, AttributeError, TypeError)
 _LAYER_NORMS = ("LN", "LNPre")
@@ -69,6 +72,25 @@ def check_flags(cfg: Any, flags: Mapping[str, bool]) -> None:
             "refactor_factored_attn_matrices=True cannot be done here: rotary embeddings act "
             "between W_Q and W_K. Leave it out."
         )
+
+
+def steps_of(model: Any, asked: Mapping[str, bool]) -> dict[str, bool]:
+    """As `tl_fastload.roads.road.Road.steps_of`: weights say nothing, norms stay where they are."""
+    if not versions.is_processed(model):
+        wanted = [step for step, on in asked.items() if on]
+        if wanted:
+            raise ArgumentError(
+                f"processing={{{wanted[0]!r}: True}} is for a bridge whose weights are processed. "
+                "Load the weights as they are, then call enable_compatibility_mode()."
+            )
+        return dict.fromkeys(STEPS, False)
+    done = getattr(model, "_processed", (None, None))[0]
+    if done is None and set(STEPS) - set(asked):
+        raise (HalfWrittenError if is_half_written(model) else ArgumentError)(
+            "It is not known how the bridge's weights were processed. Pass processing= with all of "
+            f"{', '.join(STEPS)}."
+        )
+    return {**{step: step in (done or ()) for step in STEPS}, **asked}
 
 
 def right_steps(cfg: Any, flags: Mapping[str, bool]) -> dict[str, bool]:

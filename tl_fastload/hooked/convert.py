@@ -46,6 +46,8 @@ def record_weights(model: Any, pretrained: Pretrained, flags: Mapping[str, bool]
     shadow.__dict__.update({**model.__dict__, "_recorder": recorder})
     stock = HookedTransformer.load_and_process_state_dict.__get__(shadow)
     recorder.record(shadow, named, flags, stock)
+    own = dict(model.named_parameters())  # the model's own tables stay
+    recording.recipes = {n: made for n, made in recording.recipes.items() if n in own}
     return recording
 
 

@@ -57,6 +57,8 @@ class HookedRoad:
     why_skipped = staticmethod(steps.reason_to_skip)
     check_flags = staticmethod(steps.check_refactor)
     is_processed = staticmethod(steps.is_processed)
+    steps_of = staticmethod(steps.steps_of)
+    hf_config = staticmethod(lambda model: getattr(model, "_hf_config", None))
     role = staticmethod(names.role)
     roles_in = staticmethod(lambda model: names.role)
     folded_names = staticmethod(names.folded_names)

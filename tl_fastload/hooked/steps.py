@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from tl_fastload.errors import ArgumentError
+from tl_fastload.errors import ArgumentError, HalfWrittenError
 from tl_fastload.ground import compat
+from tl_fastload.ground.mark import is_half_written
 from tl_fastload.ground.role import Role
 from tl_fastload.hooked.names import role
 from tl_fastload.request.steps import STEPS
@@ -79,6 +80,38 @@ def check_refactor(cfg: Any, flags: Mapping[str, bool]) -> None:
     reason = reason_to_skip(step, cfg)
     if flags[step] and reason is not None:
         raise ArgumentError(f"{step}=True cannot be done: {reason}. Leave it out.")
+
+
+def steps_of(model: Any, asked: Mapping[str, bool]) -> dict[str, bool]:
+    """As `tl_fastload.roads.road.Road.steps_of`: what a model was loaded with counts, or else what
+    its weights look like.
+    """
+    done = getattr(model, "_processed", (None, None))[0]
+    if done is None and is_half_written(model) and set(STEPS) - set(asked):
+        raise HalfWrittenError(
+            "The model is half-written, so its weights do not tell how they were processed. Pass "
+            f"processing= with all of {', '.join(STEPS)}."
+        )
+    flags = {
+        step: step in done if done is not None else _looks_processed(model, step) for step in STEPS
+    }
+    flags.update(asked)
+    folded = str(model.cfg.normalization_type).endswith("Pre")
+    if "fold_ln" in asked and flags["fold_ln"] != folded:
+        state = "folded" if folded else "with weights of their own"
+        raise ArgumentError(
+            f"processing={{'fold_ln': {flags['fold_ln']}}} does not fit the model, whose norms are "
+            f"{state} ({model.cfg.normalization_type}). Leave fold_ln out, or load the model anew."
+        )
+    flags["fold_ln"] = folded or (
+        flags["fold_ln"] and reason_to_skip("fold_ln", model.cfg) is not None
+    )
+    return flags
+
+
+@torch.no_grad()
+def _looks_processed(model: Any, step: str) -> bool:
+    return reason_to_skip(step, model.cfg) is None and is_processed(model, {step: True})
 
 
 def is_processed(model: Any, flags: Mapping[str, bool]) -> bool:

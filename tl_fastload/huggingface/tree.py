@@ -166,6 +166,8 @@ def fill_tree(model: Any, promises: Mapping[str, Promise], dtype: torch.dtype) -
     """
     found, ledger = rename_to_model(model, promises, dtype)
     ledger.tied = tied_groups(model)
+    first = {name: group[0] for group in ledger.tied for name in group}
+    lacking: dict[str, Promise] = {}
     for group in ledger.tied:
         present = [name for name in group if name in found]
         for name in group:
@@ -183,7 +185,9 @@ def fill_tree(model: Any, promises: Mapping[str, Promise], dtype: torch.dtype) -
         if promise is not None and like.is_floating_point() and not promise.is_floating_point():
             ledger.integers[name] = promise.dtype
         if promise is None:
-            promise = Promise.of(MissingSource(name, like))
+            name_of_all = first.get(name, name)
+            missing = Promise.of(MissingSource(name_of_all, like))
+            promise = lacking.setdefault(name_of_all, missing)
         elif promise.shape != like.shape:
             ledger.misshapen[name] = (tuple(promise.shape), tuple(like.shape))
         put(model, name, promise)

@@ -10,16 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PretrainedConfig
 
-from tl_fastload.errors import (
-    ArgumentError,
-    CheckpointError,
-    HalfWrittenError,
-    UnsupportedArchitectureError,
-)
-from tl_fastload.ground.mark import is_half_written
+from tl_fastload.errors import ArgumentError, CheckpointError, UnsupportedArchitectureError
 from tl_fastload.ground.words import listed
 from tl_fastload.huggingface.config import architecture_of, read_config
 from tl_fastload.huggingface.pretrained import Pretrained
@@ -27,6 +20,7 @@ from tl_fastload.huggingface.tree import MissingSource
 from tl_fastload.loading import checks
 from tl_fastload.loading.sources import WeightSource
 from tl_fastload.placement.own_values import as_promise
+from tl_fastload.quantized.recipes import QuantizedSource
 from tl_fastload.recipes.evaluate import sources
 from tl_fastload.recipes.nodes import MemorySource
 from tl_fastload.recipes.promise import Promise
@@ -46,7 +40,8 @@ class Converted:
         recipes: TransformerLens name -> recipe, for all that can be computed.
         determined: the names among them that depend on the weights; the others are zero.
         missing: Hugging Face's names of weights that are not there.
-        recording: the notes, and what processing takes out of quantized matrices' inputs.
+        recording: what the recipes are written to, the notes, and what processing takes out of
+            quantized matrices' inputs.
         half_known: TransformerLens name -> the missing ones among several weights it comes from.
         unexpected: keys that the model has no use for.
         problems: what must not be, whether keys may be missing or not.
@@ -77,12 +72,7 @@ def find_config(given: Any, weights: WeightSource, model: Any) -> Any:
         raise ArgumentError(
             f"config={given!r} is neither a transformers configuration nor the name of a model."
         )
-    found = (
-        given
-        or weights.config
-        or _beside(road, weights.folder)
-        or getattr(model, "_hf_config", None)
-    )
+    found = given or weights.config or _beside(road, weights.folder) or road.hf_config(model)
     if found is None:
         raise ArgumentError(
             f"No key of {weights.label} is one of TransformerLens'. If they are Hugging Face's, "
@@ -111,40 +101,16 @@ def steps_of(model: Any, asked: Mapping[str, bool] | None) -> dict[str, bool]:
         asked: steps that the caller decides.
 
     Raises:
-        ArgumentError: a step that does not exist, or that contradicts the model's norms.
+        ArgumentError: a step that does not exist, or that contradicts the model.
+        HalfWrittenError: the weights of a half-written model do not tell.
     """
     road = road_of(model)
     unknown = sorted(set(asked or ()) - set(STEPS))
     if unknown:
         raise ArgumentError(f"processing has {unknown[0]!r}, which is none of {', '.join(STEPS)}.")
-    done = getattr(model, "_processed", (None, None))[0]
-    if done is None and is_half_written(model) and set(STEPS) - set(asked or ()):
-        raise HalfWrittenError(
-            "The model is half-written, so its weights do not tell how they were processed. Pass "
-            f"processing= with all of {', '.join(STEPS)}."
-        )
-    flags = {
-        step: step in done if done is not None else _looks_processed(model, step) for step in STEPS
-    }
-    flags.update(asked or {})
-    folded = str(model.cfg.normalization_type).endswith("Pre")
-    if "fold_ln" in (asked or {}) and flags["fold_ln"] != folded:
-        state = "folded" if folded else "with weights of their own"
-        raise ArgumentError(
-            f"processing={{'fold_ln': {flags['fold_ln']}}} does not fit the model, whose norms are "
-            f"{state} ({model.cfg.normalization_type}). Leave fold_ln out, or load the model anew."
-        )
-    flags["fold_ln"] = folded or (
-        flags["fold_ln"] and road.why_skipped("fold_ln", model.cfg) is not None
-    )
+    flags = road.steps_of(model, asked or {})
     road.check_flags(model.cfg, flags)
     return flags
-
-
-@torch.no_grad()
-def _looks_processed(model: Any, step: str) -> bool:
-    road = road_of(model)
-    return road.why_skipped(step, model.cfg) is None and road.is_processed(model, {step: True})
 
 
 def converted(
@@ -194,19 +160,16 @@ def _sorted_out(recording: Recording, pretrained: Pretrained) -> Converted:
     """What the recipes determine, what they lack, and what was of no use."""
     given = {
         id(view.source)
-        for _, promise in pretrained.root.named_parameters()
+        for promise in (pretrained.promises or {}).values()
         for view in sources(promise.node)
-        if not isinstance(view.source, MissingSource)
     }
-    own = dict(recording.model.named_parameters())
-    lacking_names = sorted({*pretrained.missing(), *pretrained.ledger.incomplete})
-    found = Converted({}, set(), lacking_names, recording)
+    missing = {*pretrained.missing(), *pretrained.ledger.incomplete}
+    found = Converted({}, set(), [], recording)
     for name, promise in recording.recipes.items():
-        if name not in own:
-            continue
         read = [view.source for view in sources(promise.node)]
         lacking = [source.name for source in read if isinstance(source, MissingSource)]
-        reads_given = any(id(source) in given for source in read)
+        reads_given = any(id(s) in given or isinstance(s, QuantizedSource) for s in read)
+        missing |= set(lacking)
         if not lacking:
             found.recipes[name] = promise
             found.determined |= {name} if reads_given else set()
@@ -218,4 +181,5 @@ def _sorted_out(recording: Recording, pretrained: Pretrained) -> Converted:
             found.unexpected.append(rest)
         elif kind not in ("missing", "not complete"):
             found.problems.append(line)
+    found.missing = sorted(missing)
     return found

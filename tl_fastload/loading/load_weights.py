@@ -82,13 +82,15 @@ def load_weights_(
     byte changes.
 
     Args:
-        model: a HookedTransformer, loaded by tl_fastload or not; compiled or parallel is fine.
+        model: a HookedTransformer or a TransformerBridge, loaded by tl_fastload or not; compiled or
+            parallel is fine.
         source: a state dict, on any devices and in any floating dtypes, the model's own tensors
             among them; a model, which stands for its state dict; the path of a safetensors file, of
             a torch file (read with `weights_only=True`), of an index, of a folder, or of a
-            processed copy (`save_lean`), whose weights go in as they are. Keys are
-            TransformerLens' or Hugging Face's; `_orig_mod.`, `module.` or an attribute's name in
-            front of them is taken off where the rest fits.
+            processed copy (`save_lean`), whose weights go in as they are. Keys are Hugging Face's,
+            or for a HookedTransformer TransformerLens' (a bridge's state dict lacks weights: pass
+            the bridge, or a copy of it); `_orig_mod.`, `module.` or an attribute's name in front of
+            them is taken off where the rest fits.
         strict: whether weights may neither be missing nor unexpected. Tables that TransformerLens
             computes (masks, rotary embeddings) and biases that the architecture does not have may
             always be missing. Shapes must fit in any case.
@@ -112,20 +114,17 @@ def load_weights_(
             not make a model whole that was left so.
         NotEnoughMemory: memory ran out in the middle; likewise.
         QuantizationError: dense weights for quantized parameters, or another kind.
-        ArgumentError: no HookedTransformer, no source, or no configuration to be found; or
-            parameters whose values are elsewhere (offloaded, sharded, on meta).
+        ArgumentError: no model of TransformerLens', no source, weights of another class or state,
+            or no configuration to be found; or parameters whose values are elsewhere (offloaded,
+            sharded, on meta).
     """
     started = time.perf_counter()
     checked(strict=strict, processing=processing)
     checked(**dict(processing or {}))
     model = unwrapped(model)
     road = road_of(model)
-    if road.stored(model) is not model:
-        raise ArgumentError(
-            f"load_weights_ fills a HookedTransformer, and this is a {road.name}: load it anew "
-            "from these weights with from_pretrained_lean, or call load_state_dict with its names."
-        )
     require_values(model, "load_weights_")
+    held = road.stored(model)
     reader = FileReader()
     try:
         with (
@@ -136,15 +135,15 @@ def load_weights_(
         ):
             sampler.watch({parameter.device for parameter in model.parameters()})
             weights = open_source(source, reader)
-            named, renaming = named_as(model, weights.table, road.folded_names(model))
+            _check_source(weights, model, held)
+            named, renaming = named_as(held, weights.table, road.folded_names(model))
             if renaming.ambiguous is not None:
                 raise MissingWeightsError(
                     f"The keys of {weights.label} fit the model only without what stands in front "
                     f"of them, and {renaming.ambiguous}. The model is as it was. Pass the keys of "
                     "one model."
                 )
-            own = own_names(model)
-            if not named or any(name in own or road.role(name).is_folded for name in named):
+            if _is_own_naming(weights, named, held):
                 if processing is not None:
                     raise ArgumentError(
                         "processing= is for weights in Hugging Face's naming. These have "
@@ -152,20 +151,53 @@ def load_weights_(
                         "model.load_and_process_state_dict."
                     )
                 found = _load_as_named(
-                    model, weights, named, [*renaming.notes], strict, reader, bar
+                    *(model, held, weights, named, [*renaming.notes], strict, reader, bar)
                 )
             else:
                 found = _load_converted(model, weights, config, processing, strict, reader, bar)
     finally:
         reader.close()
     report = _report(model, weights, found, sampler, time.perf_counter() - started)
-    if hasattr(model, "_recorder"):  # of the lean classes
+    if hasattr(model, "_road"):  # of the lean classes
         model.load_report = report
     return report
 
 
+def _is_own_naming(weights: WeightSource, named: Mapping[str, Source], held: Any) -> bool:
+    """Whether weights have the names that TransformerLens gives those of a model."""
+    if weights.road is not None or hasattr(held, "built"):
+        return weights.road is not None
+    own, road = own_names(held), road_of(held)
+    return not named or any(name in own or road.role(name).is_folded for name in named)
+
+
+def _check_source(weights: WeightSource, model: Any, held: Any) -> None:
+    """Raise ArgumentError for weights of another class, or processed where the model's are not."""
+    road = road_of(model)
+    if weights.road not in (None, road.name):
+        raise ArgumentError(
+            f"{weights.label} has the weights of a {weights.road}, and this is a {road.name}. Pass "
+            "the checkpoint that they come from."
+        )
+    built = getattr(held, "built", None)
+    if built and weights.built and built["processed"] != weights.built["processed"]:
+        raise ArgumentError(
+            f"The weights of {weights.label} are {'' if weights.built['processed'] else 'not '}"
+            f"processed, and the {road.name}'s are {'' if built['processed'] else 'not '}processed."
+            " Pass the checkpoint that they come from, or one that is processed alike."
+        )
+    keys = weights.table.keys()
+    if built and not weights.built and keys and keys <= own_names(model).keys():
+        raise ArgumentError(
+            f"{weights.label} has the names of a {road.name}'s state_dict(), which leaves out "
+            "weights (experts, fused matrices). Pass the model itself, a copy (save_lean), or "
+            "weights under Hugging Face's names."
+        )
+
+
 def _load_as_named(
     model: Any,
+    held: nn.Module,
     weights: WeightSource,
     named: Mapping[str, Source],
     notes: list[str],
@@ -174,10 +206,10 @@ def _load_as_named(
     bar: Progress,
 ) -> _Found:
     """Weights in TransformerLens' naming: copied as they are."""
-    own = own_names(model)
-    state = model.state_dict(keep_vars=True)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    buffers = dict(model.named_buffers(remove_duplicate=False))
+    own = own_names(held)
+    state = held.state_dict(keep_vars=True)
+    parameters = dict(held.named_parameters(remove_duplicate=False))
+    buffers = dict(held.named_buffers(remove_duplicate=False))
     found = _Found(notes=[*weights.notes, *notes])
     for name, why in weights.unusable.items():
         if name in own:
@@ -204,14 +236,14 @@ def _load_as_named(
         for bare, name in own.items()
         if bare not in named
         and bare not in weights.unusable
-        and not _may_be_missing(model, name, parameters)
+        and not _may_be_missing(held, name, parameters)
     ]
     found.flags = None if found.missing else weights.flags
     found.notes += _hints(model, found)
     found.check(weights.label, strict, len(writes))
     _check_kinds(writes)
     given = {write.name: getattr(write.source, "tensor", None) for write in writes}
-    require_cover(model, "load_weights_", given)
+    require_cover(model, "load_weights_", given, held)
     read_through({write.name: write.source for write in writes}, reader)
     bar.start(sum(bytes_of(write.target) for write in writes))
     with InPlaceStep(model, "load_weights_") as step:
@@ -307,13 +339,14 @@ def _load_converted(
         recipes = {name: recipes[name] for name in recipes if name in result.determined}
         found.problems += _half_known(result)
     found.check(weights.label, strict, len(result.determined))
-    own = own_names(model)
+    held = result.recording.model
+    own = own_names(held)
     recipes = {own[name]: promise for name, promise in recipes.items()}
-    quantizer = _quantizer(model, recipes, result)
-    require_cover(model, "load_weights_", recipes)
+    quantizer = _quantizer(held, recipes, result)
+    require_cover(model, "load_weights_", recipes, held)
     read_through(weights.table, reader)
     with InPlaceStep(model, "load_weights_") as step:
-        found.notes += write_recipes(model, recipes, step, quantizer, bar)
+        found.notes += write_recipes(held, recipes, step, quantizer, bar)
         reader.files.check_all()
         _remember(model, flags)
     return found
@@ -332,7 +365,8 @@ def _quantizer(model: Any, recipes: Mapping[str, Promise], result: Converted) ->
     targets = {n: p for n, p in model.named_parameters() if isinstance(p, QuantizedTensor)}
     if not targets:
         return None
-    quantizer = Quantizer(None, road_of(model).role, result.recording.shifts)
+    roles = road_of(model).roles_in(model)
+    quantizer = Quantizer(None, roles, result.recording.shifts)
     for name, target in targets.items():
         if name in recipes:
             made = quantizer.keep(name, recipes[name], target.dtype, target.device)
@@ -366,5 +400,5 @@ def _report(
 
 def _remember(model: Any, flags: Mapping[str, bool] | None) -> None:
     """Note for later steps how the weights that the model has now were processed."""
-    if flags is not None and hasattr(model, "_recorder"):  # of the lean classes
+    if flags is not None and hasattr(model, "_road"):  # of the lean classes
         model._processed = ({step for step, on in flags.items() if on}, parameter_versions(model))

@@ -15,10 +15,12 @@ from tl_fastload.copies.manifest import MANIFEST, checked_geometry, is_copy
 from tl_fastload.copies.read import read_tensor
 from tl_fastload.copies.verify import open_copy
 from tl_fastload.errors import ArgumentError
+from tl_fastload.ground.mark import require_whole
 from tl_fastload.ground.paths import exists, expanded
 from tl_fastload.ground.wrappers import unwrapped
 from tl_fastload.recipes.nodes import MemorySource, Source
 from tl_fastload.request.options import is_on_network
+from tl_fastload.roads.known import find_road
 from tl_fastload.source.checkpoint import open_weights
 from tl_fastload.source.location import Location
 from tl_fastload.source.reader import CHUNK_BYTES, FileMaps, FileReader, FileSource
@@ -37,6 +39,8 @@ class WeightSource:
         config: Hugging Face's configuration, of a model in memory.
         notes: for the report.
         flags: of a processed copy, the steps that were asked for.
+        road: TransformerLens' class, of a model of its or of a processed copy.
+        built: what `Road.stored` says of that model.
     """
 
     label: str
@@ -46,6 +50,8 @@ class WeightSource:
     config: Any = None
     notes: list[str] = field(default_factory=list)
     flags: dict[str, bool] | None = None
+    road: str | None = None
+    built: Mapping[str, Any] | None = None
 
 
 def open_source(source: Any, reader: FileReader) -> WeightSource:
@@ -61,11 +67,7 @@ def open_source(source: Any, reader: FileReader) -> WeightSource:
         ArgumentError: it is no source of weights, or there is no such file.
     """
     if isinstance(source, nn.Module):
-        original = unwrapped(source)
-        found = _of_mapping(original.state_dict(), f"a {type(original).__name__}")
-        config = getattr(original, "config", None)
-        found.config = config if hasattr(config, "to_dict") else None
-        return found
+        return _of_model(unwrapped(source))
     if isinstance(source, Mapping):
         return _of_mapping(source, "a state dict")
     if isinstance(source, (str, os.PathLike)):
@@ -88,6 +90,20 @@ def read_through(table: Mapping[str, Source], reader: FileReader) -> None:
         for start in range(entry.offset, entry.offset + entry.nbytes, CHUNK_BYTES):
             reader.scratch(entry.path, start, min(start + CHUNK_BYTES, entry.offset + entry.nbytes))
     reader.files.check_all()
+
+
+def _of_model(model: nn.Module) -> WeightSource:
+    road = find_road(model)
+    if road is not None:
+        require_whole(model, "load_weights_")
+    held = model if road is None else road.stored(model)
+    found = _of_mapping(held.state_dict(), f"a {type(model).__name__}")
+    if road is not None:
+        found.road, found.built = road.name, getattr(held, "built", None)
+        return found
+    config = getattr(model, "config", None)
+    found.config = config if hasattr(config, "to_dict") else None
+    return found
 
 
 def _of_mapping(source: Mapping[Any, Any], label: str) -> WeightSource:
@@ -147,4 +163,10 @@ def _of_copy(folder: Path, reader: FileReader) -> WeightSource:
         else:
             value = read_tensor(view, entries, reader, torch.device("cpu"))
             table[name] = MemorySource(value, name)
-    return WeightSource(str(folder), table, folder=folder, flags=manifest.flags)
+    return WeightSource(
+        *(str(folder), table),
+        folder=folder,
+        flags=manifest.flags,
+        road=manifest.road,
+        built=manifest.built,
+    )

@@ -21,7 +21,9 @@ from tl_fastload.recipes.evaluate import sources
 from tl_fastload.recipes.promise import Promise
 
 
-def require_cover(model: nn.Module, doing: str, given: Mapping[str, Any]) -> None:
+def require_cover(
+    model: nn.Module, doing: str, given: Mapping[str, Any], held: nn.Module | None = None
+) -> None:
     """Raise HalfWrittenError if a half-written model would not be whole after a load.
 
     Args:
@@ -29,12 +31,14 @@ def require_cover(model: nn.Module, doing: str, given: Mapping[str, Any]) -> Non
         doing: the load.
         given: what it brings, by the model's own names: values in memory, recipes, or anything
             else for values that come from elsewhere.
+        held: what has the model's tensors under those names, if that is not the model.
     """
     mark = model.__dict__.get(MARK)
     if mark is None:
         return
-    needed = {name for name, _ in model.named_parameters()} | mark.written
-    foreign = given.keys() - set(_shared(model, given))
+    held = model if held is None else held
+    needed = {name for name, _ in held.named_parameters()} | mark.written
+    foreign = given.keys() - set(_shared(held, given))
     lacking = sorted(needed - foreign)
     if lacking:
         raise HalfWrittenError(

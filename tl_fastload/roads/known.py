@@ -26,14 +26,22 @@ def road_of(model: Any, error: type[LeanLoadError] = ArgumentError) -> Road:
         model: any module, or what a road fills in place of one.
         error: what is raised if it is of no class that has one.
     """
+    found = find_road(model)
+    if found is None:
+        kinds = " or ".join(f"a {name}" for name in _HOMES)
+        raise error(f"tl_fastload works with {kinds}, not with a {type(model).__name__}.")
+    return found
+
+
+def find_road(model: Any) -> Road | None:
+    """The road of a model; None if it is of no class that has one."""
     for cls in type(model).__mro__:
         library = cls.__module__.partition(".")[0]
         known = {"transformer_lens": _HOMES, "tl_fastload": _STANDING_IN}.get(library, {})
         if cls.__name__ in known:
             road: Road = import_module(known[cls.__name__]).ROAD
             return road
-    kinds = " or ".join(f"a {name}" for name in _HOMES)
-    raise error(f"tl_fastload works with {kinds}, not with a {type(model).__name__}.")
+    return None
 
 
 def describe_steps(model: Any, requested: Mapping[str, bool]) -> dict[str, str]:

@@ -143,7 +143,8 @@ class Road(Protocol):
         self, model: Any, pretrained: Pretrained, flags: Mapping[str, bool]
     ) -> Recording:
         """The same for weights under Hugging Face's names that go into a live model, which is not
-        changed. Recipes of what the weights do not tell are zeros.
+        changed; the recording's model is what `stored` returns. Recipes of what the weights do not
+        tell are zeros.
         """
 
     def empty_model(
@@ -212,6 +213,21 @@ class Road(Protocol):
         """Whether every step that is asked for, and that the model allows, would change nothing, by
         the values of its parameters.
         """
+
+    def steps_of(self, model: Any, asked: Mapping[str, bool]) -> dict[str, bool]:
+        """The processing steps by which weights become what a live model's own are.
+
+        Args:
+            model: the model.
+            asked: steps that the caller decides.
+
+        Raises:
+            ArgumentError: a step that contradicts the model, or must be given.
+            HalfWrittenError: the weights of a half-written model do not tell.
+        """
+
+    def hf_config(self, model: Any) -> Any:
+        """transformers' configuration of a live model; None if nobody knows it."""
 
     def role(self, name: str) -> Role:
         """What a parameter or a buffer of a model is, by its name in it; wrappers' parts in the
