@@ -22,6 +22,7 @@ from tl_fastload.face import Face, loaded, request_of
 from tl_fastload.ground.boundary import guarded
 from tl_fastload.ground.mark import require_whole
 from tl_fastload.ground.own_defaults import own_defaults
+from tl_fastload.huggingface.lora.live import adapters_of
 from tl_fastload.placement.own_values import parameter_versions
 from tl_fastload.placement.values_here import require_values
 from tl_fastload.quantized.spec import as_dtype
@@ -69,6 +70,10 @@ class LeanBridgeMixin(Face):
         mmap: str | bool = "auto",
         progress: ProgressOption = None,
         check_memory: bool = True,
+        dequantize: bool = False,
+        adapter: Any = None,
+        requantize: bool = False,
+        check_base: bool = True,
         **stock_arguments: Any,
     ) -> Self:
         """`TransformerBridge.boot_transformers`, with weights that are mapped from their files
@@ -86,7 +91,8 @@ class LeanBridgeMixin(Face):
             trust_remote_code: whether code that comes with the checkpoint may run.
             model_class: transformers' class, if not the one that TransformerLens chooses.
             hf_model: a transformers model in memory; it becomes the bridge's own, as in
-                TransformerLens.
+                TransformerLens. One with LoRA adapters (peft), or with `adapter=`, is read and
+                stays as it is: the bridge has weights of its own, with the adapters merged.
             n_ctx: another context length than the model's own.
             revision: branch, tag or commit on the hub.
             checkpoint_index: which training checkpoint, counted from zero.
@@ -94,6 +100,10 @@ class LeanBridgeMixin(Face):
             mmap: whether weights are mapped from files; "auto" does so on local disks.
             progress: as for `from_pretrained_lean`.
             check_memory: raise NotEnoughMemory before weights are read if they cannot be held.
+            dequantize: as for `from_pretrained_lean`.
+            adapter: as for `from_pretrained_lean`.
+            requantize: as for `from_pretrained_lean`.
+            check_base: as for `from_pretrained_lean`.
             **stock_arguments: other arguments of `boot_transformers`; those that spread a model
                 over devices are errors.
 
@@ -113,7 +123,14 @@ class LeanBridgeMixin(Face):
         boot = {"hf_config_overrides": hf_config_overrides, "model_class": model_class}
         boot = {name: value for name, value in boot.items() if value is not None}
         given = checked(device=device, tokenizer=tokenizer, n_ctx=n_ctx, dtype=dtype)
-        if hf_model is not None or not load_weights:
+        own = {"dequantize": dequantize, "adapter": adapter, "requantize": requantize}
+        own |= {"check_memory": check_memory, "check_base": check_base}
+        base, adapters = adapters_of(hf_model)
+        has_adapters = adapter is not None or base is not hf_model or bool(adapters)
+        if not load_weights or (hf_model is not None and not has_adapters):
+            for name in ("dequantize", "adapter", "requantize"):
+                if own[name]:
+                    raise ArgumentError(f"{name}= is for weights that are read from files.")
             booted: Self = boot_in_memory(
                 cls,
                 str(model_name),
@@ -130,10 +147,10 @@ class LeanBridgeMixin(Face):
             return booted
         given |= {"model_name": model_name, "mmap": mmap, "progress": progress}
         given |= {"checkpoint_index": checkpoint_index, "checkpoint_value": checkpoint_value}
-        given |= {"check_memory": check_memory, COMPATIBILITY: False}
+        given |= {"hf_model": hf_model, COMPATIBILITY: False}
         keywords = {"revision": revision, "trust_remote_code": trust_remote_code}
         keywords |= stock_arguments
-        arguments = {**_DEFAULTS, **boot, **given}
+        arguments = {**_DEFAULTS, **boot, **own, **given}
         bridge: Self = loaded(request_of(cls, cls._road, keywords, **arguments))
         return bridge
 

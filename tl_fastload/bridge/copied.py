@@ -65,6 +65,15 @@ class StoredShelf(Shelf):
         slot = self.slots.get(name)
         return super().role(name) if slot is None else role_in(name, slot.module, self.slots)
 
+    def settle(self) -> None:
+        """As `tl_fastload.roads.road.Road.settle`: quantized memory has other bytes in its place
+        when it was written to.
+        """
+        for name, form in self.built["slots"].items():
+            whole, part = self.slots[form["memory"]].tensor, self.slots[name].tensor
+            if isinstance(part, QuantizedTensor) and part.content is not whole.content:
+                part.become(_view_of_bytes(whole, form))
+
 
 def stored(bridge: Any) -> StoredShelf:
     """As `tl_fastload.roads.road.Road.stored`."""
@@ -78,9 +87,11 @@ def stored(bridge: Any) -> StoredShelf:
     }
     shelf = StoredShelf(bridge.cfg, built, slots)
     shelf._hf_config = bridge.original_model.config
-    homes: dict[int, dict[str, Slot]] = {}
-    for name, slot in slots.items():
-        homes.setdefault(_memory(slot.tensor), {})[name] = slot
+    homes: dict[tuple[int, ...], dict[str, Slot]] = {}
+    for name, slot in slots.items():  # attributes last
+        memory = _memory(slot.tensor)
+        if slot.kind != ATTRIBUTE or memory in homes:  # others are what a forward pass has left
+            homes.setdefault(memory, {})[name] = slot
     for entries in homes.values():
         whole = next((name for name, slot in entries.items() if _fills(slot.tensor)), None)
         first: dict[int, str] = {}
@@ -104,14 +115,17 @@ def by_name(slots: list[Slot]) -> dict[str, Slot]:
     return found
 
 
-def _memory(tensor: torch.Tensor) -> int:
-    is_strided = not isinstance(tensor, QuantizedTensor)
-    return int(tensor.untyped_storage()._cdata) if is_strided else id(tensor)
+def _memory(tensor: torch.Tensor) -> tuple[int, ...]:
+    if isinstance(tensor, QuantizedTensor):
+        # Rows that lie in the bytes of a fused matrix have a geometry of their own.
+        bytes_ = next(iter(tensor.content.tensors().values()))
+        return int(bytes_.data_ptr()), *tensor.content.stored.shape
+    return (int(tensor.untyped_storage()._cdata),)
 
 
 def _fills(tensor: torch.Tensor) -> bool:
     if isinstance(tensor, QuantizedTensor):
-        return True
+        return bool(tensor.numel() == torch.Size(tensor.content.stored.shape).numel())
     return is_plain(tensor) and tensor.untyped_storage().nbytes() == bytes_of(tensor)
 
 
@@ -254,6 +268,14 @@ def _filled(bridge: Any, slots: Mapping[str, Slot], shelf: StoredShelf) -> Any:
 
 
 def _view(whole: torch.Tensor, form: Mapping[str, Any]) -> torch.Tensor:
-    offset = whole.storage_offset() + form["offset"]
-    view = whole.detach().as_strided(form["shape"], form["strides"], offset)
+    if isinstance(whole, QuantizedTensor):
+        view: torch.Tensor = _view_of_bytes(whole, form)
+    else:
+        offset = whole.storage_offset() + form["offset"]
+        view = whole.detach().as_strided(form["shape"], form["strides"], offset)
     return nn.Parameter(view, form["requires_grad"]) if form["is_parameter"] else view
+
+
+def _view_of_bytes(whole: QuantizedTensor, form: Mapping[str, Any]) -> QuantizedTensor:
+    place = torch.Size(form["shape"]), tuple(form["strides"]), form["offset"]
+    return QuantizedTensor.of_view(whole.content, *place, whole.dtype)

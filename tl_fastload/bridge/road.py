@@ -58,6 +58,7 @@ class BridgeRoad:
     model_on_meta = staticmethod(copied.on_meta)
     finished = staticmethod(_finished)
     stored = staticmethod(copied.stored)
+    settle = staticmethod(copied.StoredShelf.settle)
     default_device = staticmethod(_default_device)
     device_map = staticmethod(_device_map)
     strides_in = staticmethod(strides_in)

@@ -51,6 +51,7 @@ class HookedRoad:
     model_on_meta = staticmethod(lambda cls, cfg, built: build_on_meta(cls, cfg))
     finished = staticmethod(_itself)
     stored = staticmethod(_itself)
+    settle = staticmethod(lambda held: None)
     default_device = staticmethod(default_device)
     device_map = staticmethod(device_map)
     strides_in = staticmethod(strides_in)

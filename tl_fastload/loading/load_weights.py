@@ -252,6 +252,7 @@ def _load_as_named(
             wrote=lambda write: bar.advance(write.name, bytes_of(write.target)),
             writing=lambda write: step.writes(write.name),
         ).run()
+        road_of(model).settle(held)
         reader.files.check_all()
         _remember(model, found.flags)
     return found
@@ -347,6 +348,7 @@ def _load_converted(
     read_through(weights.table, reader)
     with InPlaceStep(model, "load_weights_") as step:
         found.notes += write_recipes(held, recipes, step, quantizer, bar)
+        road_of(model).settle(held)
         reader.files.check_all()
         _remember(model, flags)
     return found

@@ -185,6 +185,9 @@ class Road(Protocol):
         `built` it may say what else is needed to build the model, as JSON has it.
         """
 
+    def settle(self, held: Any) -> None:
+        """Values were written into what `stored` returned: put right what views them."""
+
     def default_device(self) -> str:
         """The device on which TransformerLens puts a model if none is asked for."""
 
