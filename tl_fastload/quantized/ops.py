@@ -7,6 +7,7 @@
 | views: permute, reshape, transpose, slice, split ... | the same bytes, another geometry |
 | clone, contiguous, to: nothing would move, or whole rows move | bytes |
 | a move to a device; another floating point dtype | the bytes moved; the same bytes |
+| looking up rows of a matrix: an index of whole numbers, embedding | these rows' values |
 | copy_ from a quantized tensor, `.data = ` | other bytes put in their place |
 | writing into it, requires_grad = True | error |
 | requires_grad_(), as a module calls it on each parameter | a warning |
@@ -118,6 +119,50 @@ def _to_copy(
     if dtype != source.dtype and content.compute_dtype is not None:
         content = replace(content, compute_dtype=dtype)
     return type(source)(content, same.geometry, dtype)
+
+
+@implements(aten.index.Tensor, table=OPERATORS)
+def _index(source: Any, indices: Any) -> Any:
+    first, *others = indices
+    if first is None or any(other is not None for other in others):
+        return NotImplemented
+    return _looked_up(source, first)
+
+
+@implements(aten.index_select.default, table=OPERATORS)
+def _index_select(source: Any, dim: int, index: Any) -> Any:
+    return _looked_up(source, index) if dim == 0 and index.dim() == 1 else NotImplemented
+
+
+@implements(aten.embedding.default, table=OPERATORS)
+def _embedding(weight: Any, indices: Any, *options: Any, **keywords: Any) -> Any:
+    return _looked_up(weight, indices)
+
+
+def _looked_up(matrix: Any, index: Any) -> Any:
+    """The values of some rows, without those of all others.
+
+    Args:
+        matrix: what is looked up in.
+        index: row numbers, of any shape.
+    """
+    is_traced = type(index) is not torch.Tensor or views.is_transformed()  # then without numbers
+    if is_traced or not isinstance(matrix, QuantizedTensor):
+        return NotImplemented
+    columns = matrix.content.stored.shape[1]
+    view = views.linear_rows(matrix.geometry, columns)
+    if view is None or index.dtype not in (torch.int64, torch.int32) or not index.numel():
+        return NotImplemented
+    rows = matrix.shape[0]
+    numbers, places = torch.unique(index.cpu().flatten().long(), return_inverse=True)
+    if int(numbers[0]) < -rows or int(numbers[-1]) >= rows:
+        return NotImplemented  # torch says which
+    try:
+        content = matrix.content.rows(view.index()[numbers])
+    except QuantizationError:
+        return NotImplemented
+    values = content.dense(matrix.dtype)
+    return values[places.to(values.device)].view(*index.shape, columns)
 
 
 @implements(aten.copy_.default, table=OPERATORS)

@@ -279,7 +279,10 @@ def take_rows(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     step = _step(index)
     if step is not None:
         return tensor[int(index[0]) : int(index[-1]) + 1 : step]
-    return take(tensor, runs_of(index))
+    runs = runs_of(index)
+    if len(runs) * 4 > len(index):  # mostly single rows
+        return tensor.index_select(0, index.to(tensor.device))
+    return take(tensor, runs)
 
 
 @runs_untraced
