@@ -39,6 +39,10 @@ def test_values_are_those_of_the_gguf_package(ggml_type: str) -> None:
     assert bool(same.all())
     half = stored.dense(torch.bfloat16)
     assert torch.equal(half.nan_to_num(), expected.bfloat16().nan_to_num())
+    # One block, at an odd address.
+    odd = torch.from_numpy(np.concatenate([raw[:1, :1], raw[:1, : block.nbytes]], 1))[:, 1:]
+    one = GgufBytes(odd, ggml_type).dense(torch.float32)
+    assert torch.equal(one.nan_to_num(), expected[:1, : block.size].nan_to_num())
     some = torch.tensor([5, 3, 3, 90])
     assert torch.equal(stored.rows(some).packed, stored.packed[some])
     run = stored.rows(torch.arange(8, 24))

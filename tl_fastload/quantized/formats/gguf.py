@@ -78,22 +78,30 @@ def _fields(codes: torch.Tensor, bits: int, width: int) -> torch.Tensor:
     Args:
         codes: [n, bytes] uint8.
         bits: of a number.
-        width: bytes whose equal bits lie side by side.
+        width: bytes whose equal bits lie side by side; a multiple of 4.
 
     Returns:
         [n, 8 bytes / bits] uint8.
     """
-    groups = codes.reshape(len(codes), -1, width)
-    shape = (len(codes), groups.shape[1], 8 // bits, width)
-    parts = torch.empty(shape, dtype=torch.uint8, device=codes.device)
+    # Four or eight bytes at a time: what comes in from the next byte is masked out.
+    lane, dtype = (8, torch.int64) if width % 8 == 0 else (4, torch.int32)
+    groups = _dense(codes).view(dtype).view(len(codes), -1, width // lane)
+    shape = (len(codes), groups.shape[1], 8 // bits, width // lane)
+    parts = torch.empty(shape, dtype=dtype, device=codes.device)
     for place in range(8 // bits):
         torch.bitwise_right_shift(groups, place * bits, out=parts[:, :, place])
-    return parts.bitwise_and_((1 << bits) - 1).flatten(1)
+    mask = int.from_bytes(bytes([(1 << bits) - 1]) * lane, "little")
+    return parts.bitwise_and_(mask).view(torch.uint8).flatten(1)
 
 
 def _half(blocks: torch.Tensor, at: int) -> torch.Tensor:
     """The float16 at a byte of each block, [n, 1] float32."""
-    return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
+    return _dense(blocks[:, at : at + 2]).view(torch.float16).float()
+
+
+def _dense(codes: torch.Tensor) -> torch.Tensor:
+    """A copy, which begins where wider numbers may: what is contiguous already need not."""
+    return codes.clone(memory_format=torch.contiguous_format)
 
 
 def _scaled(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -115,7 +123,14 @@ def _q4_1(blocks: torch.Tensor) -> torch.Tensor:
 
 
 def _q5_codes(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-    return _fields(low, 4, 16).bitwise_or_(_fields(high, 1, 1) << 4).float()
+    fifth = looked_up(_fifth_bits, high).view(torch.uint8)
+    return _fields(low, 4, 16).bitwise_or_(fifth).float()
+
+
+def _fifth_bits() -> torch.Tensor:
+    """For each byte its bits, lowest first, 16 or 0 in a byte each: eight bytes as one int64."""
+    bits = [[16 * (byte >> place & 1) for place in range(8)] for byte in range(256)]
+    return torch.tensor(bits, dtype=torch.uint8, device="cpu").view(torch.int64).flatten()
 
 
 def _q5_0(blocks: torch.Tensor) -> torch.Tensor:
