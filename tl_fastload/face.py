@@ -156,8 +156,8 @@ class Face:
             print(model.load_report)  # time, memory, and what was done
 
         Args:
-            model_name: TransformerLens name or alias, any hub name, a local folder, a folder that
-                `save_lean` wrote, or a repository that it was pushed to. Arguments that contradict
+            model_name: TransformerLens name or alias, any hub name, a local folder, a GGUF file, a
+                folder that `save_lean` wrote, or a repository that it was pushed to. Arguments that contradict
                 such a copy are errors, the defaults of the processing steps included.
             fold_ln: fold the norm weights into the following layer.
             center_writing_weights: give what writes to the residual stream zero mean.
@@ -214,8 +214,9 @@ class Face:
             parallel: how they share it. "fsdp": each parameter lies in parts (DTensor), and those
                 of a block come together while it runs (torch's `fully_shard`).
             **from_pretrained_kwargs: for Hugging Face: revision, cache_dir, token,
-                local_files_only, subfolder, trust_remote_code (False by default), torch_dtype, or
-                fields of the model's configuration.
+                local_files_only, subfolder, gguf_file (which of a folder's or repository's),
+                trust_remote_code (False by default), torch_dtype, or fields of the model's
+                configuration.
 
         Returns:
             The model, with a `load_report`.

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from tl_fastload.copies.manifest import MANIFEST, _checksum
+from tl_fastload.source.gguf import read_gguf
 
 Outcome = tuple[str, str]
 
@@ -140,6 +141,26 @@ def some_bytes(random: Random, path: Path) -> Outcome:
     new = {"cut": data[:at], "longer": data + bytes(64), "noise": random.randbytes(1000)}
     path.write_bytes(new.get(how, data))
     return f"{path.name}: {how} at {at}", "free"
+
+
+def gguf_header(random: Random, path: Path) -> Outcome:
+    """What a GGUF file says in front of its data is something else."""
+    data = bytearray(path.read_bytes())
+    end = min(entry.offset for entry in read_gguf(path).entries.values())
+    how = random.choice(["flipped", "flipped", "number", "number", "short", "moved", "version"])
+    at = 4 if how == "version" else random.randrange(end)
+    if how == "flipped":
+        data[at] ^= 1 << random.randrange(8)
+    elif how in ("number", "version"):
+        size = random.choice([4, 8])
+        number = random.choice([0, 1, 2, 255, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1])
+        data[at : at + size] = number.to_bytes(8, "little")[:size]
+    elif how == "short":
+        del data[at:]
+    elif how == "moved":
+        del data[at : at + random.choice([1, 4, 8])]
+    path.write_bytes(data)
+    return f"{path.name}: {how} at {at} of {end}", "free"
 
 
 class Payload:

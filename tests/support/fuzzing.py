@@ -39,6 +39,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import tl_fastload
 from tests.support import fuzz_mutations as mutations
+from tests.support import gguf_files
 from tl_fastload import InternalError, LeanHookedTransformer, LeanLoadError
 
 TOKENS = torch.tensor([[3, 9, 4, 17, 5, 30]])
@@ -81,6 +82,7 @@ KINDS: dict[str, tuple[int, tuple[str, ...], str, tuple[Mutation, ...]]] = {
         "tokenizer*.json",
         (mutations.json_values, mutations.json_text, mutations.some_bytes),
     ),
+    "gguf": (4, ("gguf",), "*.gguf", (mutations.gguf_header,) * 3 + (mutations.some_bytes,)),
     "no file": (3, ("gpt2", "llama-shards", "copy", "adapter", "toy"), "*", (mutations.no_file,)),
 }
 
@@ -123,6 +125,9 @@ def build(home: Path) -> None:
     torch.save(quietly(HookedTransformer, cfg).state_dict(), home / "toy" / "model_final.pth")
     named = {**toy, "act_fn": "gelu", "attn_only": False, "normalization": "LN"}
     (home / "toy" / "config.json").write_text(json.dumps({**named, "tokenizer_name": None}))
+    (home / "gguf").mkdir()
+    sizes = {"vocab_size": 280, "num_hidden_layers": 1}
+    gguf_files.write("llama", home / "gguf" / "m.gguf", None, gguf_files.sentencepiece, **sizes)
     pattern = r".*\.(q|v)_proj"
     options = peft.LoraConfig(r=2, target_modules=pattern, init_lora_weights=False)
     quietly(peft.get_peft_model, hf["llama"], options).save_pretrained(home / "adapter")
@@ -162,7 +167,8 @@ class Fuzzer:
             path = random.choice(sorted(p for p in folder.glob(pattern) if p.is_file()))
             what, expected = random.choice(ways)(random, path)
             action = random.choice(["load", "load", "plain", "plan", "into"])
-            if base.startswith(("copy", "adapter", "toy")) and action in ("plain", "into"):
+            is_whole = base.startswith(("copy", "adapter", "toy", "gguf"))
+            if is_whole and action in ("plain", "into"):
                 action = "load"
             told = f"{kind}, {base}, {action}: {what}"
             return told, self._judged(folder, base, action, expected)

@@ -20,6 +20,7 @@ import transformers
 from gguf import GGMLQuantizationType as Ggml
 from gguf import quants
 from transformers import AutoConfig
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tests.support.zoo_hf import randomize
 
@@ -388,6 +389,34 @@ def _tables(config: Any, case: Case) -> Any:
         if f"{kind}_factor" in scaling:
             table = np.array(scaling[f"{kind}_factor"], dtype=np.float32)
             yield f"rope_factors_{kind}.weight", table
+
+
+def byte_level(writer: gguf.GGUFWriter) -> None:
+    """A byte-level tokenizer of 264 tokens, as Qwen 2's."""
+    tokens = ["<|start|>", "<|end|>", *bytes_to_unicode().values()]
+    tokens += ["he", "ll", "hell", "hello", "Ġw", "Ġwo"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3] + [1] * (len(tokens) - 2))
+    writer.add_token_merges(["h e", "l l", "he ll", "hell o", "Ġ w", "Ġw o"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template("{{ messages }}")
+
+
+def sentencepiece(writer: gguf.GGUFWriter) -> None:
+    """A tokenizer of 271 tokens with bytes to fall back to, as Llama 2's."""
+    words = ["▁", "h", "e", "l", "o", "w", "he", "ll", "hell", "hello", "▁hello", "▁w"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * 259 + [-float(n) for n in range(len(words))])
+    writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * len(words))
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
 
 
 def log_probs(model: Any, tokens: torch.Tensor) -> torch.Tensor:

@@ -44,7 +44,7 @@ def _can_be_drawn(path: Path | None) -> Path | None:
     return _can_be_written(path)
 
 
-MODEL_HELP = "A folder, a TransformerLens name or alias, or any hub name."
+MODEL_HELP = "A folder, a GGUF file, a TransformerLens name or alias, or any hub name."
 Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 Written = Annotated[Path | None, typer.Option(callback=_can_be_written)]
 """A file to write, or "-" for standard output."""
@@ -80,6 +80,7 @@ def _shared(
     check_memory: bool = True,
     revision: str | None = None,
     subfolder: str | None = None,
+    gguf_file: str | None = None,
     offline: bool = False,
     trust_remote_code: bool = False,
 ) -> None:
@@ -115,6 +116,7 @@ def _shared(
     Where it is:
         revision: Branch, tag or commit of a hub name.
         subfolder: Where in the folder or repository it lies.
+        gguf_file: Which GGUF file of the folder or repository; a path of one needs no option.
         offline: Use only files that are here already.
         trust_remote_code: Run code that comes with the model.
     """
@@ -122,7 +124,7 @@ def _shared(
 
 _PASSED_IF_GIVEN = (
     *("dtype", "layout", "adapter", "requantize"),
-    *("revision", "subfolder", "local_files_only", "trust_remote_code"),
+    *("revision", "subfolder", "gguf_file", "local_files_only", "trust_remote_code"),
 )
 """Left to the loader's own defaults unless they say something."""
 

@@ -219,7 +219,10 @@ class _Outline:
         if isinstance(node, SourceView):
             source, geometry = node.source, node.geometry
             number = self._sources.setdefault(id(source), len(self._sources))
-            kind = (type(source), source.dtype, source.shape, _is_lent(source, self._device))
+            is_lent = _is_lent(source, self._device)
+            # Of one shape, layers may be quantized to other sizes.
+            stored = source.outline.nbytes() if isinstance(source, QuantizedSource) else None
+            kind = (type(source), source.dtype, source.shape, is_lent, stored)
             return (number, kind, geometry.shape, geometry.stride(), node.casts)
         if isinstance(node, Pick):
             return ("pick", self.add(node.call), node.index)

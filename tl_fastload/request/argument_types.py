@@ -117,7 +117,7 @@ _TESTS: dict[str, Test] = {
 _TESTS_OR_NONE: dict[str, Test] = {
     **dict.fromkeys(_FLAG_KEYWORDS, (_is_flag, "none of True, False and None")),
     **dict.fromkeys(("checkpoint_index", "checkpoint_value", "checkpoint_label"), _NUMBER),
-    **dict.fromkeys(("revision", "subfolder", "variant"), _TEXT),
+    **dict.fromkeys(("revision", "subfolder", "variant", "gguf_file"), _TEXT),
     **dict.fromkeys(("token", "use_auth_token"), _TOKEN),
     "cache_dir": _PATH,
     "default_prepend_bos": (_is_flag, "none of True, False and None"),

@@ -21,6 +21,7 @@ def check_arguments(arguments: Mapping[str, Any], keywords: Keywords) -> None:
     What each may be by itself, `tl_fastload.request.argument_types` has asked.
     """
     _check_checkpoint(arguments, keywords)
+    _check_gguf(arguments, keywords)
     _check_device(arguments)
     _check_dtype(arguments)
 
@@ -49,6 +50,13 @@ def _check_checkpoint(arguments: Mapping[str, Any], keywords: Keywords) -> None:
     if given and keywords.hub.get("revision") is not None:
         raise ArgumentError(
             f"{given[0]}= and revision= both name a version of the weights: pass one of them."
+        )
+
+
+def _check_gguf(arguments: Mapping[str, Any], keywords: Keywords) -> None:
+    if arguments["hf_model"] is not None and keywords.hub.get("gguf_file") is not None:
+        raise ArgumentError(
+            "gguf_file= names weights, but hf_model= already has weights: pass one of them."
         )
 
 

@@ -144,6 +144,10 @@ def open_weights(
         ArgumentError: `weights_file` is not inside the model's folder.
     """
     if location.gguf_file is not None:
+        if weights_file or variant or use_safetensors:
+            raise ArgumentError(
+                f"{location.label} is a GGUF file: leave variant= and use_safetensors= out."
+            )
         return _open_gguf(location, location.gguf_file)
     choice = choose_weights(location, weights_file, variant, use_safetensors)
     path = fetch(location, choice.name)

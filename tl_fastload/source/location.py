@@ -140,6 +140,11 @@ def fetch(location: Location, name: str) -> Path:
     else:
         file = inside_repo(location, name)
         path, _ = hub.hub_file(location.repo, file, location.options, location.listing)
+        if location.folder not in path.parents:
+            raise CheckpointError(
+                f"{location.label} has changed on the hub since it was looked up. Load it again, "
+                "or pass revision= with a commit."
+            )
     check_link(location.folder, name)
     return path
 
@@ -270,7 +275,8 @@ def _on_hub(
 
 
 def _gguf_in_repo(repo: str, subfolder: str, name: str, options: HubOptions) -> Location:
-    """A GGUF file of a hub repository, which is not fetched yet.
+    """A GGUF file of a hub repository, which is not fetched yet. What is fetched later is asked for
+    by the revision, so that the cache knows it by that, and must be of the commit.
 
     Raises:
         UnknownModelError, CheckpointError: there is no such repository or file.
@@ -288,7 +294,7 @@ def _gguf_in_repo(repo: str, subfolder: str, name: str, options: HubOptions) -> 
         repo=repo,
         commit=commit,
         subfolder=subfolder,
-        options=dataclasses.replace(options, revision=commit),
+        options=options,
         notes=(f"{repo} at commit {commit}",),
         listing=listing if listing.commit == commit else None,
         gguf_file=name,

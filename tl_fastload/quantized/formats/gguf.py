@@ -14,16 +14,14 @@ import torch
 
 from tl_fastload.errors import QuantizationError
 from tl_fastload.quantized.formats.base import Format, QuantizedBytes, describe, take_rows
+from tl_fastload.quantized.formats.decoded import DecodedBytes
 from tl_fastload.quantized.formats.scaled_bytes import looked_up
 from tl_fastload.quantized.spec import Spec
 from tl_fastload.source.ggml_types import BLOCK_TYPES
 
-# Values that are decoded at a time: what is done to them stays in the processor's cache.
-_PART_SIZE = 1 << 18
-
 
 @dataclass(frozen=True, eq=False)
-class GgufBytes(QuantizedBytes):
+class GgufBytes(DecodedBytes):
     """Rows of blocks of one type.
 
     Attributes:
@@ -56,19 +54,9 @@ class GgufBytes(QuantizedBytes):
     def rows(self, index: torch.Tensor) -> GgufBytes:
         return replace(self, packed=take_rows(self.packed, index))
 
-    def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        values = torch.empty(self.shape, dtype=dtype, device=self.packed.device)
-        if values.is_meta or not values.numel():
-            return values
-        rows, columns = self.shape
-        on_cpu = values.device.type == "cpu"
-        step = max(_PART_SIZE // columns, 1) if on_cpu else rows
-        block, decode = BLOCK_TYPES[self.ggml_type], _DECODERS[self.ggml_type]
-        for first in range(0, rows, step):
-            blocks = self.packed[first : first + step].reshape(-1, block.nbytes)
-            part = values[first : first + step]
-            part.copy_(decode(blocks).view(part.shape))
-        return values
+    def decode(self, first: int, last: int, out: torch.Tensor) -> None:
+        blocks = self.packed[first:last].reshape(-1, BLOCK_TYPES[self.ggml_type].nbytes)
+        out.copy_(_DECODERS[self.ggml_type](blocks).view(out.shape))
 
 
 def _fields(codes: torch.Tensor, bits: int, width: int) -> torch.Tensor:
