@@ -157,8 +157,8 @@ class Face:
 
         Args:
             model_name: TransformerLens name or alias, any hub name, a local folder, a GGUF file, a
-                folder that `save_lean` wrote, or a repository that it was pushed to. Arguments that contradict
-                such a copy are errors, the defaults of the processing steps included.
+                folder that `save_lean` wrote, or a repository that it was pushed to. Arguments that
+                contradict such a copy are errors, the defaults of the processing steps included.
             fold_ln: fold the norm weights into the following layer.
             center_writing_weights: give what writes to the residual stream zero mean.
             center_unembed: give the unembedding zero mean over the vocabulary.
