@@ -66,8 +66,8 @@ def plan(model_name: str | Path | PretrainedConfig, *args: Any, **kwargs: Any) -
 
     Args:
         model_name: TransformerLens name or alias, any hub name, a local folder, a GGUF file, or a
-            configuration of transformers. Where there are no weights, planned is what transformers would save of
-            such a model, in the dtype that the configuration names.
+            configuration of transformers. Where there are no weights, planned is what transformers
+            would save of such a model, in the dtype that the configuration names.
         *args: as for `from_pretrained_lean`.
         **kwargs: as for `from_pretrained_lean`.
 
