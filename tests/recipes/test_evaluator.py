@@ -27,6 +27,7 @@ from tl_fastload.ground.geometry import is_dense, same_layout
 from tl_fastload.recipes.evaluate import Evaluation, Value, evaluate, operands, sources
 from tl_fastload.recipes.nodes import MemorySource, SourceView
 from tl_fastload.recipes.promise import Promise, node_of
+from tl_fastload.recipes.spares import Spares
 from tl_fastload.source.reader import FileReader
 
 SHAPES = ((4, 6), (6,), (2, 3, 4), (4, 6))
@@ -110,6 +111,27 @@ def test_results_evaluated_together_are_the_same(program: Any, dtypes: Any, orde
     addresses = [t.untyped_storage().data_ptr() for t in [*results, *tensors] if t.numel()]
     assert len(set(addresses)) == len(addresses)
     assert not evaluation.kept  # nothing waits for a use that never comes
+
+
+@FEW
+@given(program=STEPS, dtypes=some_dtypes)
+def test_values_in_memory_that_was_used_before_are_the_same(program: Any, dtypes: Any) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tl_fastload.recipes.spares.LEAST_BYTES", 1)
+        patch.setattr("tl_fastload.recipes.evaluate.LEAST_BYTES", 1)
+        spares = Spares()
+        spares.limit(1 << 20)
+        for seed in range(2):
+            tensors = random_sources(seed, dtypes, SHAPES)
+            expected = run(program, [tensor.clone() for tensor in tensors])
+            nodes = [node_of(promise) for promise in run(program, promises_of(tensors))]
+            evaluation = Evaluation(nodes, CPU, spares)
+            values = [evaluation.value(node) for node in nodes]
+            for value, real in zip(values, expected, strict=True):
+                assert_same(value.tensor, real)
+                check_strides(value.tensor, real)
+            for value in values:
+                evaluation.let_go(value)
 
 
 @FEW

@@ -6,7 +6,7 @@ count; it is mostly on the meta device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -63,15 +63,21 @@ def same_layout(shape: Sequence[int], one: Sequence[int], other: Sequence[int]) 
     return all(n == 1 or a == b for n, a, b in zip(shape, one, other, strict=True))
 
 
-def copied(tensor: torch.Tensor, strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def copied(
+    tensor: torch.Tensor,
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    empty: Callable[..., torch.Tensor] = torch.empty_strided,
+) -> torch.Tensor:
     """A copy of a tensor in another memory order.
 
     Args:
         tensor: the values.
         strides: dense strides of the copy.
         dtype: dtype of the copy.
+        empty: makes the tensor to copy into.
     """
-    copy = torch.empty_strided(tensor.shape, strides, dtype=dtype, device=tensor.device)
+    copy = empty(tensor.shape, strides, dtype=dtype, device=tensor.device)
     order = sorted(range(tensor.dim()), key=lambda dim: -strides[dim])
     source, target = tensor.permute(order), copy.permute(order)
     for split in range(1, tensor.dim()):

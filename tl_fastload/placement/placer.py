@@ -21,6 +21,7 @@ from tl_fastload.quantized.recipes import QuantizedSource
 from tl_fastload.recipes.evaluate import Evaluation, Value, sources
 from tl_fastload.recipes.nodes import Call, MemorySource, Node, SourceView, aten, meta_of
 from tl_fastload.recipes.promise import Promise
+from tl_fastload.recipes.spares import Spares
 from tl_fastload.report.memory import return_freed_memory
 from tl_fastload.report.progress import Progress
 from tl_fastload.source.reader import FileMaps, FileSource
@@ -28,6 +29,7 @@ from tl_fastload.source.reader import FileMaps, FileSource
 # Freed scratch memory is given back each time that this part of the model has passed through it.
 _TRIM_FRACTION = 0.01
 _TRIM_LEAST_BYTES = 4 << 20
+_KEPT_PART = 2  # of what is still to be placed, one part in so many may be memory that is kept
 _SEARCH_MOST_BYTES = 16 << 20
 
 
@@ -77,6 +79,7 @@ class Placer:
 
     def __post_init__(self) -> None:
         self.parameters = {name for name, _ in self.model.named_parameters()}
+        self._spares = Spares()
 
     def place(self, recipes: dict[str, Promise]) -> None:
         """Evaluate and place every recipe whose name the model has; others were only needed on the
@@ -94,18 +97,26 @@ class Placer:
         self._waiting = _Waiting(todo, targets, self.assign)
         quantized = {name: self._quantized_sources(name, todo[name]) for name in todo}
         readers = Counter(source for read in quantized.values() for source in read)
-        for group in groups(todo):
+        order = groups(todo)
+        fresh_bytes = [self._fresh_bytes(group, todo, targets) for group in order]
+        rest_bytes = sum(fresh_bytes)
+        for group, own_bytes in zip(order, fresh_bytes, strict=True):
+            rest_bytes -= own_bytes
+            # What is kept, and what will still be placed, never pass what the model takes.
+            self._spares.limit(rest_bytes // _KEPT_PART)
             try:
                 self._place_group({name: todo.pop(name) for name in group}, targets)
             except BaseException:
                 targets.clear()  # the traceback holds them as long as the exception lives
                 self._waiting.forget()
+                self._spares.limit(0)
                 raise
             read = [source for name in group for source in quantized.pop(name)]
             readers.subtract(read)
             for source in read:
                 if not readers[source]:
                     source.release()
+        self._spares.limit(0)
         return_freed_memory()
 
     def targets(self) -> dict[str, torch.Tensor]:
@@ -120,6 +131,19 @@ class Placer:
             for name, promise in recipes.items()
             if name in targets and not self._stays(name, promise, targets[name])
         }
+
+    def _fresh_bytes(
+        self, group: list[str], todo: dict[str, Promise], targets: dict[str, torch.Tensor]
+    ) -> int:
+        """What parameters will hold in memory of their own on the host, as far as is certain."""
+        if self.quantizer is not None or not self.assign:
+            return 0
+        return sum(
+            bytes_of(targets[name])
+            for name in group
+            if self.device_of(name).type == "cpu"
+            and self.mappable(name, todo[name], targets[name]) is None
+        )
 
     def _quantized_sources(self, name: str, promise: Promise) -> set[QuantizedSource]:
         shift = None if self.quantizer is None else self.quantizer.shifts.get(name)
@@ -140,9 +164,13 @@ class Placer:
             by_device.setdefault(self.device_of(name), {})[name] = promise
         for device, some in by_device.items():
             nodes = {name: self.evaluated(some[name].node, targets[name]) for name in some}
-            evaluation = Evaluation(list(nodes.values()), device)
+            evaluation = Evaluation(list(nodes.values()), device, self._spares)
             for name, node in nodes.items():
-                made = self.finish(name, evaluation.value(node), targets[name])
+                value = evaluation.value(node)
+                made = self.finish(name, value, targets[name])
+                if self.assign and type(made) is torch.Tensor and not _share(made, value.tensor):
+                    evaluation.let_go(value)
+                del value
                 done = self._waiting.add(name, made)
                 del made
                 self._put_all(done)
@@ -247,7 +275,7 @@ class Placer:
         ):
             value.buffer.owned = False  # this parameter owns it from now on
             return tensor
-        return copied(tensor, strides, target.dtype)
+        return copied(tensor, strides, target.dtype, self._spares.empty)
 
     def _put_all(self, done: list[tuple[str, torch.Tensor]]) -> None:
         while done:
@@ -287,6 +315,10 @@ class Placer:
         if self._passed_bytes > self._trim_bytes:
             self._passed_bytes = 0
             return_freed_memory()
+
+
+def _share(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
 
 
 def _write(target: torch.Tensor, values: torch.Tensor) -> None:

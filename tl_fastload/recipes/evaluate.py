@@ -18,13 +18,21 @@ import torch
 
 from tl_fastload.ground import compat
 from tl_fastload.ground.geometry import dense_strides, span
-from tl_fastload.recipes.nodes import Call, Node, Pick, SourceView, aten
+from tl_fastload.ground.sizes import bytes_of
+from tl_fastload.recipes.nodes import Call, Node, Pick, SourceView, aten, meta_of
+from tl_fastload.recipes.spares import LEAST_BYTES, Spares
 
 _IN_PLACE: dict[Any, Any] = {
     aten.mul.Tensor: aten.mul_.Tensor,
     aten.add.Tensor: aten.add_.Tensor,
     aten.sub.Tensor: aten.sub_.Tensor,
     aten.div.Tensor: aten.div_.Tensor,
+}
+_INTO: dict[Any, Any] = {
+    aten.mul.Tensor: aten.mul.out,
+    aten.add.Tensor: aten.add.out,
+    aten.sub.Tensor: aten.sub.out,
+    aten.div.Tensor: aten.div.out,
 }
 _REDUCTIONS = (
     aten.mean.default,
@@ -84,10 +92,14 @@ class Evaluation:
         roots: the recipes; ask for the `value` of each exactly once, in this order for the least
             memory.
         device: where sources are read to and operations run; devices in the recipes are ignored.
+        spares: where memory of values comes from, and goes to when nobody needs them any more.
     """
 
-    def __init__(self, roots: list[Node], device: torch.device) -> None:
+    def __init__(
+        self, roots: list[Node], device: torch.device, spares: Spares | None = None
+    ) -> None:
         self.device = device
+        self.spares = Spares() if spares is None else spares
         self.uses: Counter[Node] = Counter()
         self.kept: dict[Node, Value] = {}
         # Views that a reduction reads: their strides decide the order of summation.
@@ -163,7 +175,7 @@ class Evaluation:
         self, view: SourceView, casts: tuple[torch.dtype, ...], strides: tuple[int, ...]
     ) -> Value:
         dtype = casts[-1] if casts else view.source.dtype
-        out = torch.empty_strided(view.geometry.shape, strides, dtype=dtype, device=self.device)
+        out = self.spares.empty(view.geometry.shape, strides, dtype=dtype, device=self.device)
         view.source.read_into(out, view.geometry, casts)
         return Value(out, Buffer(owned=True, holders=1))
 
@@ -181,13 +193,42 @@ class Evaluation:
                 _IN_PLACE[node.func](*arguments, **kwargs)
         elif node.func in _PRODUCTS or node.func in _FACTORS:
             result = _exactly(node.func, arguments, kwargs)
+        elif self._fits_block(node, found, inputs):
+            meta = node.meta
+            result = self.spares.empty(
+                meta.shape, meta.stride(), dtype=meta.dtype, device=self.device
+            )
+            if node.func in _COPIES:
+                result.copy_(inputs[0].tensor)
+            else:
+                _INTO[node.func](*arguments, **kwargs, out=result)
         else:
             result = node.func(*arguments, **kwargs)
         buffer = self._buffer_of(result, inputs)
         buffer.holders += 1
         for value in inputs:
-            value.buffer.holders -= 1
+            self.let_go(value)
         return Value(result, buffer)
+
+    def let_go(self, value: Value) -> None:
+        """A holder of a value is done with it."""
+        value.buffer.holders -= 1
+        if value.buffer.owned and not value.buffer.holders:
+            value.buffer.owned = False
+            self.spares.keep(value.tensor)
+
+    def _fits_block(self, node: Call, operands: list[Node], inputs: list[Value]) -> bool:
+        """Whether a large result has the form that was recorded, and an operation fills it."""
+        if node.func not in _INTO and node.func not in _COPIES:
+            return False
+        if self.device.type != "cpu" or bytes_of(node.meta) < LEAST_BYTES:
+            return False
+        return all(
+            type(value.tensor) is torch.Tensor
+            and value.tensor.shape == meta_of(operand).shape
+            and value.tensor.stride() == meta_of(operand).stride()
+            for operand, value in zip(operands, inputs, strict=True)
+        )
 
     def _may_write(self, node: Call, inputs: list[Value]) -> bool:
         if node.func not in _IN_PLACE and node.func not in _COPIES:

@@ -217,6 +217,27 @@ def return_freed_memory() -> None:
         _LIBC.malloc_trim(0)
 
 
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of madvise(2), Linux 5.14
+_PAGE_BYTES = 4096
+_ADVISED_BYTES = 8 << 20
+
+
+def bring_in_pages(address: int, size_bytes: int) -> None:
+    """Have the system put pages behind memory that is about to be filled: all at once, which costs
+    half of what they cost one by one when they are touched. Does nothing where it cannot.
+    """
+    if not hasattr(_LIBC, "madvise"):
+        return
+    start = -(-address // _PAGE_BYTES) * _PAGE_BYTES
+    stop = (address + size_bytes) // _PAGE_BYTES * _PAGE_BYTES
+    while start < stop:
+        length = min(_ADVISED_BYTES, stop - start)
+        advice = ctypes.c_void_p(start), ctypes.c_size_t(length), _POPULATE_WRITE
+        if _LIBC.madvise(*advice):  # an older system; or no memory, which the write will say
+            return
+        start += length
+
+
 def stored_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The tensors that hold a tensor's memory in this process: several for a quantized one, one
     part of a DTensor.

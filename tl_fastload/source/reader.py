@@ -21,7 +21,7 @@ from tl_fastload.recipes.nodes import Source, cast_but_last
 from tl_fastload.source.file_states import OpenFiles, unreadable
 from tl_fastload.source.safetensors import TensorEntry
 
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 1 << 20
 HELD_SPAN_BYTES = 8 << 20
 DENSE_PIECE_BYTES = 128 << 10
 
