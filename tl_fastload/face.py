@@ -212,7 +212,8 @@ class Face:
             mesh: a one-dimensional `torch.distributed.device_mesh.DeviceMesh` of processes that
                 share the model; all of them call this alike. Each reads and holds its part alone.
             parallel: how they share it. "fsdp": each parameter lies in parts (DTensor), and those
-                of a block come together while it runs (torch's `fully_shard`).
+                of a block come together while it runs (torch's `fully_shard`). "tp": each has some
+                of the heads and of the MLPs' columns, and computes with them (DTensor).
             **from_pretrained_kwargs: for Hugging Face: revision, cache_dir, token,
                 local_files_only, subfolder, gguf_file (which of a folder's or repository's),
                 trust_remote_code (False by default), torch_dtype, or fields of the model's

@@ -18,10 +18,16 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run(n_processes: int, folder: Path, part: str) -> None:
+def run(n_processes: int, folder: Path, *parts: str) -> None:
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *(f"--nproc-per-node={n_processes}", "-m", "tests.support.shared_lens", str(folder), part),
+        *(
+            f"--nproc-per-node={n_processes}",
+            "-m",
+            "tests.support.shared_lens",
+            str(folder),
+            *parts,
+        ),
     ]
     done = subprocess.run(
         command,
@@ -49,7 +55,8 @@ def test_two_processes_share_a_model(tmp_path: Path) -> None:
         max_position_embeddings=64,
     )
     LlamaForCausalLM(llama).save_pretrained(tmp_path / "llama")
-    run(2, tmp_path, "fully")
+    zoo.build("mixtral", tmp_path / "mixtral")
+    run(2, tmp_path, "fully", "tensor")
 
 
 @pytest.mark.slow

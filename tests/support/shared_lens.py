@@ -1,4 +1,4 @@
-"""Run by tests/shards/test_whole.py under torchrun: `shared_lens.py FOLDER PART`.
+"""Run by tests/shards/test_whole.py under torchrun: `shared_lens.py FOLDER PART ...`.
 
 Every process checks the same, so that a difference in one of them fails the test.
 """
@@ -8,8 +8,10 @@ from __future__ import annotations
 import copy
 import pickle
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,14 @@ from tests.support.counting import AllocatedBytes
 from tl_fastload import (
     LeanHookedTransformer,
     LeanLoadError,
+    NumbersWarning,
     load_weights_,
     save_lean,
 )
 from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.loading import load as loading
 from tl_fastload.memory_map import memory_map
+from tl_fastload.report.memory import stored_parts
 from tl_fastload.source.reader import FileReader
 
 TOKENS = torch.arange(3, 14)[None]
@@ -222,6 +226,47 @@ def fully(folder: Path, mesh: Any) -> None:
     check_arguments(mesh, name)
 
 
+def check_close(model: Any, reference: Any) -> None:
+    """What tensor parallel layers give is whole, and hooks in them see and give whole tensors."""
+    found, cache = model.run_with_cache(TOKENS)
+    wanted, known = reference.run_with_cache(TOKENS)
+    close = partial(torch.testing.assert_close, rtol=0, atol=1e-5)
+    close(found, wanted)
+    for name in known:
+        close(cache[name], known[name])
+    for hook in ("attn.hook_z", "attn.hook_pattern", "mlp.hook_post", "hook_attn_out"):
+        hooks = [(f"blocks.1.{hook}", zero_a_position)]
+        close(*(m.run_with_hooks(TOKENS, fwd_hooks=hooks) for m in (model, reference)))
+    for one in (model, reference):
+        one(TOKENS, return_type="loss").backward()
+    grads = {name: parameter.grad for name, parameter in reference.named_parameters()}
+    for name, parameter in model.named_parameters():
+        if grads[name] is not None:
+            close(whole(parameter.grad), grads[name])
+    settings = {"max_new_tokens": 3, "do_sample": False, "verbose": False, "stop_at_eos": False}
+    assert torch.equal(*(m.generate(TOKENS, **settings) for m in (model, reference)))
+
+
+def tensor(folder: Path, mesh: Any) -> None:
+    """Two processes with half of the heads and columns each."""
+    for case in ("gpt2", "llama"):
+        reference = load(folder / case)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            model = load(folder / case, mesh, "tp")
+        assert any(issubclass(one.category, NumbersWarning) for one in told)
+        check_equal(model, reference)
+        own, all_of_it = (
+            sum(bytes_of(stored_parts(p)[0]) for p in one.blocks.parameters())
+            for one in (model, reference)
+        )
+        assert own <= 0.52 * all_of_it
+        check_close(model, reference)
+    assert "DTensor" in message_of(model.process_weights_)
+    check_equal(load(folder / "copy", mesh, "tp"), reference)
+    assert "num_experts" in message_of(lambda: load(folder / "mixtral", mesh, "tp"))
+
+
 def awkward(folder: Path, mesh: Any) -> None:
     """Three processes: sizes that do not divide, nothing processed, one that fails."""
     for case in ("gpt2-odd", "llama-gqa1-tied", "mixtral", "apertus"):
@@ -244,14 +289,15 @@ def awkward(folder: Path, mesh: Any) -> None:
     assert torch.equal(load(name, mesh, "fsdp")(TOKENS), load(name)(TOKENS))
 
 
-def main(folder: Path, part: str) -> None:
+def main(folder: Path, parts: list[str]) -> None:
     assert "torchrun" in message_of(lambda: load(folder / "gpt2", "cpu", "fsdp"))
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
-    {"fully": fully, "awkward": awkward}[part](folder, mesh)
+    for part in parts:
+        {"fully": fully, "tensor": tensor, "awkward": awkward}[part](folder, mesh)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2:])

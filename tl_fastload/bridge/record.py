@@ -124,12 +124,6 @@ def _check(request: Request, pretrained: Pretrained) -> None:
             "n_devices= above 1 spreads a model by transformers' own loading: use "
             "TransformerBridge.boot_transformers, or one device."
         )
-    if request.options.mesh is not None:
-        raise ArgumentError(
-            "mesh= shares a HookedTransformer: load LeanHookedTransformer, or the bridge without "
-            "mesh=. (A bridge wraps transformers' modules, of which several names reach one "
-            "parameter, and a part of it would have to stand under each.)"
-        )
 
 
 def _set_up(bridge: Any, arguments: dict[str, Any]) -> None:

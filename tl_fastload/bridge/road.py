@@ -59,6 +59,7 @@ class BridgeRoad:
     finished = staticmethod(_finished)
     stored = staticmethod(copied.stored)
     settle = staticmethod(copied.StoredShelf.settle)
+    tensor_parallel = None
     default_device = staticmethod(_default_device)
     device_map = staticmethod(_device_map)
     strides_in = staticmethod(strides_in)

@@ -149,7 +149,7 @@ def _load(
         _place_buffers(model, manifest, entries, reader, device_of)
     model = request.road.finished(model)
     if sharding is not None:
-        finish(sharding, model)
+        finish(sharding, options, model)
     model._layout = str(layout_of(manifest, options))
     model._processed = (
         {step for step, on in manifest.flags.items() if on},

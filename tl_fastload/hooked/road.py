@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from transformer_lens import HookedTransformerConfig
@@ -14,7 +15,7 @@ from tl_fastload.hooked.empty import build_empty, build_on_meta, device_map
 from tl_fastload.hooked.layout import strides_in
 from tl_fastload.hooked.official_names import aliases
 from tl_fastload.hooked.record import record
-from tl_fastload.roads.road import Request, Road
+from tl_fastload.roads.road import Request, Road, TensorParallel
 
 
 def _is_unused(name: str, cfg: Any) -> bool:
@@ -32,6 +33,12 @@ def _empty_model(
         move_to_device=False,
         **keywords,
     )
+
+
+def _tensor_parallel() -> TensorParallel:
+    module: Any = import_module("tl_fastload.hooked.parallel")  # older torch cannot import it
+    found: TensorParallel = module
+    return found
 
 
 def _itself(model: Any) -> Any:
@@ -52,6 +59,7 @@ class HookedRoad:
     finished = staticmethod(_itself)
     stored = staticmethod(_itself)
     settle = staticmethod(lambda held: None)
+    tensor_parallel = staticmethod(_tensor_parallel)
     default_device = staticmethod(default_device)
     device_map = staticmethod(device_map)
     strides_in = staticmethod(strides_in)

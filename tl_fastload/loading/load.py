@@ -56,7 +56,7 @@ def load(request: Request) -> Any:
             recording.model = request.road.finished(recording.model)
             reader.files.check_all()
             if sharding is not None:
-                finish(sharding, recording.model)
+                finish(sharding, request.options, recording.model)
     finally:
         reader.close()
     model = recording.model

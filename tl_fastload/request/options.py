@@ -50,7 +50,7 @@ class Options:
         check_base: whether an adapter whose base is another model is refused.
         layout: memory order of the parameters, "forward" or "stock".
         mesh: the processes that share the model, or None.
-        parallel: how they do, "fsdp"; None without a mesh.
+        parallel: how they do, "fsdp" or "tp"; None without a mesh.
     """
 
     strategy: str = "auto"

@@ -13,8 +13,8 @@ from tl_fastload.ground import compat
 from tl_fastload.ground.memory_orders import STOCK
 from tl_fastload.request.options import DEFAULT_LAYOUT, Options
 
-FULLY = "fsdp"
-_KINDS = (FULLY,)
+FULLY, TENSOR = "fsdp", "tp"
+_KINDS = (FULLY, TENSOR)
 _MAKE = (
     'Make it in each process: torch.distributed.device_mesh.init_device_mesh("cuda", '
     "(n_processes,)), under torchrun."

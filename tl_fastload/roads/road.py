@@ -96,6 +96,22 @@ class Recording:
     notes: list[str] = field(default_factory=list)
 
 
+class TensorParallel(Protocol):
+    """How models of a road compute with parts of their matrices."""
+
+    def dims_to_share(
+        self, model: Any, n_ranks: int
+    ) -> Callable[[str, torch.Size], list[int] | None]:
+        """Which dimension of a parameter is shared among processes, by its name and shape.
+
+        Raises:
+            ArgumentError: the model cannot be shared so.
+        """
+
+    def run_in_parallel(self, model: Any, dims: Mapping[str, int | None], mesh: Any) -> None:
+        """Make a model whose parameters are parts compute with them."""
+
+
 class Road(Protocol):
     """What is asked of a road.
 
@@ -103,6 +119,7 @@ class Road(Protocol):
         name: TransformerLens' class that its models are of, for messages.
         config_class: the dataclass of its models' `cfg`.
         supported: which model classes it can load.
+        tensor_parallel: gives what lets several processes share one model; None where they cannot.
     """
 
     @property
@@ -113,6 +130,9 @@ class Road(Protocol):
 
     @property
     def supported(self) -> Supported: ...
+
+    @property
+    def tensor_parallel(self) -> Callable[[], TensorParallel] | None: ...
 
     def aliases(self) -> Aliases:
         """The names that TransformerLens has for models."""

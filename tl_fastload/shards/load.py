@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
-import torch
 from torch import nn
 
+from tl_fastload.errors import ArgumentError, NumbersWarning
 from tl_fastload.recipes.promise import Promise
 from tl_fastload.request.options import Options
+from tl_fastload.request.sharing import FULLY
+from tl_fastload.roads.known import road_of
 from tl_fastload.shards.fill import Sharding
 from tl_fastload.shards.fully import shard_fully
-from tl_fastload.shards.plan import even_or_long
+from tl_fastload.shards.plan import Choose, even_or_long
 from tl_fastload.shards.ranks import Ranks
 
 
@@ -33,15 +37,35 @@ def begin(options: Options, model: nn.Module, recipes: dict[str, Promise]) -> Sh
     if options.mesh is None:
         return None
     ranks = Ranks(options.mesh)
-
-    def choose(name: str, shape: torch.Size) -> list[int] | None:
-        return even_or_long(shape, ranks.size)
-
+    tensor_parallel = road_of(model).tensor_parallel
+    if tensor_parallel is None:
+        raise ArgumentError(
+            "mesh= shares a HookedTransformer: load LeanHookedTransformer, or this one without "
+            "mesh=. (A bridge wraps transformers' modules, in which several names reach one "
+            "memory, and a part of it would have to stand under each.)"
+        )
+    choose: Choose
+    if options.parallel == FULLY:
+        choose = partial(even_or_long, ranks.size)
+    else:
+        choose = tensor_parallel().dims_to_share(model, ranks.size)
     sharding = Sharding.begin(model, recipes, choose, ranks)
     sharding.cut(recipes)
     return sharding
 
 
-def finish(sharding: Sharding, model: nn.Module) -> None:
+def finish(sharding: Sharding, options: Options, model: nn.Module) -> None:
     """Make the parts that were placed one model."""
-    shard_fully(sharding, model)
+    if options.parallel == FULLY:
+        shard_fully(sharding, model)
+        return
+    dims = {name: part.dim for name, part in sharding.plan.parts.items()}
+    tensor_parallel = road_of(model).tensor_parallel
+    assert tensor_parallel is not None  # or it could not have begun
+    tensor_parallel().run_in_parallel(model, dims, sharding.ranks.mesh)
+    warnings.warn(
+        'parallel="tp" adds up what processes compute, in another order than one process does: '
+        "numbers differ by rounding.",
+        NumbersWarning,
+        stacklevel=2,
+    )

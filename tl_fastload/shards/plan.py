@@ -76,7 +76,7 @@ Choose = Callable[[str, torch.Size], "list[int] | None"]
 a parameter that every process has whole."""
 
 
-def even_or_long(shape: torch.Size, n_ranks: int) -> list[int] | None:
+def even_or_long(n_ranks: int, name: str, shape: torch.Size) -> list[int] | None:
     """The dimensions that FSDP2 can cut into parts of about one size; None for a single number."""
     if not shape:
         return None
