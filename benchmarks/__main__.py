@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import bounds, bridge, cases, environment, quantized, table
+from benchmarks import bounds, bridge, cases, environment, formats, quantized, table
 from benchmarks.imports import measure_import
 from benchmarks.measure import Case, Measurement
 from benchmarks.models import SHAPES, make_checkpoint
@@ -19,8 +19,10 @@ from tl_fastload.ground import compat
 
 _STAGES = ("load", "forward", "quantized", "import")
 _BRIDGE_STAGES = ("bridge", "bridge-forward")
+_FORMATS_STAGE = "formats"
+_ALL_STAGES = (*_STAGES, *_BRIDGE_STAGES, _FORMATS_STAGE)
 _BOUNDED = tuple(shape.name for shape in SHAPES.values() if shape.bounded)
-_TINY = tuple(shape.name for shape in SHAPES.values() if not shape.bounded)
+_TINY = tuple(name for name in SHAPES if name.startswith("tiny-"))
 _RESULTS = Path(__file__).parent / "results"
 
 
@@ -47,8 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         planned += bridge.all_cases(
             options.models, options.dtypes, forward=forward_too, with_stock=options.stock
         )
+    if _FORMATS_STAGE in options.only:
+        planned += formats.all_cases()
     if planned:
-        for model in options.models:
+        for model in dict.fromkeys(case.model for case in planned):
             errors.print(f"checkpoint {model}: {make_checkpoint(model, options.cache)}")
     imported = measure_import() if "import" in options.only else None
     results = cases.run_all(planned, options.repeats, options.cache, _announcer(errors))
@@ -60,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         checks += quantized.checks(results, options.models)
     if bridged:
         checks += bridge.checks(results, options.models)
+    if _FORMATS_STAGE in options.only:
+        checks += formats.checks(results, options.cache)
     if imported is not None:
         checks.append(bounds.import_check(None if imported.error else imported.median_seconds))
     table.show(Console(), results, planned, checks, imported, machine)
@@ -75,11 +81,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
         "--only",
-        type=_choices("stage", {stage: (stage,) for stage in (*_STAGES, *_BRIDGE_STAGES)}),
+        type=_choices("stage", {stage: (stage,) for stage in _ALL_STAGES}),
         default=_STAGES if compat.TRANSFORMER_LENS.major < 4 else (*_BRIDGE_STAGES, "import"),
         metavar="STAGES",
         help=f"any of {','.join(_STAGES)}; {' and '.join(_BRIDGE_STAGES)} (loads, and forward "
-        "passes beside them) are what TransformerLens 4 can",
+        f"passes beside them) are what TransformerLens 4 can, {_FORMATS_STAGE} (of a model of its "
+        "own) what is only read",
     )
     parser.add_argument(
         "--models",

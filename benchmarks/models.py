@@ -42,6 +42,9 @@ SHAPES = {
     for shape in (
         Shape("gpt2-medium", "gpt2", GPT2_NAME, "float32", 24, 1024, 16, 16, 4096, 50257, 1024),
         Shape("llama-1.1b", "llama", LLAMA_NAME, "bfloat16", 22, 2048, 32, 4, 5632, 32000, 2048),
+        Shape(
+            "llama-0.1b", "llama", LLAMA_NAME, "float32", 2, 2048, 32, 4, 5632, 8192, 2048, False
+        ),
         Shape("tiny-gpt2", "gpt2", GPT2_NAME, "float32", 2, 64, 4, 4, 256, 257, 64, False),
         Shape("tiny-llama", "llama", LLAMA_NAME, "bfloat16", 2, 64, 4, 2, 192, 320, 64, False),
     )

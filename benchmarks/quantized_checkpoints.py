@@ -1,4 +1,5 @@
-"""Checkpoints that transformers quantized with bitsandbytes and saved, made once.
+"""Checkpoints that transformers quantized with bitsandbytes and saved, or in formats that are only
+read, packed as the tests pack theirs; made once.
 
 `python -m benchmarks.quantized_checkpoints SOURCE TARGET KIND` makes one, in a process of its own
 so that the benchmark itself stays small.
@@ -16,6 +17,8 @@ from typing import Any
 from benchmarks import models
 
 KINDS = ("int8", "nf4")
+PACKED = ("fp8", "ct-int8", "ct-w4", "gptq", "gptq-order", "gptq-8", "awq", "torchao-fp8")
+"""Formats that are only read, with the block and group sizes that are published."""
 _RECIPE = 1  # raise it when the contents of the files change
 _PROJECT = Path(__file__).resolve().parents[1]
 
@@ -25,7 +28,7 @@ def make_quantized_checkpoint(name: str, kind: str, cache: Path | None = None) -
 
     Args:
         name: a key of `benchmarks.models.SHAPES`.
-        kind: one of `KINDS`.
+        kind: one of `KINDS` or of `PACKED`.
         cache: where checkpoints are kept; default `models.default_cache()`.
     """
     source = models.make_checkpoint(name, cache)
@@ -60,7 +63,45 @@ def bnb_config(kind: str, dtype: Any) -> Any:
     return make(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=dtype)
 
 
+def _pack(source: Path, target: Path, kind: str) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from tests.support import quantized_int4 as int4
+    from tests.support import quantized_packed as packed
+
+    tested = packed.PACKINGS
+    packings = {
+        "fp8": packed.Packing(
+            {"quant_method": "fp8", "weight_block_size": [128, 128]},
+            packed.codes(torch.float8_e4m3fn, (128, 128), "weight_scale_inv"),
+        ),
+        "ct-int8": tested["ct-int"],
+        "ct-w4": packed.Packing(int4.compressed_config(4, 128), int4.compressed(4, 128)),
+        "gptq": packed.Packing(int4.gptq_config(4, 128), int4.gptq(4, 128)),
+        "gptq-order": packed.Packing(
+            int4.gptq_config(4, 128, desc_act=True), int4.gptq(4, 128, reordered=True)
+        ),
+        "gptq-8": packed.Packing(int4.gptq_config(8, 128), int4.gptq(8, 128)),
+        "awq": packed.Packing(int4.awq_config(128), int4.awq(128)),
+        "torchao-fp8": tested["torchao-fp8"],
+    }
+    tensors = {
+        name: value.float() for name, value in load_file(source / "model.safetensors").items()
+    }
+    made, _ = packed.pack(tensors, packings[kind], is_gpt2=False)
+    target.mkdir()
+    contiguous = {name: value.contiguous() for name, value in made.items()}
+    save_file(contiguous, target / "model.safetensors", metadata={"format": "pt"})
+    fields = json.loads((source / "config.json").read_text())
+    fields["quantization_config"] = dict(packings[kind].declared)
+    (target / "config.json").write_text(json.dumps(fields))
+
+
 def _quantize(source: str, target: str, kind: str) -> None:
+    if kind in PACKED:
+        _pack(Path(source), Path(target), kind)
+        return
     import torch
     from transformers import AutoModelForCausalLM
 

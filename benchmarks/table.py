@@ -12,7 +12,7 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks import bounds, bridge, cases, environment, quantized, rows
+from benchmarks import bounds, bridge, cases, environment, formats, quantized, rows
 from benchmarks.bounds import Check, Results
 from benchmarks.measure import Case, Measurement
 
@@ -191,16 +191,19 @@ def show(
     if not console.is_terminal:
         console.width = _WIDTH  # a pipe or a log has no width of its own
     parts: list[RenderableType] = []
-    bridged = bridge.of(planned)
-    dense = [case for case in planned if not case.kind and case not in bridged]
+    bridged, in_formats = bridge.of(planned), formats.of(planned)
+    others = [case for case in planned if case not in (*bridged, *in_formats)]
+    dense = [case for case in others if not case.kind]
     if any(case.road == "lean" for case in dense):
         parts.append(load_table(results, dense))
         if any(case.forward_tokens for case in dense):
             parts.append(forward_table(results, dense))
     if bridged:
         parts.append(bridge.table(results, bridged))
-    if any(case.kind for case in planned):
-        parts.append(quantized.table(results, planned))
+    if any(case.kind for case in others):
+        parts.append(quantized.table(results, others))
+    if in_formats:
+        parts.append(formats.table(results, in_formats))
     if checks:
         parts.append(checks_table(checks))
     for part in parts:

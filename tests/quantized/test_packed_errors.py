@@ -169,6 +169,16 @@ VALUES = [
     ("packed-zeros", _change("weight_g_idx", lambda g: g * 2), "scales of 8 groups"),
     ("packed-zeros", _change("weight_g_idx", lambda g: g + 0), "one after .*actorder: null"),
     (
+        "ct-int",
+        lambda t: t.update({f"{LAYER}.weight_zero_point": torch.ones(128, 1, dtype=torch.int8)}),
+        "zero points other than zero",
+    ),
+    (
+        "packed",
+        lambda t: t.update({f"{LAYER}.weight_zero_point": torch.ones(16, 8, dtype=torch.int32)}),
+        "zero points other than zero",
+    ),
+    (
         "torchao",
         lambda t: t.update({f"{LAYER}._weight_zero_point": torch.ones(128, 1, dtype=torch.int8)}),
         "zero points other than zero",
@@ -300,6 +310,20 @@ DECLARED = [
     ("packed-8bit", _set(format="int-quantized"), QUANT, "with weight_packed"),
     ("ct-int", _set(format="pack-quantized"), QUANT, "without weight_packed"),
     ("packed-zeros", _second_group(symmetric=True), ARCH, "in several ways"),
+    ("ct-rows", _set(config_groups=[1]), ARG, r"config_groups=\[1\] .* is no table"),
+    ("ct-rows", _set(sparsity_config="dense"), ARG, "sparsity_config='dense' .* is no table"),
+    ("packed", _group(num_bits=[4]), ARCH, r"of \[4\] bits"),
+    ("gptq", _set(meta=7), ARG, "meta=7 .* is no table"),
+    ("modelopt", _set(quantization=7), ARG, "quantization=7 .* is no table"),
+    *(
+        (name, _set(**{field: value}), ARG, f"{field}=.* is no list of modules")
+        for name, field in [
+            *((name, "modules_to_not_convert") for name in ("fp8", "mxfp4", "gptq", "awq")),
+            *[("torchao", "modules_to_not_convert"), ("fp8-rows", "modules_to_not_convert")],
+            *[("ct-int", "ignore"), ("modelopt", "ignore")],
+        ]
+        for value in (7, "lm_head", [7])
+    ),
     ("torchao", lambda f: f.clear(), QUANT, 'no quantization_config.*"quant_method": "torchao"'),
     ("torchao", _set(quant_type="int8_weight_only"), ARG, "'int8_weight_only', which names no"),
     ("torchao", _set(quant_type={"default": {}}), ARG, "names no configuration"),

@@ -17,6 +17,7 @@ from random import Random
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from tl_fastload.copies.manifest import MANIFEST, _checksum
 from tl_fastload.source.gguf import read_gguf
@@ -127,6 +128,82 @@ def header(random: Random, path: Path) -> Outcome:
         text = text[:-1] + f",{json.dumps(name)}:{json.dumps(table[other])}}}"
     path.write_bytes(len(text.encode()).to_bytes(8, "little") + text.encode() + data[start:])
     return f"{path.name}: {how} of {name[:40]!r}", expected
+
+
+_PIECES = (
+    *("weight_scale_inv", "weight_scale", "weight_zero_point", "weight_packed", "weight_shape"),
+    *("weight_g_idx", "qweight", "qzeros", "scales", "g_idx", "weight", "SCB", "weight_format"),
+    *("_weight_qdata", "_weight_scale", "_weight_zero_point", "input_scale"),
+)
+_DTYPES = (torch.float32, torch.float16, torch.int32, torch.int8, torch.uint8, torch.int64)
+
+
+def pieces(random: Random, path: Path) -> Outcome:
+    """A piece of a quantized weight is missing, misshapen, of another dtype, in the place of
+    another one, or beside one of another format.
+    """
+    tensors = load_file(path)
+    layers = sorted({name.rpartition(".")[0] for name in tensors if "_proj." in name})
+    layer = random.choice(layers)
+    name = random.choice(sorted(name for name in tensors if name.startswith(f"{layer}.")))
+    other, old = f"{layer}.{random.choice(_PIECES)}", tensors[name]
+    how, expected = random.choice("gone shape dtype renamed added foreign".split()), "same"
+    if how in ("gone", "renamed"):
+        value = tensors.pop(name)
+        if how == "renamed":
+            tensors[other] = value
+    elif how == "shape":
+        ways = [old[None], old[:0]]
+        if old.dim() == 2:
+            ways += [old.T, old.flatten(), old[:-1], old[..., :1], old.repeat(2, 1)]
+        tensors[name] = random.choice(ways)
+    elif how == "dtype":
+        dtype = random.choice(_DTYPES)
+        tensors[name] = old.view(torch.uint8) if dtype == torch.uint8 else old.to(dtype)
+        expected = "free" if old.is_floating_point() and dtype.is_floating_point else "same"
+    elif how == "added":
+        tensors[other] = random.choice((torch.ones(()), torch.zeros(1), torch.ones(64, 64), old))
+        expected = "same" if other != name else "free"
+    else:
+        theirs = random.choice(layers)
+        tensors[name] = tensors[f"{theirs}.{name.rpartition('.')[2]}"]
+        expected = "free" if tensors[name].shape == old.shape else "same"
+    contiguous = {key: value.contiguous().clone() for key, value in tensors.items()}
+    save_file(contiguous, path, metadata={"format": "pt"})
+    return f"{path.name}: {how} {name}, {other if how in ('renamed', 'added') else ''}", expected
+
+
+_METHODS: list[dict[str, Any]] = [
+    {"quant_method": "fp8", "weight_block_size": [32, 32]},
+    {"quant_method": "gptq", "bits": 4, "group_size": 32},
+    {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"},
+    {"quant_method": "mxfp4"},
+    {"quant_method": "hqq"},
+    {"quant_method": "modelopt", "quant_algo": "FP8"},
+    {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    {"load_in_4bit": True},
+]
+# What changes numbers and no shape: nobody can see that it is wrong.
+_MEANINGS = ("checkpoint_format", "format")
+
+
+def quantization_config(random: Random, path: Path) -> Outcome:
+    """The quantization_config contradicts the weights, or says what nobody knows."""
+    body = json.loads(path.read_text())
+    declared = body["quantization_config"]
+    how = random.choice("value value value gone other mixed".split())
+    holder, key = random.choice(list(_places(declared)))
+    if how == "value":
+        old = holder[key]
+        holder[key] = random.choice([*ODD, "v3", old * 2 if type(old) is int else not old])
+    elif how == "gone":
+        del holder[key]
+    else:
+        new = random.choice(_METHODS)
+        body["quantization_config"] = new if how == "other" else {**declared, **new}
+        key = new
+    path.write_text(json.dumps(body))
+    return f"{path.name}, {how} at {key!r}", "free" if key in _MEANINGS else "same"
 
 
 def some_bytes(random: Random, path: Path) -> Outcome:

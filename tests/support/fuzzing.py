@@ -39,7 +39,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import tl_fastload
 from tests.support import fuzz_mutations as mutations
-from tests.support import gguf_files
+from tests.support import gguf_files, quantized_packed
 from tl_fastload import InternalError, LeanHookedTransformer, LeanLoadError
 
 TOKENS = torch.tensor([[3, 9, 4, 17, 5, 30]])
@@ -59,6 +59,11 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "neox": lambda: transformers.GPTNeoXConfig(**_LLAMA, rotary_pct=0.5),
 }
 
+PACKED = (
+    *("fp8", "ct-rows", "ct-int-groups", "gptq", "gptq-reordered", "awq", "packed"),
+    *("packed-zeros", "torchao", "torchao-groups"),
+)
+"""Formats that are only read."""
 Mutation = Callable[[Random, Path], mutations.Outcome]
 # What is broken -> how often, the unbroken folders, the file's pattern, and the ways to break it.
 KINDS: dict[str, tuple[int, tuple[str, ...], str, tuple[Mutation, ...]]] = {
@@ -83,6 +88,8 @@ KINDS: dict[str, tuple[int, tuple[str, ...], str, tuple[Mutation, ...]]] = {
         (mutations.json_values, mutations.json_text, mutations.some_bytes),
     ),
     "gguf": (4, ("gguf",), "*.gguf", (mutations.gguf_header,) * 3 + (mutations.some_bytes,)),
+    "pieces": (6, PACKED, "model.safetensors", (mutations.pieces,)),
+    "declared": (6, PACKED, "config.json", (mutations.quantization_config,)),
     "no file": (3, ("gpt2", "llama-shards", "copy", "adapter", "toy"), "*", (mutations.no_file,)),
 }
 
@@ -118,6 +125,13 @@ def build(home: Path) -> None:
     torch.save(hf["gpt2"].state_dict(), home / "gpt2-bin" / "pytorch_model.bin")
     lean(home / "gpt2").save_lean(home / "copy")
     lean(home / "llama", quantize="nf4").save_lean(home / "copy-nf4")
+    wide = {**_LLAMA, "hidden_size": 64, "intermediate_size": 128}
+    torch.manual_seed(len(CONFIGS))
+    config = transformers.LlamaConfig(**wide, num_key_value_heads=2)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(home / "wide")
+    tokenizer.save_pretrained(home / "wide")
+    for name in PACKED:
+        quantized_packed.folders(home / "wide", name)[0].rename(home / name)
     toy = {"n_layers": 1, "d_model": 16, "n_heads": 2, "d_head": 8, "d_mlp": 32, "n_ctx": 32}
     toy["d_vocab"] = 64
     cfg = HookedTransformerConfig(**toy, act_fn="gelu", normalization_type="LN", device="cpu")

@@ -219,7 +219,7 @@ def test_arguments(asked: Any, message: str, folder: Path) -> None:
         lean_model(folder, **asked)
 
 
-OTHERS = ["torchao", "vptq"]
+OTHERS = ["aqlm", "vptq"]
 NOWHERE = ["hqq", "quanto", "sinq"]
 
 

@@ -77,6 +77,36 @@ def declared_fields(hf_config: Any) -> Mapping[str, Any] | None:
     return fields
 
 
+def table_in(fields: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A table inside of a `quantization_config`, empty if it is not there.
+
+    Raises:
+        ArgumentError: it is something else.
+    """
+    value = fields.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise ArgumentError(
+            f"{name}={value!r} in quantization_config is no table. Restore config.json from the "
+            "checkpoint's repository."
+        )
+    return value
+
+
+def modules_in(fields: Mapping[str, Any], *names: str) -> tuple[str, ...]:
+    """The modules that a `quantization_config` lists under the first of some names that is there.
+
+    Raises:
+        ArgumentError: that is no list of names.
+    """
+    name = next((name for name in names if fields.get(name)), names[0])
+    value = fields.get(name) or ()
+    if not isinstance(value, (list, tuple)) or not all(isinstance(one, str) for one in value):
+        raise ArgumentError(
+            f"{name}={value!r} in quantization_config is no list of modules. Correct config.json."
+        )
+    return tuple(value)
+
+
 def as_dtype(value: str | torch.dtype) -> torch.dtype:
     """A dtype, or the name of one, as a dtype.
 

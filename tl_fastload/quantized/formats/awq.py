@@ -12,7 +12,7 @@ from tl_fastload.errors import ArgumentError, QuantizationError, UnsupportedArch
 from tl_fastload.quantized.formats.base import Format, QuantizedBytes, describe
 from tl_fastload.quantized.formats.gptq import any_pieces, group_size
 from tl_fastload.quantized.formats.packed_bytes import AwqBytes, needed
-from tl_fastload.quantized.spec import Spec
+from tl_fastload.quantized.spec import Spec, modules_in
 
 _NEEDED = ("qweight", "qzeros", "scales")
 _BITS = 4
@@ -65,7 +65,7 @@ class Awq(Format):
             )
         return AwqSpec(
             "awq",
-            tuple(fields.get("modules_to_not_convert") or ()),
+            modules_in(fields, "modules_to_not_convert"),
             group_size=group_size(fields.get("group_size", fields.get("q_group_size"))),
         )
 

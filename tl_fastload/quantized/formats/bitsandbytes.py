@@ -13,7 +13,7 @@ from tl_fastload.quantized.formats import bitsandbytes_files as files
 from tl_fastload.quantized.formats import bitsandbytes_kernels as kernels
 from tl_fastload.quantized.formats.base import Format, QuantizedBytes
 from tl_fastload.quantized.formats.bitsandbytes_bytes import FourBitBytes, Int8Bytes
-from tl_fastload.quantized.spec import Spec, as_dtype
+from tl_fastload.quantized.spec import Spec, as_dtype, modules_in
 
 _METHODS = ("bitsandbytes", "bitsandbytes_8bit", "bitsandbytes_4bit")
 _DECLARED = '{"quant_method": "bitsandbytes", '
@@ -86,12 +86,14 @@ class BitsAndBytes(Format):
         return spec
 
     def asked(self, fields: Mapping[str, Any]) -> Spec | None:
-        skip = tuple(fields.get("llm_int8_skip_modules") or ())
+        skip = modules_in(fields, "llm_int8_skip_modules")
         if fields.get("load_in_8bit") and fields.get("load_in_4bit"):
             raise ArgumentError("load_in_8bit and load_in_4bit contradict each other: pass one.")
         if fields.get("load_in_8bit"):
-            threshold = float(fields.get("llm_int8_threshold", 6.0))
-            return BitsAndBytesSpec("int8", skip, threshold=threshold)
+            threshold = fields.get("llm_int8_threshold", 6.0)
+            if type(threshold) not in (int, float):
+                raise ArgumentError(f"llm_int8_threshold={threshold!r} is no number.")
+            return BitsAndBytesSpec("int8", skip, threshold=float(threshold))
         if not fields.get("load_in_4bit"):
             return None
         kind = fields.get("bnb_4bit_quant_type", "fp4")

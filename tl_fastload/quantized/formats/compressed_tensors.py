@@ -16,6 +16,7 @@ from tl_fastload.quantized.formats.fp8 import (
     OF_ACTIVATIONS,
     ScaledSpec,
     as_block,
+    check_no_zeros,
     codes_and_scales,
     rounded_besides,
 )
@@ -34,7 +35,7 @@ from tl_fastload.quantized.formats.scaled_bytes import (
     scaled_sample,
     stacked_again,
 )
-from tl_fastload.quantized.spec import Spec
+from tl_fastload.quantized.spec import Spec, modules_in, table_in
 
 _NAME = "compressed-tensors"
 _FLOAT, _INT = f"{_NAME}-fp8", f"{_NAME}-int8"
@@ -93,7 +94,7 @@ class CompressedTensors(Format):
         if method != _NAME:
             return None
         named = str(getattr(fields.get("format"), "value", fields.get("format")))
-        sparse = (fields.get("sparsity_config") or {}).get("format") or "dense"
+        sparse = table_in(fields, "sparsity_config").get("format") or "dense"
         if named in _FORMATS and sparse != "dense":
             named = sparse
         if named in _NOT_HERE:
@@ -120,7 +121,8 @@ class CompressedTensors(Format):
                 "checkpoint again."
             )
         if spec.is_symmetric:
-            zeros = None  # some versions store them: they are zero
+            check_no_zeros(zeros)  # some versions store them: they are zero
+            zeros = None
         elif zeros is not None and zeros.dtype != torch.int8:
             raise QuantizationError(f"zero points are int8, not {zeros.dtype}.")
         return scaled_bytes(codes, scales, spec.block, spec.kind, zeros)
@@ -164,13 +166,13 @@ def _spec_of(fields: Mapping[str, Any], named: str) -> CompressedSpec:
         ArgumentError: it says none, or contradicts itself.
         UnsupportedArchitectureError: several ways, or one that is not read.
     """
-    groups = [group for group in (fields.get("config_groups") or {}).values() if group]
+    groups = [group for group in table_in(fields, "config_groups").values() if group]
     if not groups or not all(isinstance(group, Mapping) for group in groups):
         raise ArgumentError(
             f"the quantization_config of {_NAME} describes no config_groups with weights. Restore "
             "config.json from the checkpoint's repository."
         )
-    skip = tuple(fields.get("ignore") or ())
+    skip = modules_in(fields, "ignore")
     keeps = bool(fields.get("kv_cache_scheme"))
     specs = [_spec_of_group(group, skip, keeps, named == _PACKED) for group in groups]
     first = specs[0]
@@ -198,7 +200,7 @@ def _spec_of_group(
     bits = weights.get("num_bits", 8)
     kind = _KINDS.get(str(weights.get("type") or "int").lower())
     if is_packed:
-        kind = _WORDS.get(bits) if kind == _INT else None
+        kind = _WORDS.get(bits) if kind == _INT and type(bits) is int else None
     if kind is None or (bits != 8 and not is_packed):
         raise UnsupportedArchitectureError(
             f"{_NAME} weights of {bits} bits and type {weights.get('type')!r} cannot be read in "
@@ -262,6 +264,8 @@ def _packed_bytes(pieces: Mapping[str, torch.Tensor], spec: CompressedSpec) -> P
         QuantizationError: pieces are missing, or do not fit each other.
     """
     words, scales = needed(pieces, ("weight_packed", "weight_scale"))
+    if spec.is_symmetric:
+        check_no_zeros(pieces.get("weight_zero_point"))
     zeros = None if spec.is_symmetric else needed(pieces, ["weight_zero_point"])[0]
     groups = pieces.get("weight_g_idx")
     if groups is None and spec.is_reordered:

@@ -19,7 +19,7 @@ from tl_fastload.quantized.formats.scaled_bytes import (
     scaled_sample,
     stacked_again,
 )
-from tl_fastload.quantized.spec import Spec
+from tl_fastload.quantized.spec import Spec, modules_in, table_in
 
 _USUAL = (128, 128)
 _SCALES = ("weight_scale_inv", "weight_scale")
@@ -102,7 +102,7 @@ class Fp8(Format):
         if method == "fp8":
             return _of_transformers(fields)
         if method == "fbgemm_fp8":
-            skip = tuple(fields.get("modules_to_not_convert") or ())
+            skip = modules_in(fields, "modules_to_not_convert")
             return ScaledSpec("fp8", skip, rounds=rounded_besides("dynamic"))
         return _of_modelopt(fields) if method.startswith("modelopt") else None
 
@@ -159,21 +159,21 @@ def _of_transformers(fields: Mapping[str, Any]) -> ScaledSpec:
             f"the quantization_config has expert_dtype={fields['expert_dtype']!r}: experts in "
             "4 bits beside FP8 cannot be read. Take the unquantized checkpoint."
         )
-    skip = fields.get("modules_to_not_convert") or fields.get("ignored_layers") or ()
+    skip = modules_in(fields, "modules_to_not_convert", "ignored_layers")
     rounds = rounded_besides(str(scheme).lower())
-    return ScaledSpec("fp8", tuple(skip), None, as_block(block), is_sure, rounds)
+    return ScaledSpec("fp8", skip, None, as_block(block), is_sure, rounds)
 
 
 def _of_modelopt(fields: Mapping[str, Any]) -> ScaledSpec:
     """A `quantization_config` of ModelOpt, which may be nested as in hf_quant_config.json."""
-    inner = {**fields, **(fields.get("quantization") or {})}
+    inner = {**fields, **table_in(fields, "quantization")}
     algorithm = inner.get("quant_algo")
     if algorithm not in _MODELOPT:
         raise UnsupportedArchitectureError(
             f"ModelOpt's {algorithm} weights cannot be read, only {' and '.join(_MODELOPT)}. Take "
             "the unquantized checkpoint, with quantize= if it is too large."
         )
-    skip = tuple(inner.get("ignore") or inner.get("exclude_modules") or ())
+    skip = modules_in(inner, "ignore", "exclude_modules")
     keeps = bool(inner.get("kv_cache_quant_algo") or inner.get("kv_cache_scheme"))
     rounds = rounded_besides("static" if algorithm == "FP8" else "dynamic", keeps)
     return ScaledSpec("fp8", skip, rounds=rounds)
@@ -228,3 +228,16 @@ def codes_and_scales(
             "quantization_config in config.json, or download the checkpoint again."
         )
     return codes, pieces[scales[0]]
+
+
+def check_no_zeros(zeros: torch.Tensor | None) -> None:
+    """Check that stored zero points are zeros, where their values are known.
+
+    Raises:
+        QuantizationError: they are not, and the configuration says that there are none.
+    """
+    if zeros is not None and not zeros.is_meta and bool(zeros.any()):
+        raise QuantizationError(
+            "there are zero points other than zero, and quantization_config describes symmetric "
+            "weights. Restore config.json from the checkpoint's repository."
+        )

@@ -20,7 +20,7 @@ from tl_fastload.quantized.formats.packed_bytes import (
     checked_groups,
     needed,
 )
-from tl_fastload.quantized.spec import Spec
+from tl_fastload.quantized.spec import Spec, modules_in, table_in
 
 _NEEDED = ("qweight", "qzeros", "scales")
 # Format of a checkpoint -> what is added to the zero points that it stores.
@@ -81,7 +81,7 @@ class Gptq(Format):
             )
         return GptqSpec(
             "gptq",
-            tuple(fields.get("modules_to_not_convert") or ()),
+            modules_in(fields, "modules_to_not_convert"),
             bits=bits,
             group_size=size,
             zero_shift=_SHIFTS[_version(fields)],
@@ -180,7 +180,7 @@ def _check_version(fields: Mapping[str, Any]) -> None:
         raise UnsupportedArchitectureError(
             f"GPTQ weights packed into {fields['pack_dtype']} cannot be read, only int32. {remedy}"
         )
-    rotation = fields.get("rotation") or (fields.get("meta") or {}).get("rotation")
+    rotation = fields.get("rotation") or table_in(fields, "meta").get("rotation")
     if rotation:
         raise UnsupportedArchitectureError(
             f"the GPTQ checkpoint rotates activations ({rotation!r}), which HookedTransformer does "

@@ -14,7 +14,7 @@ from tl_fastload.errors import QuantizationError
 from tl_fastload.quantized.formats.base import Format, QuantizedBytes, describe, take_rows
 from tl_fastload.quantized.formats.decoded import DecodedBytes
 from tl_fastload.quantized.formats.scaled_bytes import looked_up, pairs_of, scale_values
-from tl_fastload.quantized.spec import Spec
+from tl_fastload.quantized.spec import Spec, modules_in
 
 BLOCK = 32
 _PIECES = ("_blocks", "_scales")
@@ -83,7 +83,7 @@ class Mxfp4(Format):
         method = fields.get("quant_method")
         if getattr(method, "value", method) != "mxfp4":
             return None
-        return Spec("mxfp4", tuple(fields.get("modules_to_not_convert") or ()))
+        return Spec("mxfp4", modules_in(fields, "modules_to_not_convert"))
 
     def assemble(self, pieces: Mapping[str, torch.Tensor], spec: Any) -> QuantizedBytes:
         blocks, scales = _blocks_and_scales(pieces)

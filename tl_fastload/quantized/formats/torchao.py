@@ -12,14 +12,19 @@ import torch
 
 from tl_fastload.errors import ArgumentError, QuantizationError, UnsupportedArchitectureError
 from tl_fastload.quantized.formats.base import Format, QuantizedBytes, describe
-from tl_fastload.quantized.formats.fp8 import ScaledSpec, codes_and_scales, rounded_besides
+from tl_fastload.quantized.formats.fp8 import (
+    ScaledSpec,
+    check_no_zeros,
+    codes_and_scales,
+    rounded_besides,
+)
 from tl_fastload.quantized.formats.scaled_bytes import (
     FLOAT8,
     ScaledBytes,
     scaled_bytes,
     scaled_sample,
 )
-from tl_fastload.quantized.spec import Spec
+from tl_fastload.quantized.spec import Spec, modules_in
 
 _KIND = "torchao"
 _CODES = FLOAT8 | {torch.int8}
@@ -89,7 +94,7 @@ class Torchao(Format):
         scales = [_CONFIGS[config["_type"]] for config in configs]
         return TorchaoSpec(
             _KIND,
-            tuple(fields.get("modules_to_not_convert") or ()),
+            modules_in(fields, "modules_to_not_convert"),
             rounds=rounded_besides(next(filter(None, scales), None)),
             is_symmetric=all(_is_symmetric(config) for config in configs),
         )
@@ -102,12 +107,8 @@ class Torchao(Format):
                 "an asymmetric weight without its zero points (_weight_zero_point). Download the "
                 "checkpoint again."
             )
-        if zeros is not None and spec.is_symmetric:
-            if not zeros.is_meta and bool(zeros.any()):
-                raise QuantizationError(
-                    "there are zero points other than zero, and quant_type in config.json is a "
-                    "symmetric one. Restore config.json from the checkpoint's repository."
-                )
+        if spec.is_symmetric:
+            check_no_zeros(zeros)
             zeros = None
         return _bytes_of(codes, scales, zeros)
 
