@@ -34,7 +34,7 @@ class LeanLoadingMixin(Face):
     `class Mine(TheirClass, LeanHookedTransformer)`. The order in which one of them would be passed
     over in silence is an ArgumentError when the class is made.
 
-    Every way to load weights goes the lean way: `from_pretrained_lean`, and also `from_pretrained`,
+    Every way to load weights is lean: `from_pretrained_lean`, and also `from_pretrained`,
     `from_pretrained_no_processing`, `load_and_process_state_dict` and `process_weights_`.
 
     Attributes:

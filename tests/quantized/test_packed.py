@@ -141,7 +141,7 @@ CASES = {
     ],
 )
 def test_every_architecture(case_id: str, name: str, zoo: Any) -> None:
-    """Heads of fused projections and experts of their own included; nothing is dense unsaid."""
+    """Heads of fused projections and experts of their own included; what is dense is listed."""
     folder = qz.build(zoo, case_id)
     names = set(load_file(qz.saved(folder, name) / "model.safetensors"))
     codes = ("_scale_inv", ".qweight", ".weight_packed", "._weight_qdata")

@@ -102,7 +102,7 @@ def test_generate_with_a_key_value_cache(pair: Pair) -> None:
     "setting", ["attn_result", "split_qkv_input", "hook_mlp_in", "attn_in", "ungroup"]
 )
 def test_settings(kind: Any, pair: Pair, setting: str) -> None:
-    """Some of them take the dense road; the numbers stay those of the dequantized weights."""
+    """Some dequantize for each product; the numbers stay those of the dequantized weights."""
     model, dense, tokens = pair
     if setting == "attn_in" and model.cfg.n_key_value_heads:
         pytest.skip("TransformerLens has no attn_in for grouped heads")

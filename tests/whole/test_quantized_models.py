@@ -1,4 +1,4 @@
-"""Which bytes a quantized model holds: bitsandbytes' own, shared, and nothing dense unsaid."""
+"""Which bytes a quantized model holds: bitsandbytes' own, shared, and what is dense is listed."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ class LoadPlan:
         parameter_bytes: what the loaded model consists of, by kind (`KINDS`); buffers included.
         mapped_bytes: the part of it that is mapped from files instead of held in memory.
         peak_host_bytes: highest resident host memory, file pages included.
-        peak_anonymous_bytes: the part of it that no file backs: what must be free.
+        peak_anonymous_bytes: the part of it that is no page of a file: what must be free.
         peak_device_bytes: highest memory on one CUDA device; None without.
         stock_peak_host_bytes: `peak_host_bytes` of TransformerLens' own loader; None where it
             cannot load this.

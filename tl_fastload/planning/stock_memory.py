@@ -41,7 +41,7 @@ class StockLedger:
     """Adds up memory that stock would hold, in bytes.
 
     Attributes:
-        peak_anonymous_bytes: highest host memory that no file backs.
+        peak_anonymous_bytes: highest anonymous host memory.
         peak_host_bytes: highest resident host memory, file pages included.
         peak_device_bytes: highest memory on the other device.
         is_told: whether a road has told of anything.

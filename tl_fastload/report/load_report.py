@@ -33,7 +33,7 @@ class LoadReport:
         parameter_bytes: bytes of the parameters, each storage once.
         peak_host_bytes: highest resident host memory above the start of the call, mapped file
             pages included.
-        peak_anonymous_bytes: the part of it that no file backs.
+        peak_anonymous_bytes: the part of it that is no page of a file.
         mapped_bytes: parameter bytes that are mapped from files instead of held in memory.
         peak_device_bytes: highest CUDA memory above the start of the call, on the fullest device
             that it uses (sampled, unless the process never had more before); None without CUDA.

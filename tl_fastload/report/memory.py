@@ -28,7 +28,7 @@ class HostMemory(NamedTuple):
 
     Attributes:
         resident_bytes: all that is resident.
-        anonymous_bytes: the part of it that no file backs.
+        anonymous_bytes: the part of it that is no page of a file.
         file_bytes: the part that is pages of files.
         highest_bytes: the most that was ever resident, by the kernel's own mark.
     """
@@ -98,7 +98,7 @@ class PeakSampler(PhaseWatch):
 
     @property
     def peak_anonymous_bytes(self) -> int:
-        """The peak of resident memory that no file backs."""
+        """The peak of anonymous memory: the process's own, no pages of files."""
         return self.peak.anonymous_bytes
 
     def __enter__(self: Sampling) -> Sampling:

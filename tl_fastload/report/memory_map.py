@@ -25,7 +25,7 @@ class Part:
     Attributes:
         layer: "embed", "0" to the last block's number, or "unembed".
         component: "attention", "MLP", "embedding", "norms" or "buffers".
-        state: one of `STATES`: "mapped" lies in a file, "dense" in memory that no file backs,
+        state: one of `STATES`: "mapped" lies in a file, "dense" in anonymous memory,
             "on a device" outside of the CPU's memory (quantized or not).
         size_bytes: each element counted once.
     """

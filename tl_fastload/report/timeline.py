@@ -37,7 +37,7 @@ class Timeline:
         seconds: when each point was taken, since the start; at most some 500 points, each the
             highest of the moments that it stands for.
         resident_bytes: resident memory, file pages included.
-        anonymous_bytes: the part of it that no file backs.
+        anonymous_bytes: the part of it that is no page of a file.
         device_bytes: CUDA memory allocated by torch; empty without CUDA.
         phases: in the order of time.
     """

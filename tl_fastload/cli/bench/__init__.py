@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from tl_fastload.cli.bench.synthetic import checked_model
+from tl_fastload.cli.bench.synthetic import checked_model, item_bytes
 from tl_fastload.cli.console import console, draw, give, say
 from tl_fastload.cli.options import QUANTIZATIONS, ROADS, Drawn, Written, check_known, command
 from tl_fastload.ground.words import format_bytes
@@ -61,7 +61,8 @@ def bench(
             llama:d_model=512,n_layers=8.
         dtype: To load in, by default float32; may be repeated.
         strategy: auto, assign or copy, by default auto; may be repeated.
-        quantize: Also quantized while loading: 8bit, nf4 or fp4; may be repeated.
+        quantize: Also quantized while loading, in the narrowest dtype: 8bit, nf4 or fp4; may be
+            repeated. Quantizing takes time, once: save what it gives.
         road: Into which of TransformerLens' classes: hooked (HookedTransformer) or bridge
             (TransformerBridge); by default the first of the two that is installed.
         processing: Fold and centre the weights.
@@ -89,9 +90,8 @@ def bench(
     for one in dict.fromkeys(dtypes):
         contenders += [Contender("stock", one, processing, road=on)] if stock else []
         contenders += [Contender("lean", one, processing, way, road=on) for way in strategies]
-    contenders += [
-        Contender("lean", dtypes[0], processing, quantize=kind, road=on) for kind in kinds
-    ]
+    narrow = min(dtypes, key=item_bytes)  # what is not quantized is best in as few bits
+    contenders += [Contender("lean", narrow, processing, quantize=kind, road=on) for kind in kinds]
     with run.subject_of(what, keep) as subject:
         found = run.run(subject, list(dict.fromkeys(contenders)), repeats, _announce)
     label = subject.label

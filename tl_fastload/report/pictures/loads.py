@@ -171,8 +171,8 @@ def plot_peaks(measurements: Sequence[Any], title: str, path: str | Path | None 
         style.draw_peaks(axes, [_peak(m, unit_bytes) for m in good], style.ORANGE, label)
         axes.set_xlim(0, 1.25 * largest / unit_bytes)
         axes.set_xlabel(
-            f"peak memory above the start of the load ({unit_name}); beside it, the part of it\n"
-            "that no file backs as a multiple of the parameters, and the time"
+            f"peak memory above the start of the load ({unit_name}); beside it, anonymous\n"
+            "memory as a multiple of the parameters, and the time"
         )
         axes.set_title(title)
         style.legend(figure)

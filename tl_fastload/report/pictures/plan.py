@@ -52,7 +52,7 @@ def plot_plan(plan: Any, path: str | Path | None = None) -> Any:
         upper.set_title(f"{Path(plan.source).name}: {_verdict(plan)}")
         _draw_kinds(lower, plan, unit_bytes)
         lower.set_xlabel(
-            f"predicted peak memory ({unit_name}); beside it, its part that no file backs\n"
+            f"predicted peak memory ({unit_name}); beside it, anonymous memory\n"
             "as a multiple of the model"
         )
         style.legend(figure)
@@ -60,7 +60,7 @@ def plot_plan(plan: Any, path: str | Path | None = None) -> Any:
 
 
 def _rows(plan: Any) -> list[tuple[str, int, int, Any]]:
-    """Label, memory that no file backs, all resident memory, and what is available."""
+    """Label, anonymous memory, all resident memory, and what is available."""
     device, stock = plan.available_device_bytes, plan.stock_peak_host_bytes
     held = plan.stock_peak_anonymous_bytes or stock
     rows = [

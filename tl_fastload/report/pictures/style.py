@@ -85,7 +85,7 @@ class Peak(NamedTuple):
 
     Attributes:
         label: of the row.
-        held: memory that no file backs.
+        held: anonymous memory.
         resident: all memory that is resident.
         mark: where a tick crosses the bar, or None.
         text: stands to the right of the bar.
@@ -101,9 +101,9 @@ class Peak(NamedTuple):
 
 
 def draw_peaks(axes: Any, peaks: Sequence[Peak], mark_color: str, mark_label: str) -> None:
-    """A bar for each peak, the first one on top: what no file backs, and file pages after it."""
+    """A bar for each peak, the first one on top: anonymous memory, and file pages after it."""
     for row, peak in enumerate(peaks):
-        texts = ["memory that no file backs", "file pages on top", mark_label]
+        texts = ["anonymous memory", "pages of mapped files", mark_label]
         held, pages, mark = texts if row == 0 else [None] * 3
         bar(axes, row, peak.held, 0.0, (BLUE, ""), held)
         bar(axes, row, max(peak.resident - peak.held, 0), peak.held, ("#FFFFFF", "////"), pages)
