@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -78,6 +79,7 @@ _LAYER = re.compile(r"blocks\.(\d+)\.")
 _FOLDED = ("LayerNormPre", "RMSNormPre")
 
 
+@lru_cache(maxsize=1 << 16)  # one load asks a dozen times for each of its parameters
 def role(name: str) -> Role:
     """What a parameter or a buffer of a HookedTransformer is.
 

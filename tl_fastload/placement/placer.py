@@ -4,6 +4,7 @@ copied.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -86,7 +87,7 @@ class Placer:
         way. The dictionary is emptied: a recipe is dropped as soon as it is done.
         """
         targets = self.targets()
-        todo = self.todo(recipes)
+        todo = self.todo(recipes, targets)
         if self.quantizer is not None:
             for name in self.parameters & recipes.keys() - todo.keys():
                 self.quantizer.stays_dense(name, recipes[name])  # the report says why
@@ -123,9 +124,12 @@ class Placer:
         """The model's parameters and buffers."""
         return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
 
-    def todo(self, recipes: dict[str, Promise]) -> dict[str, Promise]:
-        """The recipes that make a tensor of the model which it does not have already."""
-        targets = self.targets()
+    def todo(
+        self, recipes: dict[str, Promise], targets: dict[str, torch.Tensor]
+    ) -> dict[str, Promise]:
+        """The recipes that make one of the model's tensors (`targets`) which it does not have
+        already.
+        """
         return {
             name: promise
             for name, promise in recipes.items()
@@ -334,25 +338,29 @@ class _Waiting:
         self, recipes: dict[str, Promise], targets: dict[str, torch.Tensor], assign: bool
     ) -> None:
         self._done: dict[str, torch.Tensor] = {}
-        self._readers: dict[str, set[str]] = {}
+        self._pending: Counter[str] = Counter()  # readers to come, of each name
+        self._reads: dict[str, set[str]] = {}
         if assign:
             return
         in_memory = (name for name in recipes if not isinstance(targets[name], QuantizedTensor))
         owner = {targets[name].untyped_storage().data_ptr(): name for name in in_memory}
         for name, promise in recipes.items():
-            for view in sources(promise.node):
-                if isinstance(view.source, MemorySource):
-                    read = owner.get(view.source.tensor.untyped_storage().data_ptr())
-                    if read is not None and read != name:
-                        self._readers.setdefault(read, set()).add(name)
+            memories = (view.source for view in sources(promise.node))
+            read = {
+                owner.get(source.tensor.untyped_storage().data_ptr(), name)
+                for source in memories
+                if isinstance(source, MemorySource)
+            }
+            self._reads[name] = read - {name}
+            self._pending.update(self._reads[name])
 
     def add(self, name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
         """Take a result; give back those that may be written now."""
         self._done[name] = tensor
-        for readers in self._readers.values():
-            readers.discard(name)
-        ready = [done for done in self._done if not self._readers.get(done)]
-        return [(done, self._done.pop(done)) for done in ready]
+        read = self._reads.pop(name, set())
+        self._pending.subtract(read)
+        ready = [one for one in (*read, name) if one in self._done and not self._pending[one]]
+        return [(one, self._done.pop(one)) for one in ready]
 
     def forget(self) -> None:
         """Let go of what was made and not placed."""
@@ -372,9 +380,11 @@ def groups(recipes: dict[str, Promise]) -> list[list[str]]:
     names = sorted(recipes, key=lambda name: -size[name])
     big = {source: name for name in reversed(names) for source in large[name]}
     joined: dict[str, list[str]] = {}
+    rank: dict[str, int] = {}  # of the groups' first names
     for name in names:
-        heads = {big[source] for source in large[name]} & joined.keys()
-        head = min(heads, key=list(joined).index) if len(heads) > 1 else next(iter(heads), name)
+        heads = {big[source] for source in large[name]} & rank.keys()
+        head = min(heads, key=rank.__getitem__, default=name)
+        rank.setdefault(head, len(rank))
         joined.setdefault(head, []).append(name)
 
     def largest_first(group: list[str]) -> tuple[int, int]:
@@ -390,15 +400,21 @@ def _small_before_big(
     if len(group) == 1:
         return group
     reads = {name: set(views[name]) for name in group}
-    count = {name: recipes[name].numel() for name in group}
+    size = {name: recipes[name].numel() for name in group}
+    readers: dict[SourceView, list[str]] = {}
+    for name in sorted(group, key=size.__getitem__):
+        for view in reads[name]:
+            readers.setdefault(view, []).append(name)
+    rank = {name: -position for position, name in enumerate(group)}
     order: dict[str, None] = {}
     for name in group:
-        if name in order:
-            continue
-        for small in reversed(group):
-            if count[small] * 8 < count[name] and small not in order and reads[small] & reads[name]:
-                order[small] = None
-        order[name] = None
+        if name not in order:
+            small: set[str] = set()
+            for view in reads[name]:
+                count = bisect_left(readers[view], size[name] / 8, key=size.__getitem__)
+                small.update(readers[view][:count])
+            order.update(dict.fromkeys(sorted(small, key=rank.__getitem__)))
+            order[name] = None
     return list(order)
 
 

@@ -81,7 +81,7 @@ class _Rehearsal:
         self._mapped = 0
 
     def run(self, recipes: dict[str, Promise]) -> Forecast:
-        todo = self.placer.todo(recipes)
+        todo = self.placer.todo(recipes, self.targets)
         for group in groups(todo):
             by_device: dict[torch.device, list[str]] = {}
             for name in group:
@@ -160,17 +160,19 @@ class _Rehearsal:
         nodes = {n: self.placer.evaluated(p.node, self.targets[n]) for n, p in recipes.items()}
         played = {name: stage.copy(node) for name, node in nodes.items()}
         made: dict[str, torch.Tensor] = {}
+        held: dict[str, int] = {}
         with torch.no_grad(), _Counter(device) as counter:
             for name, promise in recipes.items():
                 if self._is_quantized(name, promise):
                     kept = self._keep(name, promise, played[name], stage)
                     if kept is not None:
                         made[name] = kept
+                        held[name] = counter.keep(kept)
             rest = [name for name in recipes if name not in made]
             evaluation = Evaluation([played[name] for name in rest], META)
             for name in rest:
                 made[name] = self._finish(name, evaluation.value(played[name]))
-            held = {name: counter.bytes_of(tensor) for name, tensor in made.items()}
+                held[name] = counter.keep(made[name])
         return _Outcome(
             held=tuple(held[name] for name in recipes),
             quantized=tuple(_quantized_bytes(made[name]) for name in recipes),
@@ -365,6 +367,8 @@ class _Counter(TorchDispatchMode):
         self.peak = 0
         self._grain = _CUDA_GRAIN_BYTES if device.type == "cuda" else 1
         self._alive: dict[int, tuple[Any, int]] = {}
+        self._kept: dict[int, int] = {}
+        self._kept_bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -376,19 +380,24 @@ class _Counter(TorchDispatchMode):
 
     def _see(self, storage: torch.UntypedStorage, given: set[int]) -> None:
         key = storage._cdata
-        if key in given or (key in self._alive and not self._alive[key][0].expired()):
+        is_known = key in given or key in self._kept
+        if is_known or (key in self._alive and not self._alive[key][0].expired()):
             return
         size = -(-storage.nbytes() // self._grain) * self._grain
         self._alive = {k: found for k, found in self._alive.items() if not found[0].expired()}
         self._alive[key] = (StorageWeakRef(storage), size)  # type: ignore[no-untyped-call]
-        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+        alive_bytes = sum(size for _, size in self._alive.values())
+        self.peak = max(self.peak, self._kept_bytes + alive_bytes)
 
-    def bytes_of(self, tensor: torch.Tensor) -> int:
-        """What a tensor holds of the memory that was counted."""
+    def keep(self, tensor: torch.Tensor) -> int:
+        """What a tensor that outlives the counting holds of the memory that was counted."""
         content = getattr(tensor, "content", None)
         parts = [tensor] if content is None else list(content.tensors().values())
         keys = {part.untyped_storage()._cdata for part in parts}
-        return sum(self._alive[key][1] for key in keys if key in self._alive)
+        for key in keys & self._alive.keys():
+            self._kept[key] = self._alive.pop(key)[1]
+            self._kept_bytes += self._kept[key]
+        return sum(self._kept.get(key, 0) for key in keys)
 
 
 def _quantized_bytes(tensor: torch.Tensor) -> int | None:

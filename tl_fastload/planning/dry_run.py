@@ -111,7 +111,7 @@ class Draft:
 
     def _is_within(self, name: str, n_layers: int | None) -> bool:
         """Whether a parameter is in the first layers, or in none."""
-        layer = self.role(name).layer
+        layer = None if n_layers is None else self.role(name).layer
         return n_layers is None or layer is None or layer < n_layers
 
 

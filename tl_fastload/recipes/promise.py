@@ -306,8 +306,9 @@ def _look_inside(node: Call, func: Any, args: tuple[Any, ...], meta: torch.Tenso
     """
     if node.func not in (aten.stack.default, aten.cat.default):
         return None
-    if len({len(shape_of(_as_node(part))) for part in node.args[0]}) > 1:
-        return None  # cat skips empty vectors
+    is_cat = node.func is aten.cat.default
+    if is_cat and len({len(shape_of(_as_node(part))) for part in node.args[0]}) > 1:
+        return None  # it skips empty vectors
     dim = args[1] if len(args) > 1 else 0
     dim = dim % args[0].dim()
     if func is aten.select.int:
@@ -321,7 +322,7 @@ def _look_inside(node: Call, func: Any, args: tuple[Any, ...], meta: torch.Tenso
         return None
     if (start, end) == (0, size):
         return node
-    if node.func is aten.cat.default and _dim_of(node) == dim:
+    if is_cat and _dim_of(node) == dim:
         position = 0
         for part in node.args[0]:
             length = shape_of(part)[dim]

@@ -8,6 +8,7 @@ reaches the file.
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -111,11 +112,10 @@ class FileMaps:
             self._files.expect({entry.path: entry.state})
         start, stop = byte_span(entry, geometry)
         layers = self._taken[entry.path]
-        number = next((i for i, spans in enumerate(layers) if _is_free(spans, start, stop)), None)
+        number = next((i for i, spans in enumerate(layers) if _take(spans, start, stop)), None)
         if number is None:
             number = len(layers)
-            layers.append([])
-        layers[number].append((start, stop))
+            layers.append([(start, stop)])
         # A storage of just these bytes: saving such a tensor must not save the whole file.
         part: Any = self._storage(entry.path, number)[start:stop]
         flat = torch.empty(0, dtype=entry.dtype, device="cpu").set_(part)
@@ -134,8 +134,13 @@ class FileMaps:
         return self._storages[key]
 
 
-def _is_free(spans: list[tuple[int, int]], start: int, stop: int) -> bool:
-    return all(stop <= first or last <= start for first, last in spans)
+def _take(spans: list[tuple[int, int]], start: int, stop: int) -> bool:
+    """Put a range among ranges that are in order, if it overlaps none of them."""
+    at = bisect_right(spans, (start, stop))
+    is_free = (at == 0 or spans[at - 1][1] <= start) and (at == len(spans) or stop <= spans[at][0])
+    if is_free:
+        spans.insert(at, (start, stop))
+    return is_free
 
 
 class FileSource(Source):
