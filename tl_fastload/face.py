@@ -146,6 +146,8 @@ class Face:
         layout: str = DEFAULT_LAYOUT,
         mesh: Any = None,
         parallel: str | None = None,
+        device_map: Any = None,
+        max_memory: Any = None,
         **from_pretrained_kwargs: Any,
     ) -> Self:
         """Load a pretrained model, its weights processed, with TransformerLens' own numbers (those
@@ -214,6 +216,14 @@ class Face:
             parallel: how they share it. "fsdp": each parameter lies in parts (DTensor), and those
                 of a block come together while it runs (torch's `fully_shard`). "tp": each has some
                 of the heads and of the MLPs' columns, and computes with them (DTensor).
+            device_map: spread the model: module -> device ({"embed": 0, "blocks": 0, "blocks.7":
+                "cpu", "": 1}, the longest name that fits counts; blocks are not split), or a map
+                that accelerate makes: "auto" or "balanced" fills the CUDA devices evenly,
+                "sequential" one after the other, and what is left goes to "cpu" and "disk". Those
+                parts stay on the host and are copied to the first other device while they run;
+                "disk" wants weights that are mapped from a file as they are. Not for a bridge.
+            max_memory: what such a map may take: device -> bytes or a text, {0: "20GiB", "cpu":
+                "60GiB"}.
             **from_pretrained_kwargs: for Hugging Face: revision, cache_dir, token,
                 local_files_only, subfolder, gguf_file (which of a folder's or repository's),
                 trust_remote_code (False by default), torch_dtype, or fields of the model's

@@ -132,6 +132,7 @@ def test_a_link_to_a_share_is_on_the_share(tmp_path: Path, monkeypatch: pytest.M
     assert not is_on_network(tmp_path)
 
 
+EVERYWHERE = {"": "cpu"}
 WRONG: tuple[dict[str, Any], ...] = (
     *({"dtype": value} for value in ("floaty", "int8", torch.int32, torch.complex64, None, 32)),
     *({"dtype": value} for value in (["float32"], torch.ones(2))),
@@ -156,7 +157,15 @@ WRONG: tuple[dict[str, Any], ...] = (
     {"adapter": 5},
     {"hf_model": "gpt2"},
     {"fold_lnn": True},
-    {"device_map": "auto"},
+    *({"device_map": value} for value in ("many", 0, {}, ["cpu"], {"": "cpu", 0: "cpu"})),
+    *({"device_map": {"": value}} for value in ("abacus", "meta", None, True, 1.5, 99)),
+    *({"device_map": {**EVERYWHERE, name: "cpu"}} for name in ("blocks.9", "blocks.0.attn")),
+    {"device_map": {"blocks": "cpu"}},
+    *({"device_map": EVERYWHERE, **other} for other in ({"device": "cpu"}, {"n_devices": 2})),
+    {"device_map": EVERYWHERE, "move_to_device": False},
+    *({"max_memory": value} for value in ({"cpu": "1GB"}, "1GB", 5)),
+    {"device_map": EVERYWHERE, "max_memory": {"cpu": "1GB"}},
+    *({"device_map": "auto", "max_memory": value} for value in ({"cpu": "much"}, {"tpu": 1})),
     *({"checkpoint_index": value} for value in (1, "last", 1.0)),
     {"checkpoint_value": 1000},
     {"checkpoint_label": "main"},

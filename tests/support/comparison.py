@@ -23,8 +23,9 @@ Cache = Mapping[str, torch.Tensor]
 
 
 def lean_model(source: str | Path, **arguments: Any) -> LeanHookedTransformer:
-    """`from_pretrained_lean` on the CPU, without a bar."""
-    arguments = {"device": "cpu", "progress": False, **arguments}
+    """`from_pretrained_lean` on the CPU unless there is a device map, without a bar."""
+    where = {} if arguments.get("device_map") else {"device": "cpu"}
+    arguments = {**where, "progress": False, **arguments}
     return LeanHookedTransformer.from_pretrained_lean(source, **arguments)
 
 

@@ -371,7 +371,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "n_ctx": {"n_ctx": 0},
     "dtype": {"dtype": "float33"},
     "fold_lm": {"fold_lm": True},
-    "device_map": {"device_map": "auto"},
+    "device_map": {"device_map": "many"},
     "refactor_factored_attn_matrices": {"refactor_factored_attn_matrices": True},
 }
 

@@ -51,6 +51,7 @@ class BridgeRoad:
 
     name = "TransformerBridge"
     supported = _SUPPORTED
+    has_parts = False
     aliases = staticmethod(versions.aliases)
     record = staticmethod(record)
     record_weights = staticmethod(record_weights)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -74,6 +75,8 @@ def _shared(
     first_n_layers: _Number = None,
     n_ctx: _Number = None,
     device: str | None = None,
+    device_map: str | None = None,
+    max_memory: Annotated[list[str] | None, typer.Option(metavar="DEVICE=SIZE")] = None,
     strategy: str = "auto",
     mmap: bool | None = None,
     layout: str | None = None,
@@ -106,6 +109,9 @@ def _shared(
 
     How to load it:
         device: cpu, cuda, cuda:1 ...; by default CUDA if there is one.
+        device_map: Spread the model: auto, balanced or sequential, or JSON such as
+            {"": 0, "blocks.7": "cpu"}.
+        max_memory: What such a map may take of a device: 0=20GiB, cpu=60GiB. May be repeated.
         strategy: auto, assign or copy.
         mmap: Map weights that need no change, or read everything. By default they are mapped
             on local disks.
@@ -123,7 +129,7 @@ def _shared(
 
 
 _PASSED_IF_GIVEN = (
-    *("dtype", "layout", "adapter", "requantize"),
+    *("dtype", "layout", "adapter", "requantize", "device_map", "max_memory"),
     *("revision", "subfolder", "gguf_file", "local_files_only", "trust_remote_code"),
 )
 """Left to the loader's own defaults unless they say something."""
@@ -136,6 +142,8 @@ def _arguments(given: dict[str, Any]) -> dict[str, Any]:
     check_known("--road", [given["road"]] if given["road"] else [], ROADS)
     steps = {step: processing and step not in skipped for step in _STEPS}
     arguments = {**given, **steps, "mmap": "auto" if mmap is None else mmap}
+    arguments["device_map"] = _device_map(given["device_map"])
+    arguments["max_memory"] = dict(map(_limit, given["max_memory"] or []))
     arguments["local_files_only"] = arguments.pop("offline")
     return {
         name: value for name, value in arguments.items() if value or name not in _PASSED_IF_GIVEN
@@ -163,6 +171,26 @@ def as_options(text: str) -> str:
 
     text = _SEPARATED.sub(r"\1 ", _ARGUMENT.sub(option, text))
     return text.replace(" ".join(f"--skip {step}" for step in _STEPS), "--no-processing")
+
+
+def _device_map(text: str | None) -> Any:
+    """A name as it is, JSON as what it says."""
+    if text is None or not text.lstrip().startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"no JSON: {error}.", param_hint="'--device-map'") from error
+
+
+def _limit(text: str) -> tuple[int | str, str]:
+    """A device and what may be taken of it, of a text such as "0=20GiB"."""
+    device, sign, size = text.partition("=")
+    if not sign:
+        raise typer.BadParameter(
+            f"{text!r} is no DEVICE=SIZE, such as 0=20GiB.", param_hint="'--max-memory'"
+        )
+    return int(device) if device.isdecimal() else device, size
 
 
 def lean_class(model: str, arguments: dict[str, Any]) -> Any:

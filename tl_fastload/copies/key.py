@@ -25,7 +25,10 @@ from tl_fastload.source.location import Location
 _NUMBERS = 2
 
 # How a load goes, not what comes out of it.
-_NOT_IN_THE_NUMBERS = (*("strategy", "mmap", "progress", "cache", "verify", "check_memory"),)
+_NOT_IN_THE_NUMBERS = (
+    *("strategy", "mmap", "progress", "cache", "verify", "check_memory"),
+    *("device_map", "max_memory"),
+)
 _IN_THE_COPY = ("first_n_layers", "n_ctx", "default_prepend_bos", "default_padding_side", *STEPS)
 
 
@@ -40,7 +43,7 @@ def entry_name(request: Request) -> str:
     located = request.located
     if located is None or located.location is None:
         raise InternalError("A cache entry was to be named before its model was located.")
-    device = device_asked_for(arguments) if arguments["move_to_device"] else "cpu"
+    device = device_asked_for(arguments) if arguments["move_to_device"] else torch.device("cpu")
     known = {
         "format_version": FORMAT_VERSION,
         "versions": versions(),
@@ -53,7 +56,8 @@ def entry_name(request: Request) -> str:
         "overrides": keywords.overrides,
         "trust_remote_code": keywords.trust_remote_code,
         "dtype": request.dtype,
-        "device": torch.device(device).type,  # another device rounds otherwise
+        # Another device rounds otherwise.
+        "device": device.type if options.device_map is None else str(options.device_map),
         "own_tokenizer": arguments["tokenizer"] is None,
         **{name: arguments[name] for name in _IN_THE_COPY},
         **{

@@ -33,6 +33,7 @@ from tl_fastload.ground.paths import expanded
 from tl_fastload.huggingface.config import hf_config_of
 from tl_fastload.huggingface.tokenizer import is_failure, lost_tokenizer, named, read_tokenizer
 from tl_fastload.placement.own_values import parameter_versions
+from tl_fastload.placement.streaming import put_to_work
 from tl_fastload.quantized.spec import warn_of_runtime
 from tl_fastload.report.available import check_room, let_go_on_error
 from tl_fastload.report.load_report import LoadReport
@@ -40,6 +41,7 @@ from tl_fastload.report.memory import PeakSampler, return_freed_memory
 from tl_fastload.report.progress import Progress
 from tl_fastload.request.keywords import Keywords
 from tl_fastload.request.options import Options, is_on_network
+from tl_fastload.roads.homes import homes
 from tl_fastload.roads.known import describe_steps
 from tl_fastload.roads.road import Request
 from tl_fastload.shards.load import finish
@@ -130,7 +132,7 @@ def _load(
     hf_config = _hf_config(manifest, request)
     notes = [] if request.copy_at is None else list(request.copy_at.notes)
     model = _build(request, cfg, manifest, hf_config, folder, notes)
-    device_of = request.road.device_map(model, request.arguments["move_to_device"])
+    device_of, spread = homes(request, model, lambda: quantized_bytes(manifest, entries))
     check_names(model, manifest, folder)
     if may_map(options, folder):
         reader.maps = FileMaps(reader.files)
@@ -150,6 +152,7 @@ def _load(
     model = request.road.finished(model)
     if sharding is not None:
         finish(sharding, options, model)
+    put_to_work(model, spread)
     model._layout = str(layout_of(manifest, options))
     model._processed = (
         {step for step, on in manifest.flags.items() if on},
@@ -160,6 +163,7 @@ def _load(
     written = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     notes += warn_of_runtime(manifest.quantization)
     notes.append(f"Copy of {manifest.source or manifest.model_class}, written by {written}.")
+    notes += [] if spread is None else [spread.describe()]
     report = LoadReport.of(
         model,
         strategy="assign" if options.assigns else "copy",
@@ -288,6 +292,16 @@ def _tokenizer(
             raise
         notes.append(lost_tokenizer(folder / saved["folder"], error))
         return None
+
+
+def quantized_bytes(manifest: Manifest, entries: Mapping[str, TensorEntry]) -> dict[str, int]:
+    """Bytes of the quantized parameters of a copy."""
+    views = manifest.parameters.items()
+    return {
+        name: sum(entries[key].nbytes for key in view.tensors.values())
+        for name, view in views
+        if view.quantized is not None
+    }
 
 
 def _place(

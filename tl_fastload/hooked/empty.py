@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -156,6 +157,14 @@ def device_map(model: Any, move_to_device: bool) -> Callable[[str], torch.device
         return lambda name: torch.device("cpu")
     if cfg.n_devices <= 1:
         return lambda name: torch.device(cfg.device)
+
+    used = {str(device_of_block(index, cfg)) for index in range(cfg.n_layers)}
+    if len(used) < cfg.n_devices:
+        warnings.warn(
+            f"n_devices={cfg.n_devices} leaves {cfg.n_devices - len(used)} idle: "
+            f"{cfg.n_layers} layers lie on {', '.join(sorted(used))}.",
+            stacklevel=2,
+        )
 
     def device_of(name: str) -> torch.device:
         place = role(name)

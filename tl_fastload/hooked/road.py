@@ -51,6 +51,7 @@ class HookedRoad:
     name = "HookedTransformer"
     config_class = HookedTransformerConfig
     supported = SUPPORTED
+    has_parts = True
     aliases = staticmethod(aliases)
     record = staticmethod(record)
     record_weights = staticmethod(record_weights)

@@ -18,6 +18,8 @@ from tl_fastload.loading import checks
 from tl_fastload.placement.own_values import parameter_versions
 from tl_fastload.placement.placer import Placer
 from tl_fastload.placement.rehearsal import forecast
+from tl_fastload.placement.spread import CPU
+from tl_fastload.placement.streaming import put_to_work
 from tl_fastload.quantized import has_quantized
 from tl_fastload.quantized.quantizer import Quantizer
 from tl_fastload.quantized.spec import warn_of_runtime
@@ -27,6 +29,7 @@ from tl_fastload.report.load_report import LoadReport
 from tl_fastload.report.memory import PeakSampler, return_freed_memory
 from tl_fastload.report.progress import Progress
 from tl_fastload.request.options import Options
+from tl_fastload.roads.homes import homes
 from tl_fastload.roads.known import describe_steps
 from tl_fastload.roads.observer import Observer
 from tl_fastload.roads.road import Recording, Request
@@ -54,6 +57,7 @@ def load(request: Request) -> Any:
             sharding = begin(request.options, recording.model, recording.recipes)
             placer = place(request, recording, sampler.watch, sharding)
             recording.model = request.road.finished(recording.model)
+            put_to_work(recording.model, placer.spread)
             reader.files.check_all()
             if sharding is not None:
                 finish(sharding, request.options, recording.model)
@@ -123,9 +127,9 @@ def placer_for(request: Request, recording: Recording, progress: Progress) -> Pl
     spec = options.quantize or getattr(recording.pretrained, "spec", None)
     if spec is not None or has_quantized(model):
         quantizer = Quantizer(options.quantize, request.road.roles_in(model), recording.shifts)
-    return Placer(
+    placer = Placer(
         model,
-        request.road.device_map(model, request.arguments["move_to_device"]),
+        lambda name: CPU,
         assign=options.assigns,
         maps=None if recording.pretrained is None else recording.pretrained.reader.maps,
         map_any_layout=not any(recording.requested.values()),
@@ -136,6 +140,17 @@ def placer_for(request: Request, recording: Recording, progress: Progress) -> Pl
         order=str(options.layout),
         map_gaps=options.mmap is True,
     )
+    placer.device_of, placer.spread = homes(
+        request,
+        model,
+        lambda: {} if quantizer is None else forecast(placer, recording.recipes).quantized_bytes,
+    )
+    if placer.spread is not None:
+        recording.notes.append(placer.spread.describe())
+        if placer.spread.disk:
+            found = forecast(placer, recording.recipes)
+            placer.spread.require_mapped(found.held_bytes)
+    return placer
 
 
 def place(
@@ -178,6 +193,8 @@ def _needed_bytes(
         device = placer.device_of(name)
         if device != buffer.device and name not in found.held_bytes:
             needed[device] = needed.get(device, 0) + bytes_of(buffer)
+    for device, size in placer.streaming_bytes(found.quantized_bytes).items():
+        needed[device] = needed.get(device, 0) + size
     return needed
 
 

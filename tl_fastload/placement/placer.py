@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +16,7 @@ from tl_fastload.ground import compat
 from tl_fastload.ground.geometry import copied, has_overlap, is_dense, same_layout
 from tl_fastload.ground.memory_orders import FORWARD
 from tl_fastload.ground.sizes import bytes_of
+from tl_fastload.placement.spread import Spread
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.quantized.quantizer import Quantizer
 from tl_fastload.quantized.recipes import QuantizedSource
@@ -53,6 +54,7 @@ class Placer:
         order: memory order of the parameters, of `ground.memory_orders.LAYOUTS`.
         map_gaps: map views into fused matrices, too: parameters that are not dense.
         writing: told of every tensor before it is written to or replaced.
+        spread: the parts of a model over several devices; None for any other.
 
     Attributes:
         mapped_bytes: of mapped parameters.
@@ -72,6 +74,7 @@ class Placer:
     order: str = FORWARD
     map_gaps: bool = False
     writing: Callable[[str], None] = lambda name: None
+    spread: Spread | None = None
     mapped_bytes: int = 0
     unseen_bytes: int = 0
     not_finite: list[str] = field(default_factory=list)
@@ -119,6 +122,17 @@ class Placer:
                     source.release()
         self._spares.limit(0)
         return_freed_memory()
+
+    def streaming_bytes(self, quantized_bytes: Mapping[str, int]) -> dict[torch.device, int]:
+        """What parts that run elsewhere than they lie take there, on each device.
+
+        Args:
+            quantized_bytes: sizes of the parameters that will be quantized.
+        """
+        if self.spread is None:
+            return {}
+        sizes = {name: bytes_of(tensor) for name, tensor in self.targets().items()}
+        return self.spread.streaming_bytes({**sizes, **quantized_bytes})
 
     def targets(self) -> dict[str, torch.Tensor]:
         """The model's parameters and buffers."""

@@ -146,6 +146,8 @@ class Needs:
             host += whole
             pages += checkpoint.weight_bytes - whole
         needed = {device: peaks.get(device, 0) + buffers.get(device, 0) for device in devices}
+        for device, size in draft.placer.streaming_bytes(found.quantized_bytes).items():
+            needed[device] = needed.get(device, 0) + size
         return cls({CPU: host, **needed}, host + pages)
 
     @property

@@ -14,11 +14,13 @@ from tl_fastload.copies.check import check_names
 from tl_fastload.copies.from_hub import Description, describe_copy
 from tl_fastload.copies.layout import layout_of, moved
 from tl_fastload.copies.manifest import Manifest, View, read_manifest
-from tl_fastload.copies.read import checked_configuration, may_map
+from tl_fastload.copies.read import checked_configuration, may_map, quantized_bytes
 from tl_fastload.copies.verify import open_copy
 from tl_fastload.ground.role import RoleOf
+from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.planning.dry_run import CODE_BYTES, CPU, OBJECTS_BYTES, Needs
 from tl_fastload.planning.plan import KINDS, Choice, LoadPlan, kind_of
+from tl_fastload.roads.homes import homes
 from tl_fastload.roads.road import Request
 from tl_fastload.source.reader import CHUNK_BYTES
 from tl_fastload.source.safetensors import TensorEntry
@@ -57,12 +59,18 @@ def plan_copy(request: Request, folder: Path) -> LoadPlan:
     cfg.init_weights = False  # no seed is to be set
     model = request.road.model_on_meta(request.cls, cfg, manifest.built)
     check_names(model, manifest, folder)
-    device_of = request.road.device_map(model, request.arguments["move_to_device"])
+    quantized = quantized_bytes(manifest, entries)
+    device_of, spread = homes(request, model, lambda: quantized)
     moves = moved(model, manifest, request.options)
     mapped = may_map(request.options, folder)
     role = request.road.role
     sizes = _sizes(manifest, entries, role, device_of, moves, is_mapped=mapped)
-    needs = _needs(sizes, reads=request.options.verify)
+    streaming: dict[torch.device, int] = {}
+    if spread is not None:
+        tensors = (*model.named_parameters(), *model.named_buffers())
+        dense = {name: bytes_of(tensor) for name, tensor in tensors}
+        streaming = spread.streaming_bytes({**dense, **quantized})
+    needs = _needs(sizes, streaming, reads=request.options.verify)
     kind = None if manifest.quantization is None else f"{manifest.quantization.kind}, as saved"
     plan = LoadPlan(
         source=manifest.source or str(folder),
@@ -85,6 +93,7 @@ def plan_copy(request: Request, folder: Path) -> LoadPlan:
         layout=layout_of(manifest, request.options),
         notes=(
             f"A processed copy: {folder if request.copy_at is None else request.copy_at.label}.",
+            *(() if spread is None else (spread.describe(),)),
         ),
     )
     if plan.fits_memory:
@@ -164,15 +173,18 @@ def _sizes(
     return replace(sizes, mapped=mapped)
 
 
-def _needs(sizes: _Sizes, *, reads: bool) -> Needs:
+def _needs(sizes: _Sizes, streaming: dict[torch.device, int], *, reads: bool) -> Needs:
     """What a load of these sizes holds at most.
 
     Args:
         sizes: from `_sizes`.
+        streaming: what parts that run elsewhere than they lie take there.
         reads: whether every byte is read once, to be compared with its checksum.
     """
     held = {device: size + sizes.twice.get(device, 0) for device, size in sizes.held.items()}
     others = {device: size for device, size in held.items() if device.type != "cpu"}
+    for device, size in streaming.items():
+        others[device] = others.get(device, 0) + size
     host = OBJECTS_BYTES + sum(size for d, size in held.items() if d.type == "cpu")
     host += CHUNK_BYTES if reads or others else 0
     return Needs({CPU: host, **others}, host + CODE_BYTES)

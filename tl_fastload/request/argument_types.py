@@ -37,6 +37,9 @@ DTYPES_BY_NAME = {
 }
 """The names of dtypes that TransformerLens takes."""
 
+DEVICE_MAPS = ("auto", "balanced", "sequential")
+"""Device maps that accelerate makes, as in transformers: "auto" is "balanced"."""
+
 _HINTS = {"tokenizer": " A name alone is not enough."}
 _MOST_SHOWN = 80
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -105,6 +108,15 @@ _QUANTIZE: Test = (
     'none of "8bit", "nf4", "fp4" and a transformers.BitsAndBytesConfig',
 )
 
+_DEVICE_MAP: Test = (
+    lambda value: (
+        value in DEVICE_MAPS
+        if isinstance(value, str)
+        else isinstance(value, Mapping) and len(value) > 0
+    ),
+    f"neither a mapping of modules to devices nor one of {', '.join(DEVICE_MAPS)}",
+)
+
 _TESTS: dict[str, Test] = {
     **dict.fromkeys(_FLAGS, (_is_flag, "neither True nor False")),
     "folder": _PATH,
@@ -123,8 +135,10 @@ _TESTS_OR_NONE: dict[str, Test] = {
     "default_prepend_bos": (_is_flag, "none of True, False and None"),
     "default_padding_side": _SIDE,
     "device": _DEVICE,
+    "device_map": _DEVICE_MAP,
     "first_n_layers": _from(0),
     "max_bytes": (_is_amount, "no number"),
+    "max_memory": (_either(Mapping), "no mapping of devices to bytes"),
     "n_ctx": _from(1),
     "processing": (_either(Mapping), "no mapping of steps to True or False"),
     "quantization_config": _QUANTIZE,

@@ -26,6 +26,24 @@ def check_arguments(arguments: Mapping[str, Any], keywords: Keywords) -> None:
     _check_dtype(arguments)
 
 
+def check_device_map(device_map: Any, max_memory: Any, arguments: Mapping[str, Any]) -> None:
+    """Raise ArgumentError for a device map beside other arguments that say where a model goes."""
+    if max_memory is not None and not isinstance(device_map, str):
+        raise ArgumentError(
+            'max_memory= limits the maps that are made here: pass device_map="auto" with it, or '
+            "leave it out."
+        )
+    if device_map is None:
+        return
+    others = {"device": None, "n_devices": 1, "move_to_device": True, "mesh": None}
+    for name, default in others.items():
+        if arguments[name] != default:
+            raise ArgumentError(
+                f"device_map= says where each part goes, and {name}={arguments[name]!r} as well: "
+                "pass one of them."
+            )
+
+
 def _check_dtype(arguments: Mapping[str, Any]) -> None:
     if "torch_dtype" not in arguments:
         return
@@ -66,7 +84,7 @@ def _check_device(arguments: Mapping[str, Any]) -> None:
     if device.type != "cuda":
         if n_devices > 1:
             raise ArgumentError(f"n_devices={n_devices} spreads over CUDA devices, not {device}.")
-        _check_usable(device)
+        check_usable(device, f"device={str(device)!r}")
         return
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if (device.index or 0) + n_devices > count:
@@ -90,9 +108,15 @@ def device_asked_for(arguments: Mapping[str, Any]) -> torch.device:
         raise ArgumentError(f"device={arguments['device']!r} is no device: {error}") from error
 
 
-def _check_usable(device: torch.device) -> None:
+def check_usable(device: torch.device, asked: str) -> None:
+    """Raise ArgumentError for a device that cannot hold weights here.
+
+    Args:
+        device: the device.
+        asked: what asks for it, for the message.
+    """
     try:
         torch.empty(1, device=device).add(1).cpu()
     except (RuntimeError, NotImplementedError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ArgumentError(f"device={str(device)!r} cannot hold weights here: {reason}") from error
+        raise ArgumentError(f"{asked} cannot hold weights here: {reason}") from error

@@ -75,10 +75,6 @@ def sort_keywords(keywords: dict[str, Any], function: str, arguments: tuple[str,
             found.files[name] = value
         elif name == "trust_remote_code":
             found.trust_remote_code = bool(value)
-        elif name in ("device_map", "max_memory"):
-            raise ArgumentError(
-                f"{name}= is transformers' way to spread a model; here use device= and n_devices=."
-            )
         elif name not in _WITHOUT_EFFECT:
             found.overrides[name] = value
     return found

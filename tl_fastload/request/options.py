@@ -19,6 +19,7 @@ OWN_ARGUMENTS = (
     *("strategy", "mmap", "progress", "check_memory", "check_base"),
     *("quantize", "dequantize", "adapter", "requantize", "cache", "verify", "layout"),
     *("mesh", "parallel"),
+    *("device_map", "max_memory"),
 )
 """Arguments of `from_pretrained_lean` that TransformerLens' `from_pretrained` does not have."""
 
@@ -51,6 +52,8 @@ class Options:
         layout: memory order of the parameters, "forward" or "stock".
         mesh: the processes that share the model, or None.
         parallel: how they do, "fsdp" or "tp"; None without a mesh.
+        device_map: where the parts of the model go; None for all on `device=`.
+        max_memory: what a map that is made here may take of each device.
     """
 
     strategy: str = "auto"
@@ -67,6 +70,8 @@ class Options:
     layout: str = DEFAULT_LAYOUT
     mesh: Any = None
     parallel: str | None = None
+    device_map: Any = None
+    max_memory: Any = None
 
     def check(self) -> None:
         """Raise for values that mean nothing, or that this torch cannot do."""

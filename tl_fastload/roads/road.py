@@ -13,12 +13,13 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from tl_fastload.errors import ArgumentError
 from tl_fastload.ground.role import Role, RoleOf
 from tl_fastload.huggingface.config import Supported
 from tl_fastload.huggingface.pretrained import Located, Pretrained
 from tl_fastload.quantized.spec import as_dtype
 from tl_fastload.recipes.promise import Promise
-from tl_fastload.request.contradictions import check_arguments
+from tl_fastload.request.contradictions import check_arguments, check_device_map
 from tl_fastload.request.keywords import Keywords
 from tl_fastload.request.options import Options
 from tl_fastload.request.sharing import check_sharing
@@ -59,9 +60,17 @@ class Request:
 
     def check(self) -> None:
         """Raise for values that mean nothing, contradict each other or this machine."""
-        self.options.check()
+        options = self.options
+        options.check()
         check_arguments(self.arguments, self.keywords)
         check_sharing(self.options, self.arguments)
+        also = {**self.arguments, "mesh": options.mesh}
+        check_device_map(options.device_map, options.max_memory, also)
+        if options.device_map is not None and not self.road.has_parts:
+            raise ArgumentError(
+                f"device_map= is for a HookedTransformer. A lean {self.road.name} lies on one "
+                "device: pass device=, or boot TransformerLens' own with device_map=."
+            )
 
     def changed(self, **changes: Any) -> Request:
         """The same call with other arguments of TransformerLens' own method."""
@@ -120,6 +129,8 @@ class Road(Protocol):
         config_class: the dataclass of its models' `cfg`.
         supported: which model classes it can load.
         tensor_parallel: gives what lets several processes share one model; None where they cannot.
+        has_parts: whether its models run in parts, one after the other, that may lie on devices of
+            their own.
     """
 
     @property
@@ -133,6 +144,9 @@ class Road(Protocol):
 
     @property
     def tensor_parallel(self) -> Callable[[], TensorParallel] | None: ...
+
+    @property
+    def has_parts(self) -> bool: ...
 
     def aliases(self) -> Aliases:
         """The names that TransformerLens has for models."""

@@ -1,0 +1,140 @@
+"""Parts of a model that run on devices of their own, and have their tensors there while they run.
+
+accelerate's offloading leaves meta tensors behind, so that whatever reads a parameter between two
+forward passes (stacked weights, processing, saving) finds no values, and it cannot make quantized
+tensors. Here a parameter lies at home, mapped or not, and only a copy of it goes to the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from tl_fastload.placement.spread import Spread
+
+# An error in a forward pass (a hook that stops it) must not leave copies in the model; torch
+# before 2.1 has no such hooks: they are taken away when the part runs the next time.
+_ALWAYS = inspect.signature(nn.Module.register_forward_hook).parameters.keys() & {"always_call"}
+
+
+def put_to_work(model: nn.Module, spread: Spread | None) -> None:
+    """Let each part of a placed model run on its device, wherever its inputs and tensors lie.
+
+    What comes before the first block ends up where that runs, as its outputs are added up between
+    the parts; later outputs stay where they are made. A model on one device is left as it is.
+    """
+    if spread is None or (not spread.streamed and len(set(spread.runs.values())) == 1):
+        return
+    queue = _Queue()
+    meet: torch.device | None = spread.begins_on
+    for part, device in spread.runs.items():
+        meet = None if "." in part else meet  # a block: no embedding comes after it
+        runner = _Runner(device, meet, queue)
+        module = model.get_submodule(part)
+        module.register_forward_pre_hook(runner.begin, with_kwargs=True)
+        always: Any = dict.fromkeys(_ALWAYS, True)
+        module.register_forward_hook(runner.end, **always)
+
+
+class _Queue:
+    """When the parts that were streamed last have been computed: two are on a device at most."""
+
+    def __init__(self) -> None:
+        self._ends: list[Any] = []
+
+    def __reduce__(self) -> Any:
+        return _Queue, ()  # the events of a device belong to this process
+
+    def copies(self, tensors: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+        """Copies on a device; on CUDA they are made while earlier parts still compute."""
+        if device.type != "cuda":
+            return [tensor.to(device, copy=True) for tensor in tensors]
+        while len(self._ends) > 1:
+            self._ends.pop(0).synchronize()
+        here, side = torch.cuda.current_stream(device), _side_stream(device)
+        with torch.cuda.stream(side):
+            made = [tensor.to(device, copy=True) for tensor in tensors]
+        here.wait_stream(side)
+        for tensor in made:
+            content = getattr(tensor, "content", None)  # of a quantized one
+            for one in [tensor] if content is None else content.tensors().values():
+                one.record_stream(here)
+        return made
+
+    def end(self, device: torch.device) -> None:
+        if device.type == "cuda":
+            end = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            end.record(torch.cuda.current_stream(device))
+            self._ends.append(end)
+
+
+@cache
+def _side_stream(device: torch.device) -> Any:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+class _Runner:
+    """Has a part's tensors and inputs on one device while it runs.
+
+    Args:
+        device: where the part runs.
+        meet: where its outputs go; None to leave them.
+        queue: of all parts of the model.
+    """
+
+    def __init__(self, device: torch.device, meet: torch.device | None, queue: _Queue) -> None:
+        self._device, self._meet, self._queue = device, meet, queue
+        self._at_home: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+
+    def begin(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        self._take_away()
+        places: Any = [(one._parameters, one._buffers) for one in module.modules()]
+        found = [
+            (place, name, tensor)
+            for both in places
+            for place in both
+            for name, tensor in place.items()
+            if tensor is not None and tensor.device != self._device
+        ]
+        away = {id(tensor): tensor for _, _, tensor in found}
+        if away:
+            # Gradients flow back through the copies.
+            made = self._queue.copies(list(away.values()), self._device)
+            copies = dict(zip(away, made, strict=True))
+            self._at_home = found
+            for place, name, tensor in found:
+                place[name] = copies[id(tensor)]
+        return _moved(args, self._device), _moved(kwargs, self._device)
+
+    def end(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if self._at_home:
+            self._take_away()
+            self._queue.end(self._device)
+        return None if self._meet is None or output is None else _moved(output, self._meet)
+
+    def _take_away(self) -> None:
+        while self._at_home:
+            place, name, tensor = self._at_home.pop()
+            place[name] = tensor
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Whatever a part is given, or gives, on a device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
+        return type(value)(_moved(one, device) for one in value)
+    if isinstance(value, dict):
+        return {key: _moved(one, device) for key, one in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        # A key-value cache, which the part writes to.
+        for field in dataclasses.fields(value):
+            found = getattr(value, field.name)
+            if isinstance(found, torch.Tensor):
+                setattr(value, field.name, found.to(device))
+    return value
