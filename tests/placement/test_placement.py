@@ -13,7 +13,8 @@ from torch import nn
 from tests.support.programs import assert_same, in_memory
 from tl_fastload.ground.geometry import copied
 from tl_fastload.hooked import layout
-from tl_fastload.placement.placer import Placer, groups
+from tl_fastload.placement.order import groups
+from tl_fastload.placement.placer import Placer
 from tl_fastload.placement.rehearsal import forecast
 from tl_fastload.recipes.nodes import MemorySource
 from tl_fastload.recipes.promise import Promise

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from tl_fastload.placement.placer import _Waiting, groups
+from tl_fastload.placement.order import groups
+from tl_fastload.placement.placer import _Waiting
 from tl_fastload.placement.rehearsal import _Counter
 from tl_fastload.recipes.nodes import MemorySource
 from tl_fastload.recipes.promise import Promise

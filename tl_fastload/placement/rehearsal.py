@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tl_fastload.ground.geometry import span
 from tl_fastload.ground.sizes import bytes_of
-from tl_fastload.placement.placer import Placer, groups
+from tl_fastload.placement.order import groups
+from tl_fastload.placement.placer import Placer
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.quantized.content import Content
 from tl_fastload.quantized.recipes import QuantizedSource

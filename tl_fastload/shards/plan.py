@@ -14,7 +14,7 @@ import torch
 
 from tl_fastload.ground.compat import item_bytes
 from tl_fastload.ground.geometry import is_dense, span
-from tl_fastload.placement.placer import groups
+from tl_fastload.placement.order import groups
 from tl_fastload.recipes.evaluate import operands, sources
 from tl_fastload.recipes.nodes import Call, Node, Pick, Source, SourceView
 from tl_fastload.recipes.promise import Promise
