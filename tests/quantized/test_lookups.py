@@ -69,3 +69,25 @@ def test_other_indices_see_the_values(decoded: list[int]) -> None:
             matrix[torch.tensor([outside])]
     mapped = torch.func.vmap(lambda index: matrix[index])(rows[:, None])
     assert torch.equal(mapped, dense[rows][:, None])
+
+
+def test_what_is_looked_up_has_gradients() -> None:
+    """As activations that begin with a trainable table have; a frozen module's have none."""
+    matrix = from_bytes(formats.of_kind("fp8").sample("fp8", torch.device("cpu")))
+    module = torch.nn.Embedding(64, 128)
+    module.weight = torch.nn.Parameter(matrix, requires_grad=False)
+    tokens = torch.tensor([[1, 5]])
+    for found in (module(tokens), module.weight[tokens], module.weight[tokens, :]):
+        assert found.requires_grad
+        found.square().sum().backward()
+        assert torch.equal(found.grad, 2 * matrix.dequantize()[tokens])
+    assert module.weight.grad is None
+    assert not matrix[tokens].requires_grad  # no parameter
+    assert type(module.weight[2:9]) is type(matrix)
+    with torch.no_grad():
+        assert not module(tokens).requires_grad
+    module.requires_grad_(False)
+    assert not module(tokens).requires_grad
+    with pytest.warns(UserWarning, match="Quantized weights have no gradient"):
+        module.requires_grad_(True)
+    assert module(tokens).requires_grad

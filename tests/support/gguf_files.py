@@ -171,6 +171,10 @@ CASES: dict[str, Case] = {
 }
 
 
+ROTATED = ("llama", "llama3-tied", "mistral", "mixtral")
+"""Cases whose queries and keys have their rows in another order than transformers'."""
+
+
 @dataclass
 class Written:
     """A GGUF file.

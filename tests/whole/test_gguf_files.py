@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,9 +25,10 @@ from tl_fastload.errors import (
     CheckpointError,
     LeanLoadError,
     MissingWeightsError,
+    QuantizationError,
     UnsupportedArchitectureError,
 )
-from tl_fastload.quantized import QuantizedTensor
+from tl_fastload.quantized import QuantizedTensor, quantize
 from tl_fastload.quantized.content import Content
 
 TOKENS = torch.arange(3, 16)[None]
@@ -173,15 +176,42 @@ def test_plans_copies_and_the_cache(
         assert other.tokenizer("hello")["input_ids"] == model.tokenizer("hello")["input_ids"]
 
 
-def test_embeddings_are_looked_up_and_bytes_are_mapped(
+def _lies_in(path: Path) -> list[tuple[int, int]]:
+    """Where the file is mapped in this process."""
+    found = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith(str(path)):
+            first, _, last = line.split()[0].partition("-")
+            found.append((int(first, 16), int(last, 16)))
+    return found
+
+
+@pytest.mark.parametrize("case_id", ["llama", "mixtral", "qwen2", "gpt-oss"])
+def test_bytes_are_mapped(case_id: str, tmp_path: Path) -> None:
+    """But for Llama's queries and keys, whose rows stand in another order in the file."""
+    written = files.write(case_id, tmp_path / "m.gguf")
+    for flags in (RAW, {}):
+        model = lean_model(written.path, **flags)
+        spans = _lies_in(written.path)
+        held = {n: p for n, p in model.named_parameters() if isinstance(p, QuantizedTensor)}
+        apart = set()
+        for name, tensor in held.items():
+            at = tensor.content.stored.tensors()["packed"].data_ptr()
+            if not any(first <= at < last for first, last in spans):
+                apart.add(name)
+        moved = (
+            {n for n in held if n.endswith((".W_Q", "._W_K"))}
+            if case_id in files.ROTATED
+            else set()
+        )
+        assert apart == moved
+        assert sum(p.nbytes_stored() for p in held.values()) < written.path.stat().st_size * 1.03
+
+
+def test_embeddings_decode_the_rows_that_are_looked_up(
     model_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = lean_model(model_file, **RAW)
-    size = model_file.stat().st_size
-    held = {n: p for n, p in model.named_parameters() if isinstance(p, QuantizedTensor)}
-    mapped = [n for n, p in held.items() if p.content.stored.packed.untyped_storage().nbytes()]
-    assert len(mapped) == len(held)
-    assert sum(tensor.nbytes_stored() for tensor in held.values()) <= size
     decoded: list[tuple[int, int]] = []
     dense = Content.dense
 
@@ -192,6 +222,42 @@ def test_embeddings_are_looked_up_and_bytes_are_mapped(
     monkeypatch.setattr(Content, "dense", spy)
     model.embed(torch.tensor([[5, 7, 5]]))
     assert decoded == [(2, 256)]
+
+
+def test_what_one_does_with_a_model(model_file: Path, expected: torch.Tensor) -> None:
+    model = lean_model(model_file)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(log_probs(other), expected)
+    other = lean_model(model_file)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(log_probs(other), expected)
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    assert half.W_E.dtype == torch.bfloat16
+    assert float((log_probs(half).float() - expected).abs().max()) < 0.5
+
+    seen: dict[str, torch.Tensor] = {}
+    keep = ("blocks.0.hook_resid_pre", lambda grad, hook: seen.update({hook.name: grad}))
+    with model.hooks(bwd_hooks=[keep]):
+        model(TOKENS)[0, -1].max().backward()
+    assert float(seen["blocks.0.hook_resid_pre"].abs().max()) > 0
+    assert all(p.grad is None for p in model.parameters() if isinstance(p, QuantizedTensor))
+
+    assert model.generate(TOKENS, max_new_tokens=3, verbose=False).shape == (1, 16)
+    model.set_use_attn_result(True)
+    assert float((log_probs(model) - expected).abs().max()) < 1e-4
+    assert model.OV[0, 0].AB.shape == (256, 256)
+    shorter = lean_model(model_file, first_n_layers=1)
+    assert torch.equal(
+        shorter.blocks[0].mlp.W_in.dequantize(), model.blocks[0].mlp.W_in.dequantize()
+    )
+    with pytest.raises(QuantizationError, match="gguf weights cannot be quantized again"):
+        model.blocks[0].mlp.W_in.content.stored.requantize(torch.zeros(2, 256))
+    with pytest.raises(QuantizationError, match="can be loaded, but not made"):
+        quantize(torch.zeros(2, 256), "gguf")
+    with pytest.raises(ArgumentError, match="is quantized already"):
+        lean_model(model_file, quantize="nf4")
+    again = lean_model(model_file, dequantize=True, quantize="8bit")
+    assert again.load_report.quantization == "int8, quantized while loading"
 
 
 def _refusal(path: Path, error: type[LeanLoadError]) -> str:

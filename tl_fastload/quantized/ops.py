@@ -8,6 +8,7 @@
 | clone, contiguous, to: nothing would move, or whole rows move | bytes |
 | a move to a device; another floating point dtype | the bytes moved; the same bytes |
 | looking up rows of a matrix: an index of whole numbers, embedding | these rows' values |
+| looking up in a parameter, where gradients are on | a leaf, so that activations have gradients |
 | copy_ from a quantized tensor, `.data = ` | other bytes put in their place |
 | writing into it, requires_grad = True | error |
 | requires_grad_(), as a module calls it on each parameter | a warning |
@@ -165,6 +166,27 @@ def _looked_up(matrix: Any, index: Any) -> Any:
     return values[places.to(values.device)].view(*index.shape, columns)
 
 
+def _leaf(func: Callable[..., Any]) -> Callable[..., Any]:
+    """Embeddings are what a model's activations begin with: looked up in a trainable table, they
+    have gradients, and so have those of a table of bytes, which itself has none.
+    """
+
+    def look_up(*args: Any, **kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            found = func(*args, **kwargs)
+        tables = [x for x in (*args, *kwargs.values()) if isinstance(x, QuantizedTensor)]
+        is_trained = any(isinstance(x, torch.nn.Parameter) and not x.is_frozen for x in tables)
+        is_plain = type(found) is torch.Tensor and not found.requires_grad
+        if is_trained and is_plain and torch.is_grad_enabled() and not views.is_transformed():
+            found.requires_grad_()
+        return found
+
+    return look_up
+
+
+FUNCTIONS.update({func: _leaf(func) for func in (torch.Tensor.__getitem__, F.embedding)})
+
+
 @implements(aten.copy_.default, table=OPERATORS)
 def _copy_(target: Any, source: Any, non_blocking: bool = False) -> Any:
     """`load_state_dict`: the target gets bytes of its own, the source keeps its memory. Bytes that
@@ -210,6 +232,8 @@ def _set_data(target: Any, value: Any) -> Any:
 @implements(torch.Tensor.requires_grad_)
 def _skip_gradient(tensor: Any, requires_grad: bool = True) -> Any:
     """`module.requires_grad_()` calls this on each of its parameters: the others can train."""
+    if isinstance(tensor, torch.nn.Parameter):
+        tensor.is_frozen = not requires_grad  # type: ignore[attr-defined]
     if not requires_grad or not isinstance(tensor, torch.nn.Parameter):
         return _refuse_gradient(tensor, requires_grad)
     warnings.warn(

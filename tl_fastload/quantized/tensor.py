@@ -44,10 +44,13 @@ class QuantizedTensor(torch.Tensor):
         content: the bytes and what belongs to them.
         geometry: meta tensor; its shape, strides and offset select elements of the dense matrix
             [out, in].
+        is_frozen: a parameter whose module was told that nothing in it trains: what is looked up in
+            it then starts no gradients.
     """
 
     content: Content
     geometry: torch.Tensor
+    is_frozen: bool = False
 
     @staticmethod
     def __new__(
