@@ -16,6 +16,7 @@ from torch import nn
 
 from tests.support.lightning_modules import PACKAGES, embedded, fit, sae_class, save, seeded
 from tl_fastload import ArgumentError, DifferentModelError
+from tl_fastload.ground import compat
 from tl_fastload.lightning import RECORD_KEY, FrozenSubmodulesMixin
 
 PL = PACKAGES[0]
@@ -157,24 +158,24 @@ def test_the_mixin_comes_first() -> None:
             pass
 
 
+def run_program(name: str, *arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", f"tests.support.{name}", *arguments],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.slow
 @both
 @pytest.mark.parametrize("quantize", ["none", "8bit"])
 def test_two_processes(package: str, quantize: str, tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parents[2]
-    command = [
-        sys.executable,
-        "-m",
-        "tests.support.lightning_ddp",
-        package,
-        quantize,
-        str(tmp_path),
-    ]
-    done = subprocess.run(
-        command, cwd=root, capture_output=True, text=True, check=False, timeout=900, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_program("lightning_ddp", package, quantize, str(tmp_path))
     results = [torch.load(tmp_path / f"result-{rank}.pt", weights_only=True) for rank in range(2)]
     for result in results:
         assert len(result["whole"]) == 6
@@ -185,3 +186,14 @@ def test_two_processes(package: str, quantize: str, tmp_path: Path) -> None:
         assert torch.equal(tensor, results[1]["state"][name])
     content = torch.load(tmp_path / "one.ckpt", weights_only=True)
     assert all(key.startswith("sae.") for key in content["state_dict"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(compat.why_no_shards() is not None, reason="this torch cannot share models")
+def test_two_processes_resume_beside_a_sharded_lens(tmp_path: Path) -> None:
+    run_program("lightning_sharded", str(tmp_path))
+    for rank in range(2):
+        whole, resumed = torch.load(tmp_path / f"losses-{rank}.pt", weights_only=True)
+        assert resumed == whole[-len(resumed) :]
+    files = [file.stat().st_size for file in (tmp_path / "one.ckpt").rglob("*") if file.is_file()]
+    assert sum(files) < 400_000  # the lens is 1.8 MB

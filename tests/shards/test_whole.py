@@ -63,4 +63,4 @@ def test_two_processes_share_a_model(tmp_path: Path) -> None:
 def test_three_processes_with_sizes_that_do_not_divide(tmp_path: Path) -> None:
     for case in ("gpt2", "llama-gqa1-tied", "mixtral", "apertus"):
         zoo.build(case, tmp_path / ("gpt2-odd" if case == "gpt2" else case))
-    run(3, tmp_path, "awkward")
+    run(3, tmp_path, "awkward", "beside")

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.nn.parallel import DistributedDataParallel
 
 from tests.support.counting import AllocatedBytes
 from tl_fastload import (
@@ -29,6 +31,8 @@ from tl_fastload import (
     save_lean,
 )
 from tl_fastload.ground.sizes import bytes_of
+from tl_fastload.lightning import FrozenSubmodulesMixin
+from tl_fastload.lightning.fingerprint import fingerprint, parameters_of
 from tl_fastload.loading import load as loading
 from tl_fastload.memory_map import memory_map
 from tl_fastload.report.memory import stored_parts
@@ -289,13 +293,63 @@ def awkward(folder: Path, mesh: Any) -> None:
     assert torch.equal(load(name, mesh, "fsdp")(TOKENS), load(name)(TOKENS))
 
 
+class Probe(FrozenSubmodulesMixin, nn.Module):
+    """A head on a lens, without Lightning."""
+
+    frozen_submodules = ("lens",)
+
+    def __init__(self, lens: Any) -> None:
+        super().__init__()
+        self.lens = lens
+        self.head = nn.Linear(lens.cfg.d_model, 1)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.lens(tokens, stop_at_layer=-1)).square().mean()
+
+
+def pages_of(folder: Path) -> dict[str, int]:
+    """Bytes of a folder's files that are mapped here: Rss, Pss (shared ones in parts), private."""
+    found = dict.fromkeys(("Rss", "Pss", "Private_Dirty"), 0)
+    is_ours = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        key, _, rest = line.partition(":")
+        if "-" in key.split()[0]:
+            is_ours = str(folder) in line
+        elif is_ours and key in found:
+            found[key] += int(rest.split()[0]) << 10
+    return found
+
+
+def beside(folder: Path, mesh: Any) -> None:
+    """Data parallel training beside a lens that all processes map: its bytes are there once."""
+    if dist.get_rank() == 0:
+        save_lean(load(folder / "gpt2-odd"), folder / "copy")
+    dist.barrier()
+    probe = Probe(load(folder / "copy"))
+    assert sum(float(parameter.sum()) for parameter in probe.lens.parameters())  # all pages here
+    parallel = DistributedDataParallel(probe)
+    optimizer = torch.optim.SGD(probe.head.parameters(), lr=0.1)
+    parallel(TOKENS + dist.get_rank()).backward()
+    optimizer.step()
+    assert not any("lens" in name for name in parallel.state_dict())
+    pages = pages_of(folder / "copy")
+    file_bytes = sum(file.stat().st_size for file in (folder / "copy").glob("*.safetensors"))
+    assert pages["Rss"] >= 0.9 * file_bytes
+    assert pages["Private_Dirty"] == 0
+    together = torch.tensor([pages["Pss"]])
+    dist.all_reduce(together)
+    assert together <= 1.1 * file_bytes, together / file_bytes
+    lenses = (load(folder / "gpt2-odd", mesh, "fsdp"), load(folder / "gpt2-odd"))
+    assert torch.equal(*(fingerprint(parameters_of(lens))["values"] for lens in lenses))
+
+
 def main(folder: Path, parts: list[str]) -> None:
     assert "torchrun" in message_of(lambda: load(folder / "gpt2", "cpu", "fsdp"))
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
     for part in parts:
-        {"fully": fully, "tensor": tensor, "awkward": awkward}[part](folder, mesh)
+        {"fully": fully, "tensor": tensor, "awkward": awkward, "beside": beside}[part](folder, mesh)
     dist.destroy_process_group()
 
 

@@ -143,7 +143,27 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor:
     for length in reversed(tensor.shape):
         index.insert(0, flat % length)
         flat = flat // length
+    if hasattr(tensor, "full_tensor"):
+        return _of_parts(tensor, index)
     return tensor.detach()[tuple(index)].float().cpu()
+
+
+def _of_parts(tensor: Any, index: list[torch.Tensor]) -> torch.Tensor:
+    """Values of a DTensor, from the processes that have them; all of them call."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, local = tensor.device_mesh, tensor.to_local()
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, tensor.placements)
+    inside = [flat - first for flat, first in zip(index, offset, strict=True)]
+    is_here = torch.ones(len(index[0]), dtype=torch.bool, device=local.device)
+    for flat, length in zip(inside, local.shape, strict=True):
+        is_here &= (flat >= 0) & (flat < length)
+    values = torch.zeros(len(is_here), dtype=torch.float32, device=local.device)
+    values[is_here] = local[tuple(flat[is_here] for flat in inside)].float()
+    placements = [Replicate() if p.is_replicate() else Partial() for p in tensor.placements]
+    gathered = DTensor.from_local(values, mesh, placements, run_check=False).full_tensor()
+    return gathered.cpu()
 
 
 def _places(size: int) -> list[int]:

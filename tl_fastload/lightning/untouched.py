@@ -11,7 +11,7 @@ from torch import nn
 
 from tl_fastload.ground.wrappers import plain_name
 from tl_fastload.lightning.fingerprint import changed_values, fingerprint, parameters_of
-from tl_fastload.placement.values_here import why_not_here
+from tl_fastload.placement.values_here import has_values
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Baseline:
     def of(cls, module: nn.Module) -> Baseline | None:
         """Of a module as it stands; None while it has no values."""
         tensors = _tensors(module)
-        if any(why_not_here(tensor) is not None for tensor in tensors.values()):
+        if not all(map(has_values, tensors.values())):
             return None
         return cls(fingerprint(tensors), _counts(tensors), id(module))
 

@@ -35,6 +35,12 @@ def why_not_here(tensor: torch.Tensor) -> str | None:
     return "is on the meta device and has no values" if tensor.is_meta else None
 
 
+def has_values(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's values are in this process, or in several that know of one another."""
+    is_shared = type(tensor).__name__ == "DTensor"
+    return not tensor.is_meta if is_shared else why_not_here(tensor) is None
+
+
 def why_not_ours(tensor: torch.Tensor) -> str | None:
     """Why a tensor of a model cannot be read and written element by element, and what to do; None
     if it can, or is one of our own quantized ones.
@@ -70,10 +76,12 @@ def require_values(
 
 
 def require_here(module: nn.Module, doing: str) -> None:
-    """Raise ArgumentError if a parameter of any module has no values in this process."""
+    """Raise ArgumentError if a parameter of any module has no values in this process, or in several
+    that know of one another.
+    """
     for name, parameter in module.named_parameters():
         reason = why_not_here(parameter)
-        if reason is not None:
+        if reason is not None and not has_values(parameter):
             way_out = _way_out(module, parameter)
             raise ArgumentError(f"{doing} needs values, but {name} {reason}{way_out}.")
 
