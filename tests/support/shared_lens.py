@@ -189,6 +189,7 @@ def check_arguments(mesh: Any, name: Path) -> None:
         ({"mesh": two_dimensional, "parallel": "fsdp"}, "2 dimensions"),
         ({"mesh": mesh, "parallel": "fsdp", "quantize": "nf4"}, "quantize="),
         ({"mesh": mesh, "parallel": "fsdp", "layout": "forward"}, "layout="),
+        ({"mesh": mesh, "parallel": "fsdp", "device_map": "auto"}, "device_map="),
         ({"mesh": mesh, "parallel": "fsdp", "strategy": "copy"}, "strategy="),
         ({"mesh": mesh, "parallel": "fsdp", "move_to_device": False}, "move_to_device="),
     ):

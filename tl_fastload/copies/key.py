@@ -27,7 +27,7 @@ _NUMBERS = 2
 # How a load goes, not what comes out of it.
 _NOT_IN_THE_NUMBERS = (
     *("strategy", "mmap", "progress", "cache", "verify", "check_memory"),
-    *("device_map", "max_memory"),
+    *("device_map", "max_memory", "mesh", "parallel"),
 )
 _IN_THE_COPY = ("first_n_layers", "n_ctx", "default_prepend_bos", "default_padding_side", *STEPS)
 
