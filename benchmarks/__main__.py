@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import bounds, bridge, cases, environment, formats, quantized, table
+from benchmarks import bounds, bridge, cases, environment, formats, quantized, scaling, table
 from benchmarks.imports import measure_import
 from benchmarks.measure import Case, Measurement
 from benchmarks.models import SHAPES, make_checkpoint
@@ -20,7 +20,8 @@ from tl_fastload.ground import compat
 _STAGES = ("load", "forward", "quantized", "import")
 _BRIDGE_STAGES = ("bridge", "bridge-forward")
 _FORMATS_STAGE = "formats"
-_ALL_STAGES = (*_STAGES, *_BRIDGE_STAGES, _FORMATS_STAGE)
+_SCALING_STAGE = "scaling"
+_ALL_STAGES = (*_STAGES, *_BRIDGE_STAGES, _FORMATS_STAGE, _SCALING_STAGE)
 _BOUNDED = tuple(shape.name for shape in SHAPES.values() if shape.bounded)
 _TINY = tuple(name for name in SHAPES if name.startswith("tiny-"))
 _RESULTS = Path(__file__).parent / "results"
@@ -66,6 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         checks += bridge.checks(results, options.models)
     if _FORMATS_STAGE in options.only:
         checks += formats.checks(results, options.cache)
+    if _SCALING_STAGE in options.only:
+        grown = scaling.measure()
+        scaling.show(Console(), grown)
+        checks += scaling.checks(grown)
     if imported is not None:
         checks.append(bounds.import_check(None if imported.error else imported.median_seconds))
     table.show(Console(), results, planned, checks, imported, machine)
@@ -86,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="STAGES",
         help=f"any of {','.join(_STAGES)}; {' and '.join(_BRIDGE_STAGES)} (loads, and forward "
         f"passes beside them) are what TransformerLens 4 can, {_FORMATS_STAGE} (of a model of its "
-        "own) what is only read",
+        f"own) what is only read; {_SCALING_STAGE} how cost grows with the number of layers",
     )
     parser.add_argument(
         "--models",

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from packaging.version import Version
+from rich.console import Console
 from safetensors import safe_open
 
-from benchmarks import bounds, cases, models, quantized
+from benchmarks import bounds, cases, models, quantized, scaling
 from benchmarks.__main__ import main
 from benchmarks.floor import load_floor
 from benchmarks.measure import Case, run_case
@@ -331,3 +332,14 @@ def test_broken_measurement_fails_the_command(monkeypatch: pytest.MonkeyPatch) -
     broken = Measurement("import tl_fastload", error="failed: ImportError")
     monkeypatch.setattr("benchmarks.__main__.measure_import", lambda: broken)
     assert main(["--only", "import"]) == 1
+
+
+def test_how_cost_grows(capsys: pytest.CaptureFixture[str]) -> None:
+    found = scaling.measure((2, 4))
+    assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in found.values())
+    scaling.show(Console(), found, (2, 4))
+    assert "exponent" in capsys.readouterr().out
+    assert scaling.exponent((10, 20), [1.0, 4.0]) == 2.0
+    assert [check.passed for check in scaling.checks({"plan": [1.0, 2.1], "load": [1.0, 2.3]})] == [
+        *(True, False)
+    ]
