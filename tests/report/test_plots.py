@@ -120,7 +120,7 @@ def test_peaks_as_bars() -> None:
     )
     written = texts(plots.plot_peaks([good, Measurement("stock", error="failed: x")], "Peaks"))
     assert "lean float32" in written
-    assert "2.00x, 1.50 s" in written
+    assert "2.00x" in written
     assert "stock" not in written
     with pytest.raises(ArgumentError, match="nothing to draw"):
         plots.plot_peaks([Measurement("stock", error="failed: x")], "Peaks")

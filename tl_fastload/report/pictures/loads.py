@@ -172,7 +172,7 @@ def plot_peaks(measurements: Sequence[Any], title: str, path: str | Path | None 
         axes.set_xlim(0, 1.25 * largest / unit_bytes)
         axes.set_xlabel(
             f"peak memory above the start of the load ({unit_name}); beside it, anonymous\n"
-            "memory as a multiple of the parameters, and the time"
+            "memory as a multiple of the parameters"
         )
         axes.set_title(title)
         style.legend(figure)
@@ -187,7 +187,7 @@ def _peak(found: Any, unit_bytes: int) -> style.Peak:
         held=found.peak_anonymous_bytes / unit_bytes,
         resident=resident / unit_bytes,
         mark=found.parameter_bytes / unit_bytes,
-        text=f"{ratio:.2f}x, {found.median_seconds:.2f} s",
+        text=f"{ratio:.2f}x",
         text_at=max(resident, found.parameter_bytes) / unit_bytes,
     )
 
