@@ -12,7 +12,7 @@ import torch
 
 from tl_fastload.bridge import versions
 from tl_fastload.bridge.boot import boot_in_memory
-from tl_fastload.bridge.processing import process_in_place
+from tl_fastload.bridge.processing import WithoutValues, process_in_place
 from tl_fastload.bridge.quantizing import make_plain, require_bytes_can_follow
 from tl_fastload.bridge.record import COMPATIBILITY, IS_RECORDING
 from tl_fastload.bridge.road import ROAD
@@ -270,6 +270,10 @@ class LeanBridgeMixin(Face):
         if hasattr(bridge, "load_report"):
             steps = describe_steps(bridge, flags)
             bridge.load_report = replace(bridge.load_report, processing=steps)
+
+    def _scan_existing_hooks(self, module: Any, prefix: str = "") -> None:
+        with WithoutValues():  # type: ignore[no-untyped-call]
+            super()._scan_existing_hooks(module, prefix)  # type: ignore[misc]
 
     def process_weights_(
         self,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoModelForCausalLM
 
 from tests.support import bridge_stock, bridge_zoo
 from tests.support.allocations import Allocations
@@ -297,14 +298,58 @@ def test_the_most_that_is_allocated_from_files(
     assert allocations.peak_bytes < most * _bytes_of(bridge)
 
 
-@pytest.mark.parametrize("case_id", ["llama-gqa", "gpt2"])
-def test_the_most_that_is_allocated_in_place(case_id: str, bridge_zoo_folder: BridgeZoo) -> None:
+@pytest.mark.parametrize(
+    ("case_id", "large", "most"),
+    [
+        ("llama-gqa", LARGE, 1.10),
+        ("gpt2", {"n_embd": 96, "n_layer": 6}, 1.10),
+        # Of all embeddings none but the two that stay: no product for their bias beside them, and
+        # no `W_E_pos` where TransformerLens looks for hooks.
+        ("gpt2", {"n_embd": 96, "n_layer": 1, "vocab_size": 2000}, 1.05),
+    ],
+    ids=["llama", "gpt2", "embeddings"],
+)
+def test_the_most_that_is_allocated_in_place(
+    case_id: str, large: dict[str, int], most: float, bridge_zoo_folder: BridgeZoo
+) -> None:
     """One parameter at a time: what takes a weight's place is counted, that weight is not."""
-    large = {"n_embd": 96, "n_layer": 6} if case_id == "gpt2" else LARGE
     folder = bridge_zoo_folder(case_id, **large)
     wanted = _bytes_of(stock(folder))  # of GPT-2, the fused matrices stay beside their parts
     bridge = LeanTransformerBridge.of(bridge_stock.boot(folder))
     with Allocations() as allocations:
         bridge_stock.process(bridge)
-    assert allocations.peak_bytes < 1.10 * wanted
+    assert allocations.peak_bytes < most * wanted
     assert _bytes_of(bridge) < 1.02 * wanted
+
+
+def _in_memory(folder: Path) -> Any:
+    """Booted around a model of which each weight has memory of its own."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return LeanTransformerBridge.of(bridge_stock.boot(folder, hf_model=model))
+
+
+def test_memory_that_nobody_else_holds_is_used_again(bridge_zoo_folder: BridgeZoo) -> None:
+    """Of a Llama no step mixes weights: each is changed where it lies."""
+    folder = bridge_zoo_folder("llama-gqa", **LARGE)
+    bridge = _in_memory(folder)
+    with Allocations() as allocations:
+        bridge_stock.process(bridge)
+    assert allocations.peak_bytes < 0.2 * _bytes_of(bridge)
+    processed, tokens = stock(folder), bridge_zoo.inputs("llama-gqa")[0]
+    assert same_bits(bridge.unembed.weight, processed.unembed.weight)
+    assert same_bits(bridge(tokens), processed(tokens))
+
+
+@pytest.mark.parametrize("hold", [lambda p: p, lambda p: p.detach(), lambda p: p.detach().numpy()])
+def test_memory_that_somebody_holds_stays_as_it_is(
+    hold: Callable[[Any], Any], bridge_zoo_folder: BridgeZoo
+) -> None:
+    folder = bridge_zoo_folder("llama-gqa")
+    bridge = _in_memory(folder)
+    held = hold(bridge.unembed.weight)
+    before = torch.as_tensor(held).detach().clone()
+    bridge_stock.process(bridge)
+    assert same_bits(torch.as_tensor(held), before)
+    assert same_bits(bridge.unembed.weight, stock(folder).unembed.weight)

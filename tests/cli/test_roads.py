@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support.commands import flat, run
 from tl_fastload import faces
 from tl_fastload.cli import options
+from tl_fastload.cli.bench import run as bench_run
 from tl_fastload.errors import MissingPackageError
 from tl_fastload.ground import compat
 
@@ -40,6 +42,22 @@ def test_a_bridge_from_plan_to_copy(bridge_zoo_folder: Callable[..., Path], tmp_
     assert again["report"]["reason"] == "a processed copy"
     assert again["predictions"] == loaded["predictions"]
     assert "A processed copy" in run("plan", copy).stdout
+
+
+def test_bench_loads_bridges(
+    bridge_zoo_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a HookedTransformer, whose names for models are its own."""
+    asked: list[Any] = []
+    monkeypatch.setattr(bench_run, "run", lambda *given: asked.append(given) or {})
+    folder = bridge_zoo_folder("gpt2")
+    run("bench", folder, "--road", "bridge", "--json", "-")
+    subject, contenders = asked[0][:2]
+    assert subject.folder == folder.resolve()
+    assert [contender.name for contender in contenders] == [
+        "stock float32 bridge",
+        "lean float32 bridge",
+    ]
 
 
 def test_doctor_tells_the_roads() -> None:

@@ -6,7 +6,7 @@ under the name of the first slot that it belongs to. When it is full, its tensor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from tl_fastload.ground.geometry import dense_strides
 from tl_fastload.ground.role import Role, RoleOf
 from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.quantized import QuantizedTensor
-from tl_fastload.recipes.nodes import Call, SourceView, aten
+from tl_fastload.recipes.evaluate import operands
+from tl_fastload.recipes.nodes import Call, Node, SourceView, aten
 from tl_fastload.recipes.promise import Promise
 from tl_fastload.source.reader import FileSource
 
@@ -88,6 +89,7 @@ class BridgeShelf(Shelf):
             if not is_raw:
                 self.recipes[name] = _as_allocated(views.whole)
             self._homes[name] = _Home(views)
+        _read_once(self.recipes.values())
 
     def _add(self, views: Views, on_meta: bool) -> str:
         slot, promise = views.slots[0], views.whole
@@ -112,6 +114,33 @@ class BridgeShelf(Shelf):
         for name, home in self._homes.items():
             if not tensors[name].is_meta:
                 home.fill(tensors[name])
+
+
+def _read_once(recipes: Iterable[Promise]) -> None:
+    """Make one node of all views of the same elements: what several recipes of a group read is
+    read once, for the small ones first.
+    """
+    known: dict[Any, SourceView] = {}
+    seen: set[Node] = set()
+    todo = [recipe.node for recipe in recipes]
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, Call):
+            node.args = tuple(_known(argument, known) for argument in node.args)
+        todo += operands(node)
+
+
+def _known(argument: Any, known: dict[Any, SourceView]) -> Any:
+    if isinstance(argument, list):
+        return [_known(item, known) for item in argument]
+    if not isinstance(argument, SourceView):
+        return argument
+    form = argument.geometry
+    key = argument.source, form.shape, form.stride(), form.storage_offset(), argument.casts
+    return known.setdefault(key, argument)
 
 
 def _as_allocated(promise: Promise) -> Promise:

@@ -2,28 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from tl_fastload.bridge.leftovers import require_none_left
 from tl_fastload.bridge.placing import BridgeShelf, is_small_and_odd, strides_in
 from tl_fastload.bridge.quantizing import Inputs
 from tl_fastload.bridge.slots import ATTRIBUTE, Slot, slots_of
 from tl_fastload.errors import HalfWrittenError, LeanLoadError, NotEnoughMemory, is_out_of_memory
+from tl_fastload.ground import compat
 from tl_fastload.ground.mark import MARK, Mark
 from tl_fastload.huggingface.empty import SkipRandomInit
 from tl_fastload.placement.placer import Placer
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.quantized.quantizer import Quantizer
 from tl_fastload.quantized.recipes import promise_of_tensor
+from tl_fastload.recipes.evaluate import sources
 from tl_fastload.recipes.live import LivePromise, Memory, live_tensors
 from tl_fastload.recipes.nodes import MemorySource, SourceView
+from tl_fastload.recipes.promise import Promise
 from tl_fastload.report.progress import Progress
 
 _Key = tuple[int, int, str]
+
+
+class WithoutValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Lets code find out of what kind an attribute is, and computes none: where TransformerLens looks
+    for hooks it takes `W_E_pos`, a copy of the embeddings, as well.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*tree_map(_on_meta, args), **tree_map(_on_meta, kwargs or {}))
+
+
+def _on_meta(x: Any) -> Any:
+    if not isinstance(x, torch.Tensor):
+        return x
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
 def process_in_place(
@@ -58,6 +79,8 @@ def process_in_place(
     bridge.__dict__[MARK] = mark
 
     shelf = BridgeShelf(bridge, is_raw=False)
+    shifts = inputs.shifts(shelf.recipes, flags)
+    before.give([*shelf.recipes.values(), *shifts.values()])
 
     def writing(name: str) -> None:
         before.forget(shelf.slots(name))
@@ -71,7 +94,7 @@ def process_in_place(
         map_any_layout=False,
         progress=progress,
         strides_of=strides_in,
-        quantizer=Quantizer(None, shelf.role, inputs.shifts(shelf.recipes, flags)),
+        quantizer=Quantizer(None, shelf.role, shifts),
         writing=writing,
     )
     try:
@@ -94,6 +117,23 @@ def _explained(error: Exception, mark: Mark) -> LeanLoadError:
         f"{mark.step} stopped in the middle ({type(error).__name__}: {error}). Some weights of the "
         "bridge are processed and the others are not. Boot the model anew."
     )
+
+
+class _Given(MemorySource):
+    """Memory that nobody needs after it is read: it becomes the reader's."""
+
+    def lend(self, geometry: torch.Tensor) -> None:
+        return None
+
+    def read_into(
+        self, out: torch.Tensor, geometry: torch.Tensor, casts: tuple[torch.dtype, ...]
+    ) -> None:
+        value = self._view(geometry)
+        if casts or out.device != value.device or out.stride() != value.stride():
+            super().read_into(out, geometry, casts)
+            return
+        value.as_strided((0,), (1,)).zero_()  # tells autograd and others that the tensor changes
+        out.set_(value)  # type: ignore[call-overload]
 
 
 class _Before:
@@ -177,6 +217,26 @@ class _Before:
         for slot in slots:
             if not isinstance(slot.tensor, LivePromise):
                 self.forget([slot])
+
+    def give(self, recipes: Iterable[Promise]) -> None:
+        """Let a tensor that nobody else holds be the memory of the one recipe that reads it."""
+        readers: dict[int, list[SourceView]] = {}
+        for recipe in recipes:
+            for view in sources(recipe.node):
+                if isinstance(view.source, MemorySource):
+                    memory = view.source.tensor.untyped_storage()._cdata
+                    readers.setdefault(memory, []).append(view)
+        for key in self._tensors:
+            # Nobody but this dictionary and the recipe's source, which is a tensor of its own.
+            if sys.getrefcount(self._tensors[key]) > 2 or _is_quantized(self._tensors[key]):
+                continue
+            storage = self._tensors[key].untyped_storage()
+            is_shared = storage.is_shared() or compat.holders_of(storage) > 3
+            views = readers.get(storage._cdata, [])
+            if len(views) != 1 or is_shared or self._tensors[key].is_inference():
+                continue
+            if not is_small_and_odd(storage.data_ptr(), self._tensors[key]):
+                views[0].source = _Given(views[0].source.tensor, views[0].source.name)  # type: ignore[attr-defined]
 
     def _kept(
         self,

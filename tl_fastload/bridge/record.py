@@ -152,8 +152,8 @@ def completed(bridge: Any) -> Any:
 def _move_tables(bridge: Any) -> None:
     """Put what was computed, not placed, on the bridge's device."""
     device = torch.device(bridge.cfg.device)
-    for slot in slots_of(bridge):
-        if slot.tensor.device.type != device.type and slot.tensor.device.type == "cpu":
+    for slot in slots_of(bridge) if device.type != "cpu" else ():
+        if slot.tensor.device.type == "cpu":
             moved = slot.tensor.detach().to(device)
             is_parameter = isinstance(slot.tensor, nn.Parameter)
             trainable = slot.tensor.requires_grad

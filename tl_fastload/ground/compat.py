@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -140,6 +141,16 @@ def multiplies_in_fewer_bits() -> bool:
     if mkldnn is not None:
         return mkldnn.fp32_precision not in ("none", "ieee")
     return torch.get_float32_matmul_precision() != "highest"
+
+
+def holders_of(storage: torch.UntypedStorage) -> int:
+    """How many tensors and storages share a memory, this one counted; many where torch does not
+    tell.
+    """
+    import torch
+
+    ask: Any = getattr(torch._C, "_storage_Use_Count", None)
+    return sys.maxsize if ask is None else int(ask(storage._cdata))
 
 
 def halves_are_finite(tensor: torch.Tensor) -> bool:

@@ -43,6 +43,9 @@ def has_overlap(geometry: torch.Tensor) -> bool:
 
 def dense_strides(geometry: torch.Tensor) -> tuple[int, ...]:
     """Strides of a dense tensor that keeps the memory order of a view."""
+    row_major = strides_of_order(geometry.shape, range(geometry.dim()))
+    if geometry.stride() == row_major:
+        return row_major  # as below, where torch takes a while on the meta device
     return tuple(torch.empty_like(geometry, memory_format=torch.preserve_format).stride())
 
 

@@ -83,7 +83,7 @@ def bench(
     check_known("--road", [road] if road else [], ROADS)
     from tl_fastload.cli.bench import run
     from tl_fastload.cli.bench.loads import Contender
-    from tl_fastload.faces import installed
+    from tl_fastload.faces import installed, lean_class
 
     on = road or next(iter(installed()), "hooked")
     contenders = []  # what is compared stands together
@@ -92,7 +92,7 @@ def bench(
         contenders += [Contender("lean", one, processing, way, road=on) for way in strategies]
     narrow = min(dtypes, key=item_bytes)  # what is not quantized is best in as few bits
     contenders += [Contender("lean", narrow, processing, quantize=kind, road=on) for kind in kinds]
-    with run.subject_of(what, keep) as subject:
+    with run.subject_of(what, lean_class(on)._road.aliases(), keep) as subject:
         found = run.run(subject, list(dict.fromkeys(contenders)), repeats, _announce)
     label = subject.label
     give(json, lambda: _as_json(label, found), lambda: _show(label, found))

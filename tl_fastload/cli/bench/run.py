@@ -15,8 +15,10 @@ from tl_fastload.cli.bench import synthetic
 from tl_fastload.cli.bench.loads import Contender
 from tl_fastload.cli.bench.process import Measurement, measure, measure_in_turns, read_ahead
 from tl_fastload.errors import LeanLoadError
-from tl_fastload.hooked.official_names import official_name, resolve_model
+from tl_fastload.source.aliases import Aliases
 from tl_fastload.source.checkpoint import Checkpoint, open_weights
+from tl_fastload.source.hub import HubOptions
+from tl_fastload.source.location import locate
 
 _IMPORTS_BYTES = 1 << 30
 _STOCK_BYTES_A_NUMBER = 14  # its processing upcasts everything to float32, three and a half times
@@ -47,7 +49,9 @@ class Subject:
 
 
 @contextlib.contextmanager
-def subject_of(model: str | synthetic.Shape, keep: Path | None = None) -> Iterator[Subject]:
+def subject_of(
+    model: str | synthetic.Shape, aliases: Aliases, keep: Path | None = None
+) -> Iterator[Subject]:
     """A model in a folder or on the hub, downloaded first if need be; or random weights in a given
     shape, in a folder that is gone afterwards.
 
@@ -56,6 +60,7 @@ def subject_of(model: str | synthetic.Shape, keep: Path | None = None) -> Iterat
 
     Args:
         model: a folder, a TransformerLens name or alias, a hub name, or a shape.
+        aliases: the names that TransformerLens has.
         keep: write the weights of a shape into this folder, and leave it there.
     """
     with tempfile.TemporaryDirectory(prefix="tl_fastload-bench-") as scratch:
@@ -65,7 +70,7 @@ def subject_of(model: str | synthetic.Shape, keep: Path | None = None) -> Iterat
             synthetic.write_checkpoint(model, Path(name))
         else:
             stock_name, label, name = synthetic.LLAMA_NAME, Path(model).resolve().name, model
-        location = resolve_model(name)
+        location = locate(name, HubOptions(), aliases=aliases)
         folder, environment = location.folder.resolve(), {"HF_HUB_OFFLINE": "1"}
         if location.repo is None:
             name = str(folder)
@@ -74,7 +79,7 @@ def subject_of(model: str | synthetic.Shape, keep: Path | None = None) -> Iterat
             _give_n_ctx(hub_home)
             environment["HF_HOME"] = str(hub_home)
         else:
-            stock_name, label = official_name(name) or location.repo, name
+            stock_name, label = aliases.official(name) or location.repo, name
         checkpoint = open_weights(location)
         numbers = _count_numbers(checkpoint)
         yield Subject(label, name, stock_name, folder, checkpoint.files, numbers, environment)
