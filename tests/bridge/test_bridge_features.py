@@ -342,7 +342,17 @@ def test_memory_that_nobody_else_holds_is_used_again(bridge_zoo_folder: BridgeZo
     assert same_bits(bridge(tokens), processed(tokens))
 
 
-@pytest.mark.parametrize("hold", [lambda p: p, lambda p: p.detach(), lambda p: p.detach().numpy()])
+def _made_of_an_array(parameter: Any) -> Any:
+    array = parameter.detach().numpy().copy()
+    parameter.data = torch.from_numpy(array)
+    return array
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [lambda p: p, lambda p: p.detach(), lambda p: p.detach().numpy(), _made_of_an_array],
+    ids=["parameter", "view", "array", "made of an array"],
+)
 def test_memory_that_somebody_holds_stays_as_it_is(
     hold: Callable[[Any], Any], bridge_zoo_folder: BridgeZoo
 ) -> None:

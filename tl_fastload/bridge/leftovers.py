@@ -39,7 +39,7 @@ def _written(path: Any) -> str:
     if path is None:
         return "bridge"
     before, form, key = path
-    return _written(before) + form.format(key)
+    return f"{_written(before)}{form.format(key)}"
 
 
 def _reachable(root: Any) -> Iterator[tuple[Any, Any]]:
@@ -77,10 +77,11 @@ def _parts(value: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 @functools.cache
-def _is_ours(kind: type) -> bool:
+def _is_ours(kind: Any) -> bool:
     """Whether the attributes of objects are looked at: of anybody's modules, and of what belongs to
     the libraries whose code has run.
     """
     if issubclass(kind, type):
         return False
-    return issubclass(kind, (torch.nn.Module, torch.Tensor)) or kind.__module__.startswith(_OWNERS)
+    is_theirs: bool = kind.__module__.startswith(_OWNERS)
+    return is_theirs or issubclass(kind, (torch.nn.Module, torch.Tensor))

@@ -231,12 +231,17 @@ class _Before:
             if sys.getrefcount(self._tensors[key]) > 2 or _is_quantized(self._tensors[key]):
                 continue
             storage = self._tensors[key].untyped_storage()
-            is_shared = storage.is_shared() or compat.holders_of(storage) > 3
             views = readers.get(storage._cdata, [])
-            if len(views) != 1 or is_shared or self._tensors[key].is_inference():
+            if len(views) != 1 or compat.holders_of(storage) > 3:
                 continue
+            # Memory that torch has not allocated is somebody's: a file, or an array of NumPy's.
+            is_foreign = storage.is_shared() or not storage.resizable()
+            if is_foreign or self._tensors[key].is_inference():
+                continue
+            source = views[0].source
+            assert isinstance(source, MemorySource)
             if not is_small_and_odd(storage.data_ptr(), self._tensors[key]):
-                views[0].source = _Given(views[0].source.tensor, views[0].source.name)  # type: ignore[attr-defined]
+                views[0].source = _Given(source.tensor, source.name)
 
     def _kept(
         self,
