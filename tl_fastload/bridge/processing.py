@@ -33,8 +33,8 @@ _Key = tuple[int, int, str]
 
 
 class WithoutValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Lets code find out of what kind an attribute is, and computes none: where TransformerLens looks
-    for hooks it takes `W_E_pos`, a copy of the embeddings, as well.
+    """Lets code find out of what kind an attribute is, and computes none: where TransformerLens
+    looks for hooks it takes `W_E_pos`, a copy of the embeddings, as well.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -122,18 +122,18 @@ def _explained(error: Exception, mark: Mark) -> LeanLoadError:
 class _Given(MemorySource):
     """Memory that nobody needs after it is read: it becomes the reader's."""
 
-    def lend(self, geometry: torch.Tensor) -> None:
-        return None
+    def lend(self, geometry: torch.Tensor) -> torch.Tensor:
+        return self._view(geometry).as_subclass(_Gift)
 
-    def read_into(
-        self, out: torch.Tensor, geometry: torch.Tensor, casts: tuple[torch.dtype, ...]
-    ) -> None:
-        value = self._view(geometry)
-        if casts or out.device != value.device or out.stride() != value.stride():
-            super().read_into(out, geometry, casts)
-            return
-        value.as_strided((0,), (1,)).zero_()  # tells autograd and others that the tensor changes
-        out.set_(value)  # type: ignore[call-overload]
+
+class _Gift(torch.Tensor):
+    """A tensor that is moved to its own device without a copy: whoever moves one has what comes of
+    it to himself, and this is nobody's.
+    """
+
+    def to(self, device: torch.device) -> torch.Tensor:  # type: ignore[override]
+        self.as_strided((0,), (1,)).zero_()  # tells autograd and others that the tensor changes
+        return self.as_subclass(torch.Tensor).to(device)
 
 
 class _Before:
