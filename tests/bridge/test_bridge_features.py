@@ -18,6 +18,7 @@ from tests.support.allocations import Allocations
 from tests.support.bridge_comparison import differences, same_bits, snapshot, tensors_of
 from tests.support.bridge_stock import quiet
 from tl_fastload import LeanBridgeMixin, LeanTransformerBridge
+from tl_fastload.memory_map import memory_map
 from tl_fastload.recipes.promise import Promise
 from tl_fastload.source.reader import FileSource
 
@@ -279,6 +280,21 @@ def _bytes_of(bridge: Any) -> int:
         for _, tensor in tensors_of(bridge)
     }
     return sum(storages.values())
+
+
+@pytest.mark.parametrize("case_id", ["gpt2", "llama-gqa"])
+@pytest.mark.parametrize("load", [lean, lean_raw])
+def test_the_memory_map_knows_every_byte(
+    case_id: str, load: Callable[..., Any], bridge_zoo_folder: BridgeZoo
+) -> None:
+    """Of GPT-2 booted alone, Q, K and V lie in the matrix that they were made of."""
+    bridge = load(bridge_zoo_folder(case_id))
+    parts = memory_map(bridge)
+    assert sum(part.size_bytes for part in parts) == _bytes_of(bridge)
+    weights = {(part.layer, part.component) for part in parts if part.component != "buffers"}
+    blocks = {(str(n), of) for n in range(bridge.cfg.n_layers) for of in ("attention", "MLP")}
+    assert {("embed", "embedding"), ("unembed", "norms"), *blocks} <= weights
+    assert not any(layer == "embed" for layer, of in weights if of != "embedding")
 
 
 @pytest.mark.parametrize(

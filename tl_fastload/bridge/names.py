@@ -93,9 +93,9 @@ def role(name: str) -> Role:
     quantizes does not depend on names.
 
     Args:
-        name: of the parameter, as a shelf has it.
+        name: of the parameter, as a shelf or a live bridge has it.
     """
-    bare = without_wrapper_parts(name)
+    bare = without_wrapper_parts(name).replace("_original_component.", "")
     block = _LAYER.search("." + bare)
     if _EXPERTS.search(bare):
         sides = ("expert", "d_out", "d_in")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tl_fastload.ground.geometry import span
 from tl_fastload.ground.mark import require_whole
 from tl_fastload.ground.role import Role, RoleOf
 from tl_fastload.ground.sizes import bytes_of
@@ -49,18 +50,35 @@ def memory_map(model: Any, role: RoleOf) -> list[Part]:
     require_whole(model, "A picture of the model")
     spans = _mapped_spans()
     sizes: dict[tuple[str, str, str], int] = {}
-    seen: set[tuple[int, int]] = set()
     buffers = dict(model.named_buffers())
+    found: list[tuple[str, bool, torch.Tensor]] = []
     for name, tensor in (*model.named_parameters(), *buffers.items()):
-        for piece in stored_parts(tensor):
-            address, size_bytes = piece.data_ptr(), bytes_of(piece)
-            if size_bytes and (address, size_bytes) not in seen:
-                seen.add((address, size_bytes))
-                state = _state(piece, hasattr(tensor, "content"), _lies_in(address, spans))
-                key = (*_place(role(name), name in buffers), state)
-                sizes[key] = sizes.get(key, 0) + size_bytes
+        pieces = stored_parts(tensor)
+        found += [(name, pieces[0] is not tensor, piece) for piece in pieces]
+    for name, is_quantized, piece in _each_once(found):
+        state = _state(piece, is_quantized, _lies_in(piece.data_ptr(), spans))
+        key = (*_place(role(name), name in buffers), state)
+        sizes[key] = sizes.get(key, 0) + bytes_of(piece)
     parts = [Part(*key, size_bytes) for key, size_bytes in sizes.items()]
     return sorted(parts, key=lambda part: _rank(part.layer))
+
+
+def _each_once(
+    found: list[tuple[str, bool, torch.Tensor]],
+) -> list[tuple[str, bool, torch.Tensor]]:
+    """Without tensors that lie in another one's memory (Q, K and V in the matrix that they are
+    views of), and without what is empty.
+    """
+    covered: dict[int, list[tuple[int, int]]] = {}
+    counted = []
+    for number in sorted(range(len(found)), key=lambda n: -bytes_of(found[n][2])):
+        piece = found[number][2]
+        start, size_bytes = piece.data_ptr(), span(piece) * piece.element_size()
+        others = covered.setdefault(piece.untyped_storage().data_ptr(), [])
+        if size_bytes and not any(a <= start and start + size_bytes <= b for a, b in others):
+            others.append((start, start + size_bytes))
+            counted.append(number)
+    return [found[number] for number in sorted(counted)]
 
 
 def _state(piece: torch.Tensor, is_quantized: bool, is_mapped: bool) -> str:
