@@ -71,7 +71,8 @@ def _parts(value: Any) -> Iterator[tuple[str, Any, Any]]:
     elif isinstance(value, FunctionType):
         cells = (cell.cell_contents for cell in value.__closure__ or () if cell != _EMPTY)
         yield from (("()", None, x) for x in (*cells, value.__defaults__, value.__kwdefaults__))
-    if _is_ours(type(value)):
+    kind: Any = type(value)
+    if _is_ours(kind):
         attributes = getattr(value, "__dict__", {})
         yield from ((".{}", name, child) for name, child in list(attributes.items()))
 
