@@ -122,15 +122,14 @@ class LeanBridgeMixin(Face):
         stock_arguments.pop("code_revision", None)
         boot = {"hf_config_overrides": hf_config_overrides, "model_class": model_class}
         boot = {name: value for name, value in boot.items() if value is not None}
+        checked(load_weights=load_weights, trust_remote_code=trust_remote_code)
         given = checked(device=device, tokenizer=tokenizer, n_ctx=n_ctx, dtype=dtype)
         own = {"dequantize": dequantize, "adapter": adapter, "requantize": requantize}
         own |= {"check_memory": check_memory, "check_base": check_base}
         base, adapters = adapters_of(hf_model)
         has_adapters = adapter is not None or base is not hf_model or bool(adapters)
         if not load_weights or (hf_model is not None and not has_adapters):
-            for name in ("dequantize", "adapter", "requantize"):
-                if own[name]:
-                    raise ArgumentError(f"{name}= is for weights that are read from files.")
+            _check_in_memory(hf_model, own, stock_arguments)
             booted: Self = boot_in_memory(
                 cls,
                 str(model_name),
@@ -304,6 +303,21 @@ class LeanBridgeMixin(Face):
             fold_value_biases=fold_value_biases,
             refactor_factored_attn_matrices=refactor_factored_attn_matrices,
         )
+
+
+def _check_in_memory(hf_model: Any, own: dict[str, Any], others: dict[str, Any]) -> None:
+    """Raise ArgumentError for arguments that TransformerLens' own boot cannot take."""
+    for name in ("dequantize", "adapter", "requantize"):
+        if own[name]:
+            raise ArgumentError(f"{name}= is for weights that are read from files.")
+    if hf_model is not None and not hasattr(hf_model, "config"):
+        raise ArgumentError(
+            f"hf_model is a {type(hf_model).__name__} without a configuration. Pass a transformers "
+            "model, such as AutoModelForCausalLM.from_pretrained(...) returns."
+        )
+    unknown = others.keys() - inspect.signature(versions.stock_boot()).parameters.keys()
+    if unknown:
+        raise ArgumentError(f"{min(unknown)}= is no argument of boot_transformers. Leave it out.")
 
 
 @cache

@@ -142,6 +142,48 @@ class TestBeforeWeightsAreRead:
             load(folder, **arguments)
 
 
+@pytest.mark.parametrize("arguments", [{"load_weights": False}, {"hf_model": True}])
+def test_boots_that_read_no_file(arguments: Any, bridge_zoo_folder: BridgeZoo) -> None:
+    folder = bridge_zoo_folder("gpt2")
+    if "hf_model" in arguments:
+        arguments = {"hf_model": bridge_stock.boot(folder).original_model}
+    for wrong in ({"dequantize": True}, {"nonsense": 1}, {"load_weights": 3}):
+        with pytest.raises(ArgumentError, match=next(iter(wrong))):
+            LeanTransformerBridge.boot_transformers_lean(folder, **{**arguments, **wrong})
+    with pytest.raises(ArgumentError, match="hf_model is a int"):
+        LeanTransformerBridge.boot_transformers_lean(folder, hf_model=5)
+
+
+def test_a_refusal_leaves_the_bridge_as_it_was(
+    bridge_zoo_folder: BridgeZoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    folder = bridge_zoo_folder("llama-gqa")
+    bridge = LeanTransformerBridge.of(bridge_stock.boot(folder))
+    for wrong in (
+        {"fold_ln": "no"},
+        {"no_processing": 3},
+        {"refactor_factored_attn_matrices": True},
+    ):
+        with pytest.raises(ArgumentError, match=next(iter(wrong))):
+            bridge.enable_compatibility_mode(**wrong)
+        assert not bridge.compatibility_mode
+
+    def fails(self: Any, *_: Any, **__: Any) -> None:
+        self._weights_processed = True
+        raise ValueError("nothing was done")
+
+    monkeypatch.setattr(TransformerBridge, "process_weights", fails)
+    with pytest.raises(UnsupportedArchitectureError, match="nothing was done"), quiet():
+        bridge.enable_compatibility_mode()
+    monkeypatch.undo()
+    with quiet():
+        bridge.enable_compatibility_mode()  # not taken for done
+    wanted = bridge_stock.process(bridge_stock.boot(folder))
+    assert differences(snapshot(wanted, "llama-gqa"), snapshot(bridge, "llama-gqa")) == []
+
+
 class TestOf:
     def test_no_bridge(self, bridge_zoo_folder: BridgeZoo) -> None:
         stock = bridge_stock.boot(bridge_zoo_folder("gpt2"))

@@ -90,7 +90,8 @@ def stored(bridge: Any) -> StoredShelf:
     homes: dict[tuple[int, ...], dict[str, Slot]] = {}
     for name, slot in slots.items():  # attributes last
         memory = _memory(slot.tensor)
-        if slot.kind != ATTRIBUTE or memory in homes:  # others are what a forward pass has left
+        # A private attribute with memory of its own is what a forward pass has left, as a pattern.
+        if slot.kind != ATTRIBUTE or memory in homes or not slot.leaf.startswith("_"):
             homes.setdefault(memory, {})[name] = slot
     for entries in homes.values():
         whole = next((name for name, slot in entries.items() if _fills(slot.tensor)), None)

@@ -21,7 +21,7 @@ Test = tuple[Callable[[Any], bool], str]
 _FLAGS = (
     *STEPS,
     *("move_to_device", "dequantize", "requantize", "verify", "check_memory", "check_base"),
-    "strict",
+    *("strict", "load_weights", "no_processing", "disable_warnings", "verbose"),
 )
 _FLAG_KEYWORDS = (
     *("local_files_only", "force_download", "trust_remote_code", "use_safetensors"),
