@@ -96,6 +96,7 @@ def read_config(
     *,
     trust_remote_code: bool,
     raw: Mapping[str, Any] | None = None,
+    file: str = "config.json",
 ) -> PretrainedConfig:
     """The configuration in a folder, of a model that is supported.
 
@@ -105,6 +106,7 @@ def read_config(
         for only where transformers has no class of its own; without it, the values of
         QWenLMHeadModel and GPT2LMHeadCustomModel (SantaCoder) are read as plain data.
     raw: what `read_config_json` found, if it was read already.
+    file: in that folder, that says so: a GGUF file does, too.
 
     Raises CheckpointError when config.json is missing or invalid, UnsupportedArchitectureError when
     it describes a model that is not supported.
@@ -127,7 +129,7 @@ def read_config(
             config = CONFIG_MAPPING[str(model_type)].from_dict(values, name_or_path=folder)
     except Exception as error:  # config classes raise anything for values they do not expect
         raise CheckpointError(
-            f"{folder / 'config.json'} cannot be read as a {model_type or in_checkpoint} config: "
+            f"{folder / file} cannot be read as a {model_type or in_checkpoint} config: "
             f"{type(error).__name__}: {error}. Correct the file, or download it again."
         ) from error
     architecture_of(config, supported)

@@ -246,7 +246,7 @@ def _rope_scaling(fields: _Fields, head_dim: Any) -> dict[str, Any] | None:
         tables = {
             f"{n}_factor": fields.values(f"rope_factors_{n}.weight") for n in ("long", "short")
         }
-        return {"type": "longrope", "rope_type": "longrope", **tables}
+        return {"type": "longrope", **tables}  # transformers 4 admits no other name beside
     if "rope_freqs.weight" in fields.header.entries:
         return _llama_3_scaling(fields, head_dim)
     kind, factor = fields.get("rope.scaling.type"), fields.get("rope.scaling.factor")

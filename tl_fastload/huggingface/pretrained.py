@@ -401,7 +401,13 @@ def find(
         found.raw = read_config_json(location.folder)
         if supported.own_format(located.official, found.raw):
             return found
-    config = read_config(location.folder, supported, trust_remote_code=trust, raw=found.raw)
+    config = read_config(
+        location.folder,
+        supported,
+        trust_remote_code=trust,
+        raw=found.raw,
+        file=location.gguf_file or "config.json",
+    )
     found.config = override(config, keywords)
     here = dequantized_here(found.config, location.label) if options.dequantize else None
     if here is not None:
