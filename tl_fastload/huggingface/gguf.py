@@ -21,8 +21,9 @@ from tl_fastload.quantized.spec import Spec
 from tl_fastload.recipes.promise import Promise
 from tl_fastload.source import schemas
 from tl_fastload.source.ggml_types import BLOCK_TYPES
-from tl_fastload.source.gguf import GgufHeader, Omitted
+from tl_fastload.source.gguf import GgufHeader, Omitted, read_gguf, shard_names
 from tl_fastload.source.json_files import short
+from tl_fastload.source.location import Location, fetch
 from tl_fastload.source.reader import FileReader, FileSource
 
 _AGAIN = "Download the file again, or convert the model anew with llama.cpp."
@@ -113,7 +114,29 @@ class _Fields:
         return any(name in self.header.entries for name in names)
 
 
-def gguf_config(
+def read_gguf_config(
+    location: Location, supported: Supported, reader: FileReader, headers_only: bool
+) -> tuple[GgufHeader, dict[str, Any]]:
+    """The header of the first file of a model, and the fields of a `config.json` that it stands
+    for; nothing is downloaded if `headers_only`.
+
+    Raises:
+        CheckpointError, QuantizationError, UnsupportedArchitectureError: as `read_gguf` and
+            `_config`, or the file is not on this machine.
+    """
+    name = str(location.gguf_file)
+    if headers_only and not (location.folder / name).exists():
+        raise CheckpointError(
+            f"{location.label} is not on this machine, and a plan reads its header. Load it, or "
+            "download it with huggingface_hub.hf_hub_download, and plan again."
+        )
+    path = fetch(location, shard_names(name, read_gguf(fetch(location, name)))[0])
+    reader.files.see(path)
+    header = read_gguf(path)
+    return header, _config(header, location.label, supported, reader)
+
+
+def _config(
     header: GgufHeader, label: str, supported: Supported, reader: FileReader
 ) -> dict[str, Any]:
     """The fields of the `config.json` that a GGUF file's metadata stand for.

@@ -22,7 +22,7 @@ from tl_fastload.huggingface.dequantize import (
     load_dequantized,
     outline_dequantized,
 )
-from tl_fastload.huggingface.gguf import from_gguf, gguf_config
+from tl_fastload.huggingface.gguf import from_gguf, read_gguf_config
 from tl_fastload.huggingface.gguf_tokenizer import has_gguf_tokenizer, write_gguf_tokenizer
 from tl_fastload.huggingface.keys import Ledger
 from tl_fastload.huggingface.lora.adapter import Adapter, locate_adapter, open_adapters
@@ -42,7 +42,7 @@ from tl_fastload.request.options import Options
 from tl_fastload.source.aliases import NO_ALIASES, Aliases
 from tl_fastload.source.checkpoint import Checkpoint, open_weights
 from tl_fastload.source.choose import is_bare
-from tl_fastload.source.gguf import GgufHeader, read_gguf, shard_names
+from tl_fastload.source.gguf import GgufHeader
 from tl_fastload.source.hub import HubOptions, list_files
 from tl_fastload.source.links import check_all_links
 from tl_fastload.source.location import Location, fetch, file_names
@@ -395,7 +395,7 @@ def find(
     found.name = location.repo or location.label
     trust = keywords.trust_remote_code
     if location.gguf_file is not None:
-        _read_gguf_config(found, location, location.gguf_file)
+        found.gguf, found.raw = read_gguf_config(location, supported, reader, headers_only)
     else:
         reader.files.see(location.folder / "config.json")
         found.raw = read_config_json(location.folder)
@@ -419,19 +419,6 @@ def find(
         found.config = found.hf_model.config
     found.spec = of_checkpoint(found.config, location.label)
     return found
-
-
-def _read_gguf_config(found: Pretrained, location: Location, name: str) -> None:
-    """Let the configuration be that of a GGUF file."""
-    if found.headers_only and not (location.folder / name).exists():
-        raise CheckpointError(
-            f"{location.label} is not on this machine, and a plan reads its header. Load it, or "
-            "download it with huggingface_hub.hf_hub_download, and plan again."
-        )
-    path = fetch(location, shard_names(name, read_gguf(fetch(location, name)))[0])
-    found.reader.files.see(path)
-    found.gguf = read_gguf(path)
-    found.raw = gguf_config(found.gguf, location.label, found.supported, found.reader)
 
 
 def _take_model(found: Pretrained, hf_model: Any) -> None:
