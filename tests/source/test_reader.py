@@ -188,7 +188,7 @@ def test_a_size_one_dimension_does_not_hide_the_one_to_split(tmp_path: Path) -> 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "HELD_SPAN_BYTES", limit)
         assert_same(read(source, view), view(x))
-        assert reader._scratch.numel() <= limit
+        assert reader._scratch.buffer.numel() <= limit
     reader.close()
 
 
@@ -236,10 +236,10 @@ def test_close_frees_everything(tmp_path: Path) -> None:
     reader = FileReader()
     source = FileSource(write(path, x=torch.randn(4, 3))["x"], reader)
     read(source, lambda t: t[:, :2])
-    assert reader._scratch.numel()
+    assert reader._scratch.buffer.numel()
     assert str(path) in open_files()
     reader.close()
-    assert not reader._scratch.numel()
+    assert not reader._scratch.buffer.numel()
     assert str(path) not in open_files()
     assert read(source, lambda t: t).shape == (4, 3)  # opens again
     reader.close()

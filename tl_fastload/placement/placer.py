@@ -5,7 +5,7 @@ copied.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,7 @@ from tl_fastload.ground import compat
 from tl_fastload.ground.geometry import copied, has_overlap, is_dense, same_layout
 from tl_fastload.ground.memory_orders import FORWARD
 from tl_fastload.ground.sizes import bytes_of
+from tl_fastload.placement.ahead import ReadingAhead
 from tl_fastload.placement.order import groups
 from tl_fastload.placement.spread import Spread
 from tl_fastload.quantized import QuantizedTensor
@@ -101,25 +102,20 @@ class Placer:
         self._waiting = _Waiting(todo, targets, self.assign)
         quantized = {name: self._quantized_sources(name, todo[name]) for name in todo}
         readers = Counter(source for read in quantized.values() for source in read)
-        order = groups(todo)
-        fresh_bytes = [self._fresh_bytes(group, todo, targets) for group in order]
-        rest_bytes = sum(fresh_bytes)
-        for group, own_bytes in zip(order, fresh_bytes, strict=True):
-            rest_bytes -= own_bytes
-            # What is kept, and what will still be placed, never pass what the model takes.
-            self._spares.limit(rest_bytes // _KEPT_PART)
-            try:
-                self._place_group({name: todo.pop(name) for name in group}, targets)
-            except BaseException:
-                targets.clear()  # the traceback holds them as long as the exception lives
-                self._waiting.forget()
-                self._spares.limit(0)
-                raise
-            read = [source for name in group for source in quantized.pop(name)]
-            readers.subtract(read)
-            for source in read:
-                if not readers[source]:
-                    source.release()
+        try:
+            with ReadingAhead(self._spares) as ahead:
+                for group, begun in self._begun_ahead(todo, targets, ahead):
+                    self._place_group({name: todo.pop(name) for name in group}, targets, begun)
+                    read = [source for name in group for source in quantized.pop(name)]
+                    readers.subtract(read)
+                    for source in read:
+                        if not readers[source]:
+                            source.release()
+        except BaseException:
+            targets.clear()  # the traceback holds them as long as the exception lives
+            self._waiting.forget()
+            self._spares.limit(0)
+            raise
         self._spares.limit(0)
         return_freed_memory()
 
@@ -150,18 +146,43 @@ class Placer:
             if name in targets and not self._stays(name, promise, targets[name])
         }
 
-    def _fresh_bytes(
+    def _begun_ahead(
+        self, todo: dict[str, Promise], targets: dict[str, torch.Tensor], ahead: ReadingAhead
+    ) -> Iterator[tuple[list[str], Evaluation | None]]:
+        """Groups in the order of placement, each with what evaluates it if that has begun: reading
+        for the next group has as well.
+        """
+        order = groups(todo)
+        fresh = [self._fresh(group, todo, targets) for group in order]
+        rest_bytes = sum(bytes_of(targets[name]) for names in fresh for name in names)
+        waiting: list[tuple[list[str], Evaluation | None]] = []
+        for group, names in zip(order, fresh, strict=True):
+            sizes = [bytes_of(targets[name]) for name in names]
+            rest_bytes -= sum(sizes)
+            begun = None
+            # What is kept or read ahead, and what will be placed, never pass what the model takes.
+            if names:
+                nodes = [todo[name].node for name in names]
+                begun = Evaluation(nodes, torch.device("cpu"), self._spares)
+                ahead.begin(begun, rest_bytes // (2 * _KEPT_PART), sizes)
+            waiting.append((group, begun))
+            if len(waiting) > 1:
+                yield waiting.pop(0)
+            self._spares.limit(rest_bytes // _KEPT_PART)
+        yield from waiting
+
+    def _fresh(
         self, group: list[str], todo: dict[str, Promise], targets: dict[str, torch.Tensor]
-    ) -> int:
-        """What parameters will hold in memory of their own on the host, as far as is certain."""
+    ) -> list[str]:
+        """Parameters of a group that will certainly be evaluated into new memory of the host."""
         if self.quantizer is not None or not self.assign:
-            return 0
-        return sum(
-            bytes_of(targets[name])
+            return []
+        return [
+            name
             for name in group
             if self.device_of(name).type == "cpu"
             and self.mappable(name, todo[name], targets[name]) is None
-        )
+        ]
 
     def _quantized_sources(self, name: str, promise: Promise) -> set[QuantizedSource]:
         shift = None if self.quantizer is None else self.quantizer.shifts.get(name)
@@ -169,7 +190,12 @@ class Placer:
         read = (view.source for one in promises for view in sources(one.node))
         return {source for source in read if isinstance(source, QuantizedSource)}
 
-    def _place_group(self, recipes: dict[str, Promise], targets: dict[str, torch.Tensor]) -> None:
+    def _place_group(
+        self,
+        recipes: dict[str, Promise],
+        targets: dict[str, torch.Tensor],
+        begun: Evaluation | None,
+    ) -> None:
         rest: dict[str, Promise] = {}
         for name, promise in recipes.items():
             ready = self._ready(name, promise, targets[name])
@@ -182,7 +208,9 @@ class Placer:
             by_device.setdefault(self.device_of(name), {})[name] = promise
         for device, some in by_device.items():
             nodes = {name: self.evaluated(some[name].node, targets[name]) for name in some}
-            evaluation = Evaluation(list(nodes.values()), device, self._spares)
+            evaluation = begun
+            if evaluation is None or device.type != "cpu":
+                evaluation = Evaluation(list(nodes.values()), device, self._spares)
             for name, node in nodes.items():
                 value = evaluation.value(node)
                 made = self.finish(name, value, targets[name])

@@ -10,7 +10,7 @@ caller's tensors) are never written.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +102,8 @@ class Evaluation:
         self.spares = Spares() if spares is None else spares
         self.uses: Counter[Node] = Counter()
         self.kept: dict[Node, Value] = {}
+        # What another thread reads, or has read: a function gives the value.
+        self.ahead: dict[SourceView, Callable[[], Value]] = {}
         # Views that a reduction reads: their strides decide the order of summation.
         self.spread: set[Node] = set()
         for root in roots:
@@ -132,7 +134,7 @@ class Evaluation:
 
     def _compute(self, node: Node) -> Value:
         if isinstance(node, SourceView):
-            return self._read(node)
+            return self.ahead.pop(node)() if node in self.ahead else self.read(node)
         if isinstance(node, Pick):
             several = self.value(node.call)
             return Value(several.tensor[node.index], several.buffer)
@@ -142,7 +144,26 @@ class Evaluation:
             return self._read_and_cast(node, node.args[0])
         return self._run(node)
 
-    def _read(self, view: SourceView) -> Value:
+    def reads(self) -> list[SourceView]:
+        """What is read, in the order in which it is needed; what is cast behind the source is left
+        out.
+        """
+        seen: dict[Node, None] = {}
+        cast: set[Node] = set()
+        todo = list(reversed(self.uses))
+        while todo:
+            node = todo.pop()
+            if node in seen:
+                continue
+            seen[node] = None
+            if isinstance(node, Call) and node.func is aten._to_copy.default:
+                cast.update(operands(node))
+            todo.extend(operands(node))  # the last operand is evaluated first
+        return [node for node in seen if isinstance(node, SourceView) and node not in cast]
+
+    @torch.no_grad()
+    def read(self, view: SourceView) -> Value:
+        """The value of a view of a source; another thread may do it ahead of time."""
         if not view.casts:
             lent = view.source.lend(view.geometry)
             if lent is not None:

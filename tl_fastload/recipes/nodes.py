@@ -25,7 +25,12 @@ class Source(ABC):
     Args:
         name: for messages.
         like: has its shape, strides and dtype.
+
+    Attributes:
+        reads_ahead: whether another thread may read it, before it is needed.
     """
+
+    reads_ahead = False
 
     def __init__(self, name: str, like: torch.Tensor) -> None:
         self.name = name
@@ -40,6 +45,10 @@ class Source(ABC):
         """Copy the elements that `geometry` (a meta view of this source) selects into `out`,
         casting on the way.
         """
+
+    def stop(self) -> None:
+        """Have a read that another thread is in end soon."""
+        return
 
     @abstractmethod
     def lend(self, geometry: torch.Tensor) -> torch.Tensor | None:

@@ -55,12 +55,21 @@ class Spares:
         """Take the memory of a value that nobody will read again."""
         if type(tensor) is not torch.Tensor or tensor.device.type != "cpu":
             return
-        block = tensor.untyped_storage()
+        self._keep(tensor.untyped_storage())
+
+    def _keep(self, block: torch.UntypedStorage) -> None:
         size = block.nbytes()
         with self._lock:
             if LEAST_BYTES <= size <= self._room_bytes - self._kept_bytes:
                 self._kept.setdefault(size, []).append(block)
                 self._kept_bytes += size
+
+    def stock(self, size_bytes: int) -> None:
+        """Keep a new block, if there is room for it."""
+        with self._lock:
+            fits = LEAST_BYTES <= size_bytes <= self._room_bytes - self._kept_bytes
+        if fits:
+            self._keep(_new_block(size_bytes))
 
     def limit(self, room_bytes: int) -> None:
         """Keep no more than so much from now on; what is too much goes, the largest first."""

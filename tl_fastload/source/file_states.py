@@ -9,13 +9,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from tl_fastload.errors import CheckpointError
 from tl_fastload.source.json_files import open_regular
 
+_LOOK_SECONDS = 0.1  # so that an interrupt is never stuck in a wait, whatever the system
 _TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
 
 
@@ -72,6 +74,8 @@ class OpenFiles:
     def __init__(self) -> None:
         self._states: dict[Path, FileState] = {}
         self._descriptors: dict[Path, int] = {}
+        self._idle = threading.Condition()
+        self._readers = 0
 
     def see(self, path: Path) -> None:
         """Watch a file from now on, if it is there.
@@ -108,11 +112,29 @@ class OpenFiles:
         Raises:
             CheckpointError: the file cannot be opened, or is another one than it was.
         """
-        if path not in self._descriptors:
-            descriptor = self._open(path)
-            self._descriptors[path] = descriptor
-            self.expect({path: FileState.of(descriptor)})
-        return self._descriptors[path]
+        with self._idle:
+            if path not in self._descriptors:
+                descriptor = self._open(path)
+                self._descriptors[path] = descriptor
+                self.expect({path: FileState.of(descriptor)})
+            return self._descriptors[path]
+
+    @contextlib.contextmanager
+    def reading(self, path: Path) -> Iterator[int]:
+        """A descriptor that stays open in this block, whatever other threads open meanwhile.
+
+        Raises:
+            CheckpointError: as `descriptor`.
+        """
+        with self._idle:
+            descriptor = self.descriptor(path)
+            self._readers += 1
+        try:
+            yield descriptor
+        finally:
+            with self._idle:
+                self._readers -= 1
+                self._idle.notify_all()
 
     def check_all(self) -> None:
         """Compare every file with what it was.
@@ -143,6 +165,8 @@ class OpenFiles:
             except OSError as error:
                 if error.errno not in _TOO_MANY_OPEN or not self._descriptors:
                     raise
+            while self._readers:
+                self._idle.wait(_LOOK_SECONDS)
             self._close_descriptors()  # they are opened again, and compared, when they are needed
             return open_regular(path)
         except OSError as error:

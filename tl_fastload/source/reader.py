@@ -8,6 +8,7 @@ reaches the file.
 from __future__ import annotations
 
 import os
+import threading
 from bisect import bisect_right
 from collections import defaultdict
 from pathlib import Path
@@ -23,12 +24,23 @@ from tl_fastload.source.file_states import OpenFiles, unreadable
 from tl_fastload.source.safetensors import TensorEntry
 
 CHUNK_BYTES = 1 << 20
+MOST_BYTES = 4 << 20  # of one call, after which a read may be stopped
 HELD_SPAN_BYTES = 8 << 20
 DENSE_PIECE_BYTES = 128 << 10
 
 
+class _Scratch(threading.local):
+    """A buffer, and which range of a file it holds: each thread has one of its own."""
+
+    def __init__(self) -> None:
+        self.buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self.held: tuple[Path, int, int] | None = None
+
+
 class FileReader:
-    """Reads ranges of files; keeps each file open and one scratch buffer for the whole load.
+    """Reads ranges of files; keeps each file open and a scratch buffer for the whole load.
+
+    Several threads may read.
 
     Attributes:
         maps: mappings for what need not be read; None where nothing may be mapped.
@@ -38,45 +50,50 @@ class FileReader:
     def __init__(self) -> None:
         self.maps: FileMaps | None = None
         self.files = OpenFiles()
-        self._scratch = torch.empty(0, dtype=torch.uint8, device="cpu")
-        self._held: tuple[Path, int, int] | None = None
+        self._scratch = _Scratch()
+        self._stopped = False
 
     def close(self) -> None:
         """Close the files and free the scratch buffer."""
         self.files.close()
-        self._scratch = torch.empty(0, dtype=torch.uint8, device="cpu")
-        self._held = None
+        self._scratch = _Scratch()
+
+    def stop(self) -> None:
+        """Have reads that other threads are in end soon, with an error: nobody wants them."""
+        self._stopped = True
 
     def read(self, path: Path, offset: int, out: torch.Tensor) -> None:
         """Fill the one-dimensional uint8 tensor `out` with the bytes of `path` from `offset` on."""
-        descriptor = self.files.descriptor(path)
         target = memoryview(out.numpy())  # type: ignore[arg-type]
         done = 0
-        while done < len(target):
-            try:
-                got = _read_at(descriptor, target[done : done + (1 << 30)], offset + done)
-            except OSError as error:
-                raise unreadable(path, error) from error
-            if got == 0:
-                raise CheckpointError(
-                    f"{path} ended {len(target) - done} bytes early: it was cut while it was being "
-                    "read. Download or copy the file again."
-                )
-            done += got
+        with self.files.reading(path) as descriptor:
+            while done < len(target):
+                if self._stopped:
+                    raise CheckpointError(f"Reading {path} was given up, as the load has failed.")
+                try:
+                    got = _read_at(descriptor, target[done : done + MOST_BYTES], offset + done)
+                except OSError as error:
+                    raise unreadable(path, error) from error
+                if got == 0:
+                    raise CheckpointError(
+                        f"{path} ended {len(target) - done} bytes early: it was cut while it was "
+                        "being read. Download or copy the file again."
+                    )
+                done += got
 
     def scratch(self, path: Path, start: int, stop: int) -> torch.Tensor:
-        """The bytes `start:stop` of a file in the shared scratch buffer; the last range read is
+        """The bytes `start:stop` of a file in this thread's scratch buffer; the last range read is
         not read again.
         """
-        size = stop - start
-        if self._scratch.numel() < size:
-            self._scratch = torch.empty(size, dtype=torch.uint8, device="cpu")
-            self._held = None
-        view = self._scratch[:size]
-        if self._held != (path, start, stop):
-            self._held = None
+        size, scratch = stop - start, self._scratch
+        if scratch.buffer.numel() < size:
+            scratch.buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
+            scratch.held = None
+        view = scratch.buffer[:size]
+        if scratch.held != (path, start, stop):
+            scratch.held = None
             self.read(path, start, view)
-            self._held = (path, start, stop)
+            scratch.held = (path, start, stop)
         return view
 
 
@@ -162,6 +179,11 @@ class FileSource(Source):
         super().__init__(entry.name, geometry)
         self.entry = entry
         self.reader = reader
+
+    reads_ahead = True
+
+    def stop(self) -> None:
+        self.reader.stop()
 
     def lend(self, geometry: torch.Tensor) -> torch.Tensor | None:
         return None
