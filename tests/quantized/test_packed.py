@@ -16,9 +16,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import tl_fastload
-from tests.support import adapters, reference
 from tests.support import quantized_packed as packed
 from tests.support import quantized_zoo as qz
+from tests.support import reference
 from tests.support.comparison import lean_model
 from tl_fastload import load_weights_
 from tl_fastload.errors import ArgumentError, NumbersWarning, QuantizationError
@@ -255,6 +255,8 @@ def test_every_kind_is_among_them() -> None:
 
 @pytest.mark.parametrize("name", packed.ONE_OF_EACH)
 def test_adapters_need_ordinary_weights(name: str, zoo: Any, tmp_path: Path) -> None:
+    from tests.support import adapters  # needs peft
+
     if name == "mxfp4":
         pytest.skip("its attention has ordinary weights: below")
     folder = qz.build(zoo, "llama-gqa")
@@ -275,6 +277,8 @@ def test_adapters_need_ordinary_weights(name: str, zoo: Any, tmp_path: Path) -> 
 
 def test_adapters_of_what_is_not_quantized(zoo: Any, tmp_path: Path) -> None:
     """LoRA on gpt-oss' attention leaves its experts' bytes alone."""
+    from tests.support import adapters  # needs peft
+
     folder = qz.build(zoo, "gpt-oss")
     adapter = adapters.for_case("gpt-oss", folder, tmp_path / "adapter", target_modules=["q_proj"])
     source = qz.saved(folder, "mxfp4")
