@@ -81,7 +81,7 @@ CASES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "parametrized": (_parametrize, r"blocks\.0\.mlp\.W_in is computed.*remove_parametrizations"),
     "pruned": (_prune, r"blocks\.0\.mlp\.W_in is pruned.*prune\.remove"),
 }
-HERE = ("subclass", "sparse", "parametrized", "pruned", "buffer")
+HERE = ("subclass", "sharded", "sparse", "parametrized", "pruned", "buffer")
 """Whose parameters have values that a record can take samples of, or at least has no need of."""
 
 
