@@ -45,6 +45,16 @@ def test_no_more_is_kept_than_there_is_room_for() -> None:
     assert made(spares).data_ptr() != addresses[2]
 
 
+def test_a_stock_is_two_blocks_of_a_size_at_most() -> None:
+    spares = Spares()
+    spares.stock(LEAST_BYTES)  # no room
+    assert spares._kept_bytes == 0
+    spares.limit(1 << 30)
+    for size in (LEAST_BYTES, LEAST_BYTES, 2 * LEAST_BYTES, LEAST_BYTES, LEAST_BYTES - 1):
+        spares.stock(size)
+    assert spares._kept_bytes == 4 * LEAST_BYTES
+
+
 def test_what_is_small_or_has_gaps_has_memory_of_its_own() -> None:
     spares = Spares()
     spares.limit(1 << 30)

@@ -65,10 +65,11 @@ class Spares:
                 self._kept_bytes += size
 
     def stock(self, size_bytes: int) -> None:
-        """Keep a new block, if there is room for it."""
+        """Keep a new block, if there is room for it and there are not two as large already."""
         with self._lock:
             fits = LEAST_BYTES <= size_bytes <= self._room_bytes - self._kept_bytes
-        if fits:
+            has_some = len(self._kept.get(size_bytes, ())) >= 2
+        if fits and not has_some:
             self._keep(_new_block(size_bytes))
 
     def limit(self, room_bytes: int) -> None:
