@@ -396,7 +396,7 @@ def test_room_is_counted_with_the_buffers_that_move(monkeypatch: pytest.MonkeyPa
     )
     found = type("F", (), {"peak_bytes": {torch.device("meta"): 16}, "held_bytes": {"weight": 16}})
     monkeypatch.setattr(sessions, "forecast", lambda placer, recipes: found)
-    needed = sessions._needed_bytes(placer(), {})
+    needed = sessions._needed_bytes(placer(), {}, None)
     assert needed == {torch.device("meta"): 4016}
 
 
