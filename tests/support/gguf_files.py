@@ -242,7 +242,23 @@ def write(
         tokens: adds a tokenizer; by default only the vocabulary's size is told.
         **changes: fields of the configuration.
     """
-    case, model = CASES[case_id], build(case_id, **changes)
+    return write_model(build(case_id, **changes), CASES[case_id], path, type_of, tokens)
+
+
+def case_of(model: Any) -> Case:
+    """A case that a model of a plain architecture is of."""
+    name = type(model).__name__
+    return next(case for case in CASES.values() if case.model == name)
+
+
+def write_model(
+    model: Any,
+    case: Case,
+    path: Path,
+    type_of: Callable[[int, str], str] | None = None,
+    tokens: Callable[[gguf.GGUFWriter], None] | None = None,
+) -> Written:
+    """`write` for transformers' model, in float32, which takes the values of the file."""
     writer = gguf.GGUFWriter(path, case.arch)
     _write_metadata(writer, model.config, case)
     if tokens is not None:

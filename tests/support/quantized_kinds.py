@@ -84,7 +84,11 @@ class Stored(torch.nn.Module):
         super().__init__()
         self.values, self.bias = values, None
         self.main = next(
-            (n for n in ("blocks", "qweight", "weight_packed", "_weight_qdata") if n in pieces),
+            (
+                n
+                for n in ("blocks", "qweight", "weight_packed", "_weight_qdata", "Q4_1")
+                if n in pieces
+            ),
             "weight",
         )
         for name, tensor in pieces.items():
@@ -141,6 +145,7 @@ def _packed() -> list[Kind]:
         ("packed-zeros", torch.float32),
         ("torchao", torch.bfloat16),
         ("torchao-groups", torch.float32),
+        *[("gguf", torch.float32)] * ("gguf" in packed.PACKINGS),
     ]
     return [
         PackedKind(

@@ -7,6 +7,7 @@ those of the definition in float32, computed another way than the package does.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from tests.support import quantized_int4 as int4
 
@@ -122,6 +124,21 @@ def _mxfp4(matrix: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
     }
     values = FP4[nearest.long()] * torch.exp2(exponents)[..., None]
     return pieces, values.reshape(rows, columns)
+
+
+def _gguf(matrix: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    """Blocks of Q4_1: a scale, a minimum, and 32 codes, the first half of them in the low bits."""
+    groups = matrix.reshape(len(matrix), -1, 32)
+    least = groups.amin(-1, keepdim=True).half()
+    scale = ((groups.amax(-1, keepdim=True) - least.float()) / 15).half()
+    codes = ((groups - least.float()) / scale.float()).round().clamp(0, 15).to(torch.uint8)
+    parts = [
+        scale.view(torch.uint8),
+        least.view(torch.uint8),
+        codes[..., :16] | codes[..., 16:] << 4,
+    ]
+    values = codes.float() * scale.float() + least.float()
+    return {"Q4_1": torch.cat(parts, -1).flatten(1)}, values.reshape(matrix.shape)
 
 
 def _compressed(named: str, strategy: str, **weights: Any) -> dict[str, Any]:
@@ -241,10 +258,13 @@ PACKINGS: dict[str, Packing] = {
         weights_only=True,
     ),
 }
+if importlib.util.find_spec("gguf"):  # which only the usual environment has
+    PACKINGS["gguf"] = Packing({"quant_method": "gguf"}, _gguf, weights_only=True)
 
 ONE_OF_EACH = (
     *("fp8-ends", "ct-rows", "ct-int-groups", "mxfp4", "gptq-reordered", "awq"),
     *("packed-zeros", "packed-8bit", "torchao-groups"),
+    *(name for name in PACKINGS if name == "gguf"),
 )
 """A packing for each kind of weights."""
 
@@ -255,7 +275,14 @@ def kind_of(name: str) -> str:
         return f"compressed-tensors-packed{8 if '8bit' in name else 4}"
     if name.startswith("ct-"):
         return f"compressed-tensors-{'int8' if 'int' in name else 'fp8'}"
-    return name.split("-")[0] if name.startswith(("mxfp4", "gptq", "awq", "torchao")) else "fp8"
+    own = ("mxfp4", "gptq", "awq", "torchao", "gguf")
+    return name.split("-")[0] if name.startswith(own) else "fp8"
+
+
+def count(name: str, n_layers: int) -> int:
+    """How many weights of a `HookedTransformer` are bytes: of a Llama, or gpt-oss' experts."""
+    # GGUF quantizes embeddings and unembedding, too.
+    return (9 if PACKINGS[name].stacked else 7) * n_layers + 2 * (name == "gguf")
 
 
 def pack(tensors: Tensors, packing: Packing, is_gpt2: bool) -> tuple[Tensors, Tensors]:
@@ -287,6 +314,8 @@ def pack(tensors: Tensors, packing: Packing, is_gpt2: bool) -> tuple[Tensors, Te
 @functools.cache
 def folders(dense: Path, name: str) -> tuple[Path, Path]:
     """A checkpoint packed in one of `PACKINGS`, and an ordinary one of what it stands for."""
+    if name == "gguf":
+        return _gguf_folders(dense)
     packing = PACKINGS[name]
     fields = json.loads((dense / "config.json").read_text())
     is_gpt2 = fields["model_type"] == "gpt2"
@@ -302,3 +331,18 @@ def folders(dense: Path, name: str) -> tuple[Path, Path]:
     config = made[0] / "config.json"
     config.write_text(json.dumps({**fields, "quantization_config": dict(packing.declared)}))
     return made[0], made[1]
+
+
+def _gguf_folders(dense: Path) -> tuple[Path, Path]:
+    """A folder with one GGUF file, written by the gguf package, and what it stands for."""
+    from tests.support import gguf_files
+
+    made = dense.parent / f"{dense.name}-gguf", dense.parent / f"{dense.name}-gguf-dense"
+    made[0].mkdir()
+    types = ("Q8_0", "Q4_1", "Q5_0", "Q4_0", "Q5_1")  # whose blocks small matrices are made of
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    written = gguf_files.write_model(
+        model, gguf_files.case_of(model), made[0] / "model.gguf", lambda n, _: types[n % 5]
+    )
+    written.model.save_pretrained(made[1])
+    return made

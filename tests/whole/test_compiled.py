@@ -95,7 +95,7 @@ def test_quantized_weights(kind: str, part: str, zoo: Any) -> None:
     "kind",
     [
         *("fp8-ends", "fp8-powers", "ct-int-groups", "mxfp4"),
-        *("gptq-8bit", "gptq-reordered", "awq", "packed"),
+        *("gptq-8bit", "gptq-reordered", "awq", "packed", "gguf"),
     ],
 )
 def test_weights_that_are_dequantized_at_use(kind: str) -> None:

@@ -51,6 +51,7 @@ PACKED = [
     ("neox", "awq"),
     ("bloom", "packed-zeros"),
     ("qwen2", "torchao-groups"),
+    ("qwen2", "gguf"),
 ]
 
 

@@ -22,8 +22,9 @@ from tl_fastload.recipes.nodes import MemorySource, Source
 from tl_fastload.request.options import is_on_network
 from tl_fastload.roads.known import find_road
 from tl_fastload.source.checkpoint import open_weights
+from tl_fastload.source.choose import choose
 from tl_fastload.source.gguf import SUFFIX as GGUF
-from tl_fastload.source.location import Location
+from tl_fastload.source.location import Location, file_names
 from tl_fastload.source.reader import CHUNK_BYTES, FileMaps, FileReader, FileSource
 from tl_fastload.source.torch_files import unnested
 
@@ -145,12 +146,14 @@ def _of_path(path: Path, reader: FileReader) -> WeightSource:
                 f"its folder, {folder}."
             )
         return _of_copy(folder, reader)
-    if path.is_file() and path.name.endswith(GGUF):
+    location = Location(folder, str(folder))
+    names = [path.name] if path.is_file() else file_names(location).files
+    gguf = [name for name in names if name.endswith(GGUF)]
+    if gguf and choose(names) is None:
         raise ArgumentError(
-            f"{path} is a GGUF file, whose weights go into new models only: pass it to "
+            f"{folder / gguf[0]} is a GGUF file, whose weights go into new models only: pass it to "
             "from_pretrained_lean, with dequantize=True for ordinary weights, and that model here."
         )
-    location = Location(folder, str(folder))
     checkpoint = open_weights(location, weights_file=None if path.is_dir() else path.name)
     table, notes = checkpoint.sources(reader)
     notes = [*checkpoint.notes, *notes] if path.is_dir() else notes

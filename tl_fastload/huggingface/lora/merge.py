@@ -365,7 +365,8 @@ def requantized(weight: Promise, merge: Merge) -> Promise:
     if not isinstance(source, QuantizedSource) or source.shape.numel() != weight.numel():
         raise QuantizationError(
             "an adapter updates a matrix that is pieced together of quantized ones, which "
-            "cannot be quantized again. Merge into the unquantized model with quantize=."
+            "cannot be quantized again. Pass dequantize=True, or merge into the unquantized model "
+            "with quantize=."
         )
     rows, columns = source.shape
     # On the meta device it costs nothing, and says now what it would say after reading.
