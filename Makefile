@@ -17,7 +17,7 @@ DEV := $(VENV)/.installed-dev
 PROPERTIES := $(shell grep -lr --include="test_*.py" "^@given" tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo demo-quick test test-fast explore test-slow test-gpu lint format types fuzz bench notebooks notebooks-check docs docs-look release-check embedded-model clean
+.PHONY: help install install-dev demo demo-quick test test-fast explore test-slow test-gpu lint format types fuzz bench gpu-report gpu-wheels notebooks notebooks-check docs docs-look release-check embedded-model clean
 # Other versions of the libraries, each in a virtual environment of its own; see README.md.
 ENVIRONMENTS := tl4 tl40 tl2 tl216 old sae
 .PHONY: parity parity-current $(ENVIRONMENTS:%=parity-%) $(ENVIRONMENTS:%=bench-%) $(ENVIRONMENTS:%=demo-%)
@@ -95,6 +95,12 @@ fuzz: $(DEV) ## load checkpoints that are broken at random: make fuzz ARGS="--ca
 
 bench: $(DEV) ## measure memory, load time and forward time; writes benchmarks/results/
 	$(BIN)/python -m benchmarks
+
+gpu-report: $(DEV) ## six minutes on a CUDA device: parity, loads, peaks; ARGS=--dry-run tries it out
+	$(BIN)/python -m benchmarks.gpu_report $(ARGS)
+
+gpu-wheels: $(DEV) ## what a machine with torch and transformers lacks for it, into gpu-wheels/
+	PYTHON=$(BIN)/python tools/gpu_wheels
 
 notebooks: $(DEV) ## run the notebooks and write their outputs
 	$(BIN)/python -m notebooks.execute

@@ -28,11 +28,13 @@ def time_forward(model: Any, n_tokens: int) -> float:
     with torch.inference_mode():
         for _ in range(_WARM_UPS):
             _logits(model, tokens)
+        synchronize(tokens.device)
         while len(seconds) < _LEAST_RUNS or (
             len(seconds) < _MOST_RUNS and sum(seconds) < _ENOUGH_SECONDS
         ):
             start = time.perf_counter()
             _logits(model, tokens)
+            synchronize(tokens.device)
             seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
 
@@ -52,11 +54,18 @@ def sample_log_probs(model: Any) -> list[float]:
     return sampled
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait for what a device has been given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def _tokens(model: Any, n_tokens: int) -> torch.Tensor:
     config = getattr(model, "cfg", None)
     d_vocab = config.d_vocab if config is not None else model.config.vocab_size
     generator = torch.Generator().manual_seed(n_tokens)
-    return torch.randint(d_vocab, (1, n_tokens), generator=generator)
+    tokens = torch.randint(d_vocab, (1, n_tokens), generator=generator)
+    return tokens.to(next(model.parameters()).device)
 
 
 def _logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:

@@ -112,7 +112,7 @@ def stock_load(name: str, dtype: str, processed: bool, hf_model: Load | None = N
     from transformer_lens import HookedTransformer
 
     way = "from_pretrained" if processed else "from_pretrained_no_processing"
-    load = _onto_the_cpu(getattr(HookedTransformer, way), name, dtype)
+    load = _with_dtype(getattr(HookedTransformer, way), name, dtype)
     return load if hf_model is None else lambda: load(hf_model=hf_model())
 
 
@@ -127,13 +127,14 @@ def lean_load(model: str | Path, dtype: str, processed: bool, **more: Any) -> Lo
         if spec is not None:  # imports kernels, which is not a part of the load
             formats.of_kind(spec.kind).require_device(torch.device("cpu"))
     way = "from_pretrained_lean" if processed else "from_pretrained_no_processing_lean"
-    return partial(_onto_the_cpu(getattr(LeanHookedTransformer, way), model, dtype), **more)
+    return partial(_with_dtype(getattr(LeanHookedTransformer, way), model, dtype), **more)
 
 
-def _onto_the_cpu(load: Load, model: str | Path, dtype: str) -> Load:
+def _with_dtype(load: Load, model: str | Path, dtype: str) -> Load:
+    """The load with a blank tokenizer, onto the CPU unless it is called with another `device`."""
     blank_tokenizer()  # its imports
     arguments: dict[str, Any] = {"dtype": torch_dtype(dtype), "device": "cpu"}
-    return lambda **more: load(model, tokenizer=blank_tokenizer(), **arguments, **more)
+    return lambda **more: load(model, **{"tokenizer": blank_tokenizer(), **arguments, **more})
 
 
 def stock_bridge(folder: str | Path, dtype: str, processed: bool) -> Load:

@@ -1,0 +1,135 @@
+"""`python -m benchmarks.gpu_report`: measure, print the tables, write JSON and markdown."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.gpu_report.stand_ins import stand_in_for_datasets
+
+if TYPE_CHECKING:
+    from benchmarks.gpu_report.sections import Facts, Run
+
+_BUDGET_SECONDS = 345.0  # with the imports, six minutes
+_NEEDED_BYTES = 40 << 30  # the checkpoints of both shapes, and a copy of each
+_RESULTS = Path(__file__).parents[1] / "results"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make the report; returns 1 when something in it failed."""
+    options = _parser().parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="gpu-report-", dir=_roomy(options.dry_run)) as work:
+        # Before the libraries are imported, which read these then.
+        os.environ |= {"HF_HOME": f"{work}/hub", "HF_HUB_OFFLINE": "1"}
+        os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
+        stood_in = stand_in_for_datasets()
+        import torch
+
+        from benchmarks.gpu_report.sections import Run, errors
+
+        if not options.dry_run and not torch.cuda.is_available():
+            print("There is no CUDA device here; --dry-run tries the report out.", file=sys.stderr)
+            return 1
+        device = torch.device("cpu") if options.dry_run else torch.device("cuda", 0)
+        run = Run(device, Path(work), options.budget_seconds, options.dry_run)
+        found: Facts = {"environment": {"datasets_left_out": stood_in, **_environment(run)}}
+        folder = options.out or _folder(options.dry_run)
+        for name, act, wants_seconds in _sections(run, found):
+            if options.only and name not in options.only.split(","):
+                continue
+            run.attempt(found, name, act, wants_seconds)
+            written = _write(found, folder)
+    print(written)
+    failed = list(errors(found))
+    for failure in failed:
+        print(f"FAILED {failure}", file=sys.stderr)
+    return int(bool(failed))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_report", description=__doc__)
+    parser.add_argument("--dry-run", action="store_true", help="tiny models, on the CPU")
+    parser.add_argument("--budget-seconds", type=float, default=_BUDGET_SECONDS)
+    parser.add_argument("--only", default="", metavar="SECTIONS", help="bus,parity,load 1b ...")
+    parser.add_argument("--out", type=Path, help="folder (default: $OUT, or benchmarks/results)")
+    return parser
+
+
+def _roomy(is_dry: bool) -> str | None:
+    """Where checkpoints are written: in memory, if there is room for them."""
+    memory = Path("/dev/shm")
+    has_room = memory.is_dir() and shutil.disk_usage(memory).free > _NEEDED_BYTES
+    return str(memory) if has_room and not is_dry else None
+
+
+def _folder(is_dry: bool) -> Path | None:
+    if os.environ.get("OUT"):
+        return Path(os.environ["OUT"])
+    return None if is_dry else _RESULTS
+
+
+def _sections(run: Run, found: Facts) -> list[tuple[str, Callable[[], Any], float]]:
+    """Name, what measures it, and the seconds that it wants; what matters most comes first."""
+    from benchmarks.gpu_report import bus, hazards, loading, parity, using
+
+    def load(size: str) -> Facts:
+        return loading.measure(run, size, found.get("bus", {}).get("pinned_to_device"))
+
+    sections: list[tuple[str, Callable[[], Any], float]] = [
+        ("bus", lambda: bus.measure(run), 0.0),
+        ("parity", lambda: parity.measure(run), 0.0),
+        ("load 1b", lambda: load("1b"), 20.0),
+        ("quantize 1b", lambda: using.measure_quantizing(run, "1b"), 20.0),
+        ("hazards", lambda: hazards.measure(run), 20.0),
+        ("forward 1b", lambda: using.measure_forward(run), 20.0),
+    ]
+    if run.is_dry:  # the same code
+        return sections
+    return [
+        *sections,
+        ("quantize 8b", lambda: using.measure_quantizing(run, "8b"), 60.0),
+        ("load 8b", lambda: load("8b"), 45.0),
+    ]
+
+
+def _environment(run: Run) -> Facts:
+    import torch
+
+    from benchmarks import environment
+
+    found: Facts = {"machine": environment.machine(), "versions": environment.versions()}
+    found["dry_run"] = run.is_dry
+    if run.has_cuda:
+        card = torch.cuda.get_device_properties(run.device)
+        found["card"] = {"name": card.name, "memory_bytes": card.total_memory}
+        asked = "pcie.link.gen.current,pcie.link.width.current,driver_version"
+        command = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv"]
+        run.attempt(found, "driver", lambda: subprocess.check_output(command, text=True).strip())
+    return found
+
+
+def _write(found: Facts, folder: Path | None) -> str:
+    """The report so far, as markdown; written to the folder as well, if there is one."""
+    from benchmarks.gpu_report.table import markdown
+
+    card = found["environment"].get("card", {}).get("name", "dry run on the CPU")
+    text = markdown(f"tl_fastload on {card}", found)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        stem = "gpu_" + re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
+        (folder / f"{stem}.json").write_text(json.dumps(found, indent=1, default=str) + "\n")
+        (folder / f"{stem}.md").write_text(text)
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())
