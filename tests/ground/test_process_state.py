@@ -391,10 +391,14 @@ def test_room_is_counted_with_the_buffers_that_move(monkeypatch: pytest.MonkeyPa
     model = nn.Module()
     model.weight = nn.Parameter(torch.zeros(4))
     model.register_buffer("table", torch.zeros(1000), persistent=False)
-    placer: Any = type(
-        "P", (), {"model": model, "device_of": lambda self, name: torch.device("meta")}
-    )
-    found = type("F", (), {"peak_bytes": {torch.device("meta"): 16}, "held_bytes": {"weight": 16}})
+    facts = {
+        "model": model,
+        "device_of": lambda self, name: torch.device("meta"),
+        "streaming_bytes": lambda self, quantized: quantized,
+    }
+    placer: Any = type("P", (), facts)
+    peaks = {"peak_bytes": {torch.device("meta"): 16}, "held_bytes": {"weight": 16}}
+    found = type("F", (), {**peaks, "quantized_bytes": {}})
     monkeypatch.setattr(sessions, "forecast", lambda placer, recipes: found)
     needed = sessions._needed_bytes(placer(), {}, None)
     assert needed == {torch.device("meta"): 4016}
