@@ -1,4 +1,4 @@
-"""Formats that are read here alone stay bytes in a bridge, raw and processed."""
+"""Formats that are read here alone stay bytes in a bridge: raw, processed, and as a copy."""
 
 from __future__ import annotations
 
@@ -7,74 +7,93 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from tests.bridge.test_bridge_quantized import LOADS, gap, lean
 from tests.support import bridge_zoo
 from tests.support import quantized_packed as packed
 from tests.support import quantized_zoo as qz
+from tests.support import zoo as zoo_module
 from tests.support.bridge_stock import quiet
-from tl_fastload import LeanTransformerBridge, load_weights_, save_lean
-
-pytestmark = pytest.mark.parity
+from tl_fastload import load_weights_, save_lean
 
 BridgeZoo = Callable[..., Path]
-LOADS = {
-    "raw": LeanTransformerBridge.boot_transformers_lean,
-    "processed": LeanTransformerBridge.from_pretrained_lean,
-}
 # Fused and interleaved heads, layers that lie the other way round.
 FUSED = (("gpt2", "gptq"), ("neox", "gptq-reordered"), ("phi3", "awq"))
 PAIRS = [
     *(("gpt-oss" if packed.PACKINGS[n].stacked else "llama-gqa", n) for n in packed.ONE_OF_EACH),
     *FUSED,
 ]
-USUAL = ("fp8-ends", "ct-int-groups", "packed-zeros", "mxfp4")
+# Run with every version of the libraries; the others with one.
+USUAL = ("fp8-ends", "ct-int-groups", "packed-zeros")
 HERE = [
-    pytest.param(*pair, marks=[] if pair in FUSED or pair[1] in USUAL else pytest.mark.slow)
+    pytest.param(*pair, marks=[pytest.mark.parity] if pair in FUSED or pair[1] in USUAL else [])
     for pair in PAIRS
-    if pair[0] in bridge_zoo.CASES
 ]
 
 
-def load(folder: Path, how: str, **arguments: Any) -> Any:
-    with quiet():
-        return LOADS[how](folder, device="cpu", progress=False, **arguments)
-
-
-def gap(bridge: Any, folder: Path, name: str, case_id: str) -> float:
-    with quiet():
-        return qz.gap(qz.log_probs(bridge, case_id), qz.hf_log_probs(folder, name, case_id))
+@pytest.fixture
+def built(bridge_zoo_folder: BridgeZoo, zoo: Any) -> Callable[[str], Path]:
+    """`built(case_id)`: the folder of a case, unquantized."""
+    return lambda case_id: qz.build(
+        bridge_zoo_folder if case_id in bridge_zoo.CASES else zoo, case_id
+    )
 
 
 @pytest.mark.parametrize(("case_id", "name"), HERE)
 def test_bytes_with_the_numbers_of_their_values(
-    case_id: str, name: str, bridge_zoo_folder: BridgeZoo
+    case_id: str, name: str, built: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    folder = qz.build(bridge_zoo_folder, case_id)
+    folder = built(case_id)
     file = qz.saved(folder, name)
     for how in LOADS:
-        bridge = load(file, how)
-        assert len(qz.quantized_parameters(bridge)) >= 2 * bridge.cfg.n_layers
+        bridge = lean(file, how)
+        held = qz.quantized_parameters(bridge)
+        per_layer = {"llama-gqa": 7, "gpt-oss": 2}.get(case_id)
+        if per_layer is None:  # fused, and perhaps taken apart
+            assert len(held) >= 4 * bridge.cfg.n_layers
+        else:  # GGUF quantizes embeddings and unembedding, too
+            assert len(held) == per_layer * bridge.cfg.n_layers + 2 * (name == "gguf")
         why = {text.rpartition(": ")[2] for text in bridge.load_report.not_quantized.values()}
-        assert why == {"not quantized in the checkpoint"}
+        assert why <= {"not quantized in the checkpoint"}
         assert gap(bridge, folder, name, case_id) < 1e-4, how
+    again = lean(save_lean(bridge, tmp_path / "copy", progress=False))
+    with quiet():
+        assert qz.gap(qz.log_probs(again, case_id), qz.log_probs(bridge, case_id)) < 1e-5
+    copied = qz.quantized_parameters(again)
+    assert copied.keys() == held.keys()
+    for key, weight in held.items():
+        assert torch.equal(copied[key].dequantize(), weight.dequantize()), key
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize(("case_id", "name"), FUSED)
-def test_in_place_dequantized_copied_and_filled(
-    case_id: str, name: str, bridge_zoo_folder: BridgeZoo, tmp_path: Path
+def test_in_place_dequantized_and_filled(
+    case_id: str, name: str, built: Callable[[str], Path]
 ) -> None:
-    folder = qz.build(bridge_zoo_folder, case_id)
+    folder = built(case_id)
     file = qz.saved(folder, name)
-    bridge = load(file, "raw")
+    bridge = lean(file, "raw")
     with quiet():
         bridge.enable_compatibility_mode()
     held = len(qz.quantized_parameters(bridge))
-    copy = load(save_lean(bridge, tmp_path / "copy", progress=False), "processed")
+    assert gap(bridge, folder, name, case_id) < 1e-4
     with quiet():
         load_weights_(bridge, file)
-    for found in (bridge, copy):
-        assert len(qz.quantized_parameters(found)) == held
-        assert gap(found, folder, name, case_id) < 1e-4
-    dense = load(file, "processed", dequantize=True)
+    assert len(qz.quantized_parameters(bridge)) == held
+    assert gap(bridge, folder, name, case_id) < 1e-4
+    dense = lean(file, dequantize=True)
     assert not qz.quantized_parameters(dense)
     assert gap(dense, folder, name, case_id) < 1e-4
+
+
+def test_gradients_pass_stacked_experts(built: Callable[[str], Path]) -> None:
+    """Their runs of tokens are multiplied expert by expert, forwards and backwards."""
+    folder = built("gpt-oss")
+    found = []
+    for source in (qz.saved(folder, "mxfp4"), qz.dense_folder("gpt-oss", folder, "mxfp4")):
+        bridge = lean(source, "raw")
+        with quiet():
+            bridge(zoo_module.tokens("gpt-oss")).float().square().mean().backward()
+        found.append(next(p for n, p in bridge.named_parameters() if "embed" in n).grad)
+    assert qz.relative_gap(*found) < 1e-5
