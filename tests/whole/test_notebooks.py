@@ -1,4 +1,4 @@
-"""The quickstart runs with whichever class is installed, and no notebook lacks a picture."""
+"""Notebooks run with whichever class is installed, and none lacks a picture."""
 
 from __future__ import annotations
 
@@ -33,6 +33,14 @@ def test_the_quickstart_runs_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     same, _, every = said.getvalue().partition(" parameters are bit")[0].split()[-3:]
     assert same == every
     assert "logits are bit for bit the same: True" in said.getvalue()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_names_a_class_only_to_choose_it(path: Path) -> None:
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    for name in ("LeanHookedTransformer", "LeanTransformerBridge"):
+        assert code.count(name) == code.count(f"import {name} as Lean") == 1
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
