@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from tl_fastload.errors import warn_numbers
 from tl_fastload.ground import compat
-from tl_fastload.ground.borrow import silenced
+from tl_fastload.ground.borrow import borrow, silenced
 from tl_fastload.hooked import steps
 from tl_fastload.hooked.names import role
 from tl_fastload.hooked.norms import unit_norms
@@ -92,7 +94,7 @@ class Recorder:
         has_norms = pretrained is not None and not self.quiet
         if compat.REPLACES_NORMS and not has_norms and allowed["fold_ln"]:
             promises |= self._unit_norms(model, promises)
-        run = silenced(stock) if self.quiet else stock
+        run = _looking_in_layers(silenced(stock) if self.quiet else stock)
         found.notes += run_on_sides(model, promises, allowed, run, found.recipes)
 
     def _unit_norms(self, model: Any, promises: dict[str, Promise]) -> dict[str, Promise]:
@@ -107,3 +109,49 @@ class Recorder:
                 )
             )
         return unit_norms(model, promises)
+
+
+_NUMBERS = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+class _Layers:
+    """TransformerLens' search for a name that a state dict does not have, kept to the names of its
+    layer: it passes all names for each, which is most of the time for hundreds of layers.
+
+    Args:
+        search: TransformerLens' own.
+    """
+
+    def __init__(self, search: Callable[..., str]) -> None:
+        self._search = search
+        self._state_dict: dict[str, Any] = {}
+        self._count = -1
+        self._layers: dict[str, dict[str, Any]] = {}
+
+    def find(self, state_dict: dict[str, Any], key: str, *args: Any, **kwargs: Any) -> str:
+        """As the search, which takes names that hold the layer's number only."""
+        layer = role(key).layer
+        if key in state_dict or layer is None:
+            return self._search(state_dict, key, *args, **kwargs)
+        if state_dict is not self._state_dict or len(state_dict) != self._count:
+            self._state_dict, self._count, self._layers = state_dict, len(state_dict), {}
+            for name in state_dict:
+                for number in _NUMBERS.findall(name):
+                    self._layers.setdefault(number, {})[name] = None
+        return self._search(self._layers.get(str(layer), {}), key, *args, **kwargs)
+
+
+def _looking_in_layers(stock: Callable[..., None]) -> Callable[..., None]:
+    """TransformerLens' processing with that search; itself where a version has none."""
+    if not isinstance(stock, MethodType) or not isinstance(stock.__func__, FunctionType):
+        return stock
+    steps_of_stock = stock.__func__.__globals__.get("ProcessWeights")
+    search = getattr(steps_of_stock, "_resolve_state_dict_key", None)
+    if not isinstance(steps_of_stock, type) or not isinstance(search, FunctionType):
+        return stock
+    own = type(steps_of_stock.__name__, (steps_of_stock,), {})
+    for name, function in vars(steps_of_stock).items():
+        if isinstance(function, staticmethod) and isinstance(function.__func__, FunctionType):
+            setattr(own, name, staticmethod(borrow(function.__func__, ProcessWeights=own)))
+    own._resolve_state_dict_key = staticmethod(_Layers(search).find)  # type: ignore[attr-defined]
+    return MethodType(borrow(stock.__func__, ProcessWeights=own), stock.__self__)
