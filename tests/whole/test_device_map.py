@@ -69,6 +69,16 @@ def test_streamed_models_are_worked_on_as_others(zoo: Any, tmp_path: Path) -> No
     assert torch.equal(run(model, "gpt2")[0], run(other, "gpt2")[0])
 
 
+def test_state_dicts_are_processed_into_streamed_models(zoo: Any) -> None:
+    plain, model = (lean_model(zoo("gpt2"), device_map=EVERYWHERE, **NO_PROCESSING) for _ in "ab")
+    given = {name: value.clone() for name, value in plain.state_dict().items()}
+    for one in (plain, streamed(model)):
+        one.load_and_process_state_dict(dict(given))
+        assert one.cfg.normalization_type == "LNPre"
+    assert differences(plain, model) == []
+    assert torch.equal(run(model, "gpt2")[0], run(plain, "gpt2")[0])
+
+
 def test_unprocessed_weights_stay_mapped(zoo: Any) -> None:
     arguments = {**NO_PROCESSING, "device_map": {"": "disk", "embed": "cpu"}}
     model = lean_model(zoo("llama-gqa"), **arguments)
