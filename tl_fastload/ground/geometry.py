@@ -7,6 +7,7 @@ count; it is mostly on the meta device.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 
@@ -49,6 +50,7 @@ def dense_strides(geometry: torch.Tensor) -> tuple[int, ...]:
     return tuple(torch.empty_like(geometry, memory_format=torch.preserve_format).stride())
 
 
+@lru_cache(maxsize=1 << 10)  # layers are much alike
 def strides_of_order(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
     """Dense strides of a tensor whose dimensions lie in this order, slowest first."""
     strides = [0] * len(shape)

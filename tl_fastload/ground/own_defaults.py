@@ -8,14 +8,17 @@ followed nor changed: in the thread that loads, a mode fills in what was left ou
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import nn, overrides
 
 from tl_fastload.ground.compat import no_autocast
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def _named(*names: str) -> frozenset[Any]:
@@ -147,3 +150,16 @@ def own_defaults(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Ite
     finally:
         for mode in reversed(held):
             overrides._push_mode(mode)  # type: ignore[no-untyped-call]
+
+
+def looking_only(function: _Function) -> _Function:
+    """A function that looks at shapes and dtypes, and makes no tensor without saying of which dtype
+    and where: no mode of this thread is asked about each of its looks, which take longer so.
+    """
+
+    @wraps(function)
+    def looking(*args: Any, **kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return function(*args, **kwargs)
+
+    return looking  # type: ignore[return-value]

@@ -21,6 +21,7 @@ from tl_fastload.errors import (
 )
 from tl_fastload.ground import compat
 from tl_fastload.ground.boundary import is_callers
+from tl_fastload.ground.own_defaults import looking_only
 from tl_fastload.ground.words import listed
 from tl_fastload.huggingface.keys import layer_of
 from tl_fastload.huggingface.pretrained import Pretrained
@@ -163,6 +164,7 @@ def check_recipes(recording: Recording) -> None:
         _raise_for(recording.pretrained, recipe_problems(recording, recording.pretrained))
 
 
+@looking_only
 def recipe_problems(recording: Recording, pretrained: Pretrained) -> list[str]:
     """Everything of the checkpoint that does not fit the model, a line each."""
     recipes = recording.recipes

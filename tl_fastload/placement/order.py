@@ -5,12 +5,14 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable
 
+from tl_fastload.ground.own_defaults import looking_only
 from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.recipes.evaluate import sources
 from tl_fastload.recipes.nodes import SourceView
 from tl_fastload.recipes.promise import Promise
 
 
+@looking_only
 def groups(recipes: dict[str, Promise]) -> list[list[str]]:
     """The order of placement: groups of names that are evaluated together.
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tl_fastload.ground.own_defaults import looking_only
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.quantized.recipes import promise_of_tensor
 from tl_fastload.recipes.nodes import MemorySource
@@ -79,6 +80,7 @@ def _bits(dtype: torch.dtype) -> int:
     return torch.finfo(dtype).bits if dtype.is_floating_point else 0
 
 
+@looking_only
 def parameter_versions(model: nn.Module) -> list[tuple[str, int, int]]:
     """Changes whenever a parameter is replaced or written to."""
     return [

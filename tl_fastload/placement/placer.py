@@ -14,6 +14,7 @@ from torch import nn
 from tl_fastload.ground import compat
 from tl_fastload.ground.geometry import copied, has_overlap, is_dense, same_layout
 from tl_fastload.ground.memory_orders import FORWARD
+from tl_fastload.ground.own_defaults import looking_only
 from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.placement.ahead import ReadingAhead
 from tl_fastload.placement.order import groups
@@ -84,6 +85,7 @@ class Placer:
 
     def __post_init__(self) -> None:
         self.parameters = {name for name, _ in self.model.named_parameters()}
+        self._modules = dict(self.model.named_modules(remove_duplicate=False))
         self._spares = Spares()
 
     def place(self, recipes: dict[str, Promise]) -> None:
@@ -134,6 +136,7 @@ class Placer:
         """The model's parameters and buffers."""
         return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
 
+    @looking_only
     def todo(
         self, recipes: dict[str, Promise], targets: dict[str, torch.Tensor]
     ) -> dict[str, Promise]:
@@ -280,8 +283,7 @@ class Placer:
         return node if fits else None
 
     def strides(self, name: str, shape: torch.Size) -> tuple[int, ...]:
-        module = self.model.get_submodule(name.rpartition(".")[0])
-        return self.strides_of(self.order, module, name, shape)
+        return self.strides_of(self.order, self._modules[name.rpartition(".")[0]], name, shape)
 
     @property
     def _copies(self) -> bool:

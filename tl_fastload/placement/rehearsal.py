@@ -16,6 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tl_fastload.ground.geometry import span
+from tl_fastload.ground.own_defaults import looking_only
 from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.placement.order import groups
 from tl_fastload.placement.placer import Placer
@@ -121,6 +122,14 @@ class _Rehearsal:
         return role.order, role.n_outputs
 
     def _place(self, recipes: dict[str, Promise], device: torch.device) -> None:
+        key = self._form(recipes, device)
+        if key not in self._known:
+            self._known[key] = self._rehearse(recipes, device)
+        self._note(list(recipes), device, self._known[key])
+
+    @looking_only
+    def _form(self, recipes: dict[str, Promise], device: torch.device) -> Any:
+        """What the outcome of a group depends on."""
         outline = _Outline(device)
         facts = []
         for name, promise in recipes.items():
@@ -135,10 +144,7 @@ class _Rehearsal:
                     self._quantized_as(name, promise),
                 )
             )
-        key = (device.type, tuple(facts), tuple(outline.steps))
-        if key not in self._known:
-            self._known[key] = self._rehearse(recipes, device)
-        self._note(list(recipes), device, self._known[key])
+        return device.type, tuple(facts), tuple(outline.steps)
 
     def _shift(self, name: str) -> Promise | None:
         quantizer = self.placer.quantizer

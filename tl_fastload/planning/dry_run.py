@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tl_fastload.ground.own_defaults import own_defaults
+from tl_fastload.ground.own_defaults import looking_only, own_defaults
 from tl_fastload.ground.role import RoleOf
 from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.huggingface.pretrained import Pretrained
@@ -100,6 +100,7 @@ class Draft:
         placer = self.placer if quantizer is None else replace(self.placer, quantizer=quantizer)
         return forecast(placer, recipes)
 
+    @looking_only
     def buffer_bytes(self, n_layers: int | None = None) -> dict[torch.device, int]:
         """Bytes of the buffers on each device."""
         sizes: dict[torch.device, int] = {}

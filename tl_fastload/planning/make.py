@@ -11,7 +11,7 @@ from pathlib import Path
 from tl_fastload.copies import cache
 from tl_fastload.errors import NotEnoughMemory
 from tl_fastload.ground.boundary import boundary
-from tl_fastload.ground.own_defaults import own_defaults
+from tl_fastload.ground.own_defaults import looking_only, own_defaults
 from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.ground.words import format_bytes
 from tl_fastload.loading.load import quantization
@@ -162,6 +162,7 @@ def _plan(draft: Draft) -> LoadPlan:
     )
 
 
+@looking_only
 def _by_kind(draft: Draft, found: Forecast) -> dict[str, int]:
     sizes = dict.fromkeys(KINDS, 0)
     for name, parameter in draft.model.named_parameters():

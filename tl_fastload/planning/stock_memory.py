@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from tl_fastload.ground import compat
+from tl_fastload.ground.own_defaults import looking_only
 from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.recipes.nodes import Node, SourceView
 from tl_fastload.recipes.promise import Promise
@@ -61,6 +62,7 @@ class StockLedger:
         self._mapped = 0  # allocations in a mapped file that are alive
         self._to_fill: dict[str, int] = {}  # the model's own memory, not touched yet
 
+    @looking_only
     def hold(self, promises: Iterable[torch.Tensor], *, caller_holds: bool) -> None:
         """Count the weights of transformers' model.
 
@@ -85,6 +87,7 @@ class StockLedger:
         self._look()
         self.peak_host_bytes = max(self.peak_host_bytes, self._anonymous() + read_through_a_mapping)
 
+    @looking_only
     def hand_over(self, root: Any, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """Let go of transformers' model; the state dict holds on to what it views.
 
@@ -112,6 +115,7 @@ class StockLedger:
                 promise.memory.release()
         return own
 
+    @looking_only
     def prepare(self, model: nn.Module) -> None:
         """Count what building the model touches: torch fills the weights of its linear layers."""
         self.is_told = True

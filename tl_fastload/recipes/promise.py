@@ -122,7 +122,7 @@ def _record(cls: type[Promise], func: Any, args: tuple[Any, ...], kwargs: dict[s
     if func is aten._local_scalar_dense.default:
         return evaluate(args[0].node, torch.device("cpu")).tensor.item()
     device = kwargs.get("device") or _device_of(args)
-    meta = _inferred(func, args, kwargs)
+    meta = _inferred(cls, func, args, kwargs)
     if isinstance(meta, (tuple, list)):
         return _record_several(cls, func, args, kwargs, meta, device)
     if not isinstance(meta, torch.Tensor):
@@ -155,10 +155,10 @@ _FORMS: dict[Any, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
 _MOST_FORMS = 4096
 
 
-def _inferred(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _inferred(cls: type[Promise], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What an operation returns, without values."""
     key = None
-    if not _takes_views(func):
+    if cls is Promise or not _takes_views(func):  # of others, metas share memory as values would
         key = (func, _form(args), _form(kwargs), torch.get_default_dtype())
         known = _FORMS.get(key)
         if known is not None:
@@ -175,14 +175,13 @@ def _inferred(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _form(x: Any) -> Any:
     """What of an argument decides the form of a result, as a key: 1, 1.0 and True are three."""
-    if isinstance(x, Promise):
-        return (x.meta.shape, x.meta.stride(), x.meta.dtype)
-    if isinstance(x, torch.Tensor):
-        return (x.shape, x.stride(), x.dtype)
-    if isinstance(x, dict):
-        return tuple((key, _form(value)) for key, value in x.items())
     if isinstance(x, (tuple, list)):
         return tuple([_form(value) for value in x])
+    if isinstance(x, torch.Tensor):
+        seen = x.meta if isinstance(x, Promise) else x
+        return (seen.shape, seen.stride(), seen.dtype)
+    if isinstance(x, dict):
+        return tuple((key, _form(value)) for key, value in x.items())
     return type(x), x
 
 
