@@ -7,6 +7,7 @@ import copy
 import itertools
 import logging
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -362,3 +363,36 @@ def test_only_one_module_imports_bitsandbytes_and_only_when_used() -> None:
                 importers.add(path.name)
                 assert node not in tree.body
     assert importers == {"bitsandbytes_kernels.py"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["int8", "nf4", "fp4"])
+def test_bytes_are_the_same_however_large_the_parts(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In parts, as on the CPU, and whole, as on a device, where the parts are larger."""
+    dense = _dense(out=70, columns=128).to(dtype)
+    before = dense.clone()
+    monkeypatch.setattr(kernels, "_PART_SIZE", 1 << 10)
+    in_parts = quantize(dense, kind).tensors()
+    monkeypatch.setattr(kernels, "_PART_SIZE", kernels._PART_SIZE_ON_DEVICES)
+    whole = quantize(dense, kind).tensors()
+    assert in_parts.keys() == whole.keys()
+    assert all(torch.equal(part, whole[name]) for name, part in in_parts.items())
+    assert torch.equal(dense, before)
+
+
+def test_parts_are_larger_on_a_device() -> None:
+    shape = (14336, 4096)  # of an 8B's MLP
+    assert len(kernels._parts(torch.empty(shape, device="meta"))) == 4
+    assert len(kernels._parts(torch.empty(1, device="cpu").expand(shape))) == 224
+
+
+def test_int8_of_an_older_bitsandbytes_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = _dense()
+    expected = kernels.quantize_int8(dense)
+    functional = types.SimpleNamespace()  # it quantized by moving the parameter only
+    older = types.SimpleNamespace(functional=functional, nn=bnb.nn)
+    monkeypatch.setattr(kernels, "bitsandbytes", lambda: older)
+    monkeypatch.setattr(kernels, "require_device", lambda device: None)
+    assert all(map(torch.equal, kernels.quantize_int8(dense), expected))

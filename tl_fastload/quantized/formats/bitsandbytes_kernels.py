@@ -26,6 +26,7 @@ BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 # Values that are quantized at a time: the CPU code of older bitsandbytes holds 16 numbers for each.
 _PART_SIZE = 1 << 18
+_PART_SIZE_ON_DEVICES = 1 << 24  # whole matrices, mostly: each part starts a few kernels
 
 # What the 4-bit kernels multiply in; bitsandbytes returns uninitialised memory for others.
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -188,7 +189,8 @@ def _parts(dense: torch.Tensor, blocksize: int = 1) -> list[slice]:
     quantizes, so it gets a part at a time.
     """
     rows, columns = dense.shape
-    step = max(1, _PART_SIZE // max(columns, 1))
+    size = _PART_SIZE if dense.device.type == "cpu" else _PART_SIZE_ON_DEVICES
+    step = max(1, size // max(columns, 1))
     if columns % blocksize:
         step = -(-step // blocksize) * blocksize
     return [slice(start, min(start + step, rows)) for start in range(0, max(rows, 1), step)]
@@ -206,16 +208,25 @@ def quantize_int8(dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     codes = torch.empty(dense.shape, dtype=torch.int8, device=dense.device)
     scales = torch.empty(dense.shape[0], dtype=torch.float32, device=dense.device)
     for part in _parts(dense):
-        # A copy: on the CPU bitsandbytes would hold on to, or write into, what it is given.
-        rows = dense[part].cpu().clone(memory_format=torch.contiguous_format)
-        parameter = bitsandbytes().nn.Int8Params(rows, requires_grad=False).to(dense.device)
-        codes[part], scales[part] = parameter.data, parameter.SCB
+        codes[part], scales[part] = _int8_rows(dense[part])
     if not bool(torch.isfinite(scales).all()):
         raise QuantizationError(
             "the matrix has values beyond float16, which int8 quantization goes through. Quantize "
             "to 'nf4' or 'fp4'."
         )
     return codes, scales
+
+
+def _int8_rows(dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales as an `Int8Params` gets them when it is moved to the device."""
+    functional = bitsandbytes().functional
+    # A copy: on the CPU bitsandbytes would hold on to, or write into, what it is given.
+    if hasattr(functional, "int8_vectorwise_quant"):
+        rows = dense.to(torch.float16, copy=True, memory_format=torch.contiguous_format)
+        return functional.int8_vectorwise_quant(rows)[:2]  # type: ignore[no-any-return]
+    rows = dense.cpu().clone(memory_format=torch.contiguous_format)  # it is quantized by moving it
+    parameter = bitsandbytes().nn.Int8Params(rows, requires_grad=False).to(dense.device)
+    return parameter.data, parameter.SCB
 
 
 @own_defaults()
