@@ -205,7 +205,7 @@ def test_stacked_experts(block: tuple[int, int] | None, zoo: Any, tmp_path: Path
         assert _is_mapped(weight.content.stored.codes.data_ptr(), source / "model.safetensors")
 
 
-COPIED = [*packed.ONE_OF_EACH, "fp8-powers"]
+COPIED = [*packed.ONE_OF_EACH, "fp8-powers", "gptq-8bit"]
 
 
 @pytest.mark.parametrize("name", COPIED)

@@ -32,7 +32,7 @@ from tl_fastload.copies.manifest import (
 from tl_fastload.copies.verify import tokenizer_digests
 from tl_fastload.errors import LeanLoadError, SaveError
 from tl_fastload.ground.boundary import guarded
-from tl_fastload.ground.geometry import copied, same_layout
+from tl_fastload.ground.geometry import copied, same_layout, strides_of_order
 from tl_fastload.ground.mark import require_whole
 from tl_fastload.ground.memory_orders import FORWARD
 from tl_fastload.ground.own_defaults import own_defaults
@@ -112,7 +112,9 @@ class _Plan:
         keys = {}
         for part, tensor in tensors.items():
             keys[part] = f"{name}.{part}"
-            self._plain(keys[part], tensor, tuple(tensor.contiguous().stride()))
+            # A column may have a row's strides, and torch calls it contiguous.
+            strides = strides_of_order(tensor.shape, range(tensor.dim()))
+            self._plain(keys[part], tensor, strides)
         return View(
             tensors=keys,
             shape=tuple(parameter.shape),
