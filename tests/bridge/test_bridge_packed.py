@@ -15,7 +15,7 @@ from tests.support import quantized_packed as packed
 from tests.support import quantized_zoo as qz
 from tests.support import zoo as zoo_module
 from tests.support.bridge_stock import quiet
-from tl_fastload import load_weights_, save_lean
+from tl_fastload import LeanTransformerBridge, load_weights_, save_lean
 
 BridgeZoo = Callable[..., Path]
 # Fused and interleaved heads, layers that lie the other way round.
@@ -85,6 +85,35 @@ def test_in_place_dequantized_and_filled(
     dense = lean(file, dequantize=True)
     assert not qz.quantized_parameters(dense)
     assert gap(dense, folder, name, case_id) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        *((name, None) for name in ("fp8", "fp8-tensor", "gptq-8bit", "awq")),
+        ("fp8-ends", "blocks go over the edges"),
+        ("gptq-reordered", "differ in their groups"),
+    ],
+)
+def test_experts_that_transformers_stacks(
+    name: str, why: str | None, built: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Their bytes are copied below each other where a format's can be."""
+    folder = built("mixtral")
+    source = qz.saved(folder, name)
+    for how in LOADS:
+        bridge = lean(source, how)
+        held, dense = qz.quantized_parameters(bridge), bridge.load_report.not_quantized
+        experts = [key for key in (dense if why else held) if key.endswith("_proj")]
+        assert len(experts) == 2 * bridge.cfg.n_layers
+        assert not why or all(why in dense[key] for key in experts)
+        assert gap(bridge, folder, name, "mixtral") < 1e-4, how
+    again = lean(save_lean(bridge, tmp_path / "copy", progress=False))
+    assert qz.quantized_parameters(again).keys() == held.keys()
+    assert gap(again, folder, name, "mixtral") < 1e-4
+    with quiet():
+        plan = LeanTransformerBridge.plan(source, device="cpu")
+    assert plan.parameter_bytes["quantized"] == sum(w.nbytes_stored() for w in held.values())
 
 
 def test_gradients_pass_stacked_experts(built: Callable[[str], Path]) -> None:

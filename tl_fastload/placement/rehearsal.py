@@ -229,8 +229,10 @@ class _Outline:
             source, geometry = node.source, node.geometry
             number = self._sources.setdefault(id(source), len(self._sources))
             is_lent = _is_lent(source, self._device)
-            # Of one shape, layers may be quantized to other sizes.
-            stored = source.outline.nbytes() if isinstance(source, QuantizedSource) else None
+            stored = None
+            if isinstance(source, QuantizedSource):
+                # Of one shape, layers may be quantized to other sizes, or in other ways.
+                stored = (source.outline.nbytes(), str(source.outline.plain()))
             kind = (type(source), source.dtype, source.shape, is_lent, stored)
             return (number, kind, geometry.shape, geometry.stride(), node.casts)
         if isinstance(node, Pick):

@@ -8,12 +8,15 @@ needs the dequantized values.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from tl_fastload.errors import QuantizationError
+from tl_fastload.quantized import views
 from tl_fastload.quantized.formats.base import QuantizedBytes
 from tl_fastload.quantized.tensor import QuantizedTensor
 from tl_fastload.recipes.evaluate import evaluate, sources
@@ -139,6 +142,8 @@ def follow(node: Node, device: torch.device) -> QuantizedTensor:
         return follow(first, device)
     if node.func in _VIEWS:
         return _viewed(node, follow(first, device))
+    if node.func in (aten.stack.default, aten.cat.default):
+        return _joined(node, [follow(part, device) for part in first])
     second = node.args[1] if len(node.args) > 1 else None
     if node.func is aten.mul.Tensor and isinstance(second, Node) and not reads_quantized(second):
         matrix = follow(first, device)
@@ -146,6 +151,52 @@ def follow(node: Node, device: torch.device) -> QuantizedTensor:
     if node.func is aten.sub.Tensor and isinstance(second, Node):
         return _less_its_mean(node, device)
     raise QuantizationError(f"{node.func} needs its values")
+
+
+def _joined(node: Call, parts: list[QuantizedTensor]) -> QuantizedTensor:
+    """Several matrices as one, their rows copied: experts that transformers holds together."""
+    packed = [part.packed_rows() for part in parts]
+    axes = {_input_axis(part) for part in packed}
+    axis, dim = next(iter(axes)), node.args[1] if len(node.args) > 1 else 0
+    if len(axes) > 1 or axis is None:
+        raise QuantizationError("it is put together of parts of rows")
+    contents = [part.content for part in packed if part is not None]
+    first = contents[0]
+    if any(content.is_processed or content.in_shift is not None for content in contents):
+        raise QuantizationError("it is put together of processed matrices")
+    kinds = {(type(one.stored), one.stored.shape[1], one.compute_dtype) for one in contents}
+    if len(kinds) > 1:
+        raise QuantizationError("it is put together of matrices that are quantized in other ways")
+    # The same is done with numbers of rows, in whose shapes the input has one number.
+    numbers, last = [], 0
+    for part in parts:
+        shape = [1 if d == axis else n for d, n in enumerate(part.shape)]
+        begin, last = last, last + math.prod(shape)
+        numbers.append(torch.arange(begin, last, device="cpu").view(shape))
+    index = node.func(numbers, dim)
+    is_stack = node.func is aten.stack.default
+    if is_stack and dim % index.dim() <= axis:
+        axis += 1
+    elif not is_stack and dim % index.dim() == axis:
+        raise QuantizationError("it is put together of parts of rows")
+    stored = type(first.stored).joined([content.stored for content in contents])
+    rows = index.movedim(axis, -1)
+    stored = stored.rows(rows.flatten())
+    geometry = views.whole(stored.shape).view(*rows.shape[:-1], stored.shape[1]).movedim(-1, axis)
+    return QuantizedTensor(replace(first, stored=stored), geometry, parts[0].dtype)
+
+
+def _input_axis(part: QuantizedTensor | None) -> int | None:
+    """The one dimension along the input of a view whose rows lie in their order; else None."""
+    if part is None:
+        return None
+    columns = part.content.stored.shape[1]
+    order = part.geometry.stride()
+    inputs = [d for d, n in enumerate(part.shape) if n == columns and order[d] == 1]
+    if len(inputs) != 1:
+        return None
+    others = part.geometry.movedim(inputs[0], -1)
+    return inputs[0] if others.is_contiguous() else None
 
 
 def _viewed(node: Call, matrix: QuantizedTensor) -> QuantizedTensor:

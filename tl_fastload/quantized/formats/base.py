@@ -8,9 +8,9 @@ declaration (`tensors`, `plain`, `map`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,11 @@ from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.quantized.spec import Spec
 from tl_fastload.quantized.views import runs_untraced
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 Part = TypeVar("Part", bound="Declared")
+Bytes = TypeVar("Bytes", bound="QuantizedBytes")
 
 
 class Declared:
@@ -85,6 +89,16 @@ class QuantizedBytes(Declared, ABC):
         Raises:
             QuantizationError: the rows cannot be taken out without quantizing again.
         """
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """Matrices of equally many columns, the rows of one below those of the other; bytes are
+        copied.
+
+        Raises:
+            QuantizationError: they cannot be one matrix without quantizing again.
+        """
+        raise QuantizationError(f"{parts[0].kind} weights cannot be put below each other as bytes")
 
     @abstractmethod
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
@@ -261,6 +275,37 @@ def runs_of(index: torch.Tensor) -> list[tuple[int, int]]:
         (first, first + stop - start)
         for first, start, stop in zip(firsts, edges[:-1], edges[1:])  # noqa: B905  # one length
     ]
+
+
+def join_rows(parts: Sequence[Bytes], by_rows: Collection[str], **changed: Any) -> Bytes:
+    """Bytes of several matrices below each other.
+
+    Args:
+        parts: equal in what is neither `by_rows` nor `changed`.
+        by_rows: fields whose tensors have the rows in their first dimension.
+        **changed: fields that are others then.
+
+    Raises:
+        QuantizationError: they differ in something.
+    """
+    first, joined = parts[0]._values(), dict[str, Any]()
+    for name, value in first.items():
+        values = [part._values()[name] for part in parts]
+        if isinstance(value, torch.Tensor) and name in by_rows:
+            same = all(
+                isinstance(one, torch.Tensor)
+                and (one.dtype, one.shape[1:]) == (value.dtype, value.shape[1:])
+                for one in values
+            )
+            joined[name] = torch.cat(values) if same else None
+        else:
+            # Orders of columns are a matrix's own.
+            same = not isinstance(value, torch.Tensor) and all(one == value for one in values)
+        if not same and name not in changed:
+            raise QuantizationError(
+                f"it is put together of {parts[0].kind} matrices that differ in their {name}"
+            )
+    return replace(parts[0], **{**joined, **changed})  # type: ignore[type-var]
 
 
 def take(tensor: torch.Tensor, runs: list[tuple[int, int]]) -> torch.Tensor:

@@ -6,14 +6,20 @@ that values are equal to the last bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 
 from tl_fastload.errors import QuantizationError
-from tl_fastload.quantized.formats.base import Format, QuantizedBytes, describe, take_rows
+from tl_fastload.quantized.formats.base import (
+    Format,
+    QuantizedBytes,
+    describe,
+    join_rows,
+    take_rows,
+)
 from tl_fastload.quantized.formats.decoded import DecodedBytes
 from tl_fastload.quantized.formats.scaled_bytes import looked_up
 from tl_fastload.quantized.spec import Spec
@@ -53,6 +59,10 @@ class GgufBytes(DecodedBytes):
 
     def rows(self, index: torch.Tensor) -> GgufBytes:
         return replace(self, packed=take_rows(self.packed, index))
+
+    @classmethod
+    def joined(cls, parts: Sequence[GgufBytes]) -> GgufBytes:
+        return join_rows(parts, ("packed",))
 
     def decode(self, first: int, last: int, out: torch.Tensor) -> None:
         blocks = self.packed[first:last].reshape(-1, BLOCK_TYPES[self.ggml_type].nbytes)

@@ -4,7 +4,7 @@ of a row's values: how GPTQ, AWQ and compressed-tensors pack matrices.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from tl_fastload.errors import QuantizationError
-from tl_fastload.quantized.formats.base import describe, runs_of, take_rows
+from tl_fastload.quantized.formats.base import describe, join_rows, runs_of, take_rows
 from tl_fastload.quantized.formats.decoded import DecodedBytes
 from tl_fastload.quantized.formats.scaled_bytes import (
     grid_of,
@@ -112,6 +112,18 @@ class PackedBytes(DecodedBytes):
         if words is None:
             return take_rows(self.unpacked_zeros(), index)
         return take_rows(self.zeros, words)
+
+    @classmethod
+    def joined(cls, parts: Sequence[PackedBytes]) -> PackedBytes:
+        rows = sum(part.shape[0] for part in parts)
+        apart = [part._with_zeros_apart() for part in parts]
+        return join_rows(apart, ("packed", "scales", "zeros"), shape=(rows, parts[0].shape[1]))
+
+    def _with_zeros_apart(self) -> PackedBytes:
+        """With zero points that are not packed along the rows."""
+        if self.zeros is None or self.zeros.dtype == torch.uint8:
+            return self
+        return replace(self, zeros=self.unpacked_zeros())
 
     @property
     def row_step(self) -> int:

@@ -12,7 +12,7 @@ import torch
 
 from tl_fastload.errors import QuantizationError
 from tl_fastload.ground.compat import dtypes
-from tl_fastload.quantized.formats.base import describe, runs_of, take_rows
+from tl_fastload.quantized.formats.base import describe, join_rows, runs_of, take_rows
 from tl_fastload.quantized.formats.decoded import DecodedBytes
 from tl_fastload.quantized.views import runs_untraced
 
@@ -91,6 +91,18 @@ class ScaledBytes(DecodedBytes):
             zero_points=None if zeros is None else take_rows(zeros, of_grid),
             block=(high, self.block[1]),
         )
+
+    @classmethod
+    def joined(cls, parts: Sequence[ScaledBytes]) -> ScaledBytes:
+        # One scale of all rows is one of a block.
+        high = min(parts[0].block[0], parts[0].shape[0])
+        if any(part.shape[0] % high for part in parts[:-1]):
+            raise QuantizationError("its blocks go over the edges of the matrices in it")
+        blocks = [
+            replace(part, block=(min(part.block[0], part.shape[0]), part.block[1]))
+            for part in parts
+        ]
+        return join_rows(blocks, ("codes", "scales", "zero_points"))
 
     @property
     def row_step(self) -> int:
