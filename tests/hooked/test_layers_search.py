@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from tl_fastload.hooked.processing import _Layers
@@ -32,6 +33,17 @@ def test_names_are_found_as_transformer_lens_finds_them() -> None:
             assert layers.find(names, key) == wanted
     names["model.layers.4.mlp.b_in"] = None
     assert layers.find(names, "blocks.4.mlp.b_in") == "model.layers.4.mlp.b_in"
+
+
+def test_a_search_holds_no_state_dict() -> None:
+    """The forecast of stock's memory counts what is alive."""
+    _search.looks = 0  # type: ignore[attr-defined]
+    layers, names = _Layers(_search), _names(3)
+    names["ln_final.w"] = type("Weight", (), {})()
+    weight = weakref.ref(names["ln_final.w"])
+    layers.find(names, "blocks.1.mlp.b_gate")
+    del names
+    assert weight() is None
 
 
 def test_looks_grow_with_the_number_of_layers() -> None:

@@ -124,8 +124,7 @@ class _Layers:
 
     def __init__(self, search: Callable[..., str]) -> None:
         self._search = search
-        self._state_dict: dict[str, Any] = {}
-        self._count = -1
+        self._names: list[str] = []  # not the state dict: what it holds would live on
         self._layers: dict[str, dict[str, Any]] = {}
 
     def find(self, state_dict: dict[str, Any], key: str, *args: Any, **kwargs: Any) -> str:
@@ -133,9 +132,10 @@ class _Layers:
         layer = role(key).layer
         if key in state_dict or layer is None:
             return self._search(state_dict, key, *args, **kwargs)
-        if state_dict is not self._state_dict or len(state_dict) != self._count:
-            self._state_dict, self._count, self._layers = state_dict, len(state_dict), {}
-            for name in state_dict:
+        names = list(state_dict)
+        if names != self._names:
+            self._names, self._layers = names, {}
+            for name in names:
                 for number in _NUMBERS.findall(name):
                     self._layers.setdefault(number, {})[name] = None
         return self._search(self._layers.get(str(layer), {}), key, *args, **kwargs)
