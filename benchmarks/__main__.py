@@ -24,6 +24,7 @@ _SCALING_STAGE = "scaling"
 _ALL_STAGES = (*_STAGES, *_BRIDGE_STAGES, _FORMATS_STAGE, _SCALING_STAGE)
 _BOUNDED = tuple(shape.name for shape in SHAPES.values() if shape.bounded)
 _TINY = tuple(name for name in SHAPES if name.startswith("tiny-"))
+_REPEATS = 3
 _RESULTS = Path(__file__).parent / "results"
 
 
@@ -50,13 +51,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         planned += bridge.all_cases(
             options.models, options.dtypes, forward=forward_too, with_stock=options.stock
         )
-    if _FORMATS_STAGE in options.only:
-        planned += formats.all_cases()
-    if planned:
-        for model in dict.fromkeys(case.model for case in planned):
+    of_formats = formats.all_cases() if _FORMATS_STAGE in options.only else []
+    if planned or of_formats:
+        for model in dict.fromkeys(case.model for case in (*planned, *of_formats)):
             errors.print(f"checkpoint {model}: {make_checkpoint(model, options.cache)}")
     imported = measure_import() if "import" in options.only else None
-    results = cases.run_all(planned, options.repeats, options.cache, _announcer(errors))
+    announce = _announcer(errors)
+    results = cases.run_all(planned, options.repeats or _REPEATS, options.cache, announce)
+    repeats = options.repeats or formats.REPEATS
+    results |= cases.run_all(of_formats, repeats, options.cache, announce)
+    planned += of_formats
     if load:
         results = with_predictions(results, planned, options.cache)
 
@@ -106,7 +110,11 @@ def _parser() -> argparse.ArgumentParser:
         help="any of " + ",".join(cases.DTYPES) + " (forward passes in bfloat16 take an hour on "
         "CPUs without AVX-512 BF16)",
     )
-    parser.add_argument("--repeats", type=int, default=3, help="processes per case (default 3)")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        help=f"processes per case (default {_REPEATS}; of formats {formats.REPEATS})",
+    )
     parser.add_argument(
         "--no-stock",
         dest="stock",

@@ -12,10 +12,12 @@ from benchmarks import bounds, cases, rows
 from benchmarks.bounds import Check, Results
 from benchmarks.measure import Case, Measurement
 from benchmarks.models import SHAPES
-from benchmarks.quantized_checkpoints import PACKED, make_quantized_checkpoint
+from benchmarks.quantized_checkpoints import PACKED, make_quantized_checkpoint, weight_files
 
 MODEL = "llama-0.1b"
 """Two layers with the matrices of the 1.1B shape."""
+REPEATS = 1
+"""Of each case: memory hardly changes, and times are the shortest of several passes."""
 _DTYPE = "float32"
 _RUN_BY_TRANSFORMERS = ("fp8",)  # without further packages
 _FORWARD = {64: 3.0}
@@ -78,7 +80,7 @@ _EMBEDDING_BYTES = 4 * _SHAPE.d_model * _SHAPE.d_vocab  # one is processed
 
 def _file_bytes(kind: str, cache: Path | None) -> int:
     folder = make_quantized_checkpoint(MODEL, kind, cache)
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return sum(path.stat().st_size for path in weight_files(folder))
 
 
 def table(results: Results, planned: Sequence[Case]) -> Table:

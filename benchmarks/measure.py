@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks import copies, models
-from benchmarks.quantized_checkpoints import make_quantized_checkpoint
+from benchmarks.quantized_checkpoints import make_quantized_checkpoint, weight_files
 from tl_fastload.cli.bench.process import Measurement, measure, read_ahead
 from tl_fastload.cli.bench.synthetic import item_bytes
 from tl_fastload.report.available import available_host_bytes
@@ -93,7 +93,7 @@ def run_case(case: Case, cache: Path | None = None) -> Measurement:
             source = copies.make_copy(folder, case.dtype, case.quantize)
         except subprocess.CalledProcessError as error:
             return Measurement(case.name, error=f"failed: {error.stderr.decode()[-2000:]}")
-    for path in source.glob("*.safetensors"):
+    for path in weight_files(source):
         read_ahead(path)
     environment = {"HF_HOME": str(models.hub_home(folder)), "HF_HUB_OFFLINE": "1"}
     arguments = {"case": asdict(case), "folder": str(folder)}

@@ -17,7 +17,9 @@ from typing import Any
 from benchmarks import models
 
 KINDS = ("int8", "nf4")
-PACKED = ("fp8", "ct-int8", "ct-w4", "gptq", "gptq-order", "gptq-8", "awq", "torchao-fp8")
+GGUF = {"gguf-q8_0": "Q8_0", "gguf-q4_k": "Q4_K", "gguf-q6_k": "Q6_K"}
+"""Kinds of GGUF files, with every matrix in blocks of one type."""
+PACKED = ("fp8", "ct-int8", "ct-w4", "gptq", "gptq-order", "gptq-8", "awq", "torchao-fp8", *GGUF)
 """Formats that are only read, with the block and group sizes that are published."""
 _RECIPE = 1  # raise it when the contents of the files change
 _PROJECT = Path(__file__).resolve().parents[1]
@@ -46,6 +48,11 @@ def make_quantized_checkpoint(name: str, kind: str, cache: Path | None = None) -
         (partial / "recipe.json").write_text(json.dumps(recipe))
         partial.replace(target)
     return target
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint that hold its weights."""
+    return [*folder.glob("*.safetensors"), *folder.glob("*.gguf")]
 
 
 def bnb_config(kind: str, dtype: Any) -> Any:
@@ -98,7 +105,22 @@ def _pack(source: Path, target: Path, kind: str) -> None:
     (target / "config.json").write_text(json.dumps(fields))
 
 
+def _write_gguf(source: Path, target: Path, kind: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from tests.support import gguf_files
+
+    model = AutoModelForCausalLM.from_pretrained(source)
+    target.mkdir()
+    case, path = gguf_files.case_of(model), target / "model.gguf"
+    gguf_files.write_model(model, case, path, lambda *_: GGUF[kind])
+    shutil.copy(source / "config.json", target)  # says what to import before the clock starts
+
+
 def _quantize(source: str, target: str, kind: str) -> None:
+    if kind in GGUF:
+        _write_gguf(Path(source), Path(target), kind)
+        return
     if kind in PACKED:
         _pack(Path(source), Path(target), kind)
         return

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.loading import dtype_argument
 from benchmarks.measure import Case
-from benchmarks.quantized_checkpoints import bnb_config
+from benchmarks.quantized_checkpoints import GGUF, bnb_config, weight_files
 from tl_fastload.cli.bench.loads import blank_tokenizer, import_architecture, torch_dtype
 
 Load = Callable[[], Any]
@@ -46,6 +46,8 @@ def _lean(case: Case, folder: Path) -> Load:
     arguments: dict[str, Any] = {"dtype": torch_dtype(case.dtype), "device": "cpu"}
     if not case.saved:
         arguments["quantize"] = bnb_config(case.kind, arguments["dtype"])
+    if case.kind in GGUF:
+        arguments["gguf_file"] = weight_files(folder)[0].name
     blank_tokenizer()  # its imports
     return lambda: function(folder, tokenizer=blank_tokenizer(), **arguments)
 
