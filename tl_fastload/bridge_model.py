@@ -216,6 +216,8 @@ class LeanBridgeMixin(Face):
         bridge: Any = self
         if versions.is_processed(bridge) or IS_RECORDING in bridge.__dict__:
             return
+        if getattr(bridge.cfg, "is_audio_model", False):
+            return  # TransformerLens refuses it
         make_plain(bridge)
         require_values(bridge.original_model, "enable_compatibility_mode")
         require_bytes_can_follow(bridge, flags)

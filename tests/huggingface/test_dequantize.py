@@ -194,7 +194,6 @@ WITHOUT_A_ROAD: dict[str, dict[str, Any]] = {
     "vptq": {"config_for_layers": {}, "shared_layer_config": {}},
     "auto-round": {"bits": 4, "group_size": 128, "packing_format": "auto_round:auto_gptq"},
     "hqq": {"quant_config": {"weight_quant_params": {"nbits": 4, "group_size": 64}}},
-    "torchao": {"quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_data": {}}}},
     "compressed-tensors": {"format": "something-new", "config_groups": {}},
     "quanto": {"weights": "int8"},
     "sinq": {"nbits": 4},

@@ -53,8 +53,8 @@ def memory_map(model: Any, role: RoleOf) -> list[Part]:
     buffers = dict(model.named_buffers())
     found: list[tuple[str, bool, torch.Tensor]] = []
     for name, tensor in (*model.named_parameters(), *buffers.items()):
-        pieces = stored_parts(tensor)
-        found += [(name, pieces[0] is not tensor, piece) for piece in pieces]
+        is_quantized = getattr(tensor, "content", None) is not None
+        found += [(name, is_quantized, piece) for piece in stored_parts(tensor)]
     for name, is_quantized, piece in _each_once(found):
         state = _state(piece, is_quantized, _lies_in(piece.data_ptr(), spans))
         key = (*_place(role(name), name in buffers), state)
