@@ -157,6 +157,8 @@ def pieces(random: Random, path: Path) -> Outcome:
         if old.dim() == 2:
             ways += [old.T, old.flatten(), old[:-1], old[..., :1], old.repeat(2, 1)]
         tensors[name] = random.choice(ways)
+        # The transpose of a square matrix: nobody can see that it is one.
+        expected = "free" if tensors[name].shape == old.shape else "same"
     elif how == "dtype":
         dtype = random.choice(_DTYPES)
         tensors[name] = old.view(torch.uint8) if dtype == torch.uint8 else old.to(dtype)
