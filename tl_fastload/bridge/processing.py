@@ -122,18 +122,12 @@ def _explained(error: Exception, mark: Mark) -> LeanLoadError:
 class _Given(MemorySource):
     """Memory that nobody needs after it is read: it becomes the reader's."""
 
+    is_given = True
+
     def lend(self, geometry: torch.Tensor) -> torch.Tensor:
-        return self._view(geometry).as_subclass(_Gift)
-
-
-class _Gift(torch.Tensor):
-    """A tensor that is moved to its own device without a copy: whoever moves one has what comes of
-    it to himself, and this is nobody's.
-    """
-
-    def to(self, device: torch.device) -> torch.Tensor:  # type: ignore[override]
-        self.as_strided((0,), (1,)).zero_()  # tells autograd and others that the tensor changes
-        return self.as_subclass(torch.Tensor).to(device)
+        given = self._view(geometry)
+        given.as_strided((0,), (1,)).zero_()  # tells autograd and others that the tensor changes
+        return given
 
 
 class _Before:

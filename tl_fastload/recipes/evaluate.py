@@ -168,7 +168,8 @@ class Evaluation:
             lent = view.source.lend(view.geometry)
             if lent is not None:
                 moved = lent.to(self.device)
-                return Value(moved, Buffer(owned=moved is not lent, holders=1))
+                is_own = moved is not lent or view.source.is_given
+                return Value(moved, Buffer(owned=is_own, holders=1))
         if view in self.spread and dense_strides(view.geometry) != view.geometry.stride():
             return self._read_spread(view)
         return self._read_into_new(view, view.casts, dense_strides(view.geometry))

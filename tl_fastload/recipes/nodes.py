@@ -28,9 +28,11 @@ class Source(ABC):
 
     Attributes:
         reads_ahead: whether another thread may read it, before it is needed.
+        is_given: whether what it lends becomes the reader's, who may write to it.
     """
 
     reads_ahead = False
+    is_given = False
 
     def __init__(self, name: str, like: torch.Tensor) -> None:
         self.name = name
@@ -52,8 +54,8 @@ class Source(ABC):
 
     @abstractmethod
     def lend(self, geometry: torch.Tensor) -> torch.Tensor | None:
-        """The selected elements without a copy (the result is never written to), or None if that
-        is not possible.
+        """The selected elements without a copy (the result is never written to, unless it
+        `is_given`), or None if that is not possible.
         """
 
 
