@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import cached_assets_path, constants
+import huggingface_hub
 
 from tl_fastload.copies.manifest import MANIFEST, Manifest, read_manifest
 from tl_fastload.copies.verify import open_copy, verify_copy
@@ -116,8 +116,8 @@ class _Seen:
     @classmethod
     def of(cls, location: Location, paths: Mapping[str, Path]) -> _Seen:
         place = [location.repo or "", location.commit or "", location.subfolder or "root"]
-        home = cached_assets_path(
-            "tl_fastload", place[0], place[1], assets_dir=constants.HF_ASSETS_CACHE
+        home = huggingface_hub.cached_assets_path(
+            "tl_fastload", place[0], place[1], assets_dir=huggingface_hub.constants.HF_ASSETS_CACHE
         )
         states = {}
         for name, path in paths.items():
