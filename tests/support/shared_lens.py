@@ -23,9 +23,9 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.support.counting import AllocatedBytes
+from tests.support.distributed_lens import message_of
 from tl_fastload import (
     LeanHookedTransformer,
-    LeanLoadError,
     NumbersWarning,
     load_weights_,
     save_lean,
@@ -86,14 +86,6 @@ def load(name: Path, mesh: Any = None, parallel: str | None = None, **arguments:
     return LeanHookedTransformer.from_pretrained_lean(
         name, device=device, mesh=mesh, parallel=parallel, progress=False, **arguments
     )
-
-
-def message_of(action: Callable[[], Any]) -> str:
-    try:
-        action()
-    except LeanLoadError as error:
-        return str(error)
-    raise AssertionError("no error")
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
