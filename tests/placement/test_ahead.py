@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -190,15 +192,28 @@ def test_without_another_thread_the_loading_one_reads(
         assert_same(getattr(model, f"w{number}").detach(), x * 2 - x.mean(0))
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
-def test_a_fork_afterwards_loads_again(tmp_path: Path) -> None:
-    place(tmp_path)
+def fork_afterwards(folder: Path) -> None:
+    """A load, and another one in a forked child."""
+    place(folder)
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            place(tmp_path)
+            place(folder)
             status = 0
         finally:
             os._exit(status)
     assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
+def test_a_fork_afterwards_loads_again(tmp_path: Path) -> None:
+    # OpenMP's own threads do not survive a fork: with more than one, torch alone would hang.
+    code = f"from {__name__} import *; fork_afterwards(Path({str(tmp_path)!r}))"
+    subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        timeout=300,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
