@@ -12,7 +12,6 @@ import transformers
 import tl_fastload
 from tests.support.counting import AllocatedBytes
 from tl_fastload import LeanHookedTransformer
-from tl_fastload.placement.ahead import ReadingAhead
 from tl_fastload.placement.placer import Placer
 from tl_fastload.placement.rehearsal import Forecast, forecast
 from tl_fastload.quantized.formats import bitsandbytes_kernels
@@ -53,8 +52,6 @@ def placed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Forecast, int]]:
         found.append((predicted, count.peak))
 
     monkeypatch.setattr(Placer, "place", counted)
-    # What is counted is what this thread does.
-    monkeypatch.setattr(ReadingAhead, "begin", lambda *args: None)
     return found
 
 

@@ -8,14 +8,27 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tl_fastload.placement.ahead import ReadingAhead
+
 
 class AllocatedBytes(TorchDispatchMode):
-    """Counts the memory of every tensor that an operation makes; `peak` is the highest sum."""
+    """Counts the memory of every tensor that an operation of this thread makes; `peak` is the
+    highest sum. Meanwhile nothing is read ahead, which another thread would do.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.peak = 0
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._begin = ReadingAhead.begin
+
+    def __enter__(self) -> AllocatedBytes:
+        ReadingAhead.begin = lambda *args: None  # type: ignore[method-assign]
+        return super().__enter__()  # type: ignore[no-any-return]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        ReadingAhead.begin = self._begin  # type: ignore[method-assign]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))

@@ -19,7 +19,6 @@ from tests.support.counting import AllocatedBytes
 from tests.support.zoo import CASES, tokens
 from tl_fastload.cli.bench.loads import blank_tokenizer
 from tl_fastload.errors import ArgumentError, StrategyError, UnsupportedArchitectureError
-from tl_fastload.placement.ahead import ReadingAhead
 from tl_fastload.placement.placer import Placer
 
 pytestmark = pytest.mark.parity
@@ -83,8 +82,6 @@ def placing(monkeypatch: pytest.MonkeyPatch) -> AllocatedBytes:
             place(self, recipes)
 
     monkeypatch.setattr(Placer, "place", count)
-    # What is counted is what this thread does.
-    monkeypatch.setattr(ReadingAhead, "begin", lambda *args: None)
     return counted
 
 
