@@ -98,19 +98,22 @@ def test_processed_weights_are_not_on_disk(big_llama: Path, no_reading: None) ->
 @pytest.fixture(scope="module")
 def big_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 MB in float32: parameters are large enough to count."""
+    return save_llama(tmp_path_factory.mktemp("big"), d_model=512, n_layers=3, n_heads=4)
+
+
+def save_llama(folder: Path, *, d_model: int, n_layers: int, n_heads: int) -> Path:
     import transformers
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        hidden_size=512,
-        intermediate_size=2048,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        hidden_size=d_model,
+        intermediate_size=4 * d_model,
+        num_hidden_layers=n_layers,
+        num_attention_heads=n_heads,
+        num_key_value_heads=n_heads,
         vocab_size=64,
         max_position_embeddings=32,
     )
-    folder = tmp_path_factory.mktemp("big")
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -200,20 +203,8 @@ def _group(limit_bytes: int) -> Iterator[Path]:
 @pytest.mark.slow
 def test_twice_the_memory_that_there_is(tmp_path: Path) -> None:
     """A processed copy runs in half of its size: its pages come and go."""
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        vocab_size=64,
-        max_position_embeddings=32,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    copy = save_lean(lean_model(tmp_path / "model"), tmp_path / "copy")
+    folder = save_llama(tmp_path / "model", d_model=1024, n_layers=6, n_heads=8)
+    copy = save_lean(lean_model(folder), tmp_path / "copy")
     size = sum(path.stat().st_size for path in copy.iterdir())
     answers = []
     with _group(size // 2) as group:
