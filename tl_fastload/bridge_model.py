@@ -284,27 +284,11 @@ class LeanBridgeMixin(Face):
         refactor_factored_attn_matrices: bool = False,
         fold_value_biases: bool = True,
     ) -> None:
-        """`enable_compatibility_mode` under the name that it has on `LeanHookedTransformer`.
-
-        Args:
-            fold_ln: fold the norm weights into the following layer.
-            center_writing_weights: give what writes to the residual stream zero mean.
-            center_unembed: give the unembedding zero mean over the vocabulary.
-            refactor_factored_attn_matrices: make the factors of the QK and OV circuits even.
-            fold_value_biases: fold the value biases into the output bias.
-
-        Raises:
-            LeanLoadError: as `process_weights`.
+        """`enable_compatibility_mode` under the name that it has on `LeanHookedTransformer`; see
+        `enable_compatibility_mode` for the steps and what is raised.
         """
-        bridge: Any = self
-        bridge.enable_compatibility_mode(
-            disable_warnings=True,
-            fold_ln=fold_ln,
-            center_writing_weights=center_writing_weights,
-            center_unembed=center_unembed,
-            fold_value_biases=fold_value_biases,
-            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
-        )
+        flags = {step: on for step, on in locals().items() if step in STEPS}
+        self.enable_compatibility_mode(disable_warnings=True, **flags)
 
 
 def _check_in_memory(hf_model: Any, own: dict[str, Any], others: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from tl_fastload.loading import live
 from tl_fastload.placement.half_written import forgive
 from tl_fastload.report.load_report import LoadReport
 from tl_fastload.request.argument_types import checked
+from tl_fastload.request.steps import STEPS
 from tl_fastload.roads.road import Recording
 
 if TYPE_CHECKING:
@@ -67,15 +68,8 @@ class LeanLoadingMixin(Face):
         """`from_pretrained_lean` with every processing step off by default; the other arguments
         are the same.
         """
-        return cls.from_pretrained_lean(
-            model_name,
-            fold_ln=fold_ln,
-            center_writing_weights=center_writing_weights,
-            center_unembed=center_unembed,
-            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
-            fold_value_biases=fold_value_biases,
-            **arguments,
-        )
+        steps = {step: on for step, on in locals().items() if step in STEPS}
+        return cls.from_pretrained_lean(model_name, **steps, **arguments)
 
     @classmethod
     @guarded("while loading")
@@ -99,15 +93,8 @@ class LeanLoadingMixin(Face):
         where it has one, as in TransformerLens; the other arguments are the same. See
         `from_pretrained_lean`.
         """
-        return cls.from_pretrained(
-            model_name,
-            fold_ln=fold_ln,
-            center_writing_weights=center_writing_weights,
-            center_unembed=center_unembed,
-            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
-            fold_value_biases=fold_value_biases,
-            **arguments,
-        )
+        steps = {step: on for step, on in locals().items() if step in STEPS}
+        return cls.from_pretrained(model_name, **steps, **arguments)
 
     @guarded("while loading a state dict")
     def load_and_process_state_dict(
@@ -143,12 +130,8 @@ class LeanLoadingMixin(Face):
             HalfWrittenError: as for `process_weights_`. A complete state dict makes a half-written
                 model whole.
         """
-        steps = {
-            name: value for name, value in locals().items() if name not in ("self", "state_dict")
-        }
-        steps.pop("__class__", None)
-        steps = checked(state_dict=state_dict, **steps)
-        steps.pop("state_dict")
+        steps = checked(**{step: on for step, on in locals().items() if step in STEPS})
+        checked(state_dict=state_dict)
         stock = super().load_and_process_state_dict  # type: ignore[misc]
         if self._recorder is not None:
             self._recorder.record(self, state_dict, steps, stock)
@@ -185,13 +168,8 @@ class LeanLoadingMixin(Face):
             HalfWrittenError: this step, or one before it, was stopped in the middle. An interrupt
                 (Ctrl-C) goes on as it is, and the model says so from then on.
         """
-        steps = checked(
-            fold_ln=fold_ln,
-            center_writing_weights=center_writing_weights,
-            center_unembed=center_unembed,
-            fold_value_biases=True,
-            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
-        )
+        flags = {step: on for step, on in locals().items() if step in STEPS}
+        steps = checked(fold_value_biases=True, **flags)
         stock, stock_load = super().process_weights_, super().load_and_process_state_dict  # type: ignore[misc]
 
         def record(given: dict[str, Any], flags: dict[str, bool]) -> Recording:
