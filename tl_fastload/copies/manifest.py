@@ -122,6 +122,11 @@ class Manifest:
         return "HookedTransformer" if self.built is None else str(self.built["road"])
 
     @property
+    def as_saved(self) -> str | None:
+        """How it is quantized, for reports."""
+        return None if self.quantization is None else f"{self.quantization.kind}, as saved"
+
+    @property
     def payload(self) -> list[str]:
         """Names of the files and folders that belong to the copy, beside the JSON."""
         return [*self.files, *([self.tokenizer["folder"]] if self.tokenizer else [])]

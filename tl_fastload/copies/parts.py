@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from tl_fastload.copies.layout import layout_of
-from tl_fastload.copies.manifest import Manifest, checked_geometry
+from tl_fastload.copies.contents import Contents, layout_of
+from tl_fastload.copies.manifest import checked_geometry
 from tl_fastload.errors import ArgumentError
 from tl_fastload.placement.placer import Placer
 from tl_fastload.recipes.nodes import SourceView
@@ -15,21 +15,14 @@ from tl_fastload.recipes.promise import Promise
 from tl_fastload.recipes.slices import as_promise
 from tl_fastload.report.available import check_room
 from tl_fastload.report.progress import Progress
-from tl_fastload.request.options import Options
-from tl_fastload.roads.road import Road
+from tl_fastload.roads.road import Request
 from tl_fastload.shards.fill import Sharding
 from tl_fastload.shards.load import agreed, begin
 from tl_fastload.source.reader import FileReader, FileSource
-from tl_fastload.source.safetensors import TensorEntry
 
 
 def place_parts(
-    model: nn.Module,
-    manifest: Manifest,
-    entries: dict[str, TensorEntry],
-    reader: FileReader,
-    options: Options,
-    road: Road,
+    model: nn.Module, contents: Contents, reader: FileReader, request: Request
 ) -> tuple[int, Sharding]:
     """Put this process's part of every parameter into the model.
 
@@ -39,7 +32,8 @@ def place_parts(
     Raises:
         ArgumentError: the copy is of quantized or shared weights.
     """
-    recipes = _recipes(model, manifest, entries, reader)
+    options, manifest = request.options, contents.manifest
+    recipes = _recipes(model, contents, reader)
     sharding = begin(options, model, recipes)
     assert sharding is not None  # there is a mesh
     device = sharding.ranks.device
@@ -51,7 +45,7 @@ def place_parts(
             maps=reader.maps,
             map_any_layout=True,
             progress=progress,
-            strides_of=road.strides_in,
+            strides_of=request.road.strides_in,
             order=str(layout_of(manifest, options)),
         )
         if options.check_memory:
@@ -64,19 +58,17 @@ def place_parts(
     return placer.mapped_bytes, sharding
 
 
-def _recipes(
-    model: nn.Module, manifest: Manifest, entries: dict[str, TensorEntry], reader: FileReader
-) -> dict[str, Promise]:
+def _recipes(model: nn.Module, contents: Contents, reader: FileReader) -> dict[str, Promise]:
     homes: dict[str, str] = {}
     recipes: dict[str, Promise] = {}
     own: dict[str, Any] = dict(model.named_parameters())
-    for name, view in manifest.parameters.items():
+    for name, view in contents.manifest.parameters.items():
         if view.quantized is not None:
             raise ArgumentError(
                 f"{name} of the copy is quantized, and mesh= shares dense weights only: quantized "
                 "bytes cannot be cut yet. Load it without mesh=, in each process."
             )
-        entry = entries[view.tensors[""]]
+        entry = contents.entries[view.tensors[""]]
         other = homes.setdefault(view.tensors[""], name)
         if other != name:
             raise ArgumentError(

@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from tl_fastload import quantized
 from tl_fastload.copies.check import check_asked_for, check_names, check_road, check_steps
+from tl_fastload.copies.contents import Contents, Places, layout_of, opened
 from tl_fastload.copies.from_hub import fetch_copy
-from tl_fastload.copies.layout import layout_of, moved
 from tl_fastload.copies.manifest import (
     Manifest,
-    View,
     build_configuration,
-    checked_geometry,
     is_copy,
     read_manifest,
     stored_tensors,
 )
 from tl_fastload.copies.parts import place_parts
 from tl_fastload.copies.verify import check_tokenizer, verify_copy
-from tl_fastload.errors import CheckpointError
-from tl_fastload.ground.geometry import copied
 from tl_fastload.ground.own_defaults import own_defaults
 from tl_fastload.ground.paths import expanded
 from tl_fastload.huggingface.config import hf_config_of
@@ -47,11 +42,7 @@ from tl_fastload.roads.road import Request
 from tl_fastload.shards.load import finish
 from tl_fastload.source.choose import stays_inside
 from tl_fastload.source.links import leads_out
-from tl_fastload.source.reader import FileMaps, FileReader, FileSource
-from tl_fastload.source.safetensors import TensorEntry
-
-# Of a copy that other processes save again and again.
-_TRIES = 5
+from tl_fastload.source.reader import FileMaps, FileReader
 
 
 def copy_folder(model_name: Any, keywords: Keywords) -> Path | None:
@@ -89,34 +80,15 @@ def load_copy(request: Request, folder: Path) -> Any:
     try:
         with torch.inference_mode(False), own_defaults(), PeakSampler() as sampler:
             sampler.mark("placing")
-            model, report = _load_whole(request, folder, reader, sampler)
+            model, report = opened(
+                folder,
+                lambda manifest: _load(request, manifest, folder, reader, sampler),
+                again=request.options.mesh is None,
+            )
     finally:
         reader.close()
     model.load_report = report.measured(sampler, time.perf_counter() - started)
     return model
-
-
-def _load_whole(
-    request: Request, folder: Path, reader: FileReader, sampler: PeakSampler
-) -> tuple[Any, LoadReport]:
-    """What `_load` returns; from the beginning if another process saved the copy meanwhile."""
-    manifest = read_manifest(folder)
-    for _ in range(_TRIES if request.options.mesh is None else 1):
-        try:
-            found = _load(request, manifest, folder, reader, sampler)
-            reader.files.check_all()
-            return found
-        except (CheckpointError, OSError) as error:
-            failed = error
-        before, manifest = manifest, read_manifest(folder)
-        if manifest.copy_id == before.copy_id:
-            break
-    if isinstance(failed, CheckpointError):
-        raise failed
-    raise CheckpointError(
-        f"{folder}: the copy could not be read to its end ({failed}). If it was removed or saved "
-        "again meanwhile, load it again."
-    ) from failed
 
 
 def _load(
@@ -127,28 +99,28 @@ def _load(
     sampler: PeakSampler,
 ) -> tuple[Any, LoadReport]:
     options = request.options
-    entries = stored_tensors(folder, manifest)
+    contents = Contents(manifest, stored_tensors(folder, manifest))
     cfg = checked_configuration(manifest, request, folder)
     hf_config = _hf_config(manifest, request)
-    notes = [] if request.copy_at is None else list(request.copy_at.notes)
-    model = _build(request, cfg, manifest, hf_config, folder, notes)
-    device_of, spread = homes(request, model, lambda: quantized_bytes(manifest, entries))
+    model, notes = _build(request, cfg, manifest, hf_config, folder)
+    device_of, spread = homes(request, model, contents.quantized_bytes)
     check_names(model, manifest, folder)
     if may_map(options, folder):
         reader.maps = FileMaps(reader.files)
     sampler.watch({device_of(name) for name in manifest.parameters})
-    sharding = None
-    with let_go_on_error(model, manifest.source or manifest.model_class):
+    label, sharding = manifest.source or manifest.model_class, None
+    with let_go_on_error(model, label):
         if options.mesh is not None:
-            mapped_bytes, sharding = place_parts(
-                model, manifest, entries, reader, options, request.road
-            )
+            mapped_bytes, sharding = place_parts(model, contents, reader, request)
         else:
-            moves = moved(model, manifest, options)
+            may = reader.maps is not None
+            places = Places.of(contents, model, options, device_of, may_map=may)
             if options.check_memory:
-                _check_room(manifest, entries, reader, device_of, moves)
-            mapped_bytes = _place(model, manifest, entries, reader, options, device_of, moves)
-        _place_buffers(model, manifest, entries, reader, device_of)
+                check_room(places.held_bytes(), label)
+            _place(model, places, reader, options)
+            mapped_bytes = places.mapped_bytes()
+        _place_buffers(model, contents, reader, device_of)
+    reader.files.check_all()
     model = request.road.finished(model)
     if sharding is not None:
         finish(sharding, options, model)
@@ -161,8 +133,7 @@ def _load(
     model._quantization = manifest.quantization
     model._hf_config = hf_config
     written = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
-    notes += warn_of_runtime(manifest.quantization)
-    notes.append(f"Copy of {manifest.source or manifest.model_class}, written by {written}.")
+    notes += [*warn_of_runtime(manifest.quantization), f"Copy of {label}, written by {written}."]
     notes += [] if spread is None else [spread.describe()]
     report = LoadReport.of(
         model,
@@ -172,7 +143,7 @@ def _load(
         revision=manifest.revision,
         mapped_bytes=mapped_bytes,
         processing=describe_steps(model, manifest.flags),
-        quantization=f"{manifest.quantization.kind}, as saved" if manifest.quantization else None,
+        quantization=manifest.as_saved,
         not_quantized=manifest.not_quantized,
         adapters=tuple(manifest.adapters),
         notes=tuple(notes),
@@ -213,65 +184,52 @@ def _hf_config(manifest: Manifest, request: Request) -> Any:
 
 
 def _build(
-    request: Request,
-    cfg: Any,
-    manifest: Manifest,
-    hf_config: Any,
-    folder: Path,
-    notes: list[str],
-) -> Any:
-    """The empty model, with its tokenizer."""
+    request: Request, cfg: Any, manifest: Manifest, hf_config: Any, folder: Path
+) -> tuple[Any, list[str]]:
+    """The empty model, with its tokenizer; and what the report says of it."""
     arguments, trust = request.arguments, request.keywords.trust_remote_code
+    notes = [] if request.copy_at is None else list(request.copy_at.notes)
     if arguments["default_prepend_bos"] is not None:
         cfg.default_prepend_bos = arguments["default_prepend_bos"]
     side, tokenizer = arguments["default_padding_side"], arguments["tokenizer"]
     if tokenizer is None and manifest.tokenizer is not None:
         side = side or manifest.tokenizer["padding_side"]
-        as_named = cfg.tokenizer_name
-        tokenizer = _tokenizer(manifest.tokenizer, folder, trust, notes, as_named)
+        tokenizer = _tokenizer(manifest.tokenizer, folder, trust, notes, cfg.tokenizer_name)
     # Nothing is to be fetched by name, and no seed to be set.
     as_saved = cfg.tokenizer_name, cfg.init_weights
     cfg.tokenizer_name, cfg.init_weights = None, False
     cfg.trust_remote_code = trust  # the caller's, whatever the copy says
-    made: dict[str, Any] = {}
+    more: dict[str, Any] = {"hf_config": hf_config, "built": manifest.built}
     if tokenizer is not None and side is not None:
-        made["default_padding_side"] = side
+        more["default_padding_side"] = side
 
-    def build() -> Any:
+    def build() -> tuple[Any, list[str]]:
         found: list[str] = []
-        model = request.road.empty_model(
-            request,
-            cfg,
-            found,
-            tokenizer,
-            hf_config=hf_config,
-            built=manifest.built,
-            **made,
-        )
-        notes[:] = [*earlier, *found]
-        return model
+        return request.road.empty_model(request, cfg, found, tokenizer, **more), found
 
-    earlier = list(notes)
     on_meta = request.options.assigns and manifest.built is None
-    model = _build_without_values(build, manifest) if on_meta else None
-    model = build() if model is None else model
+    made = _build_without_values(build, manifest) if on_meta else None
+    model, found = made or build()
     cfg.tokenizer_name, cfg.init_weights = as_saved
-    return model
+    return model, [*notes, *found]
 
 
-def _build_without_values(build: Callable[[], Any], manifest: Manifest) -> Any | None:
+def _build_without_values(
+    build: Callable[[], tuple[Any, list[str]]], manifest: Manifest
+) -> tuple[Any, list[str]] | None:
     """The empty model on the meta device: computing rotary tables takes longer than all the rest.
     None if it has tensors that the copy does not hold.
     """
     try:
         with torch.device("meta"):
-            model = build()
+            model, notes = build()
     except (NotImplementedError, RuntimeError):  # a class that looks at values
         return None
     if dict(model.named_buffers()).keys() - manifest.buffers.keys():
         return None
     others = [value for module in model.modules() for value in vars(module).values()]
-    return None if any(isinstance(v, torch.Tensor) and v.is_meta for v in others) else model
+    has_more = any(isinstance(v, torch.Tensor) and v.is_meta for v in others)
+    return None if has_more else (model, notes)
 
 
 def _tokenizer(
@@ -294,151 +252,41 @@ def _tokenizer(
         return None
 
 
-def quantized_bytes(manifest: Manifest, entries: Mapping[str, TensorEntry]) -> dict[str, int]:
-    """Bytes of the quantized parameters of a copy."""
-    views = manifest.parameters.items()
-    return {
-        name: sum(entries[key].nbytes for key in view.tensors.values())
-        for name, view in views
-        if view.quantized is not None
-    }
-
-
-def _place(
-    model: nn.Module,
-    manifest: Manifest,
-    entries: dict[str, TensorEntry],
-    reader: FileReader,
-    options: Options,
-    device_of: Any,
-    moves: Mapping[str, tuple[int, ...]],
-) -> int:
-    """Put every parameter into the model; the bytes of those that are mapped."""
+def _place(model: nn.Module, places: Places, reader: FileReader, options: Options) -> None:
+    """Put every parameter into the model."""
+    contents = places.contents
     done: dict[tuple[str, ...], nn.Parameter] = {}
-    mapped_bytes = 0
-    used = {key for view in manifest.parameters.values() for key in _keys(view)}
     with Progress(options.progress) as progress:
-        progress.start(sum(entries[key].nbytes for key in used))
-        for name, view in manifest.parameters.items():
-            keys = tuple(_keys(view))  # the same ones: the same parameter, under another name
+        progress.start(sum(contents.bytes_of(view) for _, view in contents.parameters()))
+        for name, view in contents.manifest.parameters.items():
+            parent, _, leaf = name.rpartition(".")
+            slots = model.get_submodule(parent)._parameters
+            keys = tuple(view.tensors.values())  # the same ones: the same parameter, once more
             if keys not in done:
-                device, strides = device_of(name), moves.get(name)
                 try:
-                    if strides is None:
-                        tensor = read_tensor(view, entries, reader, device)
+                    device, strides = places.device_of(name), places.moves.get(name)
+                    own: Any = slots[leaf]
+                    tensor = contents.tensor(view, reader, device, strides)
+                    if options.assigns or own is None:
+                        done[keys] = nn.Parameter(tensor, requires_grad=view.requires_grad)
                     else:
-                        tensor = _read_moved(view, entries, reader, device, strides)
-                    done[keys] = _parameter(model, name, tensor, view, options)
+                        own.data = tensor
+                        done[keys] = own.requires_grad_(view.requires_grad)
                 except BaseException:
                     done.clear()  # the traceback holds them as long as the exception lives
                     raise
-                size_bytes = sum(entries[key].nbytes for key in keys)
-                is_mapped = reader.maps is not None and device.type == "cpu" and strides is None
-                mapped_bytes += size_bytes if is_mapped else 0
-                progress.advance(name, size_bytes)
-            parent, _, leaf = name.rpartition(".")
-            model.get_submodule(parent)._parameters[leaf] = done[keys]
-    return mapped_bytes
+                progress.advance(name, contents.bytes_of(view))
+            slots[leaf] = done[keys]
 
 
 def _place_buffers(
     model: nn.Module,
-    manifest: Manifest,
-    entries: dict[str, TensorEntry],
+    contents: Contents,
     reader: FileReader,
-    device_of: Any,
+    device_of: Callable[[str], torch.device],
 ) -> None:
     for name, buffer in list(model.named_buffers()):
         parent, _, leaf = name.rpartition(".")
-        held = manifest.buffers.get(name)
-        if held is not None:
-            value = read_tensor(held, entries, reader, device_of(name))
-        else:
-            value = buffer.to(device_of(name))
+        held, device = contents.manifest.buffers.get(name), device_of(name)
+        value = buffer.to(device) if held is None else contents.tensor(held, reader, device)
         model.get_submodule(parent)._buffers[leaf] = value
-
-
-def _keys(view: View) -> Iterator[str]:
-    yield from view.tensors.values()
-
-
-def _check_room(
-    manifest: Manifest,
-    entries: dict[str, TensorEntry],
-    reader: FileReader,
-    device_of: Any,
-    moves: Mapping[str, tuple[int, ...]],
-) -> None:
-    needed: dict[torch.device, int] = {}
-    twice: dict[torch.device, int] = {}
-    for name, view in (*manifest.parameters.items(), *manifest.buffers.items()):
-        device = device_of(name)
-        size = sum(entries[key].nbytes for key in _keys(view))
-        if reader.maps is None or device.type != "cpu" or name in moves:
-            needed[device] = needed.get(device, 0) + size
-        if name in moves:
-            twice[device] = max(twice.get(device, 0), size)
-    for device, size in twice.items():
-        needed[device] += size
-    check_room(needed, manifest.source or manifest.model_class)
-
-
-def _parameter(
-    model: nn.Module, name: str, tensor: torch.Tensor, view: View, options: Options
-) -> nn.Parameter:
-    parent, _, leaf = name.rpartition(".")
-    own = model.get_submodule(parent)._parameters[leaf]
-    if options.assigns or own is None:
-        return nn.Parameter(tensor, requires_grad=view.requires_grad)
-    own.data = tensor
-    own.requires_grad_(view.requires_grad)
-    return own
-
-
-def read_tensor(
-    view: View, entries: dict[str, TensorEntry], reader: FileReader, device: torch.device
-) -> torch.Tensor:
-    """A parameter or a buffer of a copy: mapped where `reader.maps` is, else read."""
-    if view.quantized is None:
-        entry = entries[view.tensors[""]]
-        return _stored(entry, checked_geometry(view, entry), reader, device)
-    parts = {
-        part: _stored(entries[key], _whole(entries[key]), reader, device)
-        for part, key in view.tensors.items()
-    }
-    dtype = view.dtype or torch.float32
-    return quantized.rebuild(
-        parts, view.quantized, view.shape, view.strides, view.offset, dtype, is_parameter=False
-    )
-
-
-def _whole(entry: TensorEntry) -> torch.Tensor:
-    return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
-
-
-def _stored(
-    entry: TensorEntry, geometry: torch.Tensor, reader: FileReader, device: torch.device
-) -> torch.Tensor:
-    if reader.maps is not None and device.type == "cpu" and entry.nbytes:
-        return reader.maps.view(entry, geometry)
-    return _read(entry, geometry, reader, device)
-
-
-def _read(
-    entry: TensorEntry, geometry: torch.Tensor, reader: FileReader, device: torch.device
-) -> torch.Tensor:
-    out = torch.empty_strided(geometry.shape, geometry.stride(), dtype=entry.dtype, device=device)
-    FileSource(entry, reader).read_into(out, geometry, ())
-    return out
-
-
-def _read_moved(
-    view: View,
-    entries: dict[str, TensorEntry],
-    reader: FileReader,
-    device: torch.device,
-    strides: tuple[int, ...],
-) -> torch.Tensor:
-    entry = entries[view.tensors[""]]
-    value = _read(entry, checked_geometry(view, entry), reader, device)
-    return copied(value, strides, value.dtype)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tl_fastload.copies.manifest import Manifest, read_manifest, stored_tensors
+from tl_fastload.copies.manifest import read_manifest, stored_tensors
 from tl_fastload.errors import CheckpointError
 from tl_fastload.ground.boundary import guarded
 from tl_fastload.ground.paths import expanded
@@ -17,22 +17,6 @@ from tl_fastload.source.reader import FileReader
 from tl_fastload.source.safetensors import TensorEntry
 
 _CHUNK_BYTES = 8 << 20
-
-
-def open_copy(folder: Path) -> tuple[Manifest, dict[str, TensorEntry]]:
-    """The JSON and the headers of a copy; read again if another process has just replaced it.
-
-    Raises:
-        CheckpointError: the copy is damaged, or this version cannot read it.
-    """
-    manifest = read_manifest(folder)
-    try:
-        return manifest, stored_tensors(folder, manifest)
-    except CheckpointError:
-        again = read_manifest(folder)
-        if again.copy_id == manifest.copy_id:
-            raise
-        return again, stored_tensors(folder, again)
 
 
 def tokenizer_digests(folder: Path) -> dict[str, str]:

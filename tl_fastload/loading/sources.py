@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tl_fastload.copies.contents import open_copy
 from tl_fastload.copies.manifest import MANIFEST, checked_geometry, is_copy
-from tl_fastload.copies.read import read_tensor
-from tl_fastload.copies.verify import open_copy
 from tl_fastload.errors import ArgumentError
 from tl_fastload.ground.mark import require_whole
 from tl_fastload.ground.paths import exists, expanded
@@ -162,16 +161,16 @@ def _of_path(path: Path, reader: FileReader) -> WeightSource:
 
 def _of_copy(folder: Path, reader: FileReader) -> WeightSource:
     """A processed copy: plain tensors are read as they are written, quantized ones are mapped."""
-    manifest, entries = open_copy(folder)
+    contents = open_copy(folder)
+    manifest = contents.manifest
     reader.maps = None if is_on_network(folder) else FileMaps(reader.files)
     table: dict[str, Source] = {}
     for name, view in {**manifest.buffers, **manifest.parameters}.items():
         if view.quantized is None:
-            entry = entries[view.tensors[""]]
+            entry = contents.entries[view.tensors[""]]
             table[name] = FileSource(entry, reader, checked_geometry(view, entry))
         else:
-            value = read_tensor(view, entries, reader, torch.device("cpu"))
-            table[name] = MemorySource(value, name)
+            table[name] = MemorySource(contents.tensor(view, reader, torch.device("cpu")), name)
     return WeightSource(
         *(str(folder), table),
         folder=folder,
