@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tl_fastload.copies.contents import open_copy
 from tl_fastload.copies.folders import (
     OTHERS_WRITE,
     is_trusted,
@@ -18,13 +19,7 @@ from tl_fastload.copies.folders import (
     remove_whole,
 )
 from tl_fastload.copies.key import entry_name
-from tl_fastload.copies.manifest import (
-    MANIFEST,
-    Manifest,
-    is_copy,
-    read_manifest,
-    stored_tensors,
-)
+from tl_fastload.copies.manifest import MANIFEST, Manifest, is_copy
 from tl_fastload.errors import (
     ArgumentError,
     CheckpointError,
@@ -107,9 +102,7 @@ def entries(folder: str | Path | None = None) -> list[Entry]:
     for path in _copies(_home(folder)):
         try:
             with boundary("while looking at a cache entry"):
-                manifest = read_manifest(path)
-                stored_tensors(path, manifest)
-                found.append(_entry(path, manifest))
+                found.append(_entry(path, open_copy(path).manifest))
         except LeanLoadError:  # damaged, or just being removed
             continue
     return sorted(found, key=lambda entry: -entry.last_used)

@@ -66,7 +66,8 @@ def move_into_place(
     Returns:
         Whether the folder was put there; False only with `keep`.
     """
-    _sync_tree(folder)
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
     if not _rename(folder, target):
         if keep and (target / last).is_file():
             return False
@@ -220,12 +221,6 @@ def _machine() -> str:
     with contextlib.suppress(OSError):
         where += str(Path("/proc/self/ns/pid").stat().st_ino)
     return hashlib.sha256(where.encode()).hexdigest()[:8]
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        sync(path)
-    sync(folder)
 
 
 def sync(path: Path) -> None:

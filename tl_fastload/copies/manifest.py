@@ -141,11 +141,8 @@ class Manifest:
         return _model_checksum(self._body())
 
     def _body(self) -> dict[str, Any]:
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        values = asdict(self)
         del values["read_checksum"]
-        values |= {"parameters": _views(self.parameters), "buffers": _views(self.buffers)}
-        if self.quantization is not None:
-            values["quantization"] = asdict(self.quantization)
         if self.layout == FORWARD:  # earlier versions, which know no other, read such copies
             del values["layout"]
         if self.built is None:  # likewise
@@ -213,10 +210,6 @@ def _manifest(body: dict[str, Any], path: Path) -> Manifest:
     if outside:
         raise ValueError(f"{outside[0]!r} leads out of the folder")
     return manifest
-
-
-def _views(views: Mapping[str, View]) -> dict[str, Any]:
-    return {name: asdict(view) for name, view in views.items()}
 
 
 def _view(fields: dict[str, Any]) -> View:

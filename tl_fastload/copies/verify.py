@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tl_fastload.copies.manifest import read_manifest, stored_tensors
+from tl_fastload.copies.contents import open_copy
 from tl_fastload.errors import CheckpointError
 from tl_fastload.ground.boundary import guarded
 from tl_fastload.ground.paths import expanded
@@ -61,10 +62,9 @@ def verify_copy(folder: str | os.PathLike[str]) -> None:
     """
     checked(folder=folder)
     place = expanded(Path(folder))
-    manifest = read_manifest(place)
-    entries = stored_tensors(place, manifest)
-    reader = FileReader()
-    try:
+    contents = open_copy(place)
+    manifest, entries = contents.manifest, contents.entries
+    with contextlib.closing(FileReader()) as reader:
         reader.files.expect({e.path: e.state for e in entries.values() if e.state is not None})
         for key, wanted in manifest.checksums.items():
             if _digest(reader, entries[key]) != wanted:
@@ -73,8 +73,6 @@ def verify_copy(folder: str | os.PathLike[str]) -> None:
                     "the copy again, or load the original."
                 )
         reader.files.check_all()
-    finally:
-        reader.close()
     if manifest.tokenizer is not None:
         check_tokenizer(place, manifest.tokenizer)
 

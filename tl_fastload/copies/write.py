@@ -205,9 +205,11 @@ def write_copy(
     """
     model = unwrapped(model)
     target = expanded_to_write(folder, SaveError).absolute()
-    _check_model(model)
+    road = road_of(model, SaveError)
+    require_whole(model, "save_lean")
+    require_values(model, "save_lean", SaveError)
     check_target(target)
-    plan = _Plan(road_of(model).stored(model))
+    plan = _Plan(road.stored(model))
     plan.add_parameters()
     plan.add_buffers()
     try:
@@ -229,12 +231,6 @@ def write_copy(
             f"{target} could not be written ({error.strerror or error}). What was there before is "
             "as it was. Free space or give permission, or choose another folder."
         ) from error
-
-
-def _check_model(model: Any) -> None:
-    road_of(model, SaveError)
-    require_whole(model, "save_lean")
-    require_values(model, "save_lean", SaveError)
 
 
 def check_target(target: Path) -> None:

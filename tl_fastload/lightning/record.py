@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,8 +18,6 @@ from tl_fastload.placement.values_here import require_here
 from tl_fastload.report.load_report import LoadReport
 
 _FORMAT = 1
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
 
 
 def record_of(modules: Mapping[str, nn.Module]) -> dict[str, Any]:
@@ -43,24 +41,20 @@ def record_of(modules: Mapping[str, nn.Module]) -> dict[str, Any]:
     return {"format": _FORMAT, "submodules": records}
 
 
-def _readable(function: Callable[_P, _R]) -> Callable[_P, _R]:
+@contextmanager
+def _readable() -> Iterator[None]:
     """Let a function that reads a record say that the record is damaged."""
-
-    @functools.wraps(function)
-    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        try:
-            return function(*args, **kwargs)
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise CheckpointError(
-                "The checkpoint's record of frozen submodules is damaged "
-                f"({type(error).__name__}: {str(error)[:200]}). Nobody can tell whether it was "
-                "trained beside this model; use a checkpoint that was not altered."
-            ) from error
-
-    return call
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            "The checkpoint's record of frozen submodules is damaged "
+            f"({type(error).__name__}: {str(error)[:200]}). Nobody can tell whether it was "
+            "trained beside this model; use a checkpoint that was not altered."
+        ) from error
 
 
-@_readable
+@_readable()
 def differences(record: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> list[str]:
     """How the submodules that stand here differ from those of a record, one sentence each.
 
@@ -101,7 +95,7 @@ def tensor_differences(
     return _weight_differences(name, fingerprint(theirs), fingerprint(parameters_of(module)))
 
 
-@_readable
+@_readable()
 def describe(record: Mapping[str, Any]) -> str:
     """The models of a record in a line, as their load reports told them."""
     lines = []
