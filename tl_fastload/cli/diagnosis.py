@@ -139,7 +139,7 @@ class Diagnosis:
 
 def diagnose() -> Diagnosis:
     """Find all facts; takes a few seconds, since kernels are run."""
-    options, found, devices = Options(), versions(), _devices()
+    options, devices = Options(), _devices()
     there, road_fixes = roads()
     kernels = tuple(
         Kernel(device.name, kind, _try_kernel(device.name, kind))
@@ -149,7 +149,7 @@ def diagnose() -> Diagnosis:
     )
     caches = _caches()
     return Diagnosis(
-        versions=found,
+        versions=versions(),
         roads=there,
         machine=machine(),
         strategy=f"{'assign' if options.assigns else 'copy'} ({options.reason()})",
@@ -157,7 +157,7 @@ def diagnose() -> Diagnosis:
         kernels=kernels,
         caches=caches,
         fixes=(
-            *_fixes_for_versions(found),
+            *_fixes_for_torch(),
             *road_fixes,
             *_fixes_for_kernels(kernels),
             *_fixes_for_caches(caches),
@@ -255,15 +255,13 @@ def _caches() -> tuple[CacheFolder, ...]:
     return tuple(found)
 
 
-def _fixes_for_versions(found: dict[str, str | None]) -> list[str]:
-    fixes = []
-    if not compat.can_assign():
-        fixes.append(
-            f"torch {compat.TORCH} copies into the model instead of assigning, maps nothing and "
-            "holds no quantized weights: "
-            f'pip install "torch>={compat.ASSIGN_NEEDS_TORCH}".'
-        )
-    return fixes
+def _fixes_for_torch() -> list[str]:
+    if compat.can_assign():
+        return []
+    return [
+        f"torch {compat.TORCH} copies into the model instead of assigning, maps nothing and holds "
+        f'no quantized weights: pip install "torch>={compat.ASSIGN_NEEDS_TORCH}".'
+    ]
 
 
 def _not_installed(name: str) -> str:

@@ -43,7 +43,7 @@ def one_line(text: str) -> str:
     return printable(text).replace("\n", "\\n")
 
 
-def listed(names: list[str], most: int = 10) -> str:
+def listed(names: Sequence[str], most: int = 10) -> str:
     """The first names of a list, and how many there are beyond them."""
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

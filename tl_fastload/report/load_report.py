@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 from tl_fastload.ground import compat
 from tl_fastload.ground.memory_orders import FORWARD
-from tl_fastload.ground.words import against, format_bytes, html_table, text_table
+from tl_fastload.ground.words import against, format_bytes, html_table, listed, text_table
 from tl_fastload.report.memory import PeakSampler, unique_bytes
 from tl_fastload.report.timeline import Timeline
 
@@ -154,8 +153,7 @@ class LoadReport:
             rows.append(("cache", self.cache))
         for label, keys in (("missing", self.missing_keys), ("unexpected", self.unexpected_keys)):
             if keys:
-                more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-                rows.append((f"{label} keys", f"{len(keys)}: {', '.join(keys[:5])}{more}"))
+                rows.append((f"{label} keys", f"{len(keys)}: {listed(keys, 5)}"))
         rows += [("note", note) for note in self.notes]
         return rows
 
@@ -170,14 +168,9 @@ class LoadReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: dtype as text, everything else as it is."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        plain = {
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "adapters": list(self.adapters),
-            "notes": list(self.notes),
-            "timeline": self.timeline.to_dict(),
-        }
-        return copy.deepcopy({**values, **plain})
+        dtype = str(self.dtype).removeprefix("torch.")
+        lists = {"adapters": list(self.adapters), "notes": list(self.notes)}
+        return {**asdict(self), "dtype": dtype, **lists}
 
     def plot(self, stock: Any = None, path: str | Path | None = None) -> Any:
         """Draw the memory of this load over its time. Needs matplotlib.
@@ -203,7 +196,4 @@ def _by_reason(not_quantized: dict[str, str]) -> list[str]:
     names: dict[str, list[str]] = {}
     for name, reason in not_quantized.items():
         names.setdefault(reason, []).append(name)
-    return [
-        f"{found[0]}{f' and {len(found) - 1} more' if len(found) > 1 else ''} ({reason})"
-        for reason, found in names.items()
-    ]
+    return [f"{listed(found, 1)} ({reason})" for reason, found in names.items()]

@@ -184,9 +184,8 @@ class _Device:
         """What is allocated, and the most that ever was."""
         if not cuda_is_in_use():
             return 0, 0
-        return torch.cuda.memory_allocated(self._index), torch.cuda.max_memory_allocated(
-            self._index
-        )
+        index = self._index
+        return torch.cuda.memory_allocated(index), torch.cuda.max_memory_allocated(index)
 
     def look(self) -> int:
         """What it is now."""
@@ -249,7 +248,8 @@ def stored_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 def unique_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the elements that these tensors hold; tensors on the same elements count once."""
-    spans = {(str(part.device), *_span(part), bytes_of(part)) for part in _parts_of(tensors)}
+    parts = (part for tensor in tensors for part in stored_parts(tensor))
+    spans = {(str(part.device), *_span(part), bytes_of(part)) for part in parts}
     total, device, reached = 0, "", 0
     # The first at an address is the longest: others may be views into it.
     for where, start, end, size in sorted(spans, key=lambda span: (*span[:2], -span[2])):
@@ -258,10 +258,6 @@ def unique_bytes(tensors: Iterable[torch.Tensor]) -> int:
             reached = end if where != device else max(reached, end)
             device = where
     return total
-
-
-def _parts_of(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    return [part for tensor in tensors for part in stored_parts(tensor)]
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:

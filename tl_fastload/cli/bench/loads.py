@@ -65,16 +65,12 @@ def prepare(
     wanted = Contender(**contender)
     with contextlib.suppress(ValueError, KeyError):  # transformers does not know the toy models
         import_architecture(Path(folder))
-    if wanted.road == "bridge":
-        if wanted.loader == "stock":
-            found = stock_bridge(folder, wanted.dtype, wanted.processed)
-            return found, lambda loaded: {"parameter_bytes": unique_bytes(loaded.parameters())}
-        more = {"strategy": wanted.strategy, "quantize": wanted.quantize}
-        return lean_bridge(model, wanted.dtype, wanted.processed, **more), _describe_lean
+    is_bridge, how = wanted.road == "bridge", (wanted.dtype, wanted.processed)
     if wanted.loader == "stock":
-        return _with_phases(stock_load(stock_name, wanted.dtype, wanted.processed))
-    more = {"strategy": wanted.strategy, "quantize": wanted.quantize}
-    return lean_load(model, wanted.dtype, wanted.processed, **more), _describe_lean
+        stock = stock_bridge(folder, *how) if is_bridge else stock_load(stock_name, *how)
+        return _with_phases(stock)
+    lean = lean_bridge if is_bridge else lean_load
+    return lean(model, *how, strategy=wanted.strategy, quantize=wanted.quantize), _describe_lean
 
 
 def _with_phases(load: Load) -> tuple[Load, Callable[[Any], dict[str, Any]]]:
