@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks import copies, models
 from benchmarks.quantized_checkpoints import make_quantized_checkpoint, weight_files
 from tl_fastload.cli.bench.process import Measurement, measure, read_ahead
-from tl_fastload.cli.bench.synthetic import item_bytes
+from tl_fastload.cli.bench.synthetic import ITEM_BYTES
 from tl_fastload.report.available import available_host_bytes
 
 __all__ = ["Case", "Measurement", "run_case"]
@@ -106,6 +106,6 @@ def needed_bytes(case: Case) -> int:
     numbers = shape.file_numbers()
     # Stock's processing upcasts everything, whatever the dtype.
     if case.road in ("stock", "bridge-stock"):
-        return _IMPORTS_BYTES + numbers * item_bytes("float32") * 7 // 2
+        return _IMPORTS_BYTES + numbers * ITEM_BYTES["float32"] * 7 // 2
     held_by_caller = shape.file_bytes() if case.from_hf_model else 0
-    return _IMPORTS_BYTES + held_by_caller + numbers * item_bytes(case.dtype) * 3 // 2
+    return _IMPORTS_BYTES + held_by_caller + numbers * ITEM_BYTES[case.dtype] * 3 // 2

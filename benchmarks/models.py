@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tl_fastload.cli.bench import synthetic
-from tl_fastload.cli.bench.synthetic import GPT2_NAME, LLAMA_NAME, item_bytes
+from tl_fastload.cli.bench.synthetic import GPT2_NAME, ITEM_BYTES, LLAMA_NAME
 
 CACHE_VARIABLE = "TL_FASTLOAD_BENCH_CACHE"
 RECIPE = 1  # raise it when the contents of the files change
@@ -34,7 +34,7 @@ class Shape(synthetic.Shape):
 
     def file_bytes(self) -> int:
         """Size of the weights in the checkpoint."""
-        return self.file_numbers() * item_bytes(self.file_dtype)
+        return self.file_numbers() * ITEM_BYTES[self.file_dtype]
 
 
 SHAPES = {

@@ -20,9 +20,8 @@ from typer.core import TyperGroup
 
 from tl_fastload.cli.bench import bench
 from tl_fastload.cli.cache import cache_app
+from tl_fastload.cli.commands import doctor, load, plan, save
 from tl_fastload.cli.console import show_error
-from tl_fastload.cli.doctor import doctor
-from tl_fastload.cli.one_model import load, plan, save
 from tl_fastload.cli.options import Debug, as_options
 from tl_fastload.errors import ArgumentError, LeanLoadError
 from tl_fastload.ground.compat import __version__

@@ -290,13 +290,12 @@ def configuration_fields(cfg: Any, *, is_computed: bool) -> tuple[dict[str, Any]
         except SaveError:
             if not is_computed or name in declared:
                 raise
-    values["device"] = None  # chosen when the copy is loaded
     optional = [n for n in values if n not in declared or values[n] == declared[n]]
     return values, optional
 
 
 def _plain(name: str, value: Any) -> Any:
-    if name == "device":
+    if name == "device":  # chosen when the copy is loaded
         return None
     if hasattr(value, "item") and not isinstance(value, torch.Tensor):
         value = value.item()  # numpy's numbers

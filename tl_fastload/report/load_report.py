@@ -15,7 +15,7 @@ from tl_fastload.report.memory import PeakSampler, unique_bytes
 from tl_fastload.report.timeline import Timeline
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LoadReport:
     """The result of one lean load, readable when printed and in a notebook.
 
@@ -51,18 +51,18 @@ class LoadReport:
 
     strategy: str
     reason: str
-    torch_version: str
-    transformers_version: str
-    transformer_lens_version: str
+    torch_version: str = str(compat.TORCH)
+    transformers_version: str = str(compat.TRANSFORMERS)
+    transformer_lens_version: str = str(compat.TRANSFORMER_LENS)
     source: str
     dtype: torch.dtype
     device: str
-    seconds: float
+    seconds: float = 0.0
     parameter_bytes: int
-    peak_host_bytes: int
-    peak_anonymous_bytes: int
-    mapped_bytes: int
-    peak_device_bytes: int | None
+    peak_host_bytes: int = 0
+    peak_anonymous_bytes: int = 0
+    mapped_bytes: int = 0
+    peak_device_bytes: int | None = None
     processing: dict[str, str] = field(default_factory=dict)
     quantization: str | None = None
     not_quantized: dict[str, str] = field(default_factory=dict)
@@ -76,38 +76,18 @@ class LoadReport:
     layout: str = FORWARD
 
     @classmethod
-    def of(
-        cls,
-        model: Any,
-        *,
-        strategy: str,
-        reason: str,
-        source: str,
-        mapped_bytes: int = 0,
-        **said: Any,
-    ) -> LoadReport:
+    def of(cls, model: Any, **said: Any) -> LoadReport:
         """The report of a load into `model`, before `measured` adds time and memory.
 
         Args:
             model: a `HookedTransformer` with its weights.
-            strategy: as in the report, like the other arguments; `said` is any of the rest.
+            **said: any fields that the model does not say.
         """
         parameters = list(model.parameters())
         return cls(
-            strategy=strategy,
-            reason=reason,
-            torch_version=str(compat.TORCH),
-            transformers_version=str(compat.TRANSFORMERS),
-            transformer_lens_version=str(compat.TRANSFORMER_LENS),
-            source=source,
             dtype=model.cfg.dtype,
             device=", ".join(sorted({str(parameter.device) for parameter in parameters})),
-            seconds=0.0,
             parameter_bytes=unique_bytes(parameters),
-            peak_host_bytes=0,
-            peak_anonymous_bytes=0,
-            mapped_bytes=mapped_bytes,
-            peak_device_bytes=None,
             layout=getattr(model, "_layout", FORWARD),
             **said,
         )

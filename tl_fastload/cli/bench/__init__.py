@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from tl_fastload.cli.bench.synthetic import checked_model, item_bytes
+from tl_fastload.cli.bench.synthetic import ITEM_BYTES, checked_model
 from tl_fastload.cli.console import console, draw, give, say
 from tl_fastload.cli.options import QUANTIZATIONS, ROADS, Drawn, Written, check_known, command
 from tl_fastload.ground.words import format_bytes
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from tl_fastload.cli.bench.loads import Contender
     from tl_fastload.cli.bench.process import Measurement
 
-_DTYPES = ("float32", "bfloat16", "float16")
 _STRATEGIES = ("auto", "assign", "copy")
 
 Found = Mapping["Contender", "Measurement"]
@@ -77,7 +76,7 @@ def bench(
     what = checked_model(model, shape)
     if keep is not None and shape is None:
         raise typer.BadParameter("goes with --shape only.", param_hint="'--keep'")
-    check_known("--dtype", dtypes, _DTYPES)
+    check_known("--dtype", dtypes, tuple(ITEM_BYTES))
     check_known("--strategy", strategies, _STRATEGIES)
     check_known("--quantize", kinds, QUANTIZATIONS)
     check_known("--road", [road] if road else [], ROADS)
@@ -90,7 +89,7 @@ def bench(
     for one in dict.fromkeys(dtypes):
         contenders += [Contender("stock", one, processing, road=on)] if stock else []
         contenders += [Contender("lean", one, processing, way, road=on) for way in strategies]
-    narrow = min(dtypes, key=item_bytes)  # what is not quantized is best in as few bits
+    narrow = min(dtypes, key=ITEM_BYTES.__getitem__)  # what is not quantized is best in as few bits
     contenders += [Contender("lean", narrow, processing, quantize=kind, road=on) for kind in kinds]
     with run.subject_of(what, lean_class(on)._road.aliases(), keep) as subject:
         found = run.run(subject, list(dict.fromkeys(contenders)), repeats, _announce)

@@ -149,6 +149,6 @@ def run(
 
 def _needed_bytes(subject: Subject, contender: Contender) -> int:
     """Memory that must be free for a load to be measured, on the safe side."""
-    item_bytes = synthetic.item_bytes(contender.dtype)
-    a_number = _STOCK_BYTES_A_NUMBER if contender.loader == "stock" else item_bytes * 3 // 2
+    lean_bytes = synthetic.ITEM_BYTES[contender.dtype] * 3 // 2
+    a_number = _STOCK_BYTES_A_NUMBER if contender.loader == "stock" else lean_bytes
     return _IMPORTS_BYTES + subject.numbers * a_number

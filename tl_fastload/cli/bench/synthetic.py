@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 _CHUNK_ELEMENTS = 1 << 22
 _WEIGHT_STD = 0.02
 _NORM_STD = 0.1
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _REVISION = "0" * 40
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""The size of one number of each dtype."""
 
 # Names of models whose configuration TransformerLens takes from config.json. For the Llama: a name
 # with "llama" in it would be given the shape that its tables have for that name.
@@ -88,8 +90,8 @@ def parse_shape(text: str) -> Shape:
     fields = dict(part.partition("=")[::2] for part in rest.split(",") if part)
     official_name, d_vocab = _FAMILIES[family]
     file_dtype = fields.pop("dtype", "float32" if family == "gpt2" else "bfloat16")
-    if file_dtype not in _ITEM_BYTES:
-        raise ArgumentError(f"--shape: dtype={file_dtype} is none of {', '.join(_ITEM_BYTES)}.")
+    if file_dtype not in ITEM_BYTES:
+        raise ArgumentError(f"--shape: dtype={file_dtype} is none of {', '.join(ITEM_BYTES)}.")
     unknown = sorted(set(fields) - set(_NUMBERS))
     if unknown:
         raise ArgumentError(
@@ -167,11 +169,6 @@ def hf_config(shape: Shape) -> dict[str, Any]:
         "eos_token_id": 2,
         "torch_dtype": shape.file_dtype,
     }
-
-
-def item_bytes(dtype: str) -> int:
-    """Size of one number."""
-    return _ITEM_BYTES[dtype]
 
 
 def weights_file(folder: Path) -> Path:

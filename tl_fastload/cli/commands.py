@@ -1,4 +1,4 @@
-"""`tl-fastload plan`, `load` and `save`: what is done with one model."""
+"""`tl-fastload plan`, `load` and `save`, which are about one model, and `doctor`."""
 
 from __future__ import annotations
 
@@ -178,3 +178,32 @@ def save(
         with libraries_to_stderr():
             commit = push_copy(folder, push, private=private)
         console().print(Text(f"Pushed: {commit.commit_url}"))
+
+
+@command
+def doctor(json: Written = None) -> None:
+    """Show versions, devices, kernels, caches and memory limits, and what to fix.
+
+    Multiplies by a small matrix of each quantized format, so that "works" means that it does.
+
+    [bold]Examples[/]
+
+      tl-fastload doctor
+
+      tl-fastload doctor --json facts.json
+
+    Args:
+        json: Write the facts as JSON; - for standard output.
+    """
+    from tl_fastload.cli.diagnosis import diagnose
+
+    found = diagnose()
+
+    def show() -> None:
+        show_rows(found)
+        out = console()
+        out.print("\n[bold]To fix[/]" if found.fixes else "\n[green]Nothing to fix.[/]")
+        for fix in found.fixes:
+            out.print(Text(f"- {fix}"))
+
+    give(json, found.to_dict, show)
