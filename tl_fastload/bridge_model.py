@@ -235,15 +235,10 @@ class LeanBridgeMixin(Face):
     ) -> None:
         """TransformerLens' `process_weights`, which `enable_compatibility_mode` calls: recorded,
         then done in place, one parameter at a time. A step that would change the model's output is
-        left out with a NumbersWarning.
+        left out with a NumbersWarning. The steps are as for `enable_compatibility_mode`.
 
         Args:
             verbose: print what is done.
-            fold_ln: fold the norm weights into the following layer.
-            center_writing_weights: give what writes to the residual stream zero mean.
-            center_unembed: give the unembedding zero mean over the vocabulary.
-            fold_value_biases: fold the value biases into the output bias.
-            refactor_factored_attn_matrices: make the factors of the QK and OV circuits even.
 
         Raises:
             ArgumentError: weights that are not here, or a step that this model cannot have.

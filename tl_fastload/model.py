@@ -154,13 +154,7 @@ class LeanLoadingMixin(Face):
 
         A second call with nothing changed in between does nothing and says so in
         `load_report.notes`: steps are never applied twice. Parameter objects keep their identity,
-        quantized ones also their bytes.
-
-        Args:
-            fold_ln: fold the norm weights into the following layer.
-            center_writing_weights: give what writes to the residual stream zero mean.
-            center_unembed: give the unembedding zero mean over the vocabulary.
-            refactor_factored_attn_matrices: make the factors of the QK and OV circuits even.
+        quantized ones also their bytes. The steps are as for `load_and_process_state_dict`.
 
         Raises:
             ArgumentError: parameters whose values are elsewhere (offloaded, sharded, on meta), or a
