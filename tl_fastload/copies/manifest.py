@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from tl_fastload.copies.schema import check_configuration, check_manifest
+from tl_fastload.copies.schema import REMEDY, check_configuration, check_manifest
 from tl_fastload.errors import CheckpointError, SaveError
 from tl_fastload.ground import compat
 from tl_fastload.ground.compat import __version__
@@ -39,7 +39,6 @@ _OF_THE_MODEL = (
     *("model_class", "configuration", "optional", "flags", "quantization", "not_quantized"),
     *("parameters", "buffers", "layout", "hf_config"),
 )
-_REMEDY = "Save the copy again, or load the original"
 
 
 @dataclass(frozen=True)
@@ -176,10 +175,10 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     check_link(folder, MANIFEST)
-    body = read_object(path, f"{_REMEDY}.", cannot_read=lambda error: unreadable(path, error))
+    body = read_object(path, REMEDY, cannot_read=lambda error: unreadable(path, error))
     version = body.get("format_version")
     if not isinstance(version, int):
-        raise CheckpointError(f"{path} does not describe a processed copy. {_REMEDY}.")
+        raise CheckpointError(f"{path} does not describe a processed copy. {REMEDY}")
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format version {version}, this tl_fastload reads up to {FORMAT_VERSION}. "
@@ -187,18 +186,18 @@ def read_manifest(folder: Path) -> Manifest:
         )
     checksum = body.pop("checksum", None)
     if checksum != _checksum(body):
-        raise CheckpointError(f"{path} was altered: its checksum does not fit. {_REMEDY}.")
+        raise CheckpointError(f"{path} was altered: its checksum does not fit. {REMEDY}")
     try:
         return replace(_manifest(body, path), read_checksum=_model_checksum(body))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is damaged ({type(error).__name__}: {error}). {_REMEDY}."
+            f"{path} is damaged ({type(error).__name__}: {error}). {REMEDY}"
         ) from error
 
 
 def _manifest(body: dict[str, Any], path: Path) -> Manifest:
     values = _decode({name: value for name, value in body.items() if name != "format_version"})
-    check_manifest(values, str(path), f"{_REMEDY}.")
+    check_manifest(values, str(path))
     for part in ("parameters", "buffers"):
         values[part] = {name: _view(fields) for name, fields in values[part].items()}
     if values["quantization"] is not None:
@@ -232,7 +231,7 @@ def stored_tensors(folder: Path, manifest: Manifest) -> dict[str, TensorEntry]:
         if size != facts["bytes"]:
             raise CheckpointError(
                 f"{path} has {size:,} bytes, {facts['bytes']:,} were written: it was cut off or "
-                f"altered. {_REMEDY}."
+                f"altered. {REMEDY}"
             )
         text, state = header_text(path)
         is_ours = hashlib.sha256(text).hexdigest() == facts["header"]
@@ -243,11 +242,11 @@ def stored_tensors(folder: Path, manifest: Manifest) -> dict[str, TensorEntry]:
             is_ours = metadata.get(MODEL_KEY, manifest.read_checksum) == manifest.read_checksum
         if not is_ours:
             raise CheckpointError(
-                f"{path} is not the file that {MANIFEST} was written with. {_REMEDY}."
+                f"{path} is not the file that {MANIFEST} was written with. {REMEDY}"
             )
     absent = manifest.checksums.keys() - entries.keys()
     if absent:
-        raise CheckpointError(f"{folder} lacks the tensor {min(absent)!r}. {_REMEDY}.")
+        raise CheckpointError(f"{folder} lacks the tensor {min(absent)!r}. {REMEDY}")
     return entries
 
 
@@ -261,12 +260,12 @@ def checked_geometry(view: View, entry: TensorEntry) -> torch.Tensor:
     if not is_unbroken(view.shape, view.strides):
         raise CheckpointError(
             f"{entry.path}: strides {list(view.strides)} of shape {list(view.shape)} do not cover "
-            f"tensor {entry.name!r}. {_REMEDY}."
+            f"tensor {entry.name!r}. {REMEDY}"
         )
     if view_elements != math.prod(entry.shape):
         raise CheckpointError(
             f"{entry.path}: tensor {entry.name!r} has not the {view_elements:,} elements "
-            f"of shape {list(view.shape)}. {_REMEDY}."
+            f"of shape {list(view.shape)}. {REMEDY}"
         )
     return torch.empty_strided(view.shape, view.strides, dtype=entry.dtype, device="meta")
 
@@ -325,7 +324,7 @@ def build_configuration(manifest: Manifest, declared: type, label: str) -> Any:
         CheckpointError: a field is in use that this TransformerLens does not have, or is not what
             it must be.
     """
-    check_configuration(manifest.configuration, declared, f"{label}/{MANIFEST}", f"{_REMEDY}.")
+    check_configuration(manifest.configuration, declared, f"{label}/{MANIFEST}")
     known = {item.name: item for item in fields(declared)}
     lost = sorted(manifest.configuration.keys() - known.keys() - set(manifest.optional))
     if lost:

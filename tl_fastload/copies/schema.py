@@ -29,6 +29,9 @@ from tl_fastload.source.schemas import (
     table_of,
 )
 
+REMEDY = "Save the copy again, or load the original."
+"""What to do about a damaged copy."""
+
 _DTYPE = Rule("a dtype", lambda v: isinstance(v, torch.dtype))
 _SIDE = Rule('"left" or "right"', lambda v: v in ("left", "right"))
 _TOKENIZER: Mapping[str, Rule] = {"folder": TEXT, "is_fast": FLAG, "padding_side": _SIDE}
@@ -82,20 +85,19 @@ _CONFIGURATION: Mapping[str, Rule] = {
 """The fields that every model has."""
 
 
-def check_manifest(values: Mapping[str, Any], label: str, remedy: str) -> None:
+def check_manifest(values: Mapping[str, Any], label: str) -> None:
     """Check the decoded JSON of a copy.
 
     Args:
         values: its fields; those of a dtype are one.
         label: the file, for messages.
-        remedy: one sentence that says what to do.
 
     Raises:
         CheckpointError: a field is missing, or is not what it must be.
     """
 
     def check(value: Any, rules: Mapping[str, Rule], where: str, *, required: bool = True) -> None:
-        schemas.check(value, rules, f"{label} is damaged{where}", remedy, required=required)
+        schemas.check(value, rules, f"{label} is damaged{where}", REMEDY, required=required)
 
     check(values, _MANIFEST, "")
     check(values, _LATER, "", required=False)
@@ -114,7 +116,7 @@ def check_manifest(values: Mapping[str, Any], label: str, remedy: str) -> None:
             check(view, _VIEW, f", {part}, {name}")
             why_not = _why_not(view, values["checksums"])
             if why_not is not None:
-                raise CheckpointError(f"{label} is damaged, {part}, {name}: {why_not}. {remedy}")
+                raise CheckpointError(f"{label} is damaged, {part}, {name}: {why_not}. {REMEDY}")
 
 
 def _why_not(view: Mapping[str, Any], stored: Mapping[str, str]) -> str | None:
@@ -129,14 +131,13 @@ def _why_not(view: Mapping[str, Any], stored: Mapping[str, str]) -> str | None:
     return None if _STORED.fits(view["quantized"].get("stored")) else "it does not say what it is"
 
 
-def check_configuration(values: Mapping[str, Any], declared: type, label: str, remedy: str) -> None:
+def check_configuration(values: Mapping[str, Any], declared: type, label: str) -> None:
     """Check the fields of a configuration by the annotations of its class.
 
     Args:
         values: the fields.
         declared: the dataclass.
         label: the file, for messages.
-        remedy: one sentence that says what to do.
 
     Raises:
         CheckpointError: a field is not what it must be.
@@ -148,5 +149,4 @@ def check_configuration(values: Mapping[str, Any], declared: type, label: str, r
             if kind in words and not words & {"List", "Dict", "Callable", "Tuple"}:
                 rules.setdefault(item.name, rule | NOTHING)
     rules = {name: rule for name, rule in rules.items() if name not in _CONFIGURATION}
-    where = f"{label} is damaged, configuration"
-    schemas.check(values, rules, where, remedy, required=False)
+    schemas.check(values, rules, f"{label} is damaged, configuration", REMEDY, required=False)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_fastload.copies.contents import open_copy
+from tl_fastload.copies.schema import REMEDY
 from tl_fastload.errors import CheckpointError
 from tl_fastload.ground.boundary import guarded
 from tl_fastload.ground.paths import expanded
@@ -69,8 +70,8 @@ def verify_copy(folder: str | os.PathLike[str]) -> None:
         for key, wanted in manifest.checksums.items():
             if _digest(reader, entries[key]) != wanted:
                 raise CheckpointError(
-                    f"{entries[key].path}: the bytes of {key} are not those that were saved. Save "
-                    "the copy again, or load the original."
+                    f"{entries[key].path}: the bytes of {key} are not those that were saved. "
+                    f"{REMEDY}"
                 )
         reader.files.check_all()
     if manifest.tokenizer is not None:
