@@ -133,7 +133,7 @@ class Manifest:
     def dumps(self) -> str:
         """The text of the JSON file, with a checksum of itself."""
         body = self._body()
-        return json.dumps({**body, "checksum": _checksum(body)}, indent=1)
+        return json.dumps({**body, "checksum": _checksum(body)}, indent=1, default=_dtype_named)
 
     def model_checksum(self) -> str:
         """SHA-256 of what says which model the bytes are; the weight files carry it."""
@@ -146,7 +146,7 @@ class Manifest:
             del values["layout"]
         if self.built is None:  # likewise
             del values["built"]
-        return {"format_version": FORMAT_VERSION, **_encode(values)}
+        return {"format_version": FORMAT_VERSION, **values}
 
 
 def versions() -> dict[str, str]:
@@ -343,14 +343,11 @@ def build_configuration(manifest: Manifest, declared: type, label: str) -> Any:
     return cfg
 
 
-def _encode(value: Any) -> Any:
-    if isinstance(value, torch.dtype):
-        return {"torch.dtype": str(value).removeprefix("torch.")}
-    if isinstance(value, Mapping):
-        return {str(name): _encode(inner) for name, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_encode(inner) for inner in value]
-    return value
+def _dtype_named(value: Any) -> dict[str, str]:
+    """What stands for a dtype in the JSON; there is nothing else that JSON does not have."""
+    if not isinstance(value, torch.dtype):
+        raise TypeError(f"{value!r} cannot be written as JSON")
+    return {"torch.dtype": str(value).removeprefix("torch.")}
 
 
 def _decode(value: Any) -> Any:
@@ -369,5 +366,5 @@ def _model_checksum(body: Mapping[str, Any]) -> str:
 
 
 def _checksum(body: Mapping[str, Any]) -> str:
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"), default=_dtype_named)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -21,7 +21,6 @@ def check_arguments(arguments: Mapping[str, Any], keywords: Keywords) -> None:
     What each may be by itself, `tl_fastload.request.argument_types` has asked.
     """
     _check_checkpoint(arguments, keywords)
-    _check_gguf(arguments, keywords)
     _check_device(arguments)
     _check_dtype(arguments)
 
@@ -60,21 +59,15 @@ def _check_checkpoint(arguments: Mapping[str, Any], keywords: Keywords) -> None:
         raise ArgumentError(
             f"{' and '.join(given)} each pick a training checkpoint: pass one of them."
         )
-    if given and arguments["hf_model"] is not None:
-        raise ArgumentError(
-            f"{given[0]}= picks a checkpoint on the hub, but hf_model= already has weights: "
-            "pass one of them."
-        )
+    names = dict.fromkeys(given, "picks a checkpoint on the hub")
+    if keywords.hub.get("gguf_file") is not None:
+        names["gguf_file"] = "names weights"
+    if names and arguments["hf_model"] is not None:
+        name, what = next(iter(names.items()))
+        raise ArgumentError(f"{name}= {what}, but hf_model= already has weights: pass one of them.")
     if given and keywords.hub.get("revision") is not None:
         raise ArgumentError(
             f"{given[0]}= and revision= both name a version of the weights: pass one of them."
-        )
-
-
-def _check_gguf(arguments: Mapping[str, Any], keywords: Keywords) -> None:
-    if arguments["hf_model"] is not None and keywords.hub.get("gguf_file") is not None:
-        raise ArgumentError(
-            "gguf_file= names weights, but hf_model= already has weights: pass one of them."
         )
 
 
