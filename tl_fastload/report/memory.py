@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import operator
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import psutil
 import torch
 
+from tl_fastload.ground.geometry import span
 from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.report.timeline import PhaseWatch, Recorder, Timeline
 
@@ -248,22 +249,25 @@ def stored_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 def unique_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the elements that these tensors hold; tensors on the same elements count once."""
-    parts = (part for tensor in tensors for part in stored_parts(tensor))
-    spans = {(str(part.device), *_span(part), bytes_of(part)) for part in parts}
-    total, device, reached = 0, "", 0
-    # The first at an address is the longest: others may be views into it.
-    for where, start, end, size in sorted(spans, key=lambda span: (*span[:2], -span[2])):
-        if where != device or end > reached or start == 0:
-            total += size
-            reached = end if where != device else max(reached, end)
+    parts = [part for tensor in tensors for part in stored_parts(tensor)]
+    return sum(bytes_of(parts[number]) for number in each_once(parts))
+
+
+def each_once(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """The numbers of tensors that are not empty and do not lie in another one's memory, as Q, K and
+    V do in the matrix that they are views of.
+    """
+    spans = []
+    for number, tensor in enumerate(tensors):
+        start, size = tensor.data_ptr(), bytes_of(tensor)
+        if size and tensor.layout == torch.strided:
+            size = span(tensor) * tensor.element_size()
+        if size:
+            spans.append((str(tensor.device), start, -(start + size), number))
+    found, device, reached = [], "", 0
+    for where, start, end, number in sorted(spans):  # the first at an address is the longest
+        if where != device or -end > reached or start == 0:
+            found.append(number)
+            reached = -end if where != device else max(reached, -end)
             device = where
-    return total
-
-
-def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    """The first address of a tensor's elements, and the first behind them."""
-    start, size = tensor.data_ptr(), bytes_of(tensor)
-    if size and tensor.layout == torch.strided:
-        steps = zip(tensor.shape, tensor.stride(), strict=True)
-        size = (sum((n - 1) * step for n, step in steps) + 1) * tensor.element_size()
-    return start, start + size
+    return sorted(found)

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from tl_fastload.ground.geometry import span
 from tl_fastload.ground.mark import require_whole
 from tl_fastload.ground.role import Role, RoleOf
 from tl_fastload.ground.sizes import bytes_of
-from tl_fastload.report.memory import stored_parts
+from tl_fastload.report.memory import each_once, stored_parts
 
 STATES = ("dense", "quantized", "mapped", "quantized and mapped", "on a device")
 
@@ -55,30 +54,13 @@ def memory_map(model: Any, role: RoleOf) -> list[Part]:
     for name, tensor in (*model.named_parameters(), *buffers.items()):
         is_quantized = getattr(tensor, "content", None) is not None
         found += [(name, is_quantized, piece) for piece in stored_parts(tensor)]
-    for name, is_quantized, piece in _each_once(found):
+    for number in each_once([piece for *_, piece in found]):
+        name, is_quantized, piece = found[number]
         state = _state(piece, is_quantized, _lies_in(piece.data_ptr(), spans))
         key = (*_place(role(name), name in buffers), state)
         sizes[key] = sizes.get(key, 0) + bytes_of(piece)
     parts = [Part(*key, size_bytes) for key, size_bytes in sizes.items()]
     return sorted(parts, key=lambda part: _rank(part.layer))
-
-
-def _each_once(
-    found: list[tuple[str, bool, torch.Tensor]],
-) -> list[tuple[str, bool, torch.Tensor]]:
-    """Without tensors that lie in another one's memory (Q, K and V in the matrix that they are
-    views of), and without what is empty.
-    """
-    covered: dict[int, list[tuple[int, int]]] = {}
-    counted = []
-    for number in sorted(range(len(found)), key=lambda n: -bytes_of(found[n][2])):
-        piece = found[number][2]
-        start, size_bytes = piece.data_ptr(), span(piece) * piece.element_size()
-        others = covered.setdefault(piece.untyped_storage().data_ptr(), [])
-        if size_bytes and not any(a <= start and start + size_bytes <= b for a, b in others):
-            others.append((start, start + size_bytes))
-            counted.append(number)
-    return [found[number] for number in sorted(counted)]
 
 
 def _state(piece: torch.Tensor, is_quantized: bool, is_mapped: bool) -> str:
