@@ -66,17 +66,13 @@ def sort_keywords(keywords: dict[str, Any], function: str, arguments: tuple[str,
         ArgumentError: for one that contradicts how weights are loaded here.
     """
     found = Keywords(function=function, arguments=arguments)
+    homes = dict.fromkeys(_HUB_KEYWORDS, found.hub) | dict.fromkeys(_FILE_KEYWORDS, found.files)
     for name, value in keywords.items():
-        if name == "use_auth_token":
-            found.hub["token"] = value
-        elif name in _HUB_KEYWORDS:
-            found.hub[name] = value
-        elif name in _FILE_KEYWORDS:
-            found.files[name] = value
-        elif name == "trust_remote_code":
+        name = "token" if name == "use_auth_token" else name
+        if name == "trust_remote_code":
             found.trust_remote_code = bool(value)
         elif name not in _WITHOUT_EFFECT:
-            found.overrides[name] = value
+            homes.get(name, found.overrides)[name] = value
     return found
 
 
