@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,14 @@ def place(
     finally:
         reader.close()
     return model
+
+
+@pytest.fixture
+def four_wide() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
 
 
 def in_the_loading_thread() -> bool:
@@ -170,14 +178,26 @@ def test_a_load_that_fails_does_not_wait_for_a_slow_read(
 
 
 def test_the_reading_thread_is_one_wide_and_the_others_as_they_were(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, four_wide: None
 ) -> None:
     seen: list[int] = []
-    reads = Reads(monkeypatch, lambda count: seen.append(torch.get_num_threads()))
-    before = torch.get_num_threads()
+
+    def see(count: int) -> None:
+        if not in_the_loading_thread():
+            seen.append(torch.get_num_threads())
+
+    reads = Reads(monkeypatch, see)
     place(tmp_path, lambda name: reads.wait_until(lambda: reads.ahead > 0))
     assert set(seen) == {1}
-    assert torch.get_num_threads() == before
+    assert torch.get_num_threads() == 4
+
+
+def test_numbers_are_those_of_the_threads_that_the_caller_has(
+    tmp_path: Path, four_wide: None
+) -> None:
+    model = place(tmp_path)
+    for number, x in enumerate(matrices()):
+        assert_same(getattr(model, f"w{number}").detach(), x * 2 - x.mean(0))
 
 
 def test_without_another_thread_the_loading_one_reads(

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tl_fastload.ground import compat
+from tl_fastload.ground.cores import Cores
 from tl_fastload.ground.geometry import copied, has_overlap, is_dense, same_layout
 from tl_fastload.ground.memory_orders import FORWARD
 from tl_fastload.ground.own_defaults import looking_only
@@ -87,6 +88,7 @@ class Placer:
         self.parameters = {name for name, _ in self.model.named_parameters()}
         self._modules = dict(self.model.named_modules(remove_duplicate=False))
         self._spares = Spares()
+        self._cores = Cores()
 
     def place(self, recipes: dict[str, Promise]) -> None:
         """Evaluate and place every recipe whose name the model has; others were only needed on the
@@ -105,7 +107,7 @@ class Placer:
         quantized = {name: self._quantized_sources(name, todo[name]) for name in todo}
         readers = Counter(source for read in quantized.values() for source in read)
         try:
-            with ReadingAhead(self._spares) as ahead:
+            with ReadingAhead(self._spares, self._cores) as ahead:
                 for group, begun in self._begun_ahead(todo, targets, ahead):
                     self._place_group({name: todo.pop(name) for name in group}, targets, begun)
                     read = [source for name in group for source in quantized.pop(name)]
@@ -166,7 +168,7 @@ class Placer:
             # What is kept or read ahead, and what will be placed, never pass what the model takes.
             if names:
                 nodes = [todo[name].node for name in names]
-                begun = Evaluation(nodes, torch.device("cpu"), self._spares)
+                begun = Evaluation(nodes, torch.device("cpu"), self._spares, self._cores)
                 ahead.begin(begun, rest_bytes // (2 * _KEPT_PART), sizes)
             waiting.append((group, begun))
             if len(waiting) > 1:
@@ -305,8 +307,9 @@ class Placer:
         if tensor.shape != target.shape:
             # One number: torch's own load_state_dict takes shape (1,) for () as well.
             tensor = tensor.reshape(target.shape)
-        if name in self.parameters and not self._copies and not _is_finite(tensor):
-            self.not_finite.append(name)
+        with self._cores.beside_helpers():
+            if name in self.parameters and not self._copies and not _is_finite(tensor):
+                self.not_finite.append(name)
         if self.quantizer is not None and name in self.parameters:
             made = self.quantizer.quantize(name, tensor.to(target.dtype))
             if made is not None:
@@ -323,7 +326,8 @@ class Placer:
         ):
             value.buffer.owned = False  # this parameter owns it from now on
             return tensor
-        return copied(tensor, strides, target.dtype, self._spares.empty)
+        with self._cores.beside_helpers():
+            return copied(tensor, strides, target.dtype, self._spares.empty)
 
     def _put_all(self, done: list[tuple[str, torch.Tensor]]) -> None:
         while done:

@@ -11,16 +11,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from tl_fastload.ground import compat
+from tl_fastload.ground.cores import Cores
 from tl_fastload.ground.geometry import dense_strides, span
 from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.recipes.nodes import Call, Node, Pick, SourceView, aten, meta_of
 from tl_fastload.recipes.spares import LEAST_BYTES, Spares
+from tl_fastload.recipes.widths import same_in_any_width
 
 _IN_PLACE: dict[Any, Any] = {
     aten.mul.Tensor: aten.mul_.Tensor,
@@ -93,17 +96,23 @@ class Evaluation:
             memory.
         device: where sources are read to and operations run; devices in the recipes are ignored.
         spares: where memory of values comes from, and goes to when nobody needs them any more.
+        cores: shared with those that work ahead.
     """
 
     def __init__(
-        self, roots: list[Node], device: torch.device, spares: Spares | None = None
+        self,
+        roots: list[Node],
+        device: torch.device,
+        spares: Spares | None = None,
+        cores: Cores | None = None,
     ) -> None:
         self.device = device
         self.spares = Spares() if spares is None else spares
+        self.cores = Cores() if cores is None else cores
         self.uses: Counter[Node] = Counter()
         self.kept: dict[Node, Value] = {}
         # What another thread reads, or has read: a function gives the value.
-        self.ahead: dict[SourceView, Callable[[], Value]] = {}
+        self.ahead: dict[Node, Callable[[], Value]] = {}
         # Views that a reduction reads: their strides decide the order of summation.
         self.spread: set[Node] = set()
         for root in roots:
@@ -133,37 +142,58 @@ class Evaluation:
         return value
 
     def _compute(self, node: Node) -> Value:
-        if isinstance(node, SourceView):
+        view = self._view_read_by(node)
+        if view is not None:
+            if view is not node:
+                self.uses[view] -= 1
             return self.ahead.pop(node)() if node in self.ahead else self.read(node)
         if isinstance(node, Pick):
             several = self.value(node.call)
             return Value(several.tensor[node.index], several.buffer)
         if not isinstance(node, Call):
             raise TypeError(f"not a recipe: {node!r}")
-        if node.func is aten._to_copy.default and isinstance(node.args[0], SourceView):
-            return self._read_and_cast(node, node.args[0])
         return self._run(node)
 
-    def reads(self) -> list[SourceView]:
-        """What is read, in the order in which it is needed; what is cast behind the source is left
-        out.
-        """
-        seen: dict[Node, None] = {}
-        cast: set[Node] = set()
+    def reads(self) -> dict[Node, SourceView]:
+        """What `read` takes, in the order in which it is needed, and which view each reads."""
+        seen: set[Node] = set()
+        found: dict[Node, SourceView] = {}
         todo = list(reversed(self.uses))
         while todo:
             node = todo.pop()
             if node in seen:
                 continue
-            seen[node] = None
-            if isinstance(node, Call) and node.func is aten._to_copy.default:
-                cast.update(operands(node))
-            todo.extend(operands(node))  # the last operand is evaluated first
-        return [node for node in seen if isinstance(node, SourceView) and node not in cast]
+            seen.add(node)
+            view = self._view_read_by(node)
+            if view is None:
+                todo.extend(operands(node))  # the last operand is evaluated first
+            else:
+                seen.add(view)
+                found[node] = view
+        return found
+
+    def _view_read_by(self, node: Node) -> SourceView | None:
+        """The view that a node reads: itself, or what it casts, which then is read straight into
+        the wider type: the narrow one is never held whole.
+        """
+        if isinstance(node, SourceView):
+            return node
+        if not isinstance(node, Call) or node.func is not aten._to_copy.default:
+            return None
+        view = node.args[0]
+        if not isinstance(view, SourceView) or view in self.kept or view in self.spread:
+            return None
+        return view if self.uses[view] == 1 else None
 
     @torch.no_grad()
-    def read(self, view: SourceView) -> Value:
-        """The value of a view of a source; another thread may do it ahead of time."""
+    def read(self, node: Node) -> Value:
+        """The value of one of `reads`; another thread may ask for it ahead of time."""
+        if isinstance(node, Call):
+            view: SourceView = node.args[0]
+            return self._read_into_new(view, (*view.casts, node.meta.dtype), node.meta.stride())
+        return self._view(node)  # type: ignore[arg-type]
+
+    def _view(self, view: SourceView) -> Value:
         if not view.casts:
             lent = view.source.lend(view.geometry)
             if lent is not None:
@@ -173,15 +203,6 @@ class Evaluation:
         if view in self.spread and dense_strides(view.geometry) != view.geometry.stride():
             return self._read_spread(view)
         return self._read_into_new(view, view.casts, dense_strides(view.geometry))
-
-    def _read_and_cast(self, node: Call, view: SourceView) -> Value:
-        """A cast of a source is read straight into the wider type: the narrow one is never held
-        whole.
-        """
-        if self.uses[view] > 1 or view in self.kept or view in self.spread:
-            return self._run(node)
-        self.uses[view] -= 1
-        return self._read_into_new(view, (*view.casts, node.meta.dtype), node.meta.stride())
 
     def _read_spread(self, view: SourceView) -> Value:
         """Everything between the first and the last element, so that strides stay what they
@@ -198,7 +219,8 @@ class Evaluation:
     ) -> Value:
         dtype = casts[-1] if casts else view.source.dtype
         out = self.spares.empty(view.geometry.shape, strides, dtype=dtype, device=self.device)
-        view.source.read_into(out, view.geometry, casts)
+        with self.cores.beside_helpers():
+            view.source.read_into(out, view.geometry, casts)
         return Value(out, Buffer(owned=True, holders=1))
 
     def _run(self, node: Call) -> Value:
@@ -209,28 +231,39 @@ class Evaluation:
             values[position] = self.value(found[position])
         inputs = [values[position] for position in range(len(found))]
         arguments, kwargs = _fill(node, [value.tensor for value in inputs])
-        if inputs and self._may_write(node, inputs):
-            result = inputs[0].tensor
-            if node.func not in _COPIES:
-                _IN_PLACE[node.func](*arguments, **kwargs)
-        elif node.func in _PRODUCTS or node.func in _FACTORS:
-            result = _exactly(node.func, arguments, kwargs)
-        elif self._fits_block(node, found, inputs):
-            meta = node.meta
-            result = self.spares.empty(
-                meta.shape, meta.stride(), dtype=meta.dtype, device=self.device
-            )
-            if node.func in _COPIES:
-                result.copy_(inputs[0].tensor)
-            else:
-                _INTO[node.func](*arguments, **kwargs, out=result)
-        else:
-            result = node.func(*arguments, **kwargs)
+        with self._threads_for(node.func, arguments):
+            result = self._result(node, inputs, arguments, kwargs)
         buffer = self._buffer_of(result, inputs)
         buffer.holders += 1
         for value in inputs:
             self.let_go(value)
         return Value(result, buffer)
+
+    def _threads_for(self, func: Any, arguments: list[Any]) -> AbstractContextManager[None]:
+        if not self.cores.helpers:
+            return nullcontext()
+        if same_in_any_width(func, arguments, torch.get_num_threads()):
+            return self.cores.beside_helpers()
+        return self.cores.alone()
+
+    def _result(
+        self, node: Call, inputs: list[Value], arguments: list[Any], kwargs: dict[str, Any]
+    ) -> Any:
+        if inputs and self._may_write(node, inputs):
+            if node.func not in _COPIES:
+                _IN_PLACE[node.func](*arguments, **kwargs)
+            return inputs[0].tensor
+        if node.func in _PRODUCTS or node.func in _FACTORS:
+            return _exactly(node.func, arguments, kwargs)
+        if not self._fits_block(node, inputs):
+            return node.func(*arguments, **kwargs)
+        meta = node.meta
+        result = self.spares.empty(meta.shape, meta.stride(), dtype=meta.dtype, device=self.device)
+        if node.func in _COPIES:
+            result.copy_(inputs[0].tensor)
+        else:
+            _INTO[node.func](*arguments, **kwargs, out=result)
+        return result
 
     def let_go(self, value: Value) -> None:
         """A holder of a value is done with it."""
@@ -239,7 +272,7 @@ class Evaluation:
             value.buffer.owned = False
             self.spares.keep(value.tensor)
 
-    def _fits_block(self, node: Call, operands: list[Node], inputs: list[Value]) -> bool:
+    def _fits_block(self, node: Call, inputs: list[Value]) -> bool:
         """Whether a large result has the form that was recorded, and an operation fills it."""
         if node.func not in _INTO and node.func not in _COPIES:
             return False
@@ -249,7 +282,7 @@ class Evaluation:
             type(value.tensor) is torch.Tensor
             and value.tensor.shape == meta_of(operand).shape
             and value.tensor.stride() == meta_of(operand).stride()
-            for operand, value in zip(operands, inputs, strict=True)
+            for operand, value in zip(operands(node), inputs, strict=True)
         )
 
     def _may_write(self, node: Call, inputs: list[Value]) -> bool:

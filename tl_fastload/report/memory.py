@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import psutil
 import torch
 
+from tl_fastload.ground.cores import pause
 from tl_fastload.ground.geometry import span
 from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.report.timeline import PhaseWatch, Recorder, Timeline
@@ -219,7 +220,7 @@ def return_freed_memory() -> None:
 
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of madvise(2), Linux 5.14
 _PAGE_BYTES = 4096
-_ADVISED_BYTES = 8 << 20
+_ADVISED_BYTES = 2 << 20
 
 
 def bring_in_pages(address: int, size_bytes: int) -> None:
@@ -231,6 +232,7 @@ def bring_in_pages(address: int, size_bytes: int) -> None:
     start = -(-address // _PAGE_BYTES) * _PAGE_BYTES
     stop = (address + size_bytes) // _PAGE_BYTES * _PAGE_BYTES
     while start < stop:
+        pause()
         length = min(_ADVISED_BYTES, stop - start)
         advice = ctypes.c_void_p(start), ctypes.c_size_t(length), _POPULATE_WRITE
         if _LIBC.madvise(*advice):  # an older system; or no memory, which the write will say

@@ -18,6 +18,7 @@ import torch
 
 from tl_fastload.errors import CheckpointError
 from tl_fastload.ground.compat import item_bytes
+from tl_fastload.ground.cores import pause
 from tl_fastload.ground.geometry import is_dense, span
 from tl_fastload.recipes.nodes import Source, cast_but_last
 from tl_fastload.source.file_states import OpenFiles, unreadable
@@ -68,6 +69,7 @@ class FileReader:
         done = 0
         with self.files.reading(path) as descriptor:
             while done < len(target):
+                pause()
                 if self._stopped:
                     raise CheckpointError(f"Reading {path} was given up, as the load has failed.")
                 try:
