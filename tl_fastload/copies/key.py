@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from tl_fastload.copies.manifest import FORMAT_VERSION, versions
-from tl_fastload.errors import InternalError
 from tl_fastload.ground.memory_orders import FORWARD
 from tl_fastload.request.contradictions import device_asked_for
 from tl_fastload.request.steps import STEPS
@@ -41,8 +40,8 @@ def entry_name(request: Request) -> str:
     """
     options, arguments, keywords = request.options, request.arguments, request.keywords
     located = request.located
-    if located is None or located.location is None:
-        raise InternalError("A cache entry was to be named before its model was located.")
+    assert located is not None
+    assert located.location is not None
     device = device_asked_for(arguments) if arguments["move_to_device"] else torch.device("cpu")
     known = {
         "format_version": FORMAT_VERSION,

@@ -65,12 +65,14 @@ def prepare(
     wanted = Contender(**contender)
     with contextlib.suppress(ValueError, KeyError):  # transformers does not know the toy models
         import_architecture(Path(folder))
-    is_bridge, how = wanted.road == "bridge", (wanted.dtype, wanted.processed)
+    how = wanted.dtype, wanted.processed
     if wanted.loader == "stock":
-        stock = stock_bridge(folder, *how) if is_bridge else stock_load(stock_name, *how)
-        return _with_phases(stock)
-    lean = lean_bridge if is_bridge else lean_load
-    return lean(model, *how, strategy=wanted.strategy, quantize=wanted.quantize), _describe_lean
+        is_bridge = wanted.road == "bridge"
+        return _with_phases(
+            _stock_bridge(folder, *how) if is_bridge else stock_load(stock_name, *how)
+        )
+    more = {"strategy": wanted.strategy, "quantize": wanted.quantize}
+    return lean_load(model, *how, wanted.road, **more), _describe_lean
 
 
 def _with_phases(load: Load) -> tuple[Load, Callable[[Any], dict[str, Any]]]:
@@ -112,10 +114,15 @@ def stock_load(name: str, dtype: str, processed: bool, hf_model: Load | None = N
     return load if hf_model is None else lambda: load(hf_model=hf_model())
 
 
-def lean_load(model: str | Path, dtype: str, processed: bool, **more: Any) -> Load:
-    """This package's loader."""
-    from tl_fastload import LeanHookedTransformer
+def lean_load(
+    model: str | Path, dtype: str, processed: bool, road: str = "hooked", **more: Any
+) -> Load:
+    """This package's loader; of an unprocessed bridge, which is booted, without `more`."""
+    from tl_fastload.faces import lean_class
 
+    cls = lean_class(road)
+    if road == "bridge" and not processed:
+        return _with_dtype(cls.boot_transformers_lean, model, dtype)
     if more.get("quantize"):
         from tl_fastload.quantized import formats
 
@@ -123,7 +130,7 @@ def lean_load(model: str | Path, dtype: str, processed: bool, **more: Any) -> Lo
         if spec is not None:  # imports kernels, which is not a part of the load
             formats.of_kind(spec.kind).require_device(torch.device("cpu"))
     way = "from_pretrained_lean" if processed else "from_pretrained_no_processing_lean"
-    return partial(_with_dtype(getattr(LeanHookedTransformer, way), model, dtype), **more)
+    return partial(_with_dtype(getattr(cls, way), model, dtype), **more)
 
 
 def _with_dtype(load: Load, model: str | Path, dtype: str) -> Load:
@@ -133,32 +140,19 @@ def _with_dtype(load: Load, model: str | Path, dtype: str) -> Load:
     return lambda **more: load(model, **{"tokenizer": blank_tokenizer(), **arguments, **more})
 
 
-def stock_bridge(folder: str | Path, dtype: str, processed: bool) -> Load:
+def _stock_bridge(folder: str, dtype: str, processed: bool) -> Load:
     """TransformerLens' own TransformerBridge of a folder, in compatibility mode if processed."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    wanted, tokenizer = torch_dtype(dtype), blank_tokenizer()
+    boot = _with_dtype(TransformerBridge.boot_transformers, folder, dtype)
 
     def act() -> Any:
-        bridge = TransformerBridge.boot_transformers(
-            str(folder), dtype=wanted, device="cpu", tokenizer=tokenizer
-        )
+        bridge = boot()
         if processed:
             bridge.enable_compatibility_mode(disable_warnings=True)
         return bridge
 
     return act
-
-
-def lean_bridge(model: str | Path, dtype: str, processed: bool, **more: Any) -> Load:
-    """This package's loader of a TransformerBridge."""
-    from tl_fastload import LeanTransformerBridge
-
-    arguments: dict[str, Any] = {"dtype": torch_dtype(dtype), "device": "cpu"}
-    arguments["tokenizer"] = blank_tokenizer()
-    if not processed:
-        return lambda: LeanTransformerBridge.boot_transformers_lean(model, **arguments)
-    return lambda: LeanTransformerBridge.from_pretrained_lean(model, **arguments, **more)
 
 
 def torch_dtype(name: str) -> torch.dtype:
