@@ -92,17 +92,13 @@ def bench(
     narrow = min(dtypes, key=ITEM_BYTES.__getitem__)  # what is not quantized is best in as few bits
     contenders += [Contender("lean", narrow, processing, quantize=kind, road=on) for kind in kinds]
     with run.subject_of(what, lean_class(on)._road.aliases(), keep) as subject:
-        found = run.run(subject, list(dict.fromkeys(contenders)), repeats, _announce)
+        found = run.run(subject, list(dict.fromkeys(contenders)), repeats, say)
     label = subject.label
     give(json, lambda: _as_json(label, found), lambda: _show(label, found))
     if plot is not None:
         _draw(label, found, plot)
     if any((one.error or "").startswith("failed") for one in found.values()):
         raise typer.Exit(1)
-
-
-def _announce(name: str, number: int, total: int) -> None:
-    say(f"[{number}/{total}] {name}")
 
 
 def _show(label: str, found: Found) -> None:

@@ -22,7 +22,6 @@ from tl_fastload.source.location import locate
 
 _IMPORTS_BYTES = 1 << 30
 _STOCK_BYTES_A_NUMBER = 14  # its processing upcasts everything to float32, three and a half times
-Announce = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def _count_numbers(checkpoint: Checkpoint) -> int:
 
 
 def run(
-    subject: Subject, contenders: Sequence[Contender], repeats: int, announce: Announce
+    subject: Subject, contenders: Sequence[Contender], repeats: int, say: Callable[[str], None]
 ) -> dict[Contender, Measurement]:
     """Measure every contender `repeats` times, in turns.
 
@@ -113,7 +112,7 @@ def run(
         subject: the model.
         contenders: the ways to load it.
         repeats: processes for each.
-        announce: told what is measured next, its number, and how many there are.
+        say: told what is measured next.
 
     Returns:
         The measurements; an `error` says why there is none.
@@ -128,7 +127,7 @@ def run(
     rounds = [*contenders] * repeats
 
     def measure_one(number: int, contender: Contender) -> Measurement:
-        announce(contender.name, number, len(rounds))
+        say(f"[{number}/{len(rounds)}] {contender.name}")
         arguments = {
             "contender": asdict(contender),
             "model": subject.lean_name,
