@@ -71,7 +71,7 @@ def prepare(
         return _with_phases(
             _stock_bridge(folder, *how) if is_bridge else stock_load(stock_name, *how)
         )
-    more = {"strategy": wanted.strategy, "quantize": wanted.quantize}
+    more: dict[str, Any] = {"strategy": wanted.strategy, "quantize": wanted.quantize}
     return lean_load(model, *how, wanted.road, **more), _describe_lean
 
 
