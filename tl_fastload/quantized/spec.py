@@ -69,12 +69,14 @@ def quantization_argument(quantize: Any, keywords: dict[str, Any]) -> Any:
 
 
 def declared_fields(hf_config: Any) -> Mapping[str, Any] | None:
-    """The `quantization_config` of a Hugging Face configuration as a table; None without."""
+    """The `quantization_config` of a Hugging Face configuration as a table, of its enumerations the
+    values; None without.
+    """
     declared = declared_quantization(hf_config)
-    if declared is None or isinstance(declared, Mapping):
-        return declared
-    fields: Mapping[str, Any] = declared.to_dict()
-    return fields
+    if declared is None:
+        return None
+    fields = declared if isinstance(declared, Mapping) else declared.to_dict()
+    return {name: getattr(value, "value", value) for name, value in fields.items()}
 
 
 def table_in(fields: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -149,7 +149,7 @@ def method_of(hf_config: Any) -> str | None:
     if method is None:
         named = (format.name for format in FORMATS if format.declared(fields) is not None)
         return next(named, "an unnamed method")
-    return str(getattr(method, "value", method))
+    return str(method)
 
 
 def of_layer(
@@ -166,6 +166,10 @@ def of_layer(
         QuantizationError: a quantized layer that cannot be read, or has no kernel here.
     """
     for format in FORMATS:
+        if why := format.foreign.get(type(module).__name__):
+            raise QuantizationError(
+                f"{name}: {why}. Pass the checkpoint's folder or name, or its file, not hf_model."
+            )
         try:
             layer = format.of_layer(module)
         except QuantizationError as error:

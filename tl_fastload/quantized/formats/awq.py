@@ -40,12 +40,10 @@ class Awq(Format):
     pieces: ClassVar[Mapping[str, str]] = dict.fromkeys((f".{name}" for name in _NEEDED), ".weight")
 
     def declared(self, fields: Mapping[str, Any]) -> Spec | None:
-        method = fields.get("quant_method")
-        if getattr(method, "value", method) != "awq":
+        if fields.get("quant_method") != "awq":
             return None
-        said = [fields.get(name) for name in ("version", "checkpoint_format", "format")]
-        named = next((name for name in said if name), "gemm")
-        version = str(getattr(named, "value", named)).lower()
+        said = (fields.get(name) for name in ("version", "checkpoint_format", "format"))
+        version = str(next(filter(None, said), "gemm")).lower()
         if version != "gemm":
             raise UnsupportedArchitectureError(
                 f"AWQ weights in the version {version!r}, which is packed for one kernel, cannot "

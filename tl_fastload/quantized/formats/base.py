@@ -174,6 +174,7 @@ class Format(ABC):
         offered: what `quantize=` may say -> kind, for formats that quantize.
         advised: of these, what to propose for a model that does not fit, largest first.
         remedy: what to do where its kernels do not work.
+        foreign: classes of layers in memory whose bytes are not read -> what is the matter.
     """
 
     name: ClassVar[str]
@@ -188,6 +189,7 @@ class Format(ABC):
     offered: ClassVar[Mapping[str, str]] = {}
     advised: ClassVar[tuple[str, ...]] = ()
     remedy: ClassVar[str] = ""
+    foreign: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
     def declared(self, fields: Mapping[str, Any]) -> Spec | None:
@@ -221,9 +223,11 @@ class Format(ABC):
 
     def as_parameter(self, matrix: Any, pieces: Mapping[str, torch.Tensor]) -> Any:
         """The matrix [out, in] as the parameter that transformers' model has, by views alone: where
-        that one is transposed, or has the experts in a dimension of its own.
+        that one is transposed, or has the experts in a dimension of its own, as the piece has that
+        is largest.
         """
-        return matrix
+        stored = max(pieces.values(), key=torch.Tensor.numel)
+        return matrix.view(len(stored), -1, matrix.shape[1]) if stored.dim() == 3 else matrix
 
     def of_layer(self, module: Any) -> tuple[QuantizedBytes, torch.dtype | None] | None:
         """The bytes of a quantized layer in memory, shared, and the dtype that it multiplies in if

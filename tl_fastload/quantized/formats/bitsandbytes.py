@@ -72,7 +72,6 @@ class BitsAndBytes(Format):
 
     def declared(self, fields: Mapping[str, Any]) -> Spec | None:
         method = fields.get("quant_method")
-        method = getattr(method, "value", method)
         if method is None:
             return self.asked(fields)
         if method not in _METHODS:

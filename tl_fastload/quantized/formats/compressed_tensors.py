@@ -19,12 +19,12 @@ from tl_fastload.quantized.formats.fp8 import (
     check_no_zeros,
     codes_and_scales,
     rounded_besides,
+    stored_zeros,
 )
 from tl_fastload.quantized.formats.packed_bytes import (
     PackedBytes,
     any_words,
-    check_order,
-    checked_groups,
+    column_groups,
     needed,
     words_of,
 )
@@ -33,7 +33,6 @@ from tl_fastload.quantized.formats.scaled_bytes import (
     ScaledBytes,
     scaled_bytes,
     scaled_sample,
-    stacked_again,
 )
 from tl_fastload.quantized.spec import Spec, modules_in, table_in
 
@@ -45,6 +44,7 @@ _KINDS = {"float": _FLOAT, "int": _INT}
 _PACKED = "pack-quantized"
 _FORMATS = ("float-quantized", "int-quantized", "naive-quantized", _PACKED)
 _OF_SCHEMES = "num_bits type strategy symmetric group_size block_structure actorder".split()
+_GROUPS_SAID = ("weight_g_idx", "actorder", "actorder: null", '"group"')
 _EIGHT_BITS = "8-bit floats and integers"
 _NOT_HERE = (
     "nvfp4-pack-quantized mxfp4-pack-quantized mxfp6-pack-quantized mxfp8-quantized marlin-24 "
@@ -90,10 +90,9 @@ class CompressedTensors(Format):
     ignored = OF_ACTIVATIONS | {".input_zero_point", ".output_zero_point"}
 
     def declared(self, fields: Mapping[str, Any]) -> Spec | None:
-        method = str(getattr(fields.get("quant_method"), "value", fields.get("quant_method")))
-        if method != _NAME:
+        if fields.get("quant_method") != _NAME:
             return None
-        named = str(getattr(fields.get("format"), "value", fields.get("format")))
+        named = str(fields.get("format"))
         sparse = table_in(fields, "sparsity_config").get("format") or "dense"
         if named in _FORMATS and sparse != "dense":
             named = sparse
@@ -114,17 +113,7 @@ class CompressedTensors(Format):
                 "Correct quantization_config in config.json."
             )
         codes, scales = codes_and_scales(pieces, _CODES[spec.kind], spec.kind)
-        zeros = pieces.get("weight_zero_point")
-        if zeros is None and not spec.is_symmetric:
-            raise QuantizationError(
-                "an asymmetric weight without its zero points (weight_zero_point). Download the "
-                "checkpoint again."
-            )
-        if spec.is_symmetric:
-            check_no_zeros(zeros)  # some versions store them: they are zero
-            zeros = None
-        elif zeros is not None and zeros.dtype != torch.int8:
-            raise QuantizationError(f"zero points are int8, not {zeros.dtype}.")
+        zeros = stored_zeros(pieces, "weight_zero_point", spec.is_symmetric)
         return scaled_bytes(codes, scales, spec.block, spec.kind, zeros)
 
     def of_layer(self, module: Any) -> tuple[QuantizedBytes, torch.dtype | None] | None:
@@ -152,11 +141,6 @@ class CompressedTensors(Format):
         if kind == _FLOAT and not FLOAT8:
             raise QuantizationError("this torch has no 8-bit floats")
         return scaled_sample(torch.int8 if kind == _INT else torch.float8_e4m3fn, kind, device)
-
-    def as_parameter(self, matrix: Any, pieces: Mapping[str, torch.Tensor]) -> Any:
-        if "weight_packed" in pieces:
-            return matrix
-        return stacked_again(matrix, codes_and_scales(pieces, self.codes, _NAME)[0])
 
 
 def _spec_of(fields: Mapping[str, Any], named: str) -> CompressedSpec:
@@ -267,24 +251,16 @@ def _packed_bytes(pieces: Mapping[str, torch.Tensor], spec: CompressedSpec) -> P
     if spec.is_symmetric:
         check_no_zeros(pieces.get("weight_zero_point"))
     zeros = None if spec.is_symmetric else needed(pieces, ["weight_zero_point"])[0]
-    groups = pieces.get("weight_g_idx")
-    if groups is None and spec.is_reordered:
-        raise QuantizationError(
-            "weights without their weight_g_idx, which says to which group each column belongs "
-            "(actorder in quantization_config). Download the checkpoint again."
-        )
     bits = spec.bits or 8
     columns = words.shape[1] * 32 // bits
     size = columns if spec.block is None else spec.block[1]
     if scales.shape[1] * size < columns:
         columns = scales.shape[1] * size  # the last word is not full
-    if groups is not None and not groups.is_meta and bool((groups == -1).all()):
-        groups = None  # there was nothing to reorder
-    if groups is not None:
-        groups = checked_groups(groups, scales.shape[1])
-        if not spec.is_reordered:
-            check_order(groups, max(size, 1), "actorder: null", '"group"')
-            groups = None
+    size, index = max(size, 1), pieces.get("weight_g_idx")
+    was_ordered = index is not None and not index.is_meta and bool((index == -1).all())
+    groups = None
+    if not was_ordered:  # else there was nothing to reorder
+        groups = column_groups(index, scales.shape[1], size, spec.is_reordered, _GROUPS_SAID)
     shape = pieces.get("weight_shape")
     found = (words.shape[0], columns)
     if shape is not None and not shape.is_meta and tuple(shape.tolist()) != found:
@@ -292,4 +268,4 @@ def _packed_bytes(pieces: Mapping[str, torch.Tensor], spec: CompressedSpec) -> P
             f"weight_shape says {shape.tolist()}, and weight_packed {describe(words)} with "
             f"weight_scale {describe(scales)} are of {list(found)}. Download the checkpoint again."
         )
-    return PackedBytes(words, scales, found, bits, max(size, 1), spec.kind, zeros, groups=groups)
+    return PackedBytes(words, scales, found, bits, size, spec.kind, zeros, groups=groups)

@@ -17,7 +17,6 @@ from tl_fastload.quantized.formats.scaled_bytes import (
     ScaledBytes,
     scaled_bytes,
     scaled_sample,
-    stacked_again,
 )
 from tl_fastload.quantized.spec import Spec, modules_in, table_in
 
@@ -90,6 +89,9 @@ class Fp8(Format):
     codes = FLOAT8
     ignored = OF_ACTIVATIONS
     remedy = 'pip install --upgrade "torch>=2.1"'
+    foreign: ClassVar[Mapping[str, str]] = {
+        "FP8Experts": "transformers keeps these experts as 8-bit floats of its own"
+    }
     undeclared: ClassVar[Mapping[str, str]] = {
         "weight_scale_inv": '{"quant_method": "fp8", "weight_block_size": [128, 128]}, or null for '
         "the block size",
@@ -98,7 +100,7 @@ class Fp8(Format):
     }
 
     def declared(self, fields: Mapping[str, Any]) -> Spec | None:
-        method = str(getattr(fields.get("quant_method"), "value", fields.get("quant_method")))
+        method = str(fields.get("quant_method"))
         if method == "fp8":
             return _of_transformers(fields)
         if method == "fbgemm_fp8":
@@ -113,22 +115,13 @@ class Fp8(Format):
             block = None
         return scaled_bytes(codes, scales, block, "fp8")
 
-    def as_parameter(self, matrix: Any, pieces: Mapping[str, torch.Tensor]) -> Any:
-        return stacked_again(matrix, codes_and_scales(pieces, FLOAT8, "fp8")[0])
-
     def sample(self, kind: str, device: torch.device) -> QuantizedBytes:
         if not FLOAT8:
             raise QuantizationError("this torch has no 8-bit floats")
         return scaled_sample(torch.float8_e4m3fn, kind, device)
 
     def of_layer(self, module: Any) -> tuple[QuantizedBytes, torch.dtype | None] | None:
-        kind = type(module).__name__
-        if kind == "FP8Experts":
-            raise QuantizationError(
-                "transformers keeps these experts as 8-bit floats of its own. Pass the folder or "
-                "name of the checkpoint, not hf_model."
-            )
-        if kind != "FP8Linear" or module.weight.dtype not in FLOAT8:
+        if type(module).__name__ != "FP8Linear" or module.weight.dtype not in FLOAT8:
             return None
         block = None if module.block_size is None else (module.block_size[0], module.block_size[1])
         codes, scales = module.weight.detach(), module.weight_scale_inv.detach()
@@ -228,6 +221,30 @@ def codes_and_scales(
             "quantization_config in config.json, or download the checkpoint again."
         )
     return codes, pieces[scales[0]]
+
+
+def stored_zeros(
+    pieces: Mapping[str, torch.Tensor], name: str, is_symmetric: bool
+) -> torch.Tensor | None:
+    """The zero points of int8 codes; None for zeros.
+
+    Args:
+        pieces: of one weight, as in `Format.assemble`.
+        name: of the piece that has them.
+        is_symmetric: whether the configuration says that there are none.
+
+    Raises:
+        QuantizationError: they are missing, or there against what is said.
+    """
+    zeros = pieces.get(name)
+    if is_symmetric:
+        check_no_zeros(zeros)  # some versions store them: they are zero
+        return None
+    if zeros is None:
+        raise QuantizationError(
+            f"an asymmetric weight without its zero points ({name}). Download the checkpoint again."
+        )
+    return zeros
 
 
 def check_no_zeros(zeros: torch.Tensor | None) -> None:

@@ -220,10 +220,13 @@ class Gguf(Format):
     stores = (GgufBytes,)
     # Files do not name pieces: their reader puts the type behind the tensor's name.
     pieces: ClassVar[Mapping[str, str]] = {f".{name}": "" for name in BLOCK_TYPES}
+    foreign: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("GgufLinear", "GgufExperts", "GgufEmbedding"),
+        "transformers' layers of GGUF blocks are not read",
+    )
 
     def declared(self, fields: Mapping[str, Any]) -> Spec | None:
-        method = fields.get("quant_method")
-        return Spec("gguf") if getattr(method, "value", method) == "gguf" else None
+        return Spec("gguf") if fields.get("quant_method") == "gguf" else None
 
     def assemble(self, pieces: Mapping[str, torch.Tensor], spec: Spec) -> QuantizedBytes:
         if len(pieces) != 1:
@@ -235,18 +238,6 @@ class Gguf(Format):
         if blocks.dim() not in (2, 3):
             raise QuantizationError(f"quantized weights are matrices, not {describe(blocks)}.")
         return GgufBytes(blocks.reshape(-1, blocks.shape[-1]), ggml_type)
-
-    def as_parameter(self, matrix: Any, pieces: Mapping[str, torch.Tensor]) -> Any:
-        shape = next(iter(pieces.values())).shape
-        return matrix if len(shape) == 2 else matrix.view(*shape[:2], -1)
-
-    def of_layer(self, module: Any) -> tuple[QuantizedBytes, torch.dtype | None] | None:
-        if type(module).__name__ not in ("GgufLinear", "GgufExperts", "GgufEmbedding"):
-            return None
-        raise QuantizationError(
-            "transformers' layers of GGUF blocks are not read. Pass the path of the file, not "
-            "hf_model."
-        )
 
     def sample(self, kind: str, device: torch.device) -> QuantizedBytes:
         codes = torch.arange(64 * 4 * 32, device="cpu").remainder(100).to(torch.int8)

@@ -16,8 +16,7 @@ from tl_fastload.quantized.formats.packed_bytes import (
     BITS,
     PackedBytes,
     any_words,
-    check_order,
-    checked_groups,
+    column_groups,
     needed,
 )
 from tl_fastload.quantized.spec import Spec, modules_in, table_in
@@ -26,6 +25,7 @@ _NEEDED = ("qweight", "qzeros", "scales")
 # Format of a checkpoint -> what is added to the zero points that it stores.
 _SHIFTS = {"gptq": 1, "gptq_v2": 0}
 _USUAL_GROUP = 128
+_GROUPS_SAID = ("g_idx", "desc_act or dynamic", "desc_act: false", "true")
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,7 @@ class Gptq(Format):
     }
 
     def declared(self, fields: Mapping[str, Any]) -> Spec | None:
-        method = fields.get("quant_method")
-        if getattr(method, "value", method) != "gptq":
+        if fields.get("quant_method") != "gptq":
             return None
         _check_version(fields)
         bits, size = fields.get("bits"), group_size(fields.get("group_size"))
@@ -92,30 +91,16 @@ class Gptq(Format):
     def assemble(self, pieces: Mapping[str, torch.Tensor], spec: Any) -> QuantizedBytes:
         words, zeros, scales = needed(pieces, _NEEDED)
         index = pieces.get("g_idx")
-        if index is None and (spec.is_reordered or spec.is_mixed):
-            raise QuantizationError(
-                "weights without their g_idx, which says to which group each column belongs "
-                "(desc_act or dynamic in quantization_config). Download the checkpoint again."
-            )
-        columns = words.shape[0] * 32 // spec.bits if index is None else len(index)
+        columns = words.shape[0] * 32 // spec.bits if index is None else index.numel()
         bits, size = spec.bits, columns if spec.group_size == -1 else spec.group_size
         if spec.is_mixed:
             bits = words.shape[0] * 32 // max(columns, 1)
             size = -(-columns // max(len(scales), 1))
-        groups = None if index is None else checked_groups(index, len(scales))
-        if groups is not None and not (spec.is_reordered or spec.is_mixed):
-            check_order(groups, max(size, 1), "desc_act: false", "true")
-            groups = None
+        size, is_reordered = max(size, 1), spec.is_reordered or spec.is_mixed
+        groups = column_groups(index, len(scales), size, is_reordered, _GROUPS_SAID)
+        shape = (words.shape[1], columns)
         made = PackedBytes(
-            words.t(),
-            scales.t(),
-            (words.shape[1], columns),
-            bits,
-            max(size, 1),
-            "gptq",
-            zeros.t(),
-            spec.zero_shift,
-            groups,
+            *(words.t(), scales.t(), shape, bits, size, "gptq", zeros.t(), spec.zero_shift, groups)
         )
         _check_zeros(made)
         return made
@@ -163,8 +148,7 @@ def group_size(value: Any) -> int:
 
 
 def _version(fields: Mapping[str, Any]) -> str:
-    named = fields.get("checkpoint_format") or fields.get("format") or "gptq"
-    return str(getattr(named, "value", named)).lower()
+    return str(fields.get("checkpoint_format") or fields.get("format") or "gptq").lower()
 
 
 def _check_version(fields: Mapping[str, Any]) -> None:
@@ -204,11 +188,10 @@ def _check_zeros(made: PackedBytes) -> None:
     Raises:
         QuantizationError: there are such.
     """
-    if not made.zero_shift or made.packed.is_meta:
+    zeros, largest = made.zeros_apart(), (1 << made.bits) - 1
+    if zeros is None or zeros.is_meta or not made.zero_shift:
         return
-    largest = (1 << made.bits) - 1
-    count = int((made.unpacked_zeros() == largest).sum())
-    if count:
+    if count := int((zeros == largest).sum()):
         raise QuantizationError(
             f"{count} zero points are stored as {largest}, which the first version of the GPTQ "
             "format leaves open: AutoGPTQ reads them as 0, kernels as "

@@ -73,6 +73,10 @@ class Mxfp4(Format):
     pieces: ClassVar[Mapping[str, str]] = {
         f".{name}{piece}": f".{name}" for name in ("gate_up_proj", "down_proj") for piece in _PIECES
     }
+    foreign: ClassVar[Mapping[str, str]] = {
+        "Mxfp4GptOssExperts": "transformers has put the bytes of these experts into the order of "
+        "its kernel"
+    }
     undeclared: ClassVar[Mapping[str, str]] = {
         f"{name}{piece}": '{"quant_method": "mxfp4"}'
         for name in ("gate_up_proj", "down_proj")
@@ -80,8 +84,7 @@ class Mxfp4(Format):
     }
 
     def declared(self, fields: Mapping[str, Any]) -> Spec | None:
-        method = fields.get("quant_method")
-        if getattr(method, "value", method) != "mxfp4":
+        if fields.get("quant_method") != "mxfp4":
             return None
         return Spec("mxfp4", modules_in(fields, "modules_to_not_convert"))
 
@@ -100,14 +103,6 @@ class Mxfp4(Format):
         packed = torch.arange(64 * 64, device="cpu").remainder(256).to(torch.uint8).view(64, 64)
         scales = torch.arange(120, 124, device="cpu").to(torch.uint8).repeat(64, 1)
         return Mxfp4Bytes(packed.to(device), scales.to(device))
-
-    def of_layer(self, module: Any) -> tuple[QuantizedBytes, torch.dtype | None] | None:
-        if type(module).__name__ != "Mxfp4GptOssExperts":
-            return None
-        raise QuantizationError(
-            "transformers has put the bytes of these experts into the order of its kernel. Pass "
-            "the checkpoint's folder or name, not hf_model."
-        )
 
 
 def _blocks_and_scales(pieces: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -102,28 +102,18 @@ class PackedBytes(DecodedBytes):
 
     def _beside_rows(self, index: torch.Tensor) -> dict[str, Any]:
         """The fields that some rows have, but for their codes."""
-        scales, zeros = take_rows(self.scales, index), self._zero_rows(index)
+        scales, zeros, words = take_rows(self.scales, index), self.zeros, None
+        if zeros is not None and zeros.dtype == torch.int32:
+            words = _words_of_rows(index, _WORD // self.bits)
+        zeros = self.zeros_apart() if words is None else zeros
+        zeros = None if zeros is None else take_rows(zeros, index if words is None else words)
         return {"scales": scales, "zeros": zeros, "shape": (len(index), self.shape[1])}
-
-    def _zero_rows(self, index: torch.Tensor) -> torch.Tensor | None:
-        if self.zeros is None or self.zeros.dtype == torch.uint8:
-            return None if self.zeros is None else take_rows(self.zeros, index)
-        words = _words_of_rows(index, _WORD // self.bits)
-        if words is None:
-            return take_rows(self.unpacked_zeros(), index)
-        return take_rows(self.zeros, words)
 
     @classmethod
     def joined(cls, parts: Sequence[PackedBytes]) -> PackedBytes:
         rows = sum(part.shape[0] for part in parts)
-        apart = [part._with_zeros_apart() for part in parts]
+        apart = [replace(part, zeros=part.zeros_apart()) for part in parts]
         return join_rows(apart, ("packed", "scales", "zeros"), shape=(rows, parts[0].shape[1]))
-
-    def _with_zeros_apart(self) -> PackedBytes:
-        """With zero points that are not packed along the rows."""
-        if self.zeros is None or self.zeros.dtype == torch.uint8:
-            return self
-        return replace(self, zeros=self.unpacked_zeros())
 
     @property
     def row_step(self) -> int:
@@ -135,11 +125,11 @@ class PackedBytes(DecodedBytes):
 
     def decode(self, first: int, last: int, out: torch.Tensor) -> None:
         self._write_codes(first, last, out)
-        zeros = self._zero_points(first, last)
+        zeros = self.zeros_apart(first, last)
         if zeros is None:
             out.sub_(1 << (self.bits - 1))
         else:
-            self._over_groups(torch.Tensor.sub_, out, zeros)
+            self._over_groups(torch.Tensor.sub_, out, zeros.float().add_(self.zero_shift))
         self._over_groups(torch.Tensor.mul_, out, self.scales[first:last].float())
 
     def _write_codes(self, first: int, last: int, out: torch.Tensor) -> None:
@@ -154,24 +144,16 @@ class PackedBytes(DecodedBytes):
         else:
             out.copy_(unpacked(words, self.bits)[:, :columns])
 
-    def _zero_points(self, first: int, last: int) -> torch.Tensor | None:
-        """Of some rows [rows, groups] float32; None for the middle of the codes."""
-        if self.zeros is None:
-            return None
-        if self.zeros.dtype == torch.uint8:
-            zeros = self.zeros[first:last]
-        else:
-            per = _WORD // self.bits
-            zeros = self._unpacked_zeros(self.zeros[first // per : -(-last // per)])[: last - first]
-        return zeros.float().add_(self.zero_shift)
-
-    def unpacked_zeros(self) -> torch.Tensor:
-        """The zero points as they are stored, [out, groups] uint8, where they are packed."""
-        assert self.zeros is not None
-        return self._unpacked_zeros(self.zeros)[: self.shape[0]]
-
-    def _unpacked_zeros(self, words: torch.Tensor) -> torch.Tensor:
-        return self._in_order(unpacked(words.t(), self.bits)).t()
+    def zeros_apart(self, first: int = 0, last: int | None = None) -> torch.Tensor | None:
+        """The zero points of some rows as they are stored, but not packed: [rows, groups] uint8;
+        None for the middle of the codes. Packed ones begin with a word.
+        """
+        last = self.shape[0] if last is None else last
+        if self.zeros is None or self.zeros.dtype == torch.uint8:
+            return None if self.zeros is None else self.zeros[first:last]
+        per = _WORD // self.bits
+        words = self.zeros[first // per : -(-last // per)]
+        return self._in_order(unpacked(words.t(), self.bits)).t()[: last - first]
 
     def _in_order(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes [.., n] as they lie in words -> in the order of what they belong to."""
@@ -275,16 +257,31 @@ def needed(pieces: Mapping[str, torch.Tensor], names: Iterable[str]) -> list[tor
     return [pieces[name] for name in names]
 
 
-def checked_groups(index: torch.Tensor, count: int) -> torch.Tensor:
-    """The group of each column, [in] int32.
+def column_groups(
+    index: torch.Tensor | None, count: int, size: int, is_reordered: bool, said: Sequence[str]
+) -> torch.Tensor | None:
+    """The group of each column, [in] int32; None where groups lie side by side.
 
     Args:
-        index: as it is stored.
+        index: as it is stored; None if it is not.
         count: how many groups have scales.
+        size: of a group.
+        is_reordered: whether the configuration says that groups do not lie side by side.
+        said: the name of the stored piece; the setting; what it says of groups that lie side by
+            side; and of others.
 
     Raises:
-        QuantizationError: no row of whole numbers, or, where values are known, others than groups.
+        QuantizationError: they are missing; no row of whole numbers; or, where values are known,
+            others than groups, or in another order than the configuration says.
     """
+    name, setting, side_by_side, otherwise = said
+    if index is None:
+        if is_reordered:
+            raise QuantizationError(
+                f"weights without their {name}, which says to which group each column belongs "
+                f"({setting} in quantization_config). Download the checkpoint again."
+            )
+        return None
     if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64):
         raise QuantizationError(
             f"the groups of columns (g_idx) are a row of whole numbers, not {describe(index)}."
@@ -294,29 +291,17 @@ def checked_groups(index: torch.Tensor, count: int) -> torch.Tensor:
             f"columns are of groups {int(index.min())} to {int(index.max())} (g_idx), and there "
             f"are scales of {count} groups. Download the checkpoint again."
         )
-    return index.to(torch.int32)
-
-
-def check_order(groups: torch.Tensor, size: int, said: str, right: str) -> None:
-    """Check that groups lie side by side, where their values are known.
-
-    Args:
-        groups: of each column, [in] int32.
-        size: of a group.
-        said: what the configuration says.
-        right: what it would say of these groups.
-
-    Raises:
-        QuantizationError: they do not.
-    """
-    if groups.is_meta:
-        return
-    if bool((groups != torch.arange(len(groups), device=groups.device) // size).any()):
+    if is_reordered:
+        return index.to(torch.int32)
+    if not index.is_meta and bool(
+        (index != torch.arange(len(index), device=index.device) // size).any()
+    ):
         raise QuantizationError(
             f"the columns' groups (g_idx) are not {size} columns each, one after the other, but "
-            f"quantization_config says {said}. If these are the checkpoint's own, make it {right} "
-            "in config.json."
+            f"quantization_config says {side_by_side}. If these are the checkpoint's own, make it "
+            f"{otherwise} in config.json."
         )
+    return None
 
 
 def words_of(count: int, bits: int) -> int:

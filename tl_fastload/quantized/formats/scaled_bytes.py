@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -63,6 +63,8 @@ class ScaledBytes(DecodedBytes):
             raise QuantizationError(
                 f"scales are floating point or uint8 exponents, not {describe(self.scales)}."
             )
+        if self.zero_points is not None and self.zero_points.dtype != torch.int8:
+            raise QuantizationError(f"zero points are int8, not {self.zero_points.dtype}.")
         for name, grid in (("scales", self.scales), ("zero points", self.zero_points)):
             if grid is not None and not self._fits(grid):
                 wanted = list(grid_of(self.shape, self.block))
@@ -324,8 +326,3 @@ def scaled_sample(dtype: torch.dtype, kind: str, device: torch.device) -> Scaled
     codes = codes.to(torch.int8).to(torch.float32).to(dtype).to(device)
     scales = torch.linspace(-1, 1, 8, device="cpu").view(2, 4).to(device)
     return scaled_bytes(codes, scales, (32, 32), kind)
-
-
-def stacked_again(matrix: Any, codes: torch.Tensor) -> Any:
-    """The matrix of `scaled_bytes` as it is stored: [stacked, out, in] for stacked codes."""
-    return matrix.view(codes.shape) if codes.dim() == 3 else matrix

@@ -14,9 +14,9 @@ from tl_fastload.errors import ArgumentError, QuantizationError, UnsupportedArch
 from tl_fastload.quantized.formats.base import Format, QuantizedBytes, describe
 from tl_fastload.quantized.formats.fp8 import (
     ScaledSpec,
-    check_no_zeros,
     codes_and_scales,
     rounded_besides,
+    stored_zeros,
 )
 from tl_fastload.quantized.formats.scaled_bytes import (
     FLOAT8,
@@ -73,8 +73,7 @@ class Torchao(Format):
     remedy = 'pip install --upgrade "torch>=2.1"'
 
     def declared(self, fields: Mapping[str, Any]) -> Spec | None:
-        method = fields.get("quant_method")
-        if getattr(method, "value", method) != "torchao":
+        if fields.get("quant_method") != "torchao":
             return None
         configs = list(_configs_in(fields.get("quant_type")))
         if not configs:
@@ -101,16 +100,9 @@ class Torchao(Format):
 
     def assemble(self, pieces: Mapping[str, torch.Tensor], spec: Any) -> QuantizedBytes:
         codes, scales = codes_and_scales(pieces, _CODES, _KIND)
-        zeros = pieces.get("_weight_zero_point")
-        if zeros is None and not spec.is_symmetric and codes.dtype == torch.int8:
-            raise QuantizationError(
-                "an asymmetric weight without its zero points (_weight_zero_point). Download the "
-                "checkpoint again."
-            )
-        if spec.is_symmetric:
-            check_no_zeros(zeros)
-            zeros = None
-        return _bytes_of(codes, scales, zeros)
+        # Floats among asymmetric integers have none.
+        is_symmetric = spec.is_symmetric or codes.dtype != torch.int8
+        return _bytes_of(codes, scales, stored_zeros(pieces, "_weight_zero_point", is_symmetric))
 
     def of_layer(self, module: Any) -> tuple[QuantizedBytes, torch.dtype | None] | None:
         weight = module._parameters.get("weight") if hasattr(module, "_parameters") else None
@@ -138,8 +130,6 @@ def _bytes_of(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | N
         raise QuantizationError(
             f"codes and scales are matrices, not {describe(codes)} and {describe(scales)}."
         )
-    if zeros is not None and zeros.dtype != torch.int8:
-        raise QuantizationError(f"zero points are int8, not {zeros.dtype}.")
     grid = scales.shape if scales.dim() else (1, 1)
     sizes = [side // max(count, 1) for side, count in zip(codes.shape, grid, strict=True)]
     return scaled_bytes(codes, scales, (max(sizes[0], 1), max(sizes[1], 1)), _KIND, zeros)
