@@ -21,7 +21,7 @@ from transformers import (
 from tl_fastload import quantized
 from tl_fastload.errors import QuantizationError
 from tl_fastload.quantized import formats
-from tl_fastload.quantized.formats import bitsandbytes_files as files
+from tl_fastload.quantized.formats import bitsandbytes
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "int8": {"load_in_8bit": True, "llm_int8_threshold": 4.0},
@@ -67,12 +67,17 @@ def _pieces(saved: Any) -> dict[str, torch.Tensor]:
     return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
 
 
+def _read(pieces: dict[str, torch.Tensor], threshold: float = 6.0) -> Any:
+    spec = bitsandbytes.BitsAndBytesSpec("int8", threshold=threshold)
+    return bitsandbytes.BitsAndBytes().assemble(pieces, spec)
+
+
 def test_saved_pieces_are_the_layer(saved: Any) -> None:
     _, model, _, name = saved
     layer = model.get_submodule(name)
     pieces = _pieces(saved)
     threshold = CONFIGS["int8"]["llm_int8_threshold"]
-    stored = files.read(pieces, threshold)
+    stored = _read(pieces, threshold)
     read = quantized.from_bytes(stored, dtype=torch.float32)
     in_memory = formats.of_layer(layer, name)
     assert in_memory is not None
@@ -91,7 +96,7 @@ def test_conv1d_weights_are_stored_as_a_linear_layer(saved: Any) -> None:
     """`Conv1D` holds [in, out]; quantized, transformers makes it a linear layer's [out, in]."""
     dense, _, _, name = saved
     weight = dense.get_submodule(name).weight.detach()
-    stored = files.read(_pieces(saved))
+    stored = _read(_pieces(saved))
     expected = weight.T if name == GPT2 else weight
     found = quantized.from_bytes(stored, dtype=torch.float32)
     assert found.shape == expected.shape
@@ -104,7 +109,7 @@ def test_conv1d_weights_are_stored_as_a_linear_layer(saved: Any) -> None:
 
 
 def test_every_piece_has_a_known_name(saved: Any) -> None:
-    known = files.INT8_PARTS | files.FOUR_BIT_PARTS
+    known = bitsandbytes.INT8_PARTS | bitsandbytes.FOUR_BIT_PARTS
     assert set(_pieces(saved)) - {"weight", "bias"} <= known
 
 
@@ -120,7 +125,7 @@ def test_missing_or_misshapen_pieces(saved: Any) -> None:
             with pytest.raises(
                 QuantizationError,
             ):
-                files.read(wrong)
+                _read(wrong)
 
 
 def _state(text: str) -> dict[str, torch.Tensor]:
@@ -135,7 +140,7 @@ def _state(text: str) -> dict[str, torch.Tensor]:
 
 def test_the_state_as_bitsandbytes_writes_it() -> None:
     text = '{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [1, 64]}'
-    stored = files.read(_state(text))
+    stored = _read(_state(text))
     assert (stored.kind, stored.shape) == ("nf4", (1, 64))
 
 
@@ -157,13 +162,13 @@ def test_the_state_as_bitsandbytes_writes_it() -> None:
 )
 def test_unreadable_states(text: str, message: str) -> None:
     with pytest.raises(QuantizationError, match=message):
-        files.read(_state(text))
+        _read(_state(text))
 
 
 def test_weights_that_are_not_bitsandbytes() -> None:
     with pytest.raises(QuantizationError, match="float32"):
-        files.read({"weight": torch.zeros(4, 4)})
+        _read({"weight": torch.zeros(4, 4)})
     codes = torch.zeros(4, 4, dtype=torch.int8)
     turing = {"weight": codes, "SCB": torch.ones(4), "weight_format": torch.tensor(2)}
     with pytest.raises(QuantizationError, match="one kind of GPU"):
-        files.read(turing)
+        _read(turing)

@@ -11,7 +11,7 @@ from torch import nn
 from tl_fastload.errors import LeanLoadError, QuantizationError
 from tl_fastload.quantized import formats
 from tl_fastload.quantized.content import Content
-from tl_fastload.quantized.formats.base import Format, QuantizedBytes
+from tl_fastload.quantized.formats.base import Format, QuantizedBytes, damaged
 from tl_fastload.quantized.recipes import QuantizedSource, is_stored_quantized
 from tl_fastload.quantized.spec import Spec
 from tl_fastload.quantized.tensor import QuantizedTensor, from_bytes
@@ -127,9 +127,8 @@ def _refuse_bare_codes(promises: Mapping[str, Promise], spec: Spec) -> None:
     """Raise for 8-bit floats that no scales belong to: codes are not numbers."""
     for name, promise in promises.items():
         if promise.is_floating_point() and promise.element_size() == 1:
-            raise QuantizationError(
-                f"{name} ({promise.dtype}) has none of the scales that {spec.kind} weights have. "
-                "Save or download the checkpoint again."
+            raise damaged(
+                f"{name} ({promise.dtype}) has none of the scales that {spec.kind} weights have"
             )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tl_fastload.errors import ArgumentError, warn_numbers
+from tl_fastload.errors import ArgumentError, UnsupportedArchitectureError, warn_numbers
 from tl_fastload.ground.hf_configs import declared_quantization
 
 _SHORT = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -87,10 +87,7 @@ def table_in(fields: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """
     value = fields.get(name) or {}
     if not isinstance(value, Mapping):
-        raise ArgumentError(
-            f"{name}={value!r} in quantization_config is no table. Restore config.json from the "
-            "checkpoint's repository."
-        )
+        raise wrong_setting(name, value, "no table")
     return value
 
 
@@ -103,10 +100,29 @@ def modules_in(fields: Mapping[str, Any], *names: str) -> tuple[str, ...]:
     name = next((name for name in names if fields.get(name)), names[0])
     value = fields.get(name) or ()
     if not isinstance(value, (list, tuple)) or not all(isinstance(one, str) for one in value):
-        raise ArgumentError(
-            f"{name}={value!r} in quantization_config is no list of modules. Correct config.json."
-        )
+        raise wrong_setting(name, value, "no list of modules")
     return tuple(value)
+
+
+def unreadable(what: str, only: str = "") -> UnsupportedArchitectureError:
+    """The error for weights that are not read here.
+
+    Args:
+        what: these weights, in words.
+        only: what is read of the kind.
+    """
+    return UnsupportedArchitectureError(
+        f"{what} cannot be read{only and f', only {only}'}. Take another quantization, or the "
+        "unquantized checkpoint, with quantize= if it is too large."
+    )
+
+
+def wrong_setting(name: str, value: Any, what: str) -> ArgumentError:
+    """The error for a setting in a `quantization_config` with a value that is `what`, in words."""
+    return ArgumentError(
+        f"{name}={value!r} in quantization_config is {what}. Correct config.json, or restore it "
+        "from the checkpoint's repository."
+    )
 
 
 def as_dtype(value: str | torch.dtype) -> torch.dtype:

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from tl_fastload.errors import ArgumentError, QuantizationError, UnsupportedArchitectureError
-from tl_fastload.quantized.formats.base import Format, QuantizedBytes, describe
+from tl_fastload.errors import ArgumentError
+from tl_fastload.quantized.formats.base import Format, QuantizedBytes, damaged, describe
 from tl_fastload.quantized.formats.gptq import any_pieces, group_size
 from tl_fastload.quantized.formats.packed_bytes import AwqBytes, needed
-from tl_fastload.quantized.spec import Spec, modules_in
+from tl_fastload.quantized.spec import Spec, modules_in, unreadable
 
 _NEEDED = ("qweight", "qzeros", "scales")
 _BITS = 4
@@ -45,17 +45,12 @@ class Awq(Format):
         said = (fields.get(name) for name in ("version", "checkpoint_format", "format"))
         version = str(next(filter(None, said), "gemm")).lower()
         if version != "gemm":
-            raise UnsupportedArchitectureError(
-                f"AWQ weights in the version {version!r}, which is packed for one kernel, cannot "
-                "be read: only 'gemm'. Take a checkpoint in that version, or the unquantized one "
-                "with quantize=."
+            raise unreadable(
+                f"AWQ weights in the version {version!r}, which is packed for one kernel,", "'gemm'"
             )
         bits = fields.get("bits", fields.get("w_bit", _BITS))
         if bits != _BITS:
-            raise UnsupportedArchitectureError(
-                f"AWQ weights of {bits} bits cannot be read, only of {_BITS}. Take another "
-                "quantization, or the unquantized checkpoint with quantize=."
-            )
+            raise unreadable(f"AWQ weights of {bits} bits", f"of {_BITS}")
         if fields.get("zero_point") is False:
             raise ArgumentError(
                 "the quantization_config of AWQ says zero_point: false, which the version 'gemm' "
@@ -71,9 +66,9 @@ class Awq(Format):
         words, zeros, scales = needed(pieces, _NEEDED)
         columns, rows = words.shape[0], words.shape[1] * _PER_WORD
         if scales.shape[1] != rows:
-            raise QuantizationError(
+            raise damaged(
                 f"qweight {describe(words)} packs {rows} outputs, and scales {describe(scales)} "
-                f"are of {scales.shape[1]}. Download the checkpoint again."
+                f"are of {scales.shape[1]}"
             )
         size = max(columns, 1) if spec.group_size == -1 else spec.group_size
         return AwqBytes(words.t(), scales.t(), (rows, columns), _BITS, size, "awq", zeros.t())

@@ -345,6 +345,11 @@ def _step(index: torch.Tensor) -> int | None:
     return step if step > 0 and bool((index[1:] - index[:-1] == step).all()) else None
 
 
+def damaged(what: str) -> QuantizationError:
+    """The error for weights whose pieces are not there, or do not fit each other."""
+    return QuantizationError(f"{what}. Save or download the checkpoint again.")
+
+
 def describe(tensor: torch.Tensor) -> str:
     """Shape and dtype, for messages."""
     return f"{list(tensor.shape)} {tensor.dtype}"

@@ -65,9 +65,8 @@ class Int8Bytes(QuantizedBytes):
         return replace(self, codes=take(self.codes, runs), scales=take(self.scales, runs))
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        if self.codes.is_meta:
-            return _empty(*self.shape).to(dtype)
-        return kernels.dequantize_int8(self.codes, self.scales).to(dtype)
+        # bitsandbytes' own numbers, by the steps of its `int8_vectorwise_dequant`.
+        return (self.codes * self.scales.view(-1, 1) * 7.874015718698502e-3).to(dtype)  # 1 / 127
 
     def linear(self, x: Any, bias: Any = None, compute_dtype: Any = None) -> torch.Tensor:
         """As the base says; the kernel rounds x to float16."""
@@ -173,8 +172,7 @@ class FourBitBytes(QuantizedBytes):
             found = "nothing" if tensor is None else describe(tensor)
             raise QuantizationError(
                 f"4-bit weights of a {list(self.shape)} matrix in blocks of {self.blocksize} need "
-                f"{size} x {dtype} "
-                f"as {name}, not {found}."
+                f"{size} x {dtype} as {name}, not {found}."
             )
 
     @property
@@ -211,8 +209,7 @@ class FourBitBytes(QuantizedBytes):
         if not whole:
             raise QuantizationError(
                 f"a row of {width} values is not a whole number of blocks of {self.blocksize}, so "
-                f"these rows share "
-                "blocks with others"
+                "these rows share blocks with others"
             )
         taken = self._with_scales(
             [(start // self.blocksize, -(-stop // self.blocksize)) for start, stop in values]

@@ -139,15 +139,6 @@ def linear_4bit(
     return product.to(x.dtype)
 
 
-def dequantize_int8(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """The matrix [out, in] that the kernel multiplies by: bitsandbytes' own numbers."""
-    functional = bitsandbytes().functional
-    if hasattr(functional, "int8_vectorwise_dequant"):
-        values: torch.Tensor = functional.int8_vectorwise_dequant(codes, scales)
-        return values
-    return codes * scales.view(-1, 1) * 7.874015718698502e-3  # 1 / 127
-
-
 def dequantize_4bit(stored: Any, dtype: torch.dtype) -> torch.Tensor:
     """The matrix [out, in] that the kernel multiplies by: bitsandbytes' own numbers."""
     direct = dtype if dtype in _KERNEL_DTYPES else torch.float32

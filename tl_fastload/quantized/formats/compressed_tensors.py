@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from tl_fastload.errors import ArgumentError, QuantizationError, UnsupportedArchitectureError
-from tl_fastload.quantized.formats.base import Format, QuantizedBytes, describe
+from tl_fastload.errors import ArgumentError, QuantizationError
+from tl_fastload.quantized.formats.base import Format, QuantizedBytes, damaged, describe
 from tl_fastload.quantized.formats.fp8 import (
     OF_ACTIVATIONS,
     ScaledSpec,
@@ -34,7 +34,7 @@ from tl_fastload.quantized.formats.scaled_bytes import (
     scaled_bytes,
     scaled_sample,
 )
-from tl_fastload.quantized.spec import Spec, modules_in, table_in
+from tl_fastload.quantized.spec import Spec, modules_in, table_in, unreadable
 
 _NAME = "compressed-tensors"
 _FLOAT, _INT = f"{_NAME}-fp8", f"{_NAME}-int8"
@@ -45,7 +45,6 @@ _PACKED = "pack-quantized"
 _FORMATS = ("float-quantized", "int-quantized", "naive-quantized", _PACKED)
 _OF_SCHEMES = "num_bits type strategy symmetric group_size block_structure actorder".split()
 _GROUPS_SAID = ("weight_g_idx", "actorder", "actorder: null", '"group"')
-_EIGHT_BITS = "8-bit floats and integers"
 _NOT_HERE = (
     "nvfp4-pack-quantized mxfp4-pack-quantized mxfp6-pack-quantized mxfp8-quantized marlin-24 "
     "sparse-bitmask sparse-24-bitmask mixed-precision"
@@ -97,10 +96,7 @@ class CompressedTensors(Format):
         if named in _FORMATS and sparse != "dense":
             named = sparse
         if named in _NOT_HERE:
-            raise UnsupportedArchitectureError(
-                f"{_NAME} weights in the format {named!r} cannot be read. Take the unquantized "
-                "checkpoint, with quantize= if it is too large."
-            )
+            raise unreadable(f"{_NAME} weights in the format {named!r}")
         return _spec_of(fields, named) if named in _FORMATS else None
 
     def assemble(self, pieces: Mapping[str, torch.Tensor], spec: Any) -> QuantizedBytes:
@@ -161,11 +157,8 @@ def _spec_of(fields: Mapping[str, Any], named: str) -> CompressedSpec:
     specs = [_spec_of_group(group, skip, keeps, named == _PACKED) for group in groups]
     first = specs[0]
     if any(_ways(spec) != _ways(first) for spec in specs[1:]):
-        raise UnsupportedArchitectureError(
-            f"the {_NAME} checkpoint quantizes its weights in several ways "
-            f"({', '.join(sorted({_words(spec) for spec in specs}))}), which cannot be read "
-            "together. Take the unquantized checkpoint, with quantize= if it is too large."
-        )
+        ways = ", ".join(sorted({_words(spec) for spec in specs}))
+        raise unreadable(f"{_NAME} weights that are quantized in several ways ({ways})")
     other = "int-quantized" if first.kind == _FLOAT else "float-quantized"
     if named == other:
         raise ArgumentError(
@@ -186,10 +179,9 @@ def _spec_of_group(
     if is_packed:
         kind = _WORDS.get(bits) if kind == _INT and type(bits) is int else None
     if kind is None or (bits != 8 and not is_packed):
-        raise UnsupportedArchitectureError(
-            f"{_NAME} weights of {bits} bits and type {weights.get('type')!r} cannot be read in "
-            f"this format, only {'integers of 4 or 8 bits' if is_packed else _EIGHT_BITS}. Take "
-            "the unquantized checkpoint, with quantize= if it is too large."
+        raise unreadable(
+            f"{_NAME} weights of {bits} bits and type {weights.get('type')!r}",
+            "integers of 4 or 8 bits" if is_packed else "8-bit floats and integers",
         )
     strategy, block = weights.get("strategy"), None
     size = weights.get("group_size")
@@ -198,14 +190,10 @@ def _spec_of_group(
     elif strategy == "group" or (strategy is None and size is not None and size != -1):
         block = as_block([1, size])
     elif strategy not in (None, "tensor", "channel") or (strategy == "tensor" and is_packed):
-        raise UnsupportedArchitectureError(
-            f"{_NAME} weights with the strategy {strategy!r} cannot be read. Take the unquantized "
-            "checkpoint, with quantize= if it is too large."
-        )
+        raise unreadable(f"{_NAME} weights with the strategy {strategy!r}")
     if is_packed and strategy == "block":
-        raise UnsupportedArchitectureError(
-            f"packed {_NAME} weights in blocks cannot be read, only in groups or with a scale for "
-            "each row. Take the unquantized checkpoint, with quantize= if it is too large."
+        raise unreadable(
+            f"packed {_NAME} weights in blocks", "in groups or with a scale for each row"
         )
     if block is None and strategy == "block":
         raise ArgumentError("blocks without a block_structure in quantization_config.")
@@ -264,8 +252,8 @@ def _packed_bytes(pieces: Mapping[str, torch.Tensor], spec: CompressedSpec) -> P
     shape = pieces.get("weight_shape")
     found = (words.shape[0], columns)
     if shape is not None and not shape.is_meta and tuple(shape.tolist()) != found:
-        raise QuantizationError(
+        raise damaged(
             f"weight_shape says {shape.tolist()}, and weight_packed {describe(words)} with "
-            f"weight_scale {describe(scales)} are of {list(found)}. Download the checkpoint again."
+            f"weight_scale {describe(scales)} are of {list(found)}"
         )
     return PackedBytes(words, scales, found, bits, size, spec.kind, zeros, groups=groups)

@@ -5,12 +5,15 @@ processor's cache holds them. No whole matrix is made, nor kept for the backward
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tl_fastload.quantized.formats.base import QuantizedBytes
+from tl_fastload.quantized.formats.base import QuantizedBytes, join_rows, take_rows
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Numbers that are decoded at a time on a CPU: more than fit into the second cache, so that
 # products are wide.
@@ -19,6 +22,14 @@ _PART_SIZE = 1 << 19
 
 class DecodedBytes(QuantizedBytes):
     """Bytes that multiply by their values, which `decode` makes."""
+
+    def rows(self, index: torch.Tensor) -> QuantizedBytes:
+        """As the base says, where all tensors have the matrix's rows in their first dimension."""
+        return self.map(lambda part: take_rows(part, index))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        return join_rows(parts, parts[0].tensors())
 
     @property
     def row_step(self) -> int:
@@ -63,7 +74,7 @@ class DecodedBytes(QuantizedBytes):
         if is_traced or x.is_meta or torch._C._is_any_autocast_enabled():
             return super().linear(x, bias, compute_dtype)
         rows = x.reshape(-1, x.shape[-1])
-        out: torch.Tensor = _multiplied(rows, bias, self)
+        out: torch.Tensor = _multiplied(rows, bias, self, False)
         return out.view(*x.shape[:-1], self.shape[0])
 
     def times(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -111,36 +122,24 @@ class DecodedBytes(QuantizedBytes):
 
 
 class _Product(torch.autograd.Function):
-    """`x @ W.T + bias`; the backward pass decodes anew."""
+    """`x @ W.T + bias`, or `x @ W` where it is turned: each is the other's gradient. The backward
+    pass decodes anew.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, stored: DecodedBytes) -> Any:
-        ctx.stored, ctx.bias_dtype = stored, None if bias is None else bias.dtype
-        return stored.times(x, bias)
+    def forward(ctx: Any, x: torch.Tensor, bias: Any, stored: DecodedBytes, turned: bool) -> Any:
+        ctx.stored, ctx.turned = stored, turned
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return stored.times_transposed(x) if turned else stored.times(x, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         of_x = of_bias = None
         if ctx.needs_input_grad[0]:
-            of_x = _multiplied_transposed(grad, ctx.stored)
+            of_x = _multiplied(grad, None, ctx.stored, not ctx.turned)
         if ctx.needs_input_grad[1]:
             of_bias = grad.sum(0).to(ctx.bias_dtype)
-        return of_x, of_bias, None
+        return of_x, of_bias, None, None
 
 
-class _Transposed(torch.autograd.Function):
-    """`x @ W`, whose own gradient is a product again."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, stored: DecodedBytes) -> Any:
-        ctx.stored = stored
-        return stored.times_transposed(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return _multiplied(grad, None, ctx.stored), None
-
-
-# torch leaves it without types.
-_multiplied: Any = _Product.apply
-_multiplied_transposed: Any = _Transposed.apply
+_multiplied: Any = _Product.apply  # torch leaves it without types

@@ -10,19 +10,20 @@ from typing import Any, ClassVar
 
 import torch
 
-from tl_fastload.errors import ArgumentError, QuantizationError, UnsupportedArchitectureError
-from tl_fastload.quantized.formats.base import Format, QuantizedBytes, describe
+from tl_fastload.errors import QuantizationError
+from tl_fastload.quantized.formats.base import Format, QuantizedBytes, damaged, describe
 from tl_fastload.quantized.formats.scaled_bytes import (
     FLOAT8,
     ScaledBytes,
     scaled_bytes,
     scaled_sample,
 )
-from tl_fastload.quantized.spec import Spec, modules_in, table_in
+from tl_fastload.quantized.spec import Spec, modules_in, table_in, unreadable, wrong_setting
 
 _USUAL = (128, 128)
 _SCALES = ("weight_scale_inv", "weight_scale")
 _STACKED = ("gate_up_proj", "down_proj", "up_proj")
+_KNOWN = {"scale_fmt": ("float", "ue8m0"), "fmt": ("e4m3", "e5m2"), "expert_dtype": ("fp8",)}
 _MODELOPT = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
 OF_ACTIVATIONS = frozenset(
     {
@@ -135,23 +136,15 @@ def _of_transformers(fields: Mapping[str, Any]) -> ScaledSpec:
         block, is_sure = _USUAL, False
     scheme = fields.get("activation_scheme") or "dynamic"
     if str(scheme).lower() not in ("dynamic", "static"):
-        raise ArgumentError(
-            f"activation_scheme={scheme!r} in quantization_config is neither 'dynamic' nor "
-            "'static'. Correct config.json."
-        )
-    for name, known in (("scale_fmt", ("float", "ue8m0")), ("fmt", ("e4m3", "e5m2"))):
+        raise wrong_setting("activation_scheme", scheme, "neither 'dynamic' nor 'static'")
+    for name, known in _KNOWN.items():
         value = fields.get(name) or known[0]
         if value not in known:
-            raise UnsupportedArchitectureError(
-                f"the quantization_config has {name}={value!r}, and known here are "
-                f"{' and '.join(known)}: a newer tl_fastload may know it. Else take the "
-                "unquantized checkpoint."
+            raise unreadable(
+                f"FP8 weights with {name}={value!r} in quantization_config, which a newer "
+                "tl_fastload may know,",
+                " and ".join(known),
             )
-    if (fields.get("expert_dtype") or "fp8") != "fp8":
-        raise UnsupportedArchitectureError(
-            f"the quantization_config has expert_dtype={fields['expert_dtype']!r}: experts in "
-            "4 bits beside FP8 cannot be read. Take the unquantized checkpoint."
-        )
     skip = modules_in(fields, "modules_to_not_convert", "ignored_layers")
     rounds = rounded_besides(str(scheme).lower())
     return ScaledSpec("fp8", skip, None, as_block(block), is_sure, rounds)
@@ -162,10 +155,7 @@ def _of_modelopt(fields: Mapping[str, Any]) -> ScaledSpec:
     inner = {**fields, **table_in(fields, "quantization")}
     algorithm = inner.get("quant_algo")
     if algorithm not in _MODELOPT:
-        raise UnsupportedArchitectureError(
-            f"ModelOpt's {algorithm} weights cannot be read, only {' and '.join(_MODELOPT)}. Take "
-            "the unquantized checkpoint, with quantize= if it is too large."
-        )
+        raise unreadable(f"ModelOpt's {algorithm} weights", " and ".join(_MODELOPT))
     skip = modules_in(inner, "ignore", "exclude_modules")
     keeps = bool(inner.get("kv_cache_quant_algo") or inner.get("kv_cache_scheme"))
     rounds = rounded_besides("static" if algorithm == "FP8" else "dynamic", keeps)
@@ -182,10 +172,7 @@ def as_block(value: Any) -> tuple[int, int] | None:
         return None
     sizes = list(value) if isinstance(value, (list, tuple)) else []
     if len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
-        raise ArgumentError(
-            f"the block size {value!r} in quantization_config is not a pair of positive numbers, "
-            "and not null. Correct config.json."
-        )
+        raise wrong_setting("block size", value, "not a pair of positive numbers, and not null")
     return (sizes[0], sizes[1])
 
 
@@ -208,9 +195,9 @@ def codes_and_scales(
         raise QuantizationError(f"the {kind} weight itself is missing beside {scales[0]}.")
     codes = pieces[others[0]]
     if not scales:
-        raise QuantizationError(
+        raise damaged(
             f"{kind} weights {describe(codes)} without their scales (weight_scale_inv or "
-            "weight_scale). Save or download the checkpoint again."
+            "weight_scale)"
         )
     if len(scales) > 1:
         raise QuantizationError(f"{' and '.join(sorted(scales))} are several scales of one weight.")
@@ -241,9 +228,7 @@ def stored_zeros(
         check_no_zeros(zeros)  # some versions store them: they are zero
         return None
     if zeros is None:
-        raise QuantizationError(
-            f"an asymmetric weight without its zero points ({name}). Download the checkpoint again."
-        )
+        raise damaged(f"an asymmetric weight without its zero points ({name})")
     return zeros
 
 

@@ -6,22 +6,17 @@ that values are equal to the last bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 
 from tl_fastload.errors import QuantizationError
-from tl_fastload.quantized.formats.base import (
-    Format,
-    QuantizedBytes,
-    describe,
-    join_rows,
-    take_rows,
-)
+from tl_fastload.quantized.formats.base import Format, QuantizedBytes, damaged, describe
 from tl_fastload.quantized.formats.decoded import DecodedBytes
-from tl_fastload.quantized.formats.scaled_bytes import looked_up
+from tl_fastload.quantized.formats.scaled_bytes import looked_up, powers_of_two
 from tl_fastload.quantized.spec import Spec
 from tl_fastload.source.ggml_types import BLOCK_TYPES
 
@@ -56,13 +51,6 @@ class GgufBytes(DecodedBytes):
     def shape(self) -> tuple[int, int]:  # type: ignore[override]
         block = BLOCK_TYPES[self.ggml_type]
         return (self.packed.shape[0], self.packed.shape[1] // block.nbytes * block.size)
-
-    def rows(self, index: torch.Tensor) -> GgufBytes:
-        return replace(self, packed=take_rows(self.packed, index))
-
-    @classmethod
-    def joined(cls, parts: Sequence[GgufBytes]) -> GgufBytes:
-        return join_rows(parts, ("packed",))
 
     def decode(self, first: int, last: int, out: torch.Tensor) -> None:
         blocks = self.packed[first:last].reshape(-1, BLOCK_TYPES[self.ggml_type].nbytes)
@@ -110,16 +98,6 @@ def _scaled(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return values.mul_(scales[..., None])
 
 
-def _q4_0(blocks: torch.Tensor) -> torch.Tensor:
-    codes = _fields(blocks[:, 2:], 4, 16).float().sub_(8)
-    return codes.mul_(_half(blocks, 0))
-
-
-def _q4_1(blocks: torch.Tensor) -> torch.Tensor:
-    codes = _fields(blocks[:, 4:], 4, 16).float()
-    return codes.mul_(_half(blocks, 0)).add_(_half(blocks, 2))
-
-
 def _q5_codes(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
     fifth = looked_up(_fifth_bits, high).view(torch.uint8)
     return _fields(low, 4, 16).bitwise_or_(fifth).float()
@@ -129,19 +107,6 @@ def _fifth_bits() -> torch.Tensor:
     """For each byte its bits, lowest first, 16 or 0 in a byte each: eight bytes as one int64."""
     bits = [[16 * (byte >> place & 1) for place in range(8)] for byte in range(256)]
     return torch.tensor(bits, dtype=torch.uint8, device="cpu").view(torch.int64).flatten()
-
-
-def _q5_0(blocks: torch.Tensor) -> torch.Tensor:
-    return _q5_codes(blocks[:, 6:], blocks[:, 2:6]).sub_(16).mul_(_half(blocks, 0))
-
-
-def _q5_1(blocks: torch.Tensor) -> torch.Tensor:
-    codes = _q5_codes(blocks[:, 8:], blocks[:, 4:8])
-    return codes.mul_(_half(blocks, 0)).add_(_half(blocks, 2))
-
-
-def _q8_0(blocks: torch.Tensor) -> torch.Tensor:
-    return blocks[:, 2:].view(torch.int8).float().mul_(_half(blocks, 0))
 
 
 def _q2_k(blocks: torch.Tensor) -> torch.Tensor:
@@ -172,10 +137,6 @@ def _with_minima(blocks: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     return values.sub_(minima.mul_(_half(blocks, 2))[..., None])
 
 
-def _q4_k(blocks: torch.Tensor) -> torch.Tensor:
-    return _with_minima(blocks, _fields(blocks[:, 16:], 4, 32))
-
-
 def _q5_k(blocks: torch.Tensor) -> torch.Tensor:
     codes = _fields(blocks[:, 48:], 4, 32).bitwise_or_(_fields(blocks[:, 16:48], 1, 32) << 4)
     return _with_minima(blocks, codes)
@@ -187,27 +148,24 @@ def _q6_k(blocks: torch.Tensor) -> torch.Tensor:
     return _scaled(codes.float().sub_(32), scales)
 
 
-def _mxfp4(blocks: torch.Tensor) -> torch.Tensor:
-    values = looked_up(_doubled_floats, _fields(blocks[:, 1:], 4, 16))
-    return values.mul_(looked_up(_half_powers, blocks[:, :1]))
-
-
 def _doubled_floats() -> torch.Tensor:
     """By code of 4 bits, twice the float that it is; [256] float32, beyond 16 unused."""
     values = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12]
     return torch.tensor(values + [0] * 240, dtype=torch.float32, device="cpu")
 
 
-def _half_powers() -> torch.Tensor:
-    """2^(s - 128) for each s, [256] float32."""
-    exact = [2.0 ** (s - 128) for s in range(256)]
-    return torch.tensor(exact, dtype=torch.float64, device="cpu").to(torch.float32)
-
-
+_half_powers = partial(powers_of_two, 128)
 _DECODERS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    **{"Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q8_0": _q8_0},
-    **{"Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k},
-    "MXFP4": _mxfp4,
+    "Q4_0": lambda b: _fields(b[:, 2:], 4, 16).float().sub_(8).mul_(_half(b, 0)),
+    "Q4_1": lambda b: _fields(b[:, 4:], 4, 16).float().mul_(_half(b, 0)).add_(_half(b, 2)),
+    "Q5_0": lambda b: _q5_codes(b[:, 6:], b[:, 2:6]).sub_(16).mul_(_half(b, 0)),
+    "Q5_1": lambda b: _q5_codes(b[:, 8:], b[:, 4:8]).mul_(_half(b, 0)).add_(_half(b, 2)),
+    "Q8_0": lambda b: b[:, 2:].view(torch.int8).float().mul_(_half(b, 0)),
+    **{"Q2_K": _q2_k, "Q3_K": _q3_k, "Q5_K": _q5_k, "Q6_K": _q6_k},
+    "Q4_K": lambda b: _with_minima(b, _fields(b[:, 16:], 4, 32)),
+    "MXFP4": lambda b: looked_up(_doubled_floats, _fields(b[:, 1:], 4, 16)).mul_(
+        looked_up(_half_powers, b[:, :1])
+    ),
 }
 """Blocks [n, bytes] uint8 -> their values in float32, n times the block's size of them."""
 
@@ -230,10 +188,7 @@ class Gguf(Format):
 
     def assemble(self, pieces: Mapping[str, torch.Tensor], spec: Spec) -> QuantizedBytes:
         if len(pieces) != 1:
-            raise QuantizationError(
-                f"stored {' and as '.join(sorted(pieces))}: one of them is left over. Download the "
-                "file again."
-            )
+            raise damaged(f"stored {' and as '.join(sorted(pieces))}: one of them is left over")
         ((ggml_type, blocks),) = pieces.items()
         if blocks.dim() not in (2, 3):
             raise QuantizationError(f"quantized weights are matrices, not {describe(blocks)}.")

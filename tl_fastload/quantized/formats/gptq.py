@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from tl_fastload.errors import ArgumentError, QuantizationError, UnsupportedArchitectureError
+from tl_fastload.errors import QuantizationError
 from tl_fastload.quantized.formats.base import Format, QuantizedBytes
 from tl_fastload.quantized.formats.packed_bytes import (
     BITS,
@@ -19,7 +19,7 @@ from tl_fastload.quantized.formats.packed_bytes import (
     column_groups,
     needed,
 )
-from tl_fastload.quantized.spec import Spec, modules_in, table_in
+from tl_fastload.quantized.spec import Spec, modules_in, table_in, unreadable, wrong_setting
 
 _NEEDED = ("qweight", "qzeros", "scales")
 # Format of a checkpoint -> what is added to the zero points that it stores.
@@ -69,15 +69,9 @@ class Gptq(Format):
         _check_version(fields)
         bits, size = fields.get("bits"), group_size(fields.get("group_size"))
         if type(bits) is not int:
-            raise ArgumentError(
-                f"the quantization_config of GPTQ has bits={bits!r}, which is no number of bits. "
-                "Correct config.json."
-            )
+            raise wrong_setting("bits", bits, "no number of bits")
         if bits not in BITS:
-            raise UnsupportedArchitectureError(
-                f"GPTQ weights of {bits} bits cannot be read, only {' or '.join(map(str, BITS))} "
-                "bits. Take another quantization, or the unquantized checkpoint with quantize=."
-            )
+            raise unreadable(f"GPTQ weights of {bits} bits", " or ".join(map(str, BITS)))
         return GptqSpec(
             "gptq",
             modules_in(fields, "modules_to_not_convert"),
@@ -140,10 +134,7 @@ def group_size(value: Any) -> int:
     """
     size = _USUAL_GROUP if value is None else value
     if type(size) is not int or (size < 1 and size != -1):
-        raise ArgumentError(
-            f"group_size={value!r} in quantization_config is neither -1 nor a positive number. "
-            "Correct config.json."
-        )
+        raise wrong_setting("group_size", value, "neither -1 nor a positive number")
     return size
 
 
@@ -153,22 +144,20 @@ def _version(fields: Mapping[str, Any]) -> str:
 
 def _check_version(fields: Mapping[str, Any]) -> None:
     """Raise for what is stored in another way."""
-    remedy = "Take another checkpoint of it, or the unquantized one with quantize=."
     version = "marlin" if fields.get("is_marlin_format") else _version(fields)
     if version not in _SHIFTS:
-        raise UnsupportedArchitectureError(
+        raise unreadable(
             f"GPTQ weights in the checkpoint_format {version!r}, which was made for one kernel or "
-            f"is newer than this version, cannot be read: only {' and '.join(_SHIFTS)}. {remedy}"
+            "is newer than this version,",
+            " and ".join(_SHIFTS),
         )
     if str(fields.get("pack_dtype") or "int32").removeprefix("torch.") != "int32":
-        raise UnsupportedArchitectureError(
-            f"GPTQ weights packed into {fields['pack_dtype']} cannot be read, only int32. {remedy}"
-        )
+        raise unreadable(f"GPTQ weights packed into {fields['pack_dtype']}", "int32")
     rotation = fields.get("rotation") or table_in(fields, "meta").get("rotation")
     if rotation:
-        raise UnsupportedArchitectureError(
-            f"the GPTQ checkpoint rotates activations ({rotation!r}), which HookedTransformer does "
-            f"not. {remedy}"
+        raise unreadable(
+            f"weights of a GPTQ checkpoint that rotates activations ({rotation!r}), which "
+            "HookedTransformer does not,"
         )
 
 

@@ -5,13 +5,14 @@ two.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 
 from tl_fastload.errors import QuantizationError
-from tl_fastload.quantized.formats.base import Format, QuantizedBytes, describe, take_rows
+from tl_fastload.quantized.formats.base import Format, QuantizedBytes, damaged, describe
 from tl_fastload.quantized.formats.decoded import DecodedBytes
 from tl_fastload.quantized.formats.scaled_bytes import looked_up, pairs_of, scale_values
 from tl_fastload.quantized.spec import Spec, modules_in
@@ -20,6 +21,7 @@ BLOCK = 32
 _PIECES = ("_blocks", "_scales")
 # By code: a sign, two bits of exponent, one of mantissa (OCP's E2M1).
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_pairs = partial(pairs_of, [*_VALUES, *(-value for value in _VALUES)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,19 +51,11 @@ class Mxfp4Bytes(DecodedBytes):
     def shape(self) -> tuple[int, int]:  # type: ignore[override]
         return (self.packed.shape[0], self.packed.shape[1] * 2)
 
-    def rows(self, index: torch.Tensor) -> Mxfp4Bytes:
-        packed, scales = take_rows(self.packed, index), take_rows(self.scales, index)
-        return replace(self, packed=packed, scales=scales)
-
     def decode(self, first: int, last: int, out: torch.Tensor) -> None:
         # A byte is looked up as the two values that it holds, in one piece.
         looked_up(_pairs, self.packed[first:last], out.view(torch.int64))
         scales = scale_values(self.scales[first:last])
         out.view(*scales.shape, BLOCK).mul_(scales[..., None])
-
-
-def _pairs() -> torch.Tensor:
-    return pairs_of([*_VALUES, *(-value for value in _VALUES)])
 
 
 class Mxfp4(Format):
@@ -113,9 +107,8 @@ def _blocks_and_scales(pieces: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor
     """
     named = {piece: part for name, part in pieces.items() for piece in _PIECES if piece in name}
     if len(pieces) != len(_PIECES) or len(named) != len(_PIECES):
-        raise QuantizationError(
-            f"experts in 4 bits are blocks and scales, not {' and '.join(sorted(pieces))}. "
-            "Download the checkpoint again."
+        raise damaged(
+            f"experts in 4 bits are blocks and scales, not {' and '.join(sorted(pieces))}"
         )
     blocks, scales = (named[piece] for piece in _PIECES)
     if (blocks.dtype, scales.dtype) != (torch.uint8, torch.uint8):

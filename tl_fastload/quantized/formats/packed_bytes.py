@@ -6,13 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from tl_fastload.errors import QuantizationError
-from tl_fastload.quantized.formats.base import describe, join_rows, runs_of, take_rows
+from tl_fastload.quantized.formats.base import damaged, describe, join_rows, runs_of, take_rows
 from tl_fastload.quantized.formats.decoded import DecodedBytes
 from tl_fastload.quantized.formats.scaled_bytes import (
     grid_of,
@@ -26,6 +27,7 @@ BITS = (2, 4, 8)
 """Sizes of codes that fill words without a rest."""
 SCALES = (torch.float16, torch.bfloat16, torch.float32)
 _WORD = 32
+_pairs = partial(pairs_of, range(16))
 # Numbers of AWQ's columns in a word of eight, from the lowest bits on, and the other way round.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -223,10 +225,6 @@ def write_codes(words: torch.Tensor, bits: int, outs: Iterable[torch.Tensor]) ->
         out.copy_((words[: len(out)] >> (place * bits)).bitwise_and_((1 << bits) - 1))
 
 
-def _pairs() -> torch.Tensor:
-    return pairs_of(range(16))
-
-
 def any_words(*shape: int) -> torch.Tensor:
     """Words with all kinds of codes, int32."""
     generator = torch.Generator().manual_seed(0)
@@ -243,13 +241,11 @@ def needed(pieces: Mapping[str, torch.Tensor], names: Iterable[str]) -> list[tor
     """
     missing = [name for name in names if name not in pieces]
     if missing:
-        raise QuantizationError(
-            f"packed weights without {' and '.join(missing)}. Download the checkpoint again."
-        )
+        raise damaged(f"packed weights without {' and '.join(missing)}")
     if "weight" in pieces:
-        raise QuantizationError(
+        raise damaged(
             f"an ordinary weight {describe(pieces['weight'])} beside {' and '.join(names)}: one of "
-            "them is left over. Download the checkpoint again."
+            "them is left over"
         )
     for name in names:
         if pieces[name].dim() != 2:
@@ -277,9 +273,9 @@ def column_groups(
     name, setting, side_by_side, otherwise = said
     if index is None:
         if is_reordered:
-            raise QuantizationError(
+            raise damaged(
                 f"weights without their {name}, which says to which group each column belongs "
-                f"({setting} in quantization_config). Download the checkpoint again."
+                f"({setting} in quantization_config)"
             )
         return None
     if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64):
@@ -287,9 +283,9 @@ def column_groups(
             f"the groups of columns (g_idx) are a row of whole numbers, not {describe(index)}."
         )
     if not index.is_meta and len(index) and (int(index.min()) < 0 or int(index.max()) >= count):
-        raise QuantizationError(
+        raise damaged(
             f"columns are of groups {int(index.min())} to {int(index.max())} (g_idx), and there "
-            f"are scales of {count} groups. Download the checkpoint again."
+            f"are scales of {count} groups"
         )
     if is_reordered:
         return index.to(torch.int32)

@@ -160,7 +160,7 @@ def _decode(codes: torch.Tensor, code: str, out: torch.Tensor) -> None:
         bits = (codes.view(torch.int8).to(torch.int16) << 7) & ~(1 << 14)
         out.copy_(bits.view(torch.float16)).mul_(1 << 8)
     else:
-        looked_up(_values_of(code), codes, out)
+        looked_up(_VALUES[code], codes, out)
 
 
 def _has_nan(codes: torch.Tensor) -> bool:
@@ -170,15 +170,10 @@ def _has_nan(codes: torch.Tensor) -> bool:
     )
 
 
-@functools.cache
-def _values_of(code: str) -> Callable[[], torch.Tensor]:
-    """Makes the value of each code of an 8-bit float, [256] float32."""
-
-    def make() -> torch.Tensor:
-        codes = torch.arange(256, dtype=torch.int32, device="cpu").to(torch.uint8)
-        return codes.view(_CODES[code]).to(torch.float32)
-
-    return make
+def _values_of(code: str) -> torch.Tensor:
+    """The value of each code of an 8-bit float, [256] float32."""
+    codes = torch.arange(256, dtype=torch.int32, device="cpu").to(torch.uint8)
+    return codes.view(_CODES[code]).to(torch.float32)
 
 
 def scale_values(scales: torch.Tensor) -> torch.Tensor:
@@ -186,10 +181,15 @@ def scale_values(scales: torch.Tensor) -> torch.Tensor:
     return looked_up(_powers, scales) if scales.dtype == torch.uint8 else scales.to(torch.float32)
 
 
-def _powers() -> torch.Tensor:
-    """2^(s - 127) for each s, [256] float32: torch's exp2 need not be exact."""
-    exact = [2.0 ** (s - 127) for s in range(256)]
+def powers_of_two(offset: int) -> torch.Tensor:
+    """2^(s - offset) for each s, [256] float32: torch's exp2 need not be exact."""
+    exact = [2.0 ** (s - offset) for s in range(256)]
     return torch.tensor(exact, dtype=torch.float64, device="cpu").to(torch.float32)
+
+
+# Tables for `looked_up`.
+_VALUES = {code: functools.partial(_values_of, code) for code in _CODES}
+_powers = functools.partial(powers_of_two, 127)
 
 
 def looked_up(

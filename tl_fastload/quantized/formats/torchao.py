@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from tl_fastload.errors import ArgumentError, QuantizationError, UnsupportedArchitectureError
+from tl_fastload.errors import ArgumentError, QuantizationError
 from tl_fastload.quantized.formats.base import Format, QuantizedBytes, describe
 from tl_fastload.quantized.formats.fp8 import (
     ScaledSpec,
@@ -24,7 +24,7 @@ from tl_fastload.quantized.formats.scaled_bytes import (
     scaled_bytes,
     scaled_sample,
 )
-from tl_fastload.quantized.spec import Spec, modules_in
+from tl_fastload.quantized.spec import Spec, modules_in, unreadable
 
 _KIND = "torchao"
 _CODES = FLOAT8 | {torch.int8}
@@ -85,10 +85,8 @@ class Torchao(Format):
             )
         unknown = sorted({str(config["_type"]) for config in configs} - _CONFIGS.keys())
         if unknown:
-            raise UnsupportedArchitectureError(
-                f"torchao weights of {' and '.join(unknown)} cannot be read, only of "
-                f"{', '.join(_CONFIGS)}. Take the unquantized checkpoint, with quantize= if it is "
-                "too large."
+            raise unreadable(
+                f"torchao weights of {' and '.join(unknown)}", f"of {', '.join(_CONFIGS)}"
             )
         scales = [_CONFIGS[config["_type"]] for config in configs]
         return TorchaoSpec(
