@@ -70,19 +70,14 @@ class Defaults(overrides.TorchFunctionMode):
             if isinstance(made, torch.Tensor) and self._is_promoted(func, args, kwargs, made):
                 return func(*(self._cast(x) for x in args), **kwargs)
             return made
-        if func in _FLOATS:
-            return func(*args, **self._filled(kwargs, is_float=True))
+        is_float = func in _FLOATS if func in _FLOATS | _INTEGERS else None
         if func in _BY_NUMBERS:
             is_float = any(isinstance(x, float) for x in (*args, *kwargs.values()))
-            return func(*args, **self._filled(kwargs, is_float))
-        if func in _INTEGERS:
-            return func(*args, **self._filled(kwargs, is_float=False))
-        if func in _OF_DATA and args and len(args) == 1:
-            kind = _kind_of(args[0])
-            return func(*args, **({**kwargs} if kind is None else self._filled(kwargs, kind)))
-        if func is torch.Tensor.to and _is_emptied(*args):
+        elif func in _OF_DATA and len(args) == 1:
+            is_float = _kind_of(args[0])
+        elif func is torch.Tensor.to and _is_emptied(*args):
             return args[0]
-        return func(*args, **kwargs)
+        return func(*args, **(kwargs if is_float is None else self._filled(kwargs, is_float)))
 
     def _filled(self, kwargs: dict[str, Any], is_float: bool) -> dict[str, Any]:
         if kwargs.get("out") is not None:

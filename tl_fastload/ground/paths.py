@@ -1,4 +1,6 @@
-"""Paths as people write them, which may be none at all."""
+"""Paths as people write them, which may be none at all: `os.path` says no of what is too long or
+too odd to be one, where `Path` raises.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,7 @@ from tl_fastload.errors import ArgumentError, LeanLoadError
 
 def expanded(path: str | os.PathLike[str]) -> Path:
     """A path with "~" written out; as it is, where "~somebody" has no home here."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        return Path(path)
+    return Path(os.path.expanduser(Path(path)))  # noqa: PTH111
 
 
 def expanded_to_write(
@@ -24,25 +23,17 @@ def expanded_to_write(
     Raises:
         LeanLoadError: of that kind; somebody has no home here.
     """
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as unknown:
-        raise error(
-            f"{path}: nobody of that name has a home here. Write the path out."
-        ) from unknown
+    found = expanded(path)
+    if str(found).startswith("~"):
+        raise error(f"{path}: nobody of that name has a home here. Write the path out.")
+    return found
 
 
 def exists(path: Path) -> bool:
     """Whether something is there."""
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # too long or too odd to be a path
-        return False
+    return os.path.exists(path)  # noqa: PTH110
 
 
 def is_directory(path: Path) -> bool:
     """Whether a folder is there."""
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):  # too long or too odd to be a path
-        return False
+    return os.path.isdir(path)  # noqa: PTH112

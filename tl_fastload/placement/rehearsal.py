@@ -344,10 +344,8 @@ def _quantized_stand_in(source: QuantizedSource, is_lent: bool) -> QuantizedSour
         stored = outline if is_lent else outline.map(torch.empty_like)
         return QuantizedTensor(Content(stored), None, source.dtype)
 
-    shape = (source.shape[0], source.shape[1])
-    return QuantizedSource(
-        load, shape, source.dtype, source.name, outline, source.home, dense=source.dense
-    )
+    home, dense = source.home, source.dense
+    return QuantizedSource(load, source.dtype, source.name, outline, home, dense=dense)
 
 
 def _is_lent(source: Source, device: torch.device) -> bool:

@@ -163,7 +163,9 @@ def _promise_of_pieces(
         return from_bytes(stored, dtype=dtype, compute_dtype=spec.compute_dtype)
 
     outlines = {
-        part: _values(promise) if part in format.descriptions else _outline(promise)
+        part: torch.empty(promise.shape, dtype=promise.dtype, device="meta")
+        if part not in format.descriptions
+        else _values(promise)
         for part, promise in parts.items()
     }
     outline = assembled(outlines)
@@ -173,7 +175,7 @@ def _promise_of_pieces(
             "Correct quantization_config in config.json."
         )
     home = _home(max(parts.values(), key=lambda promise: promise.numel()))
-    source = QuantizedSource(load, outline.shape, dtype, name, outline, home, dense=dense)
+    source = QuantizedSource(load, dtype, name, outline, home, dense=dense)
     made: Promise = format.as_parameter(Promise.of(source), outlines)
     return made
 
@@ -211,10 +213,6 @@ def _home(promise: Promise) -> torch.device | None:
     if isinstance(node.source, FileSource):
         return torch.device("cpu") if node.source.is_mapped() else None
     return promise.device
-
-
-def _outline(promise: Promise) -> torch.Tensor:
-    return torch.empty(promise.shape, dtype=promise.dtype, device="meta")
 
 
 def _values(promise: Promise) -> torch.Tensor:

@@ -51,10 +51,8 @@ _VIEW_NAMES = """
 
 
 def _overload(name: str) -> Any:
-    packet, _, overload = name.partition(".")
-    return getattr(
-        getattr(aten, packet, None), overload, None
-    )  # absent from some versions of torch
+    packet, _, overload = name.partition(".")  # absent from some versions of torch
+    return getattr(getattr(aten, packet, None), overload, None)
 
 
 def implements(
@@ -90,33 +88,25 @@ OPERATORS.update(
 def _clone(source: Any, *, memory_format: Any = None) -> Any:
     """The same bytes where the layout stays, or where whole rows move."""
     if memory_format == torch.contiguous_format and not source.is_contiguous():
-        rows = source.contiguous_rows()
-        return NotImplemented if rows is None else rows
+        rows = source.packed_rows()
+        return rows if rows is not None and rows.is_contiguous() else NotImplemented
     if memory_format not in (None, torch.preserve_format, torch.contiguous_format):
         return NotImplemented
     return type(source)(source.content, source.geometry, source.dtype)
 
 
 @implements(aten._to_copy.default, table=OPERATORS)
-def _to_copy(
-    source: Any,
-    *,
-    dtype: torch.dtype | None = None,
-    layout: Any = None,
-    device: Any = None,
-    pin_memory: Any = None,
-    non_blocking: bool = False,
-    memory_format: Any = None,
-) -> Any:
+def _to_copy(source: Any, *, dtype: Any = None, layout: Any = None, **options: Any) -> Any:
     dtype = source.dtype if dtype is None else dtype
     if dtype not in COMPUTING_DTYPES or layout not in (None, torch.strided):
         return NotImplemented
-    same = _clone(source, memory_format=memory_format)
+    same = _clone(source, memory_format=options.get("memory_format"))
     if same is NotImplemented:
         return NotImplemented
-    content = same.content
+    content, device = same.content, options.get("device")
     if device is not None:
-        content = content.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        is_late = options.get("non_blocking", False)
+        content = content.map(lambda tensor: tensor.to(device, non_blocking=is_late))
     if dtype != source.dtype and content.compute_dtype is not None:
         content = replace(content, compute_dtype=dtype)
     return type(source)(content, same.geometry, dtype)
@@ -205,8 +195,8 @@ def _copy_(target: Any, source: Any, non_blocking: bool = False) -> Any:
     if not views.is_same(source.geometry, target.geometry):
         raise QuantizationError(
             f"a quantized weight {list(target.shape)} with strides {target.stride()} cannot take "
-            f"the bytes of a "
-            f"{list(source.shape)} one with strides {source.stride()}. Load with `assign=True`."
+            f"the bytes of a {list(source.shape)} one with strides {source.stride()}. Load with "
+            "`assign=True`."
         )
     content = source.content
     if not target.shares_bytes(source):
@@ -337,17 +327,8 @@ def _on_values(func: Callable[..., Any], tensor: Any, *args: Any, **kwargs: Any)
 
 
 # Read out by torch below its dispatcher, where only real memory will do.
-FUNCTIONS.update(
-    {
-        func: functools.partial(_on_values, func)
-        for func in (
-            torch.Tensor.numpy,
-            torch.Tensor.tolist,
-            torch.Tensor.__array__,
-            torch.Tensor.__dlpack__,
-        )
-    }
-)
+_READ_OUT = [getattr(torch.Tensor, name) for name in ("numpy", "tolist", "__array__", "__dlpack__")]
+FUNCTIONS.update({func: functools.partial(_on_values, func) for func in _READ_OUT})
 
 
 @implements(torch.Tensor.share_memory_)

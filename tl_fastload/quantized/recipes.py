@@ -25,14 +25,8 @@ from tl_fastload.recipes.promise import Promise
 
 _COPIES = (aten.clone.default, aten._to_copy.default, aten.detach.default)
 _VIEWS = (
-    aten.view.default,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.t.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.select.int,
-    aten.slice.Tensor,
+    *(aten.view.default, aten.permute.default, aten.transpose.int, aten.t.default),
+    *(aten.unsqueeze.default, aten.squeeze.dim, aten.select.int, aten.slice.Tensor),
     aten._unsafe_view.default,
 )
 
@@ -43,7 +37,6 @@ class QuantizedSource(Source):
 
     Args:
         load: gives the matrix; called again only after `release`.
-        shape: its shape [out, in].
         dtype: what it computes in.
         name: its name in the checkpoint.
         outline: its bytes on the meta device: their sizes and nothing else.
@@ -54,7 +47,6 @@ class QuantizedSource(Source):
     def __init__(
         self,
         load: Callable[[], QuantizedTensor],
-        shape: tuple[int, int],
         dtype: torch.dtype,
         name: str,
         outline: QuantizedBytes,
@@ -62,7 +54,7 @@ class QuantizedSource(Source):
         *,
         dense: bool = False,
     ) -> None:
-        super().__init__(name, torch.empty(shape, dtype=dtype, device="meta"))
+        super().__init__(name, torch.empty(outline.shape, dtype=dtype, device="meta"))
         self.dense = dense
         self._load = load
         self._matrix: QuantizedTensor | None = None
@@ -84,7 +76,7 @@ class QuantizedSource(Source):
         """A matrix in memory, whose bytes are shared."""
         stored = tensor.content.stored
         outline = stored.map(lambda part: part.to("meta"))
-        return cls(lambda: tensor, stored.shape, tensor.dtype, name, outline, stored.device)
+        return cls(lambda: tensor, tensor.dtype, name, outline, stored.device)
 
     def lend(self, geometry: torch.Tensor) -> torch.Tensor | None:
         # What a parameter is to own is read into memory of its own.

@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_map
 
 from tl_fastload.errors import QuantizationError
 from tl_fastload.ground.compat import not_compiled
-from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.quantized import formats, views
 from tl_fastload.quantized.content import Content
 from tl_fastload.quantized.formats.base import QuantizedBytes
@@ -82,13 +81,12 @@ class QuantizedTensor(torch.Tensor):
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return (
             f"QuantizedTensor({self.content.stored.kind}, shape={tuple(self.shape)}, "
-            f"dtype={self.dtype}, "
-            f"device={self.device}, bytes={self.nbytes_stored()})"
+            f"dtype={self.dtype}, device={self.device}, bytes={self.nbytes_stored()})"
         )
 
     def nbytes_stored(self) -> int:
         """Bytes of everything that this tensor holds, also of rows that its view does not show."""
-        return sum(bytes_of(t) for t in self.content.tensors().values())
+        return self.content.nbytes()
 
     def dequantize(self) -> torch.Tensor:
         """The values as an ordinary tensor of the same shape, strides and dtype."""
@@ -178,12 +176,6 @@ class QuantizedTensor(torch.Tensor):
             return self.content.rows(view.index())
         except QuantizationError:
             return None
-
-    def contiguous_rows(self) -> Self | None:
-        """The same values contiguous, by taking whole rows; None if that is not enough."""
-        view = views.row_view(self.geometry, self.content.stored.shape[1])
-        order = None if view is None else view.in_logical_order()
-        return None if order is None else self.packed_rows()
 
     def packed_rows(self) -> Self | None:
         """The same values over only the rows that this view shows, in the order of its dimensions;

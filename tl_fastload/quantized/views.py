@@ -7,12 +7,11 @@ after the other.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -20,29 +19,18 @@ from torch.utils import _python_dispatch
 
 from tl_fastload.ground.geometry import is_unbroken, same_layout
 
-Result = TypeVar("Result")
 
-
-def untraced() -> AbstractContextManager[Any]:
-    """Operations in this context are run at once, and no tracer sees them.
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Operations in this context, or in a function that it decorates, are run at once, and no
+    tracer sees them.
 
     The geometry of a view is kept as a meta tensor. It is bookkeeping, not part of the program that
     is traced, and tracers refuse tensors that are not their own.
     """
-    if not torch._C._len_torch_dispatch_stack():
-        return nullcontext()
-    return _python_dispatch._disable_current_modes()
-
-
-def runs_untraced(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Decorator: every call of the function is `untraced`."""
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Result:
-        with untraced():
-            return function(*args, **kwargs)
-
-    return run
+    is_traced = torch._C._len_torch_dispatch_stack() > 0
+    with _python_dispatch._disable_current_modes() if is_traced else nullcontext():
+        yield
 
 
 def is_transformed() -> bool:
@@ -51,14 +39,14 @@ def is_transformed() -> bool:
     return functions.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-@runs_untraced
+@untraced()
 def whole(shape: tuple[int, int]) -> torch.Tensor:
     """The geometry that shows the matrix itself."""
     # Without a storage, so that nobody who counts memory takes it for a matrix.
     return torch.empty(0, dtype=torch.float32, device="meta").as_strided(shape, (shape[1], 1))
 
 
-@runs_untraced
+@untraced()
 def part(
     matrix: tuple[int, int], shape: tuple[int, ...], stride: tuple[int, ...], offset: int
 ) -> torch.Tensor:
@@ -66,7 +54,7 @@ def part(
     return whole(matrix).as_strided(shape, stride, offset)
 
 
-@runs_untraced
+@untraced()
 def transposed(geometry: torch.Tensor) -> torch.Tensor:
     """A matrix's geometry with its two dimensions exchanged."""
     return geometry.t()
@@ -97,7 +85,7 @@ class RowView:
     columns: int
     geometry: torch.Tensor
 
-    @runs_untraced
+    @untraced()
     def index(self, row_dims: tuple[int, ...] | None = None) -> torch.Tensor:
         """The number of each row that the view shows, [n] int64, the last of `row_dims` fastest."""
         index = torch.tensor([self.geometry.storage_offset() // self.columns], device="cpu")
@@ -107,14 +95,7 @@ class RowView:
             index = (index[:, None] + steps).flatten()
         return index
 
-    def in_logical_order(self) -> tuple[int, ...] | None:
-        """The row dimensions as they stand, if gathering rows makes the view contiguous."""
-        rows = tuple(sorted(self.row_dims))
-        inputs = self.input_dims
-        is_last = not rows or not inputs or max(rows) < min(inputs)
-        return rows if is_last and inputs == tuple(sorted(inputs)) else None
-
-    @runs_untraced
+    @untraced()
     def packed(self, row_dims: tuple[int, ...] | None = None) -> torch.Tensor:
         """The geometry of the same view once only its rows are kept, in the order of `index`."""
         shape = self.geometry.shape

@@ -368,20 +368,12 @@ def requantized(weight: Promise, merge: Merge) -> Promise:
             "cannot be quantized again. Pass dequantize=True, or merge into the unquantized model "
             "with quantize=."
         )
-    rows, columns = source.shape
     # On the meta device it costs nothing, and says now what it would say after reading.
-    outline = source.outline.requantize(torch.empty(rows, columns, device="meta"))
-    made = Promise.of(
-        QuantizedSource(
-            lambda: _updated(source, merge),
-            (rows, columns),
-            source.dtype,
-            source.name,
-            outline,
-            source.home,
-        ),
-        weight.device,
+    outline = source.outline.requantize(torch.empty(source.shape, device="meta"))
+    updated = QuantizedSource(
+        lambda: _updated(source, merge), source.dtype, source.name, outline, source.home
     )
+    made = Promise.of(updated, weight.device)
     return made if weight.stride() == made.stride() else made.t()  # type: ignore[return-value]
 
 

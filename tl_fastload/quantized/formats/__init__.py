@@ -35,13 +35,13 @@ def of_kind(kind: str) -> Format:
     Raises:
         QuantizationError: there is none.
     """
-    for format in FORMATS:
-        if kind in format.kinds:
-            return format
-    known = ", ".join(repr(kind) for format in FORMATS for kind in format.kinds)
-    raise QuantizationError(
-        f"quantization is one of {known}, not {kind!r}, which a newer tl_fastload may know."
-    )
+    known = {kind: format for format in FORMATS for kind in format.kinds}
+    if kind not in known:
+        raise QuantizationError(
+            f"quantization is one of {', '.join(map(repr, known))}, not {kind!r}, which a newer "
+            "tl_fastload may know."
+        )
+    return known[kind]
 
 
 def bytes_class(tag: str) -> type[QuantizedBytes]:
@@ -50,13 +50,13 @@ def bytes_class(tag: str) -> type[QuantizedBytes]:
     Raises:
         QuantizationError: there is none.
     """
-    for format in FORMATS:
-        for stored in format.stores:
-            if stored.tag == tag:
-                return stored
-    raise QuantizationError(
-        f"quantized bytes of the unknown class {tag!r}: a newer tl_fastload wrote them. Update it."
-    )
+    known = {stored.tag: stored for format in FORMATS for stored in format.stores}
+    if tag not in known:
+        raise QuantizationError(
+            f"quantized bytes of the unknown class {tag!r}: a newer tl_fastload wrote them. Update "
+            "it."
+        )
+    return known[tag]
 
 
 def make_spec(kind: str, **settings: Any) -> Spec:
@@ -90,10 +90,8 @@ def read_quantization(asked: Any) -> Spec | None:
             raise ArgumentError(f"quantize={asked!r} is none of {', '.join(names)}.")
         return make_spec(names[asked])
     fields = asked if isinstance(asked, Mapping) else getattr(asked, "to_dict", dict)()
-    for format in FORMATS:
-        spec = format.asked(fields)
-        if spec is not None:
-            return spec
+    if found := next(filter(None, (format.asked(fields) for format in FORMATS)), None):
+        return found
     raise ArgumentError(
         f"{asked!r} says neither load_in_8bit nor load_in_4bit. Pass one of "
         f"{', '.join(names)}, or a BitsAndBytesConfig."
@@ -136,8 +134,7 @@ def own_format(hf_config: Any) -> Spec | None:
     fields = declared_fields(hf_config)
     if fields is None:
         return None
-    specs = (format.declared(fields) for format in FORMATS)
-    return next((spec for spec in specs if spec is not None), None)
+    return next(filter(None, (format.declared(fields) for format in FORMATS)), None)
 
 
 def method_of(hf_config: Any) -> str | None:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tl_fastload.errors import QuantizationError
 from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.quantized.spec import Spec
-from tl_fastload.quantized.views import runs_untraced
+from tl_fastload.quantized.views import untraced
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -54,6 +54,10 @@ class Declared:
             elif isinstance(value, Declared):
                 changed[name] = value.map(change)
         return replace(self, **changed)  # type: ignore[type-var]
+
+    def nbytes(self) -> int:
+        """Bytes that the elements of all tensors occupy."""
+        return sum(bytes_of(t) for t in self.tensors().values())
 
     def _values(self) -> dict[str, Any]:
         named = fields(self)  # type: ignore[arg-type]  # the base is no dataclass itself
@@ -148,10 +152,6 @@ class QuantizedBytes(Declared, ABC):
     def device(self) -> torch.device:
         """Where the bytes are."""
         return next(iter(self.tensors().values())).device
-
-    def nbytes(self) -> int:
-        """Bytes that the elements of all tensors occupy."""
-        return sum(bytes_of(t) for t in self.tensors().values())
 
 
 class Format(ABC):
@@ -267,7 +267,7 @@ class Format(ABC):
         """
 
 
-@runs_untraced
+@untraced()
 def runs_of(index: torch.Tensor) -> list[tuple[int, int]]:
     """Row numbers as runs of successive ones: (first, last + 1)."""
     if index.numel() == 0:
@@ -292,24 +292,21 @@ def join_rows(parts: Sequence[Bytes], by_rows: Collection[str], **changed: Any) 
     Raises:
         QuantizationError: they differ in something.
     """
-    first, joined = parts[0]._values(), dict[str, Any]()
-    for name, value in first.items():
-        values = [part._values()[name] for part in parts]
-        if isinstance(value, torch.Tensor) and name in by_rows:
-            same = all(
-                isinstance(one, torch.Tensor)
-                and (one.dtype, one.shape[1:]) == (value.dtype, value.shape[1:])
-                for one in values
-            )
-            joined[name] = torch.cat(values) if same else None
+    joined = dict(changed)
+    for name in [name for name in parts[0]._values() if name not in changed]:
+        values = [getattr(part, name) for part in parts]
+        is_tensor = [isinstance(value, torch.Tensor) for value in values]
+        if name in by_rows and all(is_tensor):
+            same = len({(value.dtype, value.shape[1:]) for value in values}) == 1
+            joined |= {name: torch.cat(values)} if same else {}
         else:
             # Orders of columns are a matrix's own.
-            same = not isinstance(value, torch.Tensor) and all(one == value for one in values)
-        if not same and name not in changed:
+            same = not any(is_tensor) and all(value == values[0] for value in values)
+        if not same:
             raise QuantizationError(
                 f"it is put together of {parts[0].kind} matrices that differ in their {name}"
             )
-    return replace(parts[0], **{**joined, **changed})  # type: ignore[type-var]
+    return replace(parts[0], **joined)  # type: ignore[type-var]
 
 
 def take(tensor: torch.Tensor, runs: list[tuple[int, int]]) -> torch.Tensor:
@@ -334,7 +331,7 @@ def take_rows(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return take(tensor, runs)
 
 
-@runs_untraced
+@untraced()
 def _step(index: torch.Tensor) -> int | None:
     """The distance of row numbers that are equally far apart, in ascending order; else None."""
     if index.numel() == 0:

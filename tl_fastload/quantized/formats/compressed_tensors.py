@@ -14,7 +14,7 @@ from tl_fastload.errors import ArgumentError, QuantizationError
 from tl_fastload.quantized.formats.base import Format, QuantizedBytes, damaged, describe
 from tl_fastload.quantized.formats.fp8 import (
     OF_ACTIVATIONS,
-    ScaledSpec,
+    ZeroPointSpec,
     as_block,
     check_no_zeros,
     codes_and_scales,
@@ -52,16 +52,14 @@ _NOT_HERE = (
 
 
 @dataclass(frozen=True)
-class CompressedSpec(ScaledSpec):
+class CompressedSpec(ZeroPointSpec):
     """How compressed-tensors stores codes with scales.
 
     Attributes:
-        is_symmetric: whether there are no zero points.
         bits: of codes that are packed into words; None where each has a byte.
         is_reordered: whether `weight_g_idx` has the group of each column.
     """
 
-    is_symmetric: bool = True
     bits: int | None = None
     is_reordered: bool = False
 
@@ -73,13 +71,10 @@ class CompressedTensors(Format):
     kinds = (_FLOAT, _INT, *_WORDS.values())
     stores = (ScaledBytes, PackedBytes)
     spec = CompressedSpec
-    pieces: ClassVar[Mapping[str, str]] = {
-        ".weight_scale": ".weight",
-        ".weight_zero_point": ".weight",
-        ".weight_packed": ".weight",
-        ".weight_shape": ".weight",
-        ".weight_g_idx": ".weight",
-    }
+    pieces: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        (f".weight_{name}" for name in ("scale", "zero_point", "packed", "shape", "g_idx")),
+        ".weight",
+    )
     codes = FLOAT8 | {torch.int8}
     undeclared: ClassVar[Mapping[str, str]] = {
         "weight_packed": '{"quant_method": "compressed-tensors", "format": "pack-quantized", '
@@ -134,9 +129,7 @@ class CompressedTensors(Format):
             scales = torch.linspace(0.1, 1, 64, device="cpu").view(64, 1).to(device)
             words = any_words(64, words_of(128, bits)).to(device)
             return PackedBytes(words, scales, (64, 128), bits, 128, kind)
-        if kind == _FLOAT and not FLOAT8:
-            raise QuantizationError("this torch has no 8-bit floats")
-        return scaled_sample(torch.int8 if kind == _INT else torch.float8_e4m3fn, kind, device)
+        return scaled_sample("int8" if kind == _INT else "float8_e4m3fn", kind, device)
 
 
 def _spec_of(fields: Mapping[str, Any], named: str) -> CompressedSpec:

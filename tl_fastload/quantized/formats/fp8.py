@@ -64,6 +64,17 @@ class ScaledSpec(Spec):
         )
 
 
+@dataclass(frozen=True)
+class ZeroPointSpec(ScaledSpec):
+    """How codes with scales, and perhaps zero points, are stored.
+
+    Attributes:
+        is_symmetric: whether there are no zero points, or stored ones are zeros.
+    """
+
+    is_symmetric: bool = True
+
+
 def rounded_besides(scales: str | None, rounds_cache: bool = False) -> str:
     """What a runtime rounds to 8 bits besides weights, in words.
 
@@ -117,9 +128,7 @@ class Fp8(Format):
         return scaled_bytes(codes, scales, block, "fp8")
 
     def sample(self, kind: str, device: torch.device) -> QuantizedBytes:
-        if not FLOAT8:
-            raise QuantizationError("this torch has no 8-bit floats")
-        return scaled_sample(torch.float8_e4m3fn, kind, device)
+        return scaled_sample("float8_e4m3fn", kind, device)
 
     def of_layer(self, module: Any) -> tuple[QuantizedBytes, torch.dtype | None] | None:
         if type(module).__name__ != "FP8Linear" or module.weight.dtype not in FLOAT8:

@@ -21,7 +21,7 @@ from tl_fastload.quantized.formats.scaled_bytes import (
     over_blocks,
     pairs_of,
 )
-from tl_fastload.quantized.views import runs_untraced
+from tl_fastload.quantized.views import untraced
 
 BITS = (2, 4, 8)
 """Sizes of codes that fill words without a rest."""
@@ -329,7 +329,7 @@ def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
     return parts.bitwise_and_((1 << bits) - 1).flatten(1)
 
 
-@runs_untraced
+@untraced()
 def _words_of_rows(index: torch.Tensor, per: int) -> torch.Tensor | None:
     """Numbers of the words that hold some rows, `per` of them in each; None if the rows do not come
     in whole words. The end of the last one may be left out.
@@ -341,7 +341,7 @@ def _words_of_rows(index: torch.Tensor, per: int) -> torch.Tensor | None:
     return torch.cat(numbers)
 
 
-@runs_untraced
+@untraced()
 def _places_in_words(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """For AWQ's rows the number of each one's word, and by how many bits it lies in there."""
     shifts = torch.tensor([4 * place for place in _AWQ_PLACES], dtype=torch.int32, device="cpu")

@@ -14,7 +14,7 @@ from tl_fastload.errors import QuantizationError
 from tl_fastload.ground.compat import dtypes
 from tl_fastload.quantized.formats.base import describe, join_rows, runs_of, take_rows
 from tl_fastload.quantized.formats.decoded import DecodedBytes
-from tl_fastload.quantized.views import runs_untraced
+from tl_fastload.quantized.views import untraced
 
 _CODES = dtypes({name: name for name in ("float8_e4m3fn", "float8_e5m2")})
 FLOAT8 = frozenset(_CODES.values())
@@ -130,7 +130,7 @@ def grid_of(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
     return (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
 
 
-@runs_untraced
+@untraced()
 def _rows_of_grid(index: torch.Tensor, high: int, rows: int) -> tuple[int, torch.Tensor]:
     """Scales for some rows of a matrix with blocks of `high` rows: the height of the blocks that
     these rows make, at most `high`, and for each of them the row of the old grid.
@@ -223,7 +223,7 @@ def pairs_of(values: Sequence[float]) -> torch.Tensor:
 
 
 @functools.cache
-@runs_untraced
+@untraced()
 def _table(make: Callable[[], torch.Tensor]) -> torch.Tensor:
     with torch.inference_mode(False):
         return make()
@@ -320,8 +320,15 @@ def _without_ones(shape: Sequence[int]) -> list[int]:
     return [size for size in shape if size != 1]
 
 
-def scaled_sample(dtype: torch.dtype, kind: str, device: torch.device) -> ScaledBytes:
-    """A small matrix, [64, 128], whose blocks are codes of one sign."""
+def scaled_sample(code: str, kind: str, device: torch.device) -> ScaledBytes:
+    """A small matrix, [64, 128], whose blocks are codes of one sign.
+
+    Raises:
+        QuantizationError: this torch has no such codes.
+    """
+    dtype = torch.int8 if code == "int8" else _CODES.get(code)
+    if dtype is None:
+        raise QuantizationError("this torch has no 8-bit floats")
     codes = torch.arange(64 * 128, device="cpu").remainder(100).view(64, 128)
     codes = codes.to(torch.int8).to(torch.float32).to(dtype).to(device)
     scales = torch.linspace(-1, 1, 8, device="cpu").view(2, 4).to(device)

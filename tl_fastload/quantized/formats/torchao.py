@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +12,7 @@ import torch
 from tl_fastload.errors import ArgumentError, QuantizationError
 from tl_fastload.quantized.formats.base import Format, QuantizedBytes, describe
 from tl_fastload.quantized.formats.fp8 import (
-    ScaledSpec,
+    ZeroPointSpec,
     codes_and_scales,
     rounded_besides,
     stored_zeros,
@@ -43,24 +42,13 @@ _CONFIGS = {
 _TABLES = ("FqnToConfig", "ModuleFqnToConfig")
 
 
-@dataclass(frozen=True)
-class TorchaoSpec(ScaledSpec):
-    """How torchao stores codes with scales; blocks are what the scales' shapes say.
-
-    Attributes:
-        is_symmetric: whether stored zero points are zeros.
-    """
-
-    is_symmetric: bool = True
-
-
 class Torchao(Format):
     """What torchao quantizes to 8 bits, or to fewer in a byte each; dequantized at use."""
 
     name = "torchao"
     kinds = (_KIND,)
     stores = (ScaledBytes,)
-    spec = TorchaoSpec
+    spec = ZeroPointSpec  # blocks are what the shapes of scales say
     pieces: ClassVar[Mapping[str, str]] = dict.fromkeys(
         (f"._weight_{name}" for name in ("qdata", "scale", "zero_point", "act_pre_scale")),
         ".weight",
@@ -89,7 +77,7 @@ class Torchao(Format):
                 f"torchao weights of {' and '.join(unknown)}", f"of {', '.join(_CONFIGS)}"
             )
         scales = [_CONFIGS[config["_type"]] for config in configs]
-        return TorchaoSpec(
+        return ZeroPointSpec(
             _KIND,
             modules_in(fields, "modules_to_not_convert"),
             rounds=rounded_besides(next(filter(None, scales), None)),
@@ -103,7 +91,7 @@ class Torchao(Format):
         return _bytes_of(codes, scales, stored_zeros(pieces, "_weight_zero_point", is_symmetric))
 
     def of_layer(self, module: Any) -> tuple[QuantizedBytes, torch.dtype | None] | None:
-        weight = module._parameters.get("weight") if hasattr(module, "_parameters") else None
+        weight: Any = module._parameters.get("weight")
         if not type(weight).__module__.startswith("torchao."):
             return None
         name = type(weight).__name__
@@ -112,14 +100,13 @@ class Torchao(Format):
                 f"torchao's {name} cannot be read, only {', '.join(_TENSORS)} that do not scale "
                 "activations. Take the unquantized model, with quantize= if it is too large."
             )
-        tensor: Any = weight
-        zeros = getattr(tensor, "zero_point", None)
+        zeros = getattr(weight, "zero_point", None)
         if zeros is not None and not bool(zeros.any()):
             zeros = None
-        return _bytes_of(tensor.qdata, tensor.scale, zeros), None
+        return _bytes_of(weight.qdata, weight.scale, zeros), None
 
     def sample(self, kind: str, device: torch.device) -> QuantizedBytes:
-        return scaled_sample(torch.int8, kind, device)
+        return scaled_sample("int8", kind, device)
 
 
 def _bytes_of(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> ScaledBytes:
@@ -149,9 +136,6 @@ def _is_symmetric(config: Mapping[str, Any]) -> bool:
     """Whether the weights of a configuration have no zero points."""
     settings = config.get("_data")
     settings = settings if isinstance(settings, Mapping) else {}
-    for name in ("mapping_type", "weight_mapping_type"):
-        said = settings.get(name)
-        said = said.get("_data") if isinstance(said, Mapping) else said
-        if str(said) == "ASYMMETRIC":
-            return False
-    return True
+    said = [settings.get(name) for name in ("mapping_type", "weight_mapping_type")]
+    said = [one.get("_data") if isinstance(one, Mapping) else one for one in said]
+    return "ASYMMETRIC" not in map(str, said)
