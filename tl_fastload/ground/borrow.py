@@ -84,19 +84,11 @@ def asked_for(code: CodeType) -> frozenset[str]:
 
 
 @lru_cache(maxsize=64)
-def spelled_out(code: CodeType) -> frozenset[str]:
+def spelled_out(code: CodeType | tuple[Any, ...] | frozenset[Any]) -> frozenset[str]:
     """The strings that a function holds, also in tuples and in functions defined inside it."""
-    found: set[str] = set()
-    pending = list(code.co_consts)
-    while pending:
-        value = pending.pop()
-        if isinstance(value, str):
-            found.add(value)
-        elif isinstance(value, (tuple, frozenset)):
-            pending.extend(value)
-        elif isinstance(value, CodeType):
-            pending.extend(value.co_consts)
-    return frozenset(found)
+    parts = code.co_consts if isinstance(code, CodeType) else code
+    inner = (one for one in parts if isinstance(one, (CodeType, tuple, frozenset)))
+    return frozenset(one for one in parts if isinstance(one, str)).union(*map(spelled_out, inner))
 
 
 def _message(label: str, function: Any, what: str) -> str:

@@ -34,7 +34,13 @@ _HERE = str(Path(__file__).parents[1])
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 # Where transformers puts the code of checkpoints that may run.
 _OF_CHECKPOINTS = "transformers_modules"
-_ISSUES = "Please report it, with the whole traceback"
+_FEWER_FILES = "Close other files, or allow more of them (`ulimit -n`)."
+_REMEDIES = {
+    errno.EMFILE: _FEWER_FILES,
+    errno.ENFILE: _FEWER_FILES,
+    errno.ENAMETOOLONG: "A name is too long for a file: check the names in the checkpoint's JSON.",
+    errno.ENOSPC: "Free space on the disk.",
+}
 
 
 def guarded(
@@ -110,9 +116,8 @@ def translated(
             "another dtype, or with quantize=; tl_fastload.plan says what a load takes."
         )
     if isinstance(error, OSError):
-        return system(
-            f"The system refused something {doing} ({said}). {_remedy(error)} Then try again."
-        )
+        remedy = _REMEDIES.get(error.errno or 0, "Check that the files are there and may be read.")
+        return system(f"The system refused something {doing} ({said}). {remedy} Then try again.")
     if isinstance(error, RecursionError):
         return system(
             f"Something is nested too deeply {doing} ({said}). Check the files' JSON and names, or "
@@ -143,20 +148,10 @@ def is_callers(error: BaseException) -> bool:
     return not within
 
 
-def _remedy(error: OSError) -> str:
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        return "Close other files, or allow more of them (`ulimit -n`)."
-    if error.errno == errno.ENAMETOOLONG:
-        return "A name is too long for a file: check the names in the checkpoint's JSON."
-    if error.errno == errno.ENOSPC:
-        return "Free space on the disk."
-    return "Check that the files are there and may be read."
-
-
 def _internal(error: BaseException, doing: str) -> InternalError:
     first_line = (str(error).strip().splitlines() or [""])[0][:300]
     return InternalError(
         f"tl_fastload met what it did not foresee {doing} ({type(error).__name__}: {first_line}). "
-        f"This is a fault of tl_fastload. {_ISSUES}; if a checkpoint may be damaged, download it "
-        "again meanwhile."
+        "This is a fault of tl_fastload. Please report it, with the whole traceback; if a "
+        "checkpoint may be damaged, download it again meanwhile."
     )

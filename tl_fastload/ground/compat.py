@@ -38,7 +38,6 @@ __version__ = "0.2.0"
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 ASSIGN_NEEDS_TORCH = Version("2.1")
-HOOKED_TRANSFORMER_GONE_IN = Version("4.0.dev0")
 
 
 def can_assign() -> bool:
@@ -200,7 +199,7 @@ def require_hooked_transformer() -> None:
 
 def has_hooked_transformer() -> bool:
     """Whether the installed TransformerLens has the HookedTransformer."""
-    return Version("0") < TRANSFORMER_LENS < HOOKED_TRANSFORMER_GONE_IN
+    return Version("0") < TRANSFORMER_LENS < Version("4.0.dev0")
 
 
 @cache

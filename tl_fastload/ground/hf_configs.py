@@ -34,17 +34,12 @@ def parts_of(hf_config: Any) -> list[Any]:
 
 def declared_dtype(hf_config: Any) -> torch.dtype | None:
     """The dtype that a configuration names for its language model, if it does."""
-    for config in (text_config(hf_config), hf_config):
-        dtype = getattr(config, compat.CONFIG_DTYPE_NAME, None)
-        if isinstance(dtype, torch.dtype):
-            return dtype
-    return None
+    configs = (text_config(hf_config), hf_config)
+    named = (getattr(config, compat.CONFIG_DTYPE_NAME, None) for config in configs)
+    return next((dtype for dtype in named if isinstance(dtype, torch.dtype)), None)
 
 
 def declared_quantization(hf_config: Any) -> Any:
     """The `quantization_config` of a model: its own, else that of its language model."""
-    for config in (hf_config, text_config(hf_config)):
-        found = getattr(config, "quantization_config", None)
-        if found is not None:
-            return found
-    return None
+    found = getattr(hf_config, "quantization_config", None)
+    return getattr(text_config(hf_config), "quantization_config", None) if found is None else found

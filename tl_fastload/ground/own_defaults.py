@@ -51,24 +51,24 @@ _PROMOTING = frozenset(
 
 
 class Defaults(overrides.TorchFunctionMode):
-    """Gives what torch makes in this thread a dtype and a device, where the code names none.
+    """Gives what torch makes in this thread a dtype and the CPU as its device, where the code names
+    none; a `with torch.device(...)` inside of this one still decides.
 
     Args:
         dtype: of floating point tensors.
-        device: of all tensors; a `with torch.device(...)` inside of this one still decides.
     """
 
-    def __init__(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self._dtype = dtype
-        self._device = torch.device(device)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func not in _FILLED and func is not torch.Tensor.to:
             made = func(*args, **kwargs)
             if isinstance(made, torch.Tensor) and self._is_promoted(func, args, kwargs, made):
-                return func(*(self._cast(x) for x in args), **kwargs)
+                cast = [x.to(self._dtype) if isinstance(x, torch.Tensor) else x for x in args]
+                return func(*cast, **kwargs)
             return made
         is_float = func in _FLOATS if func in _FLOATS | _INTEGERS else None
         if func in _BY_NUMBERS:
@@ -86,7 +86,7 @@ class Defaults(overrides.TorchFunctionMode):
         if is_float and filled.get("dtype") is None:
             filled["dtype"] = self._dtype
         if filled.get("device") is None:
-            filled["device"] = self._device
+            filled["device"] = torch.device("cpu")
         return filled
 
     def _is_promoted(self, func: Any, args: Any, kwargs: Any, made: torch.Tensor) -> bool:
@@ -96,10 +96,7 @@ class Defaults(overrides.TorchFunctionMode):
         if not made.dtype.is_floating_point or getattr(func, "__name__", "") not in _PROMOTING:
             return False
         tensors = [x for x in args if isinstance(x, torch.Tensor)]
-        return bool(tensors) and not any(_has_floats(tensor) for tensor in tensors)
-
-    def _cast(self, x: Any) -> Any:
-        return x.to(self._dtype) if isinstance(x, torch.Tensor) else x
+        return bool(tensors) and not any(t.is_floating_point() or t.is_complex() for t in tensors)
 
 
 def _is_emptied(tensor: Any, target: Any = None, *others: Any) -> bool:
@@ -109,10 +106,6 @@ def _is_emptied(tensor: Any, target: Any = None, *others: Any) -> bool:
     if not isinstance(tensor, nn.Parameter) or tensor.is_meta or others:
         return False
     return isinstance(target, (str, torch.device)) and torch.device(target).type == "meta"
-
-
-def _has_floats(tensor: torch.Tensor) -> bool:
-    return tensor.dtype.is_floating_point or tensor.dtype.is_complex
 
 
 def _kind_of(data: Any) -> bool | None:
@@ -128,19 +121,15 @@ def _kind_of(data: Any) -> bool | None:
 
 
 @contextmanager
-def own_defaults(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Iterator[None]:
+def own_defaults() -> Iterator[None]:
     """While a load runs in this thread: none of the caller's function modes (default devices,
     `with torch.device(...)`) and no autocasting, and `Defaults` in their place. The caller's modes
     are there again afterwards, and other threads see nothing of it.
-
-    Args:
-        dtype: as for `Defaults`.
-        device: as for `Defaults`.
     """
     count = torch._C._len_torch_function_stack()
     held: list[Any] = [overrides._pop_mode() for _ in range(count)]  # type: ignore[no-untyped-call]
     try:
-        with no_autocast(), Defaults(dtype, device):
+        with no_autocast(), Defaults():
             yield
     finally:
         for mode in reversed(held):

@@ -11,7 +11,7 @@ is tied to a weight that is there: an auxiliary head is not the model's own.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -118,19 +118,14 @@ def named_as(
 
 def _first_fit(key: str, fits: Fits) -> tuple[str, Hashable | None]:
     """The longest rest of a key that fits, and what it stands for."""
-    for rest in _rests(key):
+    parts, bare = key.split("."), without_wrapper_parts(key).split(".")
+    rests = [parts[start:] for start in range(1, len(parts))]
+    rests += [bare[start:] for start in range(len(bare)) if len(bare) < len(parts)]
+    for rest in map(".".join, rests):
         home = fits(rest)
         if home is not None:
             return rest, home
     return key, None
-
-
-def _rests(key: str) -> Iterator[str]:
-    parts = key.split(".")
-    bare = [part for part in parts if part not in WRAPPER_PARTS]
-    yield from (".".join(parts[start:]) for start in range(1, len(parts)))
-    if len(bare) < len(parts):
-        yield from (".".join(bare[start:]) for start in range(len(bare)))
 
 
 def without_wrapper_parts(name: str) -> str:

@@ -116,20 +116,16 @@ def combine(
         for name, promise in promises.items()
         if name not in used and not name.endswith(tuple(format.ignored))
     }
-    _refuse_bare_codes(combined, spec)
-    for weight, parts in pieces.items():
-        stored = {piece: promises[name] for piece, name in parts.items()}
-        combined[weight] = _promise_of_pieces(weight, stored, spec, dtype, dense)
-    return combined
-
-
-def _refuse_bare_codes(promises: Mapping[str, Promise], spec: Spec) -> None:
-    """Raise for 8-bit floats that no scales belong to: codes are not numbers."""
-    for name, promise in promises.items():
+    for name, promise in combined.items():
+        # 8-bit floats that no scales belong to: codes are not numbers.
         if promise.is_floating_point() and promise.element_size() == 1:
             raise damaged(
                 f"{name} ({promise.dtype}) has none of the scales that {spec.kind} weights have"
             )
+    for weight, parts in pieces.items():
+        stored = {piece: promises[name] for piece, name in parts.items()}
+        combined[weight] = _promise_of_pieces(weight, stored, spec, dtype, dense)
+    return combined
 
 
 def _pieces(promises: Mapping[str, Promise], format: Format) -> dict[str, dict[str, str]]:

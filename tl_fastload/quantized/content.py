@@ -57,7 +57,8 @@ class Content(Declared):
     def parts(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Its tensors, and all the rest as plain values: what is saved."""
         plain = {k: v for k, v in self.plain().items() if k not in _BESIDE}
-        return self.tensors(), {"stored": (self.stored.tag, _filled(self.stored.plain())), **plain}
+        stored = {k: v for k, v in self.stored.plain().items() if v is not None}
+        return self.tensors(), {"stored": (self.stored.tag, stored), **plain}
 
     @classmethod
     def build(cls, tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any]) -> Content:
@@ -119,7 +120,3 @@ class Content(Declared):
         if self.center_out:
             values -= values.mean(0, keepdim=True)
         return values.to(dtype)
-
-
-def _filled(plain: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in plain.items() if value is not None}

@@ -160,12 +160,10 @@ def _joined(node: Call, parts: list[QuantizedTensor]) -> QuantizedTensor:
     if len(kinds) > 1:
         raise QuantizationError("it is put together of matrices that are quantized in other ways")
     # The same is done with numbers of rows, in whose shapes the input has one number.
-    numbers, last = [], 0
-    for part in parts:
-        shape = [1 if d == axis else n for d, n in enumerate(part.shape)]
-        begin, last = last, last + math.prod(shape)
-        numbers.append(torch.arange(begin, last, device="cpu").view(shape))
-    index = node.func(numbers, dim)
+    shapes = [[1 if d == axis else n for d, n in enumerate(part.shape)] for part in parts]
+    sizes = [math.prod(shape) for shape in shapes]
+    numbers = torch.split(torch.arange(sum(sizes), device="cpu"), sizes)
+    index = node.func([n.view(shape) for n, shape in zip(numbers, shapes, strict=True)], dim)
     is_stack = node.func is aten.stack.default
     if is_stack and dim % index.dim() <= axis:
         axis += 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -91,7 +92,7 @@ class QuantizedTensor(torch.Tensor):
     def dequantize(self) -> torch.Tensor:
         """The values as an ordinary tensor of the same shape, strides and dtype."""
         content, geometry = self.content, self.geometry
-        if geometry.numel() < self._size():
+        if geometry.numel() < math.prod(content.stored.shape):
             # Not whole rows: dequantize the matrix, and look at a part of it.
             with contextlib.suppress(QuantizationError):
                 content, geometry = self._compact()
@@ -181,15 +182,10 @@ class QuantizedTensor(torch.Tensor):
         """The same values over only the rows that this view shows, in the order of its dimensions;
         None if it does not show whole rows, or rows that can be taken out.
         """
-        view = views.row_view(self.geometry, self.content.stored.shape[1])
-        if view is None:
-            return None
-        order = tuple(sorted(view.row_dims))
         try:
-            content = self.content.rows(view.index(order))
+            return type(self)(*self._compact(in_order=True), self.dtype)
         except QuantizationError:
             return None
-        return type(self)(content, view.packed(order), self.dtype)
 
     def become(self, other: QuantizedTensor) -> None:
         """Hold the bytes of another tensor from now on."""
@@ -202,14 +198,13 @@ class QuantizedTensor(torch.Tensor):
             mine[name].data_ptr() == theirs[name].data_ptr() for name in mine
         )
 
-    def _compact(self) -> tuple[Content, torch.Tensor]:
+    def _compact(self, in_order: bool = False) -> tuple[Content, torch.Tensor]:
         view = views.row_view(self.geometry, self.content.stored.shape[1])
         if view is None:
             raise QuantizationError("the view does not show whole rows of the quantized matrix")
+        if in_order:
+            view = replace(view, row_dims=tuple(sorted(view.row_dims)))
         return self.content.rows(view.index()), view.packed()
-
-    def _size(self) -> int:
-        return self.content.stored.shape[0] * self.content.stored.shape[1]
 
     def __getattr__(self, name: str) -> Any:
         # The names that __tensor_flatten__ gives are attributes; everything else is torch's.

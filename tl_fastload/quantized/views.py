@@ -74,7 +74,8 @@ class RowView:
     """A view that shows whole rows, perhaps with its dimensions in another order.
 
     Attributes:
-        row_dims: dimensions that run over rows, the one with the largest stride first.
+        row_dims: dimensions that run over rows, the one with the largest stride first, if in no
+            other order.
         input_dims: dimensions that run over the inputs, the one with the largest stride first.
         columns: length of a row.
         geometry: the view.
@@ -86,23 +87,22 @@ class RowView:
     geometry: torch.Tensor
 
     @untraced()
-    def index(self, row_dims: tuple[int, ...] | None = None) -> torch.Tensor:
+    def index(self) -> torch.Tensor:
         """The number of each row that the view shows, [n] int64, the last of `row_dims` fastest."""
         index = torch.tensor([self.geometry.storage_offset() // self.columns], device="cpu")
-        for dim in self.row_dims if row_dims is None else row_dims:
+        for dim in self.row_dims:
             step = self.geometry.stride(dim) // self.columns
             steps = torch.arange(self.geometry.shape[dim], device="cpu") * step
             index = (index[:, None] + steps).flatten()
         return index
 
     @untraced()
-    def packed(self, row_dims: tuple[int, ...] | None = None) -> torch.Tensor:
+    def packed(self) -> torch.Tensor:
         """The geometry of the same view once only its rows are kept, in the order of `index`."""
         shape = self.geometry.shape
         strides = [1] * len(shape)
         step = 1
-        inputs_last = (*(self.row_dims if row_dims is None else row_dims), *self.input_dims)
-        for dim in reversed(inputs_last):
+        for dim in reversed((*self.row_dims, *self.input_dims)):
             strides[dim] = step
             step *= shape[dim]
         return torch.empty(0, dtype=torch.float32, device="meta").as_strided(shape, strides)

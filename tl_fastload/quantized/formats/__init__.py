@@ -142,11 +142,8 @@ def method_of(hf_config: Any) -> str | None:
     fields = declared_fields(hf_config)
     if fields is None:
         return None
-    method = fields.get("quant_method")
-    if method is None:
-        named = (format.name for format in FORMATS if format.declared(fields) is not None)
-        return next(named, "an unnamed method")
-    return str(method)
+    named = (format.name for format in FORMATS if format.declared(fields) is not None)
+    return str(fields.get("quant_method") or next(named, "an unnamed method"))
 
 
 def of_layer(

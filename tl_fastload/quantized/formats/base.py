@@ -334,12 +334,11 @@ def take_rows(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 @untraced()
 def _step(index: torch.Tensor) -> int | None:
     """The distance of row numbers that are equally far apart, in ascending order; else None."""
-    if index.numel() == 0:
-        return None
-    if index.numel() == 1:
-        return 1
-    step = int(index[1] - index[0])
-    return step if step > 0 and bool((index[1:] - index[:-1] == step).all()) else None
+    if index.numel() < 2:
+        return 1 if index.numel() else None
+    steps = index[1:] - index[:-1]
+    step = int(steps[0])
+    return step if step > 0 and bool((steps == step).all()) else None
 
 
 def damaged(what: str) -> QuantizationError:
@@ -347,6 +346,6 @@ def damaged(what: str) -> QuantizationError:
     return QuantizationError(f"{what}. Save or download the checkpoint again.")
 
 
-def describe(tensor: torch.Tensor) -> str:
+def describe(tensor: torch.Tensor | None) -> str:
     """Shape and dtype, for messages."""
-    return f"{list(tensor.shape)} {tensor.dtype}"
+    return "nothing" if tensor is None else f"{list(tensor.shape)} {tensor.dtype}"

@@ -167,7 +167,12 @@ def _read_4bit(pieces: Mapping[str, torch.Tensor]) -> FourBitBytes:
         raise QuantizationError(
             f"4-bit weights need exactly one weight.{_STATE}nf4 or ...fp4, not {states or 'none'}."
         )
-    options = _options(pieces[states[0]])
+    try:
+        options = json.loads(bytes(pieces[states[0]].cpu().tolist()).decode("utf-8"))
+    except (ValueError, TypeError) as error:
+        raise QuantizationError(f"the quant_state is not readable ({error}).") from error
+    if not isinstance(options, dict):
+        raise QuantizationError("the quant_state is not a table.")
     is_nested = "nested_blocksize" in options
     wanted = [f"weight.{name}" for name in (_PLAIN if is_nested else _PLAIN[:2])]
     missing = [name for name in wanted if name not in pieces]
@@ -200,14 +205,3 @@ def _read_4bit(pieces: Mapping[str, torch.Tensor]) -> FourBitBytes:
         raise QuantizationError(
             f"{states[0]} does not describe 4-bit weights ({type(error).__name__}: {error})."
         ) from error
-
-
-def _options(state: torch.Tensor) -> dict[str, Any]:
-    """The JSON that bitsandbytes packs into a tensor of bytes."""
-    try:
-        options = json.loads(bytes(state.cpu().tolist()).decode("utf-8"))
-    except (ValueError, TypeError) as error:
-        raise QuantizationError(f"the quant_state is not readable ({error}).") from error
-    if not isinstance(options, dict):
-        raise QuantizationError("the quant_state is not a table.")
-    return options

@@ -129,17 +129,14 @@ class FourBitBytes(QuantizedBytes):
         """
         if not dense.is_meta:
             return cls(**kernels.quantize_4bit(dense, kind, blocksize, double_quant))
-        size = dense.numel()
-        blocks = -(-size // blocksize)
-        nested: dict[str, Any] = {}
-        if double_quant:
-            nested = {
-                "nested_absmax": _empty(-(-blocks // _NESTED_BLOCKSIZES[0])),
-                "nested_code": _empty(256),
-                "nested_offset": _empty(),
-            }
+        blocks = -(-dense.numel() // blocksize)
+        groups = -(-blocks // _NESTED_BLOCKSIZES[0])
+        sizes = {"nested_absmax": [groups], "nested_code": [256], "nested_offset": []}
+        nested: dict[str, Any] = {
+            name: _empty(*size) for name, size in sizes.items() if double_quant
+        }
         return cls(
-            packed=_empty(-(-size // 2), 1, dtype=torch.uint8),
+            packed=_empty(-(-dense.numel() // 2), 1, dtype=torch.uint8),
             absmax=_empty(blocks, dtype=torch.uint8 if double_quant else torch.float32),
             code=_empty(16),
             shape=(dense.shape[0], dense.shape[1]),
@@ -156,24 +153,19 @@ class FourBitBytes(QuantizedBytes):
             raise QuantizationError(f"{self.blocksize} is not a block size of 4-bit weights.")
         size = self.shape[0] * self.shape[1]
         blocks = -(-size // self.blocksize)
-        self._check("packed", self.packed, torch.uint8, -(-size // 2))
-        self._check("code", self.code, torch.float32, 16)
-        if not self.is_nested:
-            self._check("absmax", self.absmax, torch.float32, blocks)
-            return
-        self._check("absmax", self.absmax, torch.uint8, blocks)
-        groups = -(-blocks // self.nested_blocksize)
-        self._check("nested_absmax", self.nested_absmax, torch.float32, groups)
-        self._check("nested_code", self.nested_code, torch.float32, 256)
-        self._check("nested_offset", self.nested_offset, torch.float32, 1)
-
-    def _check(self, name: str, tensor: torch.Tensor | None, dtype: torch.dtype, size: int) -> None:
-        if tensor is None or tensor.dtype != dtype or tensor.numel() != size:
-            found = "nothing" if tensor is None else describe(tensor)
-            raise QuantizationError(
-                f"4-bit weights of a {list(self.shape)} matrix in blocks of {self.blocksize} need "
-                f"{size} x {dtype} as {name}, not {found}."
-            )
+        wanted = {"packed": -(-size // 2), "code": 16, "absmax": blocks}
+        if self.is_nested:
+            groups = -(-blocks // self.nested_blocksize)
+            wanted |= {"nested_absmax": groups, "nested_code": 256, "nested_offset": 1}
+        for name, count in wanted.items():
+            is_byte = name == "packed" or (name == "absmax" and self.is_nested)
+            dtype = torch.uint8 if is_byte else torch.float32
+            part: torch.Tensor | None = getattr(self, name)
+            if part is None or part.dtype != dtype or part.numel() != count:
+                raise QuantizationError(
+                    f"4-bit weights of a {list(self.shape)} matrix in blocks of {self.blocksize} "
+                    f"need {count} x {dtype} as {name}, not {describe(part)}."
+                )
 
     @property
     def is_nested(self) -> bool:

@@ -133,16 +133,13 @@ class Fp8(Format):
     def of_layer(self, module: Any) -> tuple[QuantizedBytes, torch.dtype | None] | None:
         if type(module).__name__ != "FP8Linear" or module.weight.dtype not in FLOAT8:
             return None
-        block = None if module.block_size is None else (module.block_size[0], module.block_size[1])
         codes, scales = module.weight.detach(), module.weight_scale_inv.detach()
-        return scaled_bytes(codes, scales, block, "fp8"), None
+        return scaled_bytes(codes, scales, as_block(module.block_size), "fp8"), None
 
 
 def _of_transformers(fields: Mapping[str, Any]) -> ScaledSpec:
     """A `quantization_config` with quant_method fp8."""
-    block, is_sure = fields.get("weight_block_size", ...), True
-    if block is ...:
-        block, is_sure = _USUAL, False
+    block, is_sure = fields.get("weight_block_size", _USUAL), "weight_block_size" in fields
     scheme = fields.get("activation_scheme") or "dynamic"
     if str(scheme).lower() not in ("dynamic", "static"):
         raise wrong_setting("activation_scheme", scheme, "neither 'dynamic' nor 'static'")

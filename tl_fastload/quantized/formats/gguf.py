@@ -123,16 +123,11 @@ def _q3_k(blocks: torch.Tensor) -> torch.Tensor:
     return _scaled(codes.float().sub_(4), scales)
 
 
-def _k_scales(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and minima of 6 bits, [n, 8] float32 each, out of [n, 12] bytes."""
-    low, middle, high = packed[:, :4], packed[:, 4:8], packed[:, 8:]
-    scales = torch.cat([low & 63, (high & 15) | (low >> 2 & 48)], 1)
-    minima = torch.cat([middle & 63, (high >> 4) | (middle >> 2 & 48)], 1)
-    return scales.float(), minima.float()
-
-
 def _with_minima(blocks: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    scales, minima = _k_scales(blocks[:, 4:16])
+    # Scales and minima of 6 bits, [n, 8] each.
+    low, middle, high = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
+    scales = torch.cat([low & 63, (high & 15) | (low >> 2 & 48)], 1).float()
+    minima = torch.cat([middle & 63, (high >> 4) | (middle >> 2 & 48)], 1).float()
     values = _scaled(codes, scales.mul_(_half(blocks, 0)))
     return values.sub_(minima.mul_(_half(blocks, 2))[..., None])
 

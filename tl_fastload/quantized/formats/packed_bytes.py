@@ -70,31 +70,24 @@ class PackedBytes(DecodedBytes):
             raise QuantizationError(
                 f"codes have {' or '.join(map(str, BITS))} bits, not {self.bits}."
             )
-        self._check("packed codes", self.packed, (torch.int32,), self._words_shape())
-        grid = grid_of(self.shape, (1, self.group_size))
-        if self.groups is not None:
-            self._check("groups of columns", self.groups, (torch.int32,), (columns,))
-        self._check("scales", self.scales, SCALES, grid)
+        grid, words = grid_of(self.shape, (1, self.group_size)), (torch.int32,)
+        of_zeros = (words, (words_of(rows, self.bits), grid[1]))
         if self.zeros is not None and self.zeros.dtype == torch.uint8:
-            self._check("zero points", self.zeros, (torch.uint8,), grid)
-        elif self.zeros is not None:
-            wanted = (words_of(rows, self.bits), grid[1])
-            self._check("zero points", self.zeros, (torch.int32,), wanted)
-
-    def _check(
-        self,
-        name: str,
-        tensor: torch.Tensor,
-        dtypes: tuple[torch.dtype, ...],
-        shape: tuple[int, ...],
-    ) -> None:
-        if tensor.dtype not in dtypes or tuple(tensor.shape) != shape:
-            named = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            raise QuantizationError(
-                f"a matrix {list(self.shape)} of {self.bits}-bit codes in groups of "
-                f"{self.group_size} needs {list(shape)} {named} as {name}, not {describe(tensor)}. "
-                "Bits and group size are those of quantization_config in config.json."
-            )
+            of_zeros = ((torch.uint8,), grid)
+        for name, part, dtypes, shape in (
+            ("packed codes", self.packed, words, self._words_shape()),
+            ("groups of columns", self.groups, words, (columns,)),
+            ("scales", self.scales, SCALES, grid),
+            ("zero points", self.zeros, *of_zeros),
+        ):
+            if part is not None and (part.dtype not in dtypes or tuple(part.shape) != shape):
+                named = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+                raise QuantizationError(
+                    f"a matrix {list(self.shape)} of {self.bits}-bit codes in groups of "
+                    f"{self.group_size} needs {list(shape)} {named} as {name}, not "
+                    f"{describe(part)}. Bits and group size are those of quantization_config in "
+                    "config.json."
+                )
 
     def _words_shape(self) -> tuple[int, int]:
         return (self.shape[0], words_of(self.shape[1], self.bits))

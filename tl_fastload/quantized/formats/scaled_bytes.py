@@ -294,25 +294,24 @@ def scaled_bytes(
                 "The block size is that of quantization_config in config.json; without one, there "
                 "is a scale for each row or one for all."
             )
-    scales = scales.view(torch.uint8) if scales.dtype in _POWERS else scales
-    scales = scales.reshape(grid)
-    zero_points = None if zero_points is None else zero_points.reshape(grid)
-    if stacked > 1 and out % high:
-        # Blocks end with each matrix: take lower ones, which do not reach into the next.
-        lower = math.gcd(out, high)
-        of_grid = torch.arange(out // lower, device="cpu") * lower // high
-        high, of_grid = lower, of_grid.to(scales.device)
-        scales = scales[:, of_grid]
-        zero_points = None if zero_points is None else zero_points[:, of_grid]
-    name = str(codes.dtype).removeprefix("torch.")
+    # Blocks end with each of stacked matrices: lower ones do not reach into the next.
+    lower = math.gcd(out, high) if stacked > 1 else high
+
+    def as_matrix(part: torch.Tensor) -> torch.Tensor:
+        part = part.reshape(grid)
+        if lower != high:
+            of_grid = torch.arange(out // lower, device="cpu") * lower // high
+            part = part[:, of_grid.to(part.device)]
+        return part.reshape(-1, grid[-1])
+
     raw = codes if codes.dtype == torch.int8 else codes.view(torch.uint8)
     return ScaledBytes(
         raw.reshape(stacked * out, columns),
-        scales.reshape(-1, grid[-1]),
-        (high, wide),
+        as_matrix(scales.view(torch.uint8) if scales.dtype in _POWERS else scales),
+        (lower, wide),
         kind,
-        name,
-        None if zero_points is None else zero_points.reshape(-1, grid[-1]),
+        str(codes.dtype).removeprefix("torch."),
+        None if zero_points is None else as_matrix(zero_points),
     )
 
 
