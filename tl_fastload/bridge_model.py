@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -35,8 +36,6 @@ from tl_fastload.roads.known import describe_steps
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-_SPREADING = ("device_map", "n_devices", "max_memory", "offload_folder")
 
 
 class LeanBridgeMixin(Face):
@@ -74,6 +73,9 @@ class LeanBridgeMixin(Face):
         adapter: Any = None,
         requantize: bool = False,
         check_base: bool = True,
+        device_map: Any = None,
+        max_memory: Mapping[Any, Any] | None = None,
+        n_devices: int | None = None,
         **stock_arguments: Any,
     ) -> Self:
         """`TransformerBridge.boot_transformers`, with weights that are mapped from their files
@@ -104,8 +106,10 @@ class LeanBridgeMixin(Face):
             adapter: as for `from_pretrained_lean`.
             requantize: as for `from_pretrained_lean`.
             check_base: as for `from_pretrained_lean`.
-            **stock_arguments: other arguments of `boot_transformers`; those that spread a model
-                over devices are errors.
+            device_map: as for `from_pretrained_lean`; nothing is offloaded by accelerate.
+            max_memory: as for `from_pretrained_lean`.
+            n_devices: as for `from_pretrained_lean`.
+            **stock_arguments: other arguments of `boot_transformers`.
 
         Returns:
             The bridge; with a `load_report` unless `hf_model` was given or no weights were loaded.
@@ -113,23 +117,26 @@ class LeanBridgeMixin(Face):
         Raises:
             LeanLoadError: as `from_pretrained_lean`.
         """
-        spreading = [name for name in _SPREADING if stock_arguments.pop(name, None) is not None]
-        if spreading or stock_arguments.get("code_revision") is not None:
-            raise ArgumentError(
-                f"{(spreading or ['code_revision'])[0]}= is for transformers' own loading: use "
-                "TransformerBridge.boot_transformers, or leave it out."
-            )
-        stock_arguments.pop("code_revision", None)
+        for name in ("code_revision", "offload_folder"):
+            if stock_arguments.pop(name, None) is not None:
+                raise ArgumentError(
+                    f"{name}= is for transformers' own loading: use "
+                    "TransformerBridge.boot_transformers, or leave it out."
+                )
         boot = {"hf_config_overrides": hf_config_overrides, "model_class": model_class}
         boot = {name: value for name, value in boot.items() if value is not None}
         checked(load_weights=load_weights, trust_remote_code=trust_remote_code)
         given = checked(device=device, tokenizer=tokenizer, n_ctx=n_ctx, dtype=dtype)
         own = {"dequantize": dequantize, "adapter": adapter, "requantize": requantize}
+        own |= {"device_map": device_map, "max_memory": max_memory}
         own |= {"check_memory": check_memory, "check_base": check_base}
+        given |= checked(n_devices=1 if n_devices is None else n_devices)
         base, adapters = adapters_of(hf_model)
         has_adapters = adapter is not None or base is not hf_model or bool(adapters)
         if not load_weights or (hf_model is not None and not has_adapters):
-            _check_in_memory(hf_model, own, stock_arguments)
+            _check_in_memory(
+                hf_model, own | {"n_devices": given.pop("n_devices") > 1}, stock_arguments
+            )
             booted: Self = boot_in_memory(
                 cls,
                 str(model_name),
@@ -288,6 +295,12 @@ class LeanBridgeMixin(Face):
 
 def _check_in_memory(hf_model: Any, own: dict[str, Any], others: dict[str, Any]) -> None:
     """Raise ArgumentError for arguments that TransformerLens' own boot cannot take."""
+    for name in ("device_map", "max_memory", "n_devices"):
+        if own[name]:
+            raise ArgumentError(
+                f"{name}= spreads weights that are read from files: dispatch a model in memory "
+                "with accelerate before, or leave it out."
+            )
     for name in ("dequantize", "adapter", "requantize"):
         if own[name]:
             raise ArgumentError(f"{name}= is for weights that are read from files.")

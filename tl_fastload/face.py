@@ -5,6 +5,7 @@ it, and the methods that every lean model has.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +24,7 @@ from tl_fastload.ground.boundary import called, guarded
 from tl_fastload.loading.relayout import put_in_layout
 from tl_fastload.loading.resolve import resolved
 from tl_fastload.loading.through_cache import load_through_cache
+from tl_fastload.placement.together import over_devices
 from tl_fastload.planning import make
 from tl_fastload.planning.plan import LoadPlan
 from tl_fastload.quantized.formats import read_quantization
@@ -36,6 +38,12 @@ from tl_fastload.roads.road import Request, Road
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+_OF_SEVERAL_PARTS = re.compile(
+    r"[Wb]_(?!U$|E$|pos$)\w+|QK|OV|accumulated_bias|all_composition_scores"
+    r"|tokens_to_residual_directions"
+)
+"""What of TransformerLens' models reads the weights of several parts."""
 
 
 def request_of(
@@ -107,6 +115,10 @@ class Face:
     """
 
     _road: Road
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        over_devices(cls, _OF_SEVERAL_PARTS, "run_with_cache")
 
     @classmethod
     @guarded("while loading")
@@ -221,7 +233,8 @@ class Face:
                 that accelerate makes: "auto" or "balanced" fills the CUDA devices evenly,
                 "sequential" one after the other, and what is left goes to "cpu" and "disk". Those
                 parts stay on the host and are copied to the first other device while they run;
-                "disk" wants weights that are mapped from a file as they are. Not for a bridge.
+                "disk" wants weights that are mapped from a file as they are. Parts of a bridge go
+                by its names (embed, blocks.3, unembed) or by transformers' (model.layers.3).
             max_memory: what such a map may take: device -> bytes or a text, {0: "20GiB", "cpu":
                 "60GiB"}.
             **from_pretrained_kwargs: for Hugging Face: revision, cache_dir, token,

@@ -134,7 +134,7 @@ class TestBeforeWeightsAreRead:
 
     @pytest.mark.parametrize(
         "arguments",
-        [{"device_map": "auto"}, {"n_devices": 2}, {"max_memory": {0: "1GB"}}],
+        [{"device_map": "many"}, {"n_devices": 2}, {"max_memory": {0: "1GB"}}],
         ids=lambda arguments: next(iter(arguments)),
     )
     def test_spread_over_devices(self, load: Any, folder: Path, arguments: Any) -> None:

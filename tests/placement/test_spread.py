@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from tl_fastload import ArgumentError
-from tl_fastload.placement.spread import CPU, Spread, parts_of, spread
+from tl_fastload.ground.sizes import bytes_of
+from tl_fastload.placement.spread import CPU, Parts, Spread, spread
 from tl_fastload.placement.streaming import put_to_work
 
 # Another device for all that asks, and the same memory.
@@ -55,7 +56,7 @@ class Model(nn.Module):
 
 
 def streamed(model: nn.Module) -> Spread:
-    parts = parts_of(model)
+    parts = Parts.of(model).places
     return Spread(dict.fromkeys(parts, CPU), dict.fromkeys(parts, ELSEWHERE))
 
 
@@ -64,12 +65,14 @@ def at_home(model: nn.Module) -> list[int]:
 
 
 def found(device_map: Any, max_memory: Any = None) -> Spread:
-    return spread(Model(), device_map, max_memory, lambda device: None, dict)
+    model = Model()
+    sizes = {name: bytes_of(tensor) for name, tensor in model.state_dict().items()}
+    return spread(Parts.of(model), device_map, max_memory, lambda device: None, lambda: sizes)
 
 
 def test_the_parts_are_blocks_and_what_lies_beside_them() -> None:
     blocks = [f"blocks.{index}" for index in range(4)]
-    assert parts_of(Model()) == ["embed", *blocks, "last"]
+    assert list(Parts.of(Model()).places) == ["embed", *blocks, "last"]
 
 
 def test_the_longest_name_counts_and_the_host_runs_nothing_beside_another_device() -> None:

@@ -18,7 +18,7 @@ from tests.support import commands
 from tests.support.comparison import differences, lean_model, run, values
 from tests.support.reference import NO_PROCESSING
 from tl_fastload import ArgumentError, load_weights_, plan, save_lean
-from tl_fastload.placement.spread import CPU, Spread, parts_of
+from tl_fastload.placement.spread import CPU, Parts, Spread
 from tl_fastload.placement.streaming import put_to_work
 
 EVERYWHERE = {"": "cpu"}
@@ -27,7 +27,7 @@ CASES = ("gpt2", "llama-gqa", "mixtral", "bloom")
 
 def streamed(model: Any) -> Any:
     """A model whose parts run on another device than they lie on, which has the same memory."""
-    parts = parts_of(model)
+    parts = Parts.of(model).places
     where = Spread(dict.fromkeys(parts, CPU), dict.fromkeys(parts, torch.device("cpu", 0)))
     put_to_work(model, where)
     return model

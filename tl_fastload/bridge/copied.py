@@ -7,7 +7,7 @@ by TransformerLens' boot and processing, on promises that are never evaluated.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -60,6 +60,13 @@ class StoredShelf(Shelf):
     ) -> None:
         super().__init__()
         self.cfg, self.built, self.slots = cfg, built, slots or {}
+
+    def aliases(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for name, form in self.built["slots"].items():
+            if form["is_parameter"]:
+                found.setdefault(form["memory"], []).append(name)
+        return found
 
     def role(self, name: str) -> Role:
         slot = self.slots.get(name)
@@ -203,7 +210,7 @@ def empty_model(
             "original."
         )
     shelf = on_meta(request.cls, bridge.cfg, built)
-    shelf.finish = lambda: _filled(bridge, slots, shelf)
+    shelf.finish = lambda device_of: _filled(bridge, slots, shelf, device_of)
     return shelf
 
 
@@ -256,7 +263,12 @@ def apart(slots: Mapping[str, Slot], saved: Mapping[str, Any]) -> list[str]:
     return sorted(wrong)
 
 
-def _filled(bridge: Any, slots: Mapping[str, Slot], shelf: StoredShelf) -> Any:
+def _filled(
+    bridge: Any,
+    slots: Mapping[str, Slot],
+    shelf: StoredShelf,
+    device_of: Callable[[str], torch.device],
+) -> Any:
     tensors = {**dict(shelf.named_parameters()), **dict(shelf.named_buffers())}
     made: dict[str, torch.Tensor] = {}
     for name, form in shelf.built["slots"].items():
@@ -265,7 +277,7 @@ def _filled(bridge: Any, slots: Mapping[str, Slot], shelf: StoredShelf) -> Any:
             made[form["same"]] = whole if form["memory"] == name else _view(whole, form)
         if name in slots:
             slots[name].tensor = made[form["same"]]
-    return completed(bridge)
+    return completed(bridge, device_of)
 
 
 def _view(whole: torch.Tensor, form: Mapping[str, Any]) -> torch.Tensor:

@@ -33,14 +33,21 @@ class Shelf(nn.Module):
 
     Attributes:
         strides: of each own parameter and buffer, as TransformerLens would have them.
-        finish: puts what was filled into the bridge that it stands for, and returns that.
+        cfg: of the bridge that it stands for.
+        finish: puts what was filled into that bridge, and returns it; given where what has some
+            name lies.
     """
 
-    finish: Callable[[], Any]
+    cfg: Any
+    finish: Callable[[Callable[[str], torch.device]], Any]
 
     def __init__(self) -> None:
         super().__init__()
         self.strides: dict[str, tuple[int, ...]] = {}
+
+    def aliases(self) -> dict[str, list[str]]:
+        """The parameters of the bridge that lie in each memory, by the name of that."""
+        return {}
 
     def role(self, name: str) -> Role:
         """What a parameter is."""
@@ -99,6 +106,10 @@ class BridgeShelf(Shelf):
         if slot.is_parameter:
             empty = nn.Parameter(empty, requires_grad=promise.requires_grad)
         return self.put(slot.name, empty, strides)
+
+    def aliases(self) -> dict[str, list[str]]:
+        homes = self._homes.items()
+        return {name: [s.name for s in home.slots if s.is_parameter] for name, home in homes}
 
     def role(self, name: str) -> Role:
         """As the module that holds it has it."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -44,6 +45,7 @@ PROCESSED = "processed"
 BOOT_ARGUMENTS = ("hf_config_overrides", "model_class", "checkpoint_index", "n_ctx", "tokenizer")
 """Arguments of `boot_transformers` that it gets as they are."""
 
+_DeviceOf = Callable[[str], torch.device]
 _LAYER = re.compile(r"\.(?:h|layers|blocks)\.(\d+)\.")
 
 
@@ -55,7 +57,6 @@ def record(
     observer: Observer | None = None,
 ) -> Recording:
     """As `tl_fastload.roads.road.Road.record`."""
-    _check(request, pretrained)
     hf_config = copy.deepcopy(pretrained.config)
     bridge, inputs, notes = boot_and_process(request, pretrained, is_quiet=on_meta)
     requested = {step: bool(request.arguments[step]) for step in STEPS}
@@ -64,7 +65,7 @@ def record(
         is_raw=not request.arguments.get(COMPATIBILITY, True),
         on_meta=request.options.assigns,
     )
-    shelf.finish = lambda: _finished(bridge, shelf, hf_config)
+    shelf.finish = lambda device_of: _finished(bridge, shelf, hf_config, device_of)
     shifts = inputs.shifts(shelf.recipes, requested)
     return Recording(shelf, requested, pretrained, shelf.recipes, shifts, notes)
 
@@ -118,14 +119,6 @@ def boot_and_process(
     return bridge, inputs, answers.notes
 
 
-def _check(request: Request, pretrained: Pretrained) -> None:
-    if request.arguments["n_devices"] > 1:
-        raise ArgumentError(
-            "n_devices= above 1 spreads a model by transformers' own loading: use "
-            "TransformerBridge.boot_transformers, or one device."
-        )
-
-
 def _set_up(bridge: Any, arguments: dict[str, Any]) -> None:
     if arguments["default_prepend_bos"] is not None:
         bridge.cfg.default_prepend_bos = arguments["default_prepend_bos"]
@@ -135,25 +128,30 @@ def _set_up(bridge: Any, arguments: dict[str, Any]) -> None:
         bridge.tokenizer.padding_side = arguments["default_padding_side"]
 
 
-def _finished(bridge: Any, shelf: BridgeShelf, hf_config: Any) -> Any:
+def _finished(bridge: Any, shelf: BridgeShelf, hf_config: Any, device_of: _DeviceOf) -> Any:
     shelf.clear()
     bridge._hf_config = hf_config
     bridge._layout, bridge._quantization = shelf._layout, shelf._quantization
-    return completed(bridge)
+    return completed(bridge, device_of)
 
 
-def completed(bridge: Any) -> Any:
-    """A bridge whose weights are in their slots: with its tables beside them."""
+def completed(bridge: Any, device_of: _DeviceOf) -> Any:
+    """A bridge whose weights are in their slots: with its tables beside them.
+
+    Args:
+        bridge: the bridge.
+        device_of: where what has some name lies.
+    """
     require_none_left(bridge)
-    _move_tables(bridge)
+    _move_tables(bridge, device_of)
     return bridge
 
 
-def _move_tables(bridge: Any) -> None:
-    """Put what was computed, not placed, on the bridge's device."""
-    device = torch.device(bridge.cfg.device)
-    for slot in slots_of(bridge) if device.type != "cpu" else ():
-        if slot.tensor.device.type == "cpu":
+def _move_tables(bridge: Any, device_of: _DeviceOf) -> None:
+    """Put what was computed, not placed, on the device of its part."""
+    for slot in slots_of(bridge):
+        device = device_of(slot.name)
+        if slot.tensor.device.type == "cpu" != device.type:
             moved = slot.tensor.detach().to(device)
             is_parameter = isinstance(slot.tensor, nn.Parameter)
             trainable = slot.tensor.requires_grad

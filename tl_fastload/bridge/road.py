@@ -11,9 +11,12 @@ import torch
 
 from tl_fastload.bridge import copied, names, steps, versions
 from tl_fastload.bridge.convert import record_weights
+from tl_fastload.bridge.parts import parts_of
 from tl_fastload.bridge.placing import roles_in, strides_in
 from tl_fastload.bridge.record import record
 from tl_fastload.huggingface.config import Supported
+from tl_fastload.placement.spread import Spread
+from tl_fastload.placement.streaming import put_to_work
 from tl_fastload.roads.road import Road
 
 
@@ -30,8 +33,12 @@ def _default_device() -> str:
     return str(import_module("transformer_lens.utilities").get_device())
 
 
-def _finished(model: Any) -> Any:
-    return model.finish()
+def _finished(model: Any, device_of: Callable[[str], torch.device]) -> Any:
+    return model.finish(device_of)
+
+
+def _put_to_work(model: Any, spread: Spread | None) -> None:
+    put_to_work(model, spread, model.original_model)
 
 
 def _hf_config(model: Any) -> Any:
@@ -51,7 +58,7 @@ class BridgeRoad:
 
     name = "TransformerBridge"
     supported = _SUPPORTED
-    has_parts = False
+    counts_devices = True
     aliases = staticmethod(versions.aliases)
     record = staticmethod(record)
     record_weights = staticmethod(record_weights)
@@ -63,6 +70,8 @@ class BridgeRoad:
     tensor_parallel = None
     default_device = staticmethod(_default_device)
     device_map = staticmethod(_device_map)
+    parts = staticmethod(parts_of)
+    put_to_work = staticmethod(_put_to_work)
     strides_in = staticmethod(strides_in)
     why_skipped = staticmethod(steps.why_skipped)
     check_flags = staticmethod(steps.check_flags)

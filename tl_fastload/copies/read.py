@@ -28,7 +28,6 @@ from tl_fastload.ground.paths import expanded
 from tl_fastload.huggingface.config import hf_config_of
 from tl_fastload.huggingface.tokenizer import is_failure, lost_tokenizer, named, read_tokenizer
 from tl_fastload.placement.own_values import parameter_versions
-from tl_fastload.placement.streaming import put_to_work
 from tl_fastload.quantized.spec import warn_of_runtime
 from tl_fastload.report.available import check_room, let_go_on_error
 from tl_fastload.report.load_report import LoadReport
@@ -121,10 +120,10 @@ def _load(
             mapped_bytes = places.mapped_bytes()
         _place_buffers(model, contents, reader, device_of)
     reader.files.check_all()
-    model = request.road.finished(model)
+    model = request.road.finished(model, device_of)
     if sharding is not None:
         finish(sharding, options, model)
-    put_to_work(model, spread)
+    request.road.put_to_work(model, spread)
     model._layout = str(layout_of(manifest, options))
     model._processed = (
         {step for step, on in manifest.flags.items() if on},

@@ -15,6 +15,8 @@ from tl_fastload.hooked.empty import build_empty, build_on_meta, device_map
 from tl_fastload.hooked.layout import strides_in
 from tl_fastload.hooked.official_names import aliases
 from tl_fastload.hooked.record import record
+from tl_fastload.placement.spread import Parts
+from tl_fastload.placement.streaming import put_to_work
 from tl_fastload.roads.road import Request, Road, TensorParallel
 
 
@@ -51,18 +53,20 @@ class HookedRoad:
     name = "HookedTransformer"
     config_class = HookedTransformerConfig
     supported = SUPPORTED
-    has_parts = True
+    counts_devices = False
     aliases = staticmethod(aliases)
     record = staticmethod(record)
     record_weights = staticmethod(record_weights)
     empty_model = staticmethod(_empty_model)
     model_on_meta = staticmethod(lambda cls, cfg, built: build_on_meta(cls, cfg))
-    finished = staticmethod(_itself)
+    finished = staticmethod(lambda model, device_of: model)
     stored = staticmethod(_itself)
     settle = staticmethod(lambda held: None)
     tensor_parallel = staticmethod(_tensor_parallel)
     default_device = staticmethod(default_device)
     device_map = staticmethod(device_map)
+    parts = staticmethod(Parts.of)
+    put_to_work = staticmethod(put_to_work)
     strides_in = staticmethod(strides_in)
     why_skipped = staticmethod(steps.reason_to_skip)
     check_flags = staticmethod(steps.check_refactor)

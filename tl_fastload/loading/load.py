@@ -19,7 +19,6 @@ from tl_fastload.placement.own_values import parameter_versions
 from tl_fastload.placement.placer import Placer
 from tl_fastload.placement.rehearsal import forecast
 from tl_fastload.placement.spread import CPU
-from tl_fastload.placement.streaming import put_to_work
 from tl_fastload.quantized import has_quantized
 from tl_fastload.quantized.quantizer import Quantizer
 from tl_fastload.quantized.spec import warn_of_runtime
@@ -56,8 +55,8 @@ def load(request: Request) -> Any:
             sampler.mark("placing")
             sharding = begin(request.options, recording.model, recording.recipes)
             placer = place(request, recording, sampler.watch, sharding)
-            recording.model = request.road.finished(recording.model)
-            put_to_work(recording.model, placer.spread)
+            recording.model = request.road.finished(recording.model, placer.device_of)
+            request.road.put_to_work(recording.model, placer.spread)
             reader.files.check_all()
             if sharding is not None:
                 finish(sharding, request.options, recording.model)

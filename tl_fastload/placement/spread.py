@@ -1,16 +1,18 @@
 """A model over several devices: where each of its parts lies, and where it runs.
 
 A part is a block, or a module beside the blocks (an embedding, the last norm); it is never split.
-Parts on "cpu" and "disk" run on the first other device, if there is one: their tensors are
-streamed there while they run (`tl_fastload.placement.streaming`), and stay at home, mapped from a
-file where they can be.
+What belongs to no part, such as tables beside the blocks, lies where the first block runs. Parts on
+"cpu" and "disk" run on the first other device, if there is one: their tensors are streamed there
+while they run (`tl_fastload.placement.streaming`), and stay at home, mapped from a file where they
+can be.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,6 +27,46 @@ CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
+class Parts:
+    """The parts of a model, in the order in which they run.
+
+    Attributes:
+        places: part -> what the names of its tensors begin with; a map may call it so, too.
+        tied: parts that hold one memory, together.
+        tables: modules beside them without parameters; a map may name them, and moves nothing.
+        why_one_device: why all of them have to run on one device; None if they need not.
+    """
+
+    places: dict[str, str]
+    tied: tuple[frozenset[str], ...] = ()
+    tables: frozenset[str] = frozenset()
+    why_one_device: str | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Parts:
+        """Those of a model whose parts are its children, and the items of its lists."""
+        found, tables = [], set()
+        for name, child in model.named_children():
+            if isinstance(child, nn.ModuleList):
+                found += [f"{name}.{index}" for index in range(len(child))]
+            elif any(True for _ in (*child.parameters(), *child.buffers())):
+                found.append(name)
+            else:
+                tables.add(name)
+        return cls({part: part for part in found}, tables=frozenset(tables))
+
+    @cached_property
+    def _owners(self) -> dict[str, str]:
+        return {name: part for part, at in self.places.items() for name in (part, at)}
+
+    def part_of(self, name: str) -> str | None:
+        """The part that a parameter or a buffer belongs to; None for names of no part."""
+        path = name.split(".")
+        above = (".".join(path[:depth]) for depth in range(len(path), 0, -1))
+        return next((self._owners[at] for at in above if at in self._owners), None)
+
+
+@dataclass(frozen=True)
 class Spread:
     """Parts over devices.
 
@@ -32,22 +74,31 @@ class Spread:
         homes: part -> where its parameters and buffers lie.
         runs: part -> where it computes.
         disk: the parts whose parameters have to be mapped from a file.
+        places: part -> what the names of its tensors begin with, if not with its name.
     """
 
     homes: dict[str, torch.device]
     runs: dict[str, torch.device]
     disk: frozenset[str] = frozenset()
+    places: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def _parts(self) -> Parts:
+        return Parts(self.places or {part: part for part in self.homes})
 
     def part_of(self, name: str) -> str | None:
-        """The part that a parameter or a buffer belongs to; None for names of no part."""
-        path = name.split(".")
-        above = (".".join(path[:depth]) for depth in range(len(path), 0, -1))
-        return next((part for part in above if part in self.homes), None)
+        """As `Parts.part_of`."""
+        return self._parts.part_of(name)
 
     def home_of(self, name: str) -> torch.device:
         """Where a parameter or a buffer lies."""
         part = self.part_of(name)
-        return CPU if part is None else self.homes[part]
+        return self.begins_on if part is None else self.homes[part]
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """On which parts lie or run."""
+        return list(dict.fromkeys((*self.homes.values(), *self.runs.values())))
 
     @property
     def begins_on(self) -> torch.device:
@@ -106,50 +157,38 @@ class Spread:
         return f"Device map: {places}."
 
 
-def parts_of(model: nn.Module) -> list[str]:
-    """The parts of a model that have parameters or buffers, in order."""
-    found = []
-    for name, child in model.named_children():
-        if isinstance(child, nn.ModuleList):
-            found += [f"{name}.{index}" for index in range(len(child))]
-        elif any(True for _ in (*child.parameters(), *child.buffers())):
-            found.append(name)
-    return found
-
-
 def spread(
-    model: nn.Module,
+    parts: Parts,
     device_map: Any,
     max_memory: Mapping[Any, Any] | None,
     check: Callable[[torch.device], None],
-    quantized_bytes: Callable[[], Mapping[str, int]],
+    sizes: Callable[[], Mapping[str, int]],
 ) -> Spread:
     """Find where the parts of a model go.
 
     Args:
-        model: the model, on the meta device or with memory that is not filled yet.
+        parts: of the model.
         device_map: a mapping of names of modules to devices, or the name of a map that accelerate
             makes.
         max_memory: for the latter: device -> bytes, or a text such as "20GiB".
         check: raises ArgumentError for a device that cannot be used here.
-        quantized_bytes: tells the size of the parameters that will be quantized.
+        sizes: tells the bytes that each parameter and buffer will have.
 
     Raises:
         ArgumentError: an unknown or missing module, one inside a block, or an unknown device.
     """
-    parts = parts_of(model)
     if isinstance(device_map, str):
-        device_map = _inferred(model, parts, device_map, max_memory, quantized_bytes())
-    _check_names(model, device_map, parts)
+        device_map = _inferred(parts, device_map, max_memory, sizes())
+    covered = _covered(device_map, parts)
     homes: dict[str, torch.device] = {}
     disk = set()
     missing = []
-    for part in parts:
-        keys = [key for key in device_map if _covers(key, part)]
+    for part in parts.places:
+        keys = [key for key, names in covered.items() if part in names]
         if not keys:
             missing.append(part)
             continue
-        given = device_map[max(keys, key=len)]
+        given = device_map[min(keys, key=lambda key: (len(covered[key]), -len(key)))]
         if given == "disk":
             disk.add(part)
         homes[part] = _device(part, given)
@@ -162,29 +201,55 @@ def spread(
         check(device)
     main = next((device for device in homes.values() if device.type != "cpu"), CPU)
     runs = {part: main if home == CPU else home for part, home in homes.items()}
-    return Spread(homes, runs, frozenset(disk))
+    _check_together(parts, homes, runs)
+    return Spread(homes, runs, frozenset(disk), parts.places)
 
 
-def _covers(key: str, part: str) -> bool:
-    return key in ("", part) or part.startswith(f"{key}.")
+def _check_together(
+    parts: Parts, homes: Mapping[str, torch.device], runs: Mapping[str, torch.device]
+) -> None:
+    for tied in parts.tied:
+        if len({homes[part] for part in tied}) > 1:
+            found = ", ".join(f"{part} on {homes[part]}" for part in sorted(tied))
+            raise ArgumentError(
+                f"device_map= takes apart what is one memory in this model (tied weights): "
+                f"{found}. Map these parts to one device."
+            )
+    if parts.why_one_device is not None and len(set(runs.values())) > 1:
+        found = ", ".join(sorted({str(device) for device in runs.values()}))
+        raise ArgumentError(
+            f"device_map= lets parts run on {found}, and {parts.why_one_device}. Map all parts to "
+            'one of them; those on "cpu" or "disk" run there, too.'
+        )
 
 
-def _check_names(model: nn.Module, device_map: Mapping[Any, Any], parts: list[str]) -> None:
-    modules = {name for name, _ in model.named_modules()}
+def _covered(device_map: Mapping[Any, Any], parts: Parts) -> dict[str, list[str]]:
+    """The parts that each name in a map means."""
+    found = {}
     for key in device_map:
-        if not isinstance(key, str) or key not in modules:
-            close = difflib.get_close_matches(str(key), parts, n=1)
+        both = parts.places.items()
+        names = [part for part, at in both if key == "" or _is_within(key, part, at)]
+        if not names and key not in parts.tables:
+            inside = next((p for p, at in both if _is_within(p, key) or _is_within(at, key)), None)
+            if inside is not None:
+                raise ArgumentError(
+                    f"device_map= splits {inside}: {key!r} lies inside of it. A part stays whole "
+                    f"on one device; map {inside!r}."
+                )
+            known = [name for pair in both for name in pair]
+            close = difflib.get_close_matches(str(key), known, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ArgumentError(
                 f"device_map= names {key!r}, which is no module of this model.{hint} Its parts are "
-                f"{_runs_of(parts)}."
+                f"{_runs_of(list(parts.places))}."
             )
-        inside = next((part for part in parts if key.startswith(f"{part}.")), None)
-        if inside is not None:
-            raise ArgumentError(
-                f"device_map= splits {inside}: {key!r} lies inside of it. A part stays whole on "
-                f"one device; map {inside!r}."
-            )
+        found[key] = names
+    return found
+
+
+def _is_within(key: str, *names: Any) -> bool:
+    """Whether any of these names is a key, or lies inside of it."""
+    return any(name == key or str(name).startswith(f"{key}.") for name in names)
 
 
 def _device(part: str, given: Any) -> torch.device:
@@ -208,35 +273,55 @@ def _device(part: str, given: Any) -> torch.device:
 
 
 def _inferred(
-    model: nn.Module,
-    parts: list[str],
-    kind: str,
-    max_memory: Mapping[Any, Any] | None,
-    quantized_bytes: Mapping[str, int],
+    parts: Parts, kind: str, max_memory: Mapping[Any, Any] | None, sizes: Mapping[str, int]
 ) -> dict[str, Any]:
-    """accelerate's map, with parts that are not split."""
+    """accelerate's map of the parts, which are not split, by the bytes that they will have."""
     from accelerate.utils import (  # type: ignore[import-untyped]
-        CustomDtype,
         get_balanced_memory,
         infer_auto_device_map,
     )
 
-    dtypes = {
-        name: CustomDtype.INT4 if 3 * size < 2 * model.get_parameter(name).numel() else torch.int8
-        for name, size in quantized_bytes.items()
-    }
-    settings: Any = {
-        "no_split_module_classes": sorted({type(model.get_submodule(p)).__name__ for p in parts}),
-        "special_dtypes": dtypes,
-    }
+    outline = _outline(parts, sizes)
+    kinds = sorted({type(outline.get_submodule(part)).__name__ for part in parts.places})
     limits: Any = None if max_memory is None else dict(max_memory)
     try:
         if kind != "sequential":
-            limits = get_balanced_memory(model, max_memory=limits, **settings)
-        found: dict[str, Any] = infer_auto_device_map(model, max_memory=limits, **settings)
+            limits = get_balanced_memory(outline, max_memory=limits, no_split_module_classes=kinds)
+        found: dict[str, Any] = infer_auto_device_map(
+            outline, max_memory=limits, no_split_module_classes=kinds
+        )
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise ArgumentError(f"max_memory={max_memory!r} is of no use: {error}") from error
-    return found
+    covered = _covered(found, parts)
+    by_part = {part: found[key] for key, names in covered.items() for part in names}
+    for tied in parts.tied:  # which accelerate takes apart where they do not fit together
+        first = next(part for part in parts.places if part in tied)
+        by_part.update(dict.fromkeys(tied, by_part[first]))
+    return by_part
+
+
+def _outline(parts: Parts, sizes: Mapping[str, int]) -> nn.Module:
+    """A module with the parts' names, in which each has as many bytes as it will have."""
+    bytes_in = dict.fromkeys(parts.places, 0)
+    for name, size in sizes.items():
+        part = parts.part_of(name)
+        if part is not None:
+            bytes_in[part] += size
+    outline = nn.Module()
+    # The bytes of what is tied are those of the part that has its name.
+    together = [nn.Parameter(torch.empty(0, device="meta"), False) for _ in parts.tied]
+    for part, size in bytes_in.items():
+        stem, _, index = part.rpartition(".")
+        kind: Any = type(stem or part, (nn.Module,), {})
+        one = kind()
+        one.bytes = nn.Parameter(torch.empty(size, dtype=torch.uint8, device="meta"), False)
+        for number, tied in enumerate(parts.tied):
+            if part in tied:
+                one.register_parameter(f"tied_{number}", together[number])
+        if stem and stem not in dict(outline.named_children()):
+            outline.add_module(stem, nn.Module())
+        outline.get_submodule(stem).add_module(index or part, one)
+    return outline
 
 
 def _runs_of(parts: list[str]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tl_fastload.ground.geometry import is_dense, span
 from tl_fastload.placement.spread import Spread
 
 # An error in a forward pass (a hook that stops it) must not leave copies in the model; torch
@@ -22,23 +23,73 @@ from tl_fastload.placement.spread import Spread
 _ALWAYS = inspect.signature(nn.Module.register_forward_hook).parameters.keys() & {"always_call"}
 
 
-def put_to_work(model: nn.Module, spread: Spread | None) -> None:
+def put_to_work(model: nn.Module, spread: Spread | None, wrapped: nn.Module | None = None) -> None:
     """Let each part of a placed model run on its device, wherever its inputs and tensors lie.
 
     What comes before the first block ends up where that runs, as its outputs are added up between
     the parts; later outputs stay where they are made. A model on one device is left as it is.
+
+    Args:
+        model: has the parts under their names.
+        spread: where they lie and run.
+        wrapped: the model that runs in its place, and calls the parts: what it has beside them
+            runs with the first block, and its outputs go to where its inputs came from.
     """
     if spread is None or (not spread.streamed and len(set(spread.runs.values())) == 1):
         return
     queue = _Queue()
-    meet: torch.device | None = spread.begins_on
+    first = spread.begins_on
+    meet: torch.device | None = first
+    parts = {part: model.get_submodule(part) for part in spread.runs}
     for part, device in spread.runs.items():
         meet = None if "." in part else meet  # a block: no embedding comes after it
-        runner = _Runner(device, meet, queue)
-        module = model.get_submodule(part)
-        module.register_forward_pre_hook(runner.begin, with_kwargs=True)
-        always: Any = dict.fromkeys(_ALWAYS, True)
-        module.register_forward_hook(runner.end, **always)
+        _hook(parts[part], _Runner(device, meet, queue))
+    if wrapped is None:
+        return
+    inside = {id(module) for part in parts.values() for module in part.modules()}
+    for module in wrapped.modules():
+        has_tensors = any(
+            t is not None for t in (*module._parameters.values(), *module._buffers.values())
+        )
+        if has_tensors and module is not wrapped and id(module) not in inside:
+            _hook(module, _Runner(first, None, queue))
+    _hook(wrapped, _Whole(first))
+
+
+def _hook(module: nn.Module, runner: Any) -> None:
+    module.register_forward_pre_hook(runner.begin, with_kwargs=True)
+    always: Any = dict.fromkeys(_ALWAYS, True)
+    module.register_forward_hook(runner.end, **always)
+
+
+class _Whole:
+    """Takes the inputs of a model to a device, and its outputs to where the inputs came from, as
+    accelerate does: what is computed of both, such as a loss, finds them together.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._came_from: torch.device | None = None
+
+    def begin(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        given = (*args, *kwargs.values())
+        came_from = (value.device for value in given if isinstance(value, torch.Tensor))
+        self._came_from = next(came_from, None)
+        return _moved(args, self._device), _moved(kwargs, self._device)
+
+    def end(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if self._came_from is None or output is None:
+            return None
+        if isinstance(output, tuple) and not hasattr(output, "_fields"):
+            return tuple(_one_moved(one, self._came_from) for one in output)
+        # Attentions and hidden states, in tuples, stay where they were made.
+        for name, value in dict(output).items() if isinstance(output, dict) else ():
+            output[name] = _one_moved(value, self._came_from)
+        return _one_moved(output, self._came_from)
+
+
+def _one_moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 class _Queue:
@@ -104,8 +155,12 @@ class _Runner:
         away = {id(tensor): tensor for _, _, tensor in found}
         if away:
             # Gradients flow back through the copies.
-            made = self._queue.copies(list(away.values()), self._device)
-            copies = dict(zip(away, made, strict=True))
+            views = {} if torch.is_grad_enabled() else _views(away)
+            wholes = [key for key in away if key not in views]
+            made = self._queue.copies([away[key] for key in wholes], self._device)
+            copies = dict(zip(wholes, made, strict=True))
+            for key, whole in views.items():
+                copies[key] = _same_view(copies[whole], away[whole], away[key])
             self._at_home = found
             for place, name, tensor in found:
                 place[name] = copies[id(tensor)]
@@ -123,13 +178,39 @@ class _Runner:
             place[name] = tensor
 
 
+def _views(tensors: dict[int, torch.Tensor]) -> dict[int, int]:
+    """Which tensors lie in the memory of another one of them, so that they need no copy."""
+    by_memory: dict[int, list[int]] = {}
+    for key, tensor in tensors.items():
+        if type(tensor) in (torch.Tensor, nn.Parameter):
+            by_memory.setdefault(tensor.untyped_storage()._cdata, []).append(key)
+    found: dict[int, int] = {}
+    for keys in by_memory.values():
+        whole = max(keys, key=lambda key: tensors[key].numel())
+        first = tensors[whole].storage_offset()
+        if len(keys) == 1 or not is_dense(tensors[whole]):
+            continue
+        for key in keys:
+            begin = tensors[key].storage_offset() - first
+            end = begin + span(tensors[key])
+            if key != whole and begin >= 0 and end <= tensors[whole].numel():
+                found[key] = whole
+    return found
+
+
+def _same_view(copy: torch.Tensor, whole: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
+    """Of a copy of a tensor what a view is of the tensor itself."""
+    offset = copy.storage_offset() + view.storage_offset() - whole.storage_offset()
+    return copy.as_strided(view.shape, view.stride(), offset)
+
+
 def _moved(value: Any, device: torch.device) -> Any:
     """Whatever a part is given, or gives, on a device."""
     if isinstance(value, torch.Tensor):
         return value.to(device)
     if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
         return type(value)(_moved(one, device) for one in value)
-    if isinstance(value, dict):
+    if type(value) is dict:
         return {key: _moved(one, device) for key, one in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         # A key-value cache, which the part writes to.

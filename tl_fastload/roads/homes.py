@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.placement.spread import Spread, spread
+from tl_fastload.report.available import available_bytes
 from tl_fastload.request.contradictions import check_usable
 from tl_fastload.roads.road import Request
 
@@ -27,12 +29,25 @@ def homes(
         ArgumentError: a device map that does not fit the model or this machine.
     """
     options = request.options
-    if options.device_map is None:
+    device_map, max_memory = options.device_map, options.max_memory
+    n_devices = request.arguments["n_devices"]
+    if device_map is None and n_devices > 1 and request.road.counts_devices:
+        devices = [torch.device("cuda", index) for index in range(n_devices)]
+        device_map = "balanced"
+        max_memory = {device.index: available_bytes(device) for device in devices}
+    if device_map is None:
         return request.road.device_map(model, request.arguments["move_to_device"]), None
 
     def check(device: torch.device) -> None:
         check_usable(device, f"device_map= names {device}, which")
 
-    found = spread(model, options.device_map, options.max_memory, check, quantized_bytes)
+    def sizes() -> Mapping[str, int]:
+        tensors = (*model.named_parameters(), *model.named_buffers())
+        return {**{name: bytes_of(tensor) for name, tensor in tensors}, **quantized_bytes()}
+
+    parts = request.road.parts(model)
+    found = spread(parts, device_map, max_memory, check, sizes)
     model.cfg.device = str(found.begins_on)
+    if request.road.counts_devices:
+        model.cfg.n_devices = len(found.devices)
     return found.home_of, found

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from tl_fastload.errors import ArgumentError
 from tl_fastload.ground.role import Role, RoleOf
 from tl_fastload.huggingface.config import Supported
 from tl_fastload.huggingface.pretrained import Located, Pretrained
+from tl_fastload.placement.spread import Parts, Spread
 from tl_fastload.quantized.spec import as_dtype
 from tl_fastload.recipes.promise import Promise
 from tl_fastload.request.contradictions import check_arguments, check_device_map
@@ -66,11 +66,6 @@ class Request:
         check_sharing(self.options, self.arguments)
         also = {**self.arguments, "mesh": options.mesh}
         check_device_map(options.device_map, options.max_memory, also)
-        if options.device_map is not None and not self.road.has_parts:
-            raise ArgumentError(
-                f"device_map= is for a HookedTransformer. A lean {self.road.name} lies on one "
-                "device: pass device=, or boot TransformerLens' own with device_map=."
-            )
 
     def changed(self, **changes: Any) -> Request:
         """The same call with other arguments of TransformerLens' own method."""
@@ -129,8 +124,8 @@ class Road(Protocol):
         config_class: the dataclass of its models' `cfg`.
         supported: which model classes it can load.
         tensor_parallel: gives what lets several processes share one model; None where they cannot.
-        has_parts: whether its models run in parts, one after the other, that may lie on devices of
-            their own.
+        counts_devices: whether `cfg.n_devices` of a model with a device map says over how many it
+            lies; to others it says that their forward pass moves activations between blocks.
     """
 
     @property
@@ -146,7 +141,7 @@ class Road(Protocol):
     def tensor_parallel(self) -> Callable[[], TensorParallel] | None: ...
 
     @property
-    def has_parts(self) -> bool: ...
+    def counts_devices(self) -> bool: ...
 
     def aliases(self) -> Aliases:
         """The names that TransformerLens has for models."""
@@ -211,8 +206,13 @@ class Road(Protocol):
     def model_on_meta(self, cls: type, cfg: Any, built: Mapping[str, Any] | None) -> Any:
         """The same on the meta device, without a tokenizer: shapes and dtypes only."""
 
-    def finished(self, model: Any) -> Any:
-        """The model that a load returns of what it has filled, which may stand for another one."""
+    def finished(self, model: Any, device_of: Callable[[str], torch.device]) -> Any:
+        """The model that a load returns of what it has filled, which may stand for another one.
+
+        Args:
+            model: what was filled.
+            device_of: where each parameter and buffer lies, by its name.
+        """
 
     def stored(self, model: Any) -> Any:
         """A module whose parameters and buffers are what a copy holds of a model; under the name
@@ -227,6 +227,12 @@ class Road(Protocol):
 
     def device_map(self, model: Any, move_to_device: bool) -> Callable[[str], torch.device]:
         """Where each parameter and buffer of a model goes, by its name."""
+
+    def parts(self, model: Any) -> Parts:
+        """The parts of a model, or of what is filled in its place, for a device map."""
+
+    def put_to_work(self, model: Any, spread: Spread | None) -> None:
+        """Let the parts of a model that is placed run on their devices."""
 
     def strides_in(
         self, order: str, module: nn.Module, name: str, shape: torch.Size
