@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -140,18 +141,15 @@ class _Runner:
 
     def __init__(self, device: torch.device, meet: torch.device | None, queue: _Queue) -> None:
         self._device, self._meet, self._queue = device, meet, queue
-        self._at_home: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+        self._at_home: list[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]] = []
 
     def begin(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         self._take_away()
-        places: Any = [(one._parameters, one._buffers) for one in module.modules()]
-        found = [
-            (place, name, tensor)
-            for both in places
-            for place in both
-            for name, tensor in place.items()
-            if tensor is not None and tensor.device != self._device
-        ]
+        modules = list(module.modules())
+        places = [place for one in modules for place in (one._parameters, one._buffers)]
+        found = self._away(places)
+        if found:  # attributes, too, which some libraries compute with
+            found += self._away([one.__dict__ for one in modules])
         away = {id(tensor): tensor for _, _, tensor in found}
         if away:
             # Gradients flow back through the copies.
@@ -161,9 +159,9 @@ class _Runner:
             copies = dict(zip(wholes, made, strict=True))
             for key, whole in views.items():
                 copies[key] = _same_view(copies[whole], away[whole], away[key])
-            self._at_home = found
             for place, name, tensor in found:
                 place[name] = copies[id(tensor)]
+                self._at_home.append((place, name, tensor, place[name]))
         return _moved(args, self._device), _moved(kwargs, self._device)
 
     def end(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -174,8 +172,18 @@ class _Runner:
 
     def _take_away(self) -> None:
         while self._at_home:
-            place, name, tensor = self._at_home.pop()
-            place[name] = tensor
+            place, name, tensor, copy = self._at_home.pop()
+            if place.get(name) is copy:
+                place[name] = tensor
+
+    def _away(self, places: Iterable[dict[str, Any]]) -> list[tuple[dict[str, Any], str, Any]]:
+        """The tensors in some dictionaries that lie on another device."""
+        return [
+            (place, name, value)
+            for place in places
+            for name, value in place.items()
+            if isinstance(value, torch.Tensor) and value.device != self._device
+        ]
 
 
 def _views(tensors: dict[int, torch.Tensor]) -> dict[int, int]:
