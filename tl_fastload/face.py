@@ -8,7 +8,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ from tl_fastload.report.progress import ProgressOption
 from tl_fastload.request.adapters import read_adapter_argument
 from tl_fastload.request.argument_types import checked, checked_keywords
 from tl_fastload.request.keywords import sort_keywords
-from tl_fastload.request.options import DEFAULT_DTYPE, DEFAULT_LAYOUT, OWN_ARGUMENTS, Options
+from tl_fastload.request.options import DEFAULT_DTYPE, DEFAULT_LAYOUT, Options
 from tl_fastload.roads.road import Request, Road
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def request_of(
     """
     keywords = checked_keywords(from_pretrained_kwargs)
     arguments = checked(**arguments)
-    own = {name: arguments.pop(name) for name in OWN_ARGUMENTS}
+    own = {item.name: arguments.pop(item.name) for item in fields(Options)}
     own["quantize"] = read_quantization(quantization_argument(own["quantize"], keywords))
     own["adapter"] = read_adapter_argument(own["adapter"])
     if "torch_dtype" in keywords:

@@ -6,20 +6,13 @@ from __future__ import annotations
 
 import copy
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from tl_fastload.errors import ArgumentError
+from tl_fastload.source.hub import HubOptions
 
-_HUB_KEYWORDS = (
-    "revision",
-    "cache_dir",
-    "token",
-    "local_files_only",
-    "force_download",
-    "subfolder",
-    "gguf_file",
-)
+_HUB_KEYWORDS = (*(item.name for item in fields(HubOptions)), "subfolder", "gguf_file")
 _FILE_KEYWORDS = ("variant", "use_safetensors")
 _OTHER_KEYWORDS = ("torch_dtype", "trust_remote_code")
 _CLOSE_ENOUGH = 0.7  # for difflib, to which "adaptor" and "adapter" are 0.86 alike

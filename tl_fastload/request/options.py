@@ -15,14 +15,6 @@ from tl_fastload.quantized.spec import Spec
 from tl_fastload.report.progress import Progress, ProgressOption
 from tl_fastload.request.adapters import Requests
 
-OWN_ARGUMENTS = (
-    *("strategy", "mmap", "progress", "check_memory", "check_base"),
-    *("quantize", "dequantize", "adapter", "requantize", "cache", "verify", "layout"),
-    *("mesh", "parallel"),
-    *("device_map", "max_memory"),
-)
-"""Arguments of `from_pretrained_lean` that TransformerLens' `from_pretrained` does not have."""
-
 DEFAULT_DTYPE: str = type("DefaultDtype", (str,), {})("float32")
 """The default of `dtype=`: float32 for a checkpoint, and what was saved for a processed copy."""
 
@@ -35,7 +27,8 @@ _NETWORK_FILE_SYSTEMS = ("nfs", "cifs", "smb", "fuse", "9p", "lustre", "gpfs", "
 
 @dataclass
 class Options:
-    """The arguments of a load that TransformerLens does not have.
+    """The arguments of `from_pretrained_lean` that TransformerLens' `from_pretrained` does not
+    have.
 
     Attributes:
         strategy: "auto", "assign" or "copy".
