@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import dis
 import logging
 import warnings
 from collections.abc import Callable, Iterable
@@ -39,7 +38,8 @@ def borrow(
     plain = innermost(function)
     if plain is None:
         raise ReplacedFunctionError(_message(label, function, "is no plain Python function"))
-    unseen = sorted(set(needs) - asked_for(plain.__code__))
+    needed = set(needs)
+    unseen = sorted(needed - asked_for(plain.__code__)) if needed else []
     if unseen:
         raise ReplacedFunctionError(
             _message(label, plain, f"does not use {', '.join(unseen)}, as the original does")
@@ -77,10 +77,11 @@ def innermost(function: Any) -> FunctionType | None:
 
 @lru_cache(maxsize=64)
 def asked_for(code: CodeType) -> frozenset[str]:
-    """The names that a function looks up in its module, functions defined inside it included."""
-    names = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+    """The names that a function looks up, functions defined inside it included: those of its module,
+    and of attributes, which only its instructions, slow to take apart, would tell from them.
+    """
     inner = (one for one in code.co_consts if isinstance(one, CodeType))
-    return frozenset(names).union(*map(asked_for, inner))
+    return frozenset(code.co_names).union(*map(asked_for, inner))
 
 
 @lru_cache(maxsize=64)
