@@ -12,6 +12,7 @@ from tests.support.programs import CPU, DTYPES, STEPS, assert_same, in_memory, r
 from tl_fastload.errors import LeanLoadError, RecordingError
 from tl_fastload.ground.geometry import dense_strides
 from tl_fastload.recipes.evaluate import evaluate
+from tl_fastload.recipes.live import live_tensors
 from tl_fastload.recipes.nodes import (
     Call,
     MemorySource,
@@ -73,9 +74,17 @@ def test_what_is_remembered_of_an_operation_is_what_decides_its_result() -> None
         assert kinds == [torch.int64, torch.int64, torch.float32, torch.complex64]
         assert [(x * 2).stride() for x in (whole, turned)] == [(3, 1), (1, 2)]
         assert [whole.sum(dim).shape for dim in (0, 1)] == [(3,), (2,)]
-        assert (whole + 1).meta.untyped_storage()._cdata != (  # type: ignore[attr-defined]
-            (whole + 1).meta.untyped_storage()._cdata  # type: ignore[attr-defined]
-        )
+        parts = [whole[1:], whole[:1], whole[1:]]
+        assert [value_of(part).tolist() for part in parts] == [
+            [[3, 4, 5]],
+            [[0, 1, 2]],
+            [[3, 4, 5]],
+        ]
+        assert value_of(whole[1:][:, 1:]).tolist() == [[4, 5]]  # of another place, the same form
+        assert value_of(whole[:1][:, 1:]).tolist() == [[1, 2]]
+        live = live_tensors({"live": torch.ones(2, 3)})["live"]
+        sums = [live, live + 1, live + 1 + 1]  # of one form, each in memory of its own
+        assert len({one.data_ptr() for one in sums}) == 3
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:

@@ -77,8 +77,8 @@ def innermost(function: Any) -> FunctionType | None:
 
 @lru_cache(maxsize=64)
 def asked_for(code: CodeType) -> frozenset[str]:
-    """The names that a function looks up, functions defined inside it included: those of its module,
-    and of attributes, which only its instructions, slow to take apart, would tell from them.
+    """The names that a function looks up, functions defined inside it included: those of its
+    module, and of attributes, which only its instructions, slow to take apart, would tell apart.
     """
     inner = (one for one in code.co_consts if isinstance(one, CodeType))
     return frozenset(code.co_names).union(*map(asked_for, inner))

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn, overrides
+from torch._ops import OpOverload
 
 from tl_fastload.ground.compat import no_autocast
 
@@ -37,7 +38,8 @@ _BY_NUMBERS = _named("arange", "range", "full")
 # Functions of data, which may know a dtype and a device of its own.
 _OF_DATA = _named("tensor", "as_tensor", "asarray")
 _INTEGERS = _named("randint", "randperm", "tril_indices", "triu_indices")
-_FILLED = _FLOATS | _BY_NUMBERS | _OF_DATA | _INTEGERS
+_TO: Any = torch.Tensor.to
+_FILLED = _FLOATS | _BY_NUMBERS | _OF_DATA | _INTEGERS | {_TO}
 # Elementwise sums that turn integers into the default dtype.
 _PROMOTING = frozenset(
     name.format(function)
@@ -64,18 +66,23 @@ class Defaults(overrides.TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in _FILLED and func is not torch.Tensor.to:
+        # Called for every look at a shape: what is none of this mode's business goes first.
+        if type(func) is OpOverload:  # which says all, and computes its hash in Python
+            return func(*args, **kwargs)
+        if func not in _FILLED:
             made = func(*args, **kwargs)
-            if isinstance(made, torch.Tensor) and self._is_promoted(func, args, kwargs, made):
+            if not isinstance(made, torch.Tensor) or made.dtype is self._dtype:
+                return made
+            if self._is_promoted(func, args, kwargs, made):
                 cast = [x.to(self._dtype) if isinstance(x, torch.Tensor) else x for x in args]
                 return func(*cast, **kwargs)
             return made
-        is_float = func in _FLOATS if func in _FLOATS | _INTEGERS else None
+        is_float = True if func in _FLOATS else False if func in _INTEGERS else None
         if func in _BY_NUMBERS:
             is_float = any(isinstance(x, float) for x in (*args, *kwargs.values()))
         elif func in _OF_DATA and len(args) == 1:
             is_float = _kind_of(args[0])
-        elif func is torch.Tensor.to and _is_emptied(*args):
+        elif func is _TO and _is_emptied(*args):
             return args[0]
         return func(*args, **(kwargs if is_float is None else self._filled(kwargs, is_float)))
 
@@ -91,7 +98,7 @@ class Defaults(overrides.TorchFunctionMode):
 
     def _is_promoted(self, func: Any, args: Any, kwargs: Any, made: torch.Tensor) -> bool:
         """Whether integers have become floating point numbers of another default dtype."""
-        if made.dtype is self._dtype or kwargs:
+        if kwargs:
             return False
         if not made.dtype.is_floating_point or getattr(func, "__name__", "") not in _PROMOTING:
             return False

@@ -9,8 +9,7 @@ at a time, by `tl_fastload.recipes.evaluate`; here only where Python asks for a 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -94,7 +93,7 @@ class Promise(torch.Tensor):
 
         Raises RecordingError where somebody else may see the memory that is written to.
         """
-        if not isinstance(self.node, Call) or _is_view(self.node.func):
+        if not isinstance(self.node, Call) or _kind_of(self.node.func).is_view:
             raise RecordingError(
                 "`-=` writes into a stored tensor, or into a view of another one, whose values are "
                 "not loaded yet. Load the model first, then change it."
@@ -116,18 +115,19 @@ def node_of(tensor: torch.Tensor) -> Node:
 
 
 def _record(cls: type[Promise], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    refusal = _refusal(func)
+    refusal = _kind_of(func).refusal
     if refusal is not None:
         raise RecordingError(refusal)
     if func is aten._local_scalar_dense.default:
         return evaluate(args[0].node, torch.device("cpu")).tensor.item()
     device = kwargs.get("device") or _device_of(args)
-    meta = _inferred(cls, func, args, kwargs)
+    form = _form(args), _form(kwargs) if kwargs else (), torch.get_default_dtype()
+    meta = _inferred(cls, func, args, kwargs, form)
     if isinstance(meta, (tuple, list)):
         return _record_several(cls, func, args, kwargs, meta, device)
     if not isinstance(meta, torch.Tensor):
         return meta
-    node = _simplify(func, args, kwargs, meta)
+    node = _simplify(func, args, kwargs, meta, form)
     if node is None and (part := _one_of_interleaved(func, args)) is not None:
         node = part
         meta = torch.empty_like(meta_of(part), dtype=dtype_of(part))  # other strides, and truly so
@@ -135,9 +135,36 @@ def _record(cls: type[Promise], func: Any, args: tuple[Any, ...], kwargs: dict[s
     return _followed(func, args, cls(node, meta, torch.device(device)))
 
 
-@cache
+class _Kind(NamedTuple):
+    """What is asked of an operation again and again.
+
+    Attributes:
+        func: the operation; held, so that no other has its `id`.
+        refusal: why it cannot be recorded, or None.
+        takes_views: whether a result may lie in an argument's memory.
+        is_view: whether its result is other elements of its operand.
+    """
+
+    func: Any
+    refusal: str | None
+    takes_views: bool
+    is_view: bool
+
+
+_KINDS: dict[int, _Kind] = {}  # by `id`: torch's operations compute their hash in Python
+
+
+def _kind_of(func: Any) -> _Kind:
+    known = _KINDS.get(id(func))
+    if known is None:
+        takes_views = any(one.alias_info is not None for one in func._schema.arguments)
+        # aten.view.dtype reinterprets bytes: its geometry is not one of the source's elements.
+        is_view = takes_views and func is not aten.view.dtype
+        known = _KINDS[id(func)] = _Kind(func, _refusal(func), takes_views, is_view)
+    return known
+
+
 def _refusal(func: Any) -> str | None:
-    """Why an operation cannot be recorded, or None."""
     if torch.Tag.nondeterministic_seeded in func.tags:
         return f"{func} draws random numbers, which a recipe cannot hold. Load the model first."
     if func is aten.as_strided.default:
@@ -150,27 +177,59 @@ def _refusal(func: Any) -> str | None:
     return None
 
 
-# What torch found out on the meta device, by all that it depends on: layers are much alike.
-_FORMS: dict[Any, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
+# What torch found out on the meta device, by all that it depends on: layers are much alike, and
+# nothing writes to what is found, so that they share it.
+_FORMS: dict[Any, torch.Tensor] = {}
 _MOST_FORMS = 4096
 
 
-def _inferred(cls: type[Promise], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What an operation returns, without values."""
+def _inferred(
+    cls: type[Promise], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], form: Any
+) -> Any:
+    """What an operation returns, without values.
+
+    Args:
+        cls: the class of its results.
+        func: the operation.
+        args: what it takes.
+        kwargs: likewise.
+        form: what of these decides.
+    """
     key = None
-    if cls is Promise or not _takes_views(func):  # of others, metas share memory as values would
-        key = (func, _form(args), _form(kwargs), torch.get_default_dtype())
+    if cls is Promise or not _kind_of(func).takes_views:
+        key = (id(func), form)
         known = _FORMS.get(key)
-        if known is not None:
-            shape, stride, dtype = known
-            return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+        if known is not None and cls is Promise:
+            return known
+        if known is not None:  # metas of others share memory where values would, and nowhere else
+            return torch.empty_strided(
+                known.shape, known.stride(), dtype=known.dtype, device="meta"
+            )
     meta_kwargs = {**kwargs, "device": torch.device("meta")} if "device" in kwargs else kwargs
     meta = func(*_mapped(_to_meta, args), **_mapped(_to_meta, meta_kwargs))
     if key is not None and isinstance(meta, torch.Tensor):
-        if len(_FORMS) >= _MOST_FORMS:
-            _FORMS.clear()
-        _FORMS[key] = meta.shape, meta.stride(), meta.dtype
+        _remember(key, meta)
     return meta
+
+
+def _remember(key: Any, meta: torch.Tensor) -> None:
+    if len(_FORMS) >= _MOST_FORMS:
+        _FORMS.clear()
+    _FORMS[key] = meta
+
+
+def _geometry(
+    func: Any, view: SourceView, args: tuple[Any, ...], kwargs: dict[str, Any], form: Any
+) -> torch.Tensor:
+    """Which elements of a source a view of a view of it shows."""
+    seen = view.geometry
+    place = seen.shape, seen.stride(), seen.dtype, seen.storage_offset()
+    key = (id(func), place, form[0][1:], form[1])
+    known = _FORMS.get(key)
+    if known is None:
+        known = func(seen, *args[1:], **kwargs)
+        _remember(key, known)
+    return known
 
 
 def _form(x: Any) -> Any:
@@ -193,7 +252,7 @@ def _record_several(
     metas: Any,
     device: Any,
 ) -> Any:
-    if _is_view(func) and isinstance(args[0].node, SourceView):
+    if _kind_of(func).is_view and isinstance(args[0].node, SourceView):
         view = args[0].node
         parts = func(view.geometry, *args[1:], **kwargs)
         nodes: list[Node] = [SourceView(view.source, part, view.casts) for part in parts]
@@ -210,7 +269,8 @@ def _followed(func: Any, args: tuple[Any, ...], made: Any) -> Any:
     """What an operation made, after who counts memory has been told."""
     memory = _memory_of(args)
     if memory is not None:
-        memory.follow(args, made, func is aten._unsafe_view.default or _is_view(func))
+        is_view = func is aten._unsafe_view.default or _kind_of(func).is_view
+        memory.follow(args, made, is_view)
     return made
 
 
@@ -256,26 +316,15 @@ def _device_of(args: Any) -> torch.device:
     return torch.device("cpu")
 
 
-@cache
-def _takes_views(func: Any) -> bool:
-    """Whether a result may lie in an argument's memory."""
-    return any(argument.alias_info is not None for argument in func._schema.arguments)
-
-
-@cache
-def _is_view(func: Any) -> bool:
-    # aten.view.dtype reinterprets bytes: its geometry is not one of the source's elements.
-    return func is not aten.view.dtype and _takes_views(func)
-
-
 def _simplify(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], meta: torch.Tensor
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], meta: torch.Tensor, form: Any
 ) -> Node | None:
     """A shorter recipe with the same values, or None."""
     node = args[0].node if isinstance(args[0], Promise) else None
     if isinstance(node, SourceView):
-        if _is_view(func):
-            return SourceView(node.source, func(node.geometry, *args[1:], **kwargs), node.casts)
+        if _kind_of(func).is_view:
+            geometry = _geometry(func, node, args, kwargs, form)
+            return SourceView(node.source, geometry, node.casts)
         same_layout = meta.stride() == node.geometry.stride()
         if func is aten.clone.default and same_layout:
             return node
