@@ -13,7 +13,8 @@ import torch
 
 from tl_fastload.bridge import versions
 from tl_fastload.bridge.boot import boot_in_memory
-from tl_fastload.bridge.processing import WithoutValues, process_in_place
+from tl_fastload.bridge.hooks import look_for_hooks
+from tl_fastload.bridge.processing import process_in_place
 from tl_fastload.bridge.quantizing import make_plain, require_bytes_can_follow
 from tl_fastload.bridge.record import COMPATIBILITY, IS_RECORDING
 from tl_fastload.bridge.road import ROAD
@@ -275,8 +276,7 @@ class LeanBridgeMixin(Face):
             bridge.load_report = replace(bridge.load_report, processing=steps)
 
     def _scan_existing_hooks(self, module: Any, prefix: str = "") -> None:
-        with WithoutValues():  # type: ignore[no-untyped-call]
-            super()._scan_existing_hooks(module, prefix)  # type: ignore[misc]
+        look_for_hooks(super()._scan_existing_hooks, module, prefix)  # type: ignore[misc]
 
     def process_weights_(
         self,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM
 
@@ -343,6 +344,20 @@ def test_a_weight_is_read_for_its_bias_as_well(
     monkeypatch.setattr(FileSource, "read_into", counted)
     lean(bridge_zoo_folder("gpt2"))
     assert reads["transformer.wte.weight"] == 2
+
+
+@pytest.mark.parametrize("case_id", FEW)
+def test_the_hooks_are_those_that_stock_finds(case_id: str, bridge_zoo_folder: BridgeZoo) -> None:
+    bridge = lean(bridge_zoo_folder(case_id))
+    found = []
+    for cls in (LeanTransformerBridge, TransformerBridge):
+        bridge._hook_registry = {}
+        for hook in bridge.modules():
+            if isinstance(hook, HookPoint):
+                hook.name = None
+        cls._scan_existing_hooks(bridge, bridge, "")
+        found.append([(name, id(hook), hook.name) for name, hook in bridge._hook_registry.items()])
+    assert found[0] == found[1] != []
 
 
 def test_looking_for_hooks_computes_nothing(

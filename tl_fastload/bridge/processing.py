@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 from tl_fastload.bridge.leftovers import require_none_left
 from tl_fastload.bridge.placing import BridgeShelf, is_small_and_odd, strides_in
@@ -30,21 +28,6 @@ from tl_fastload.recipes.promise import Promise
 from tl_fastload.report.progress import Progress
 
 _Key = tuple[int, int, str]
-
-
-class WithoutValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Lets code find out of what kind an attribute is, and computes none: where TransformerLens
-    looks for hooks it takes `W_E_pos`, a copy of the embeddings, as well.
-    """
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*tree_map(_on_meta, args), **tree_map(_on_meta, kwargs or {}))
-
-
-def _on_meta(x: Any) -> Any:
-    if not isinstance(x, torch.Tensor):
-        return x
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
 def process_in_place(
