@@ -124,3 +124,21 @@ def test_memory_of_a_mask_is_given_back_before_parameters_take_it(
         torch.empty(4)
         torch.empty(4)
     assert calls == ["given back"]
+
+
+def test_initializers_do_nothing_of_a_model_on_meta() -> None:
+    weight, seen = torch.full((2, 3), 7.0), []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Watch(), modules.SkipInitializers():
+        for initialize in (torch.nn.init.kaiming_uniform_, torch.nn.init.normal_):
+            assert initialize(weight) is weight
+        assert seen == []
+        torch.nn.init.ones_(weight[0])  # any other runs
+    assert weight.tolist() == [[1.0] * 3, [7.0] * 3]

@@ -47,11 +47,11 @@ class _Names:
     """Stands where `dir` is asked for the attributes of a module."""
 
     def __init__(self) -> None:
-        self._of_classes: dict[type, set[str]] = {}
+        self._of_classes: dict[Any, set[str]] = {}
 
     def of(self, module: Any) -> list[str]:
         """As `dir`, without the functions of its class."""
-        cls = type(module)
+        cls: Any = type(module)
         if cls.__dir__ is not nn.Module.__dir__:
             return dir(module)
         if cls not in self._of_classes:

@@ -17,7 +17,7 @@ from tl_fastload.hooked.devices import device_of_block
 from tl_fastload.hooked.names import role
 from tl_fastload.hooked.rope_tables import put_rope_tables
 from tl_fastload.hooked.tokenizer import own_tokenizer, warn_of_ids, with_bos
-from tl_fastload.huggingface.empty import SkipRandomInit
+from tl_fastload.huggingface.empty import SkipInitializers, SkipRandomInit
 from tl_fastload.huggingface.tokenizer import is_failure, lost_tokenizer
 
 
@@ -79,7 +79,7 @@ def build_on_meta(
     """
     cfg.tokenizer_name = None
     model: Any = object.__new__(cls)
-    with torch.device("meta"), SkipRandomInit():  # type: ignore[no-untyped-call]
+    with torch.device("meta"), SkipInitializers(), SkipRandomInit():  # type: ignore[no-untyped-call]
         # Of a class with an `__init__` of its own, what it calls says what it says.
         silenced(model.__init__)(cfg, None, move_to_device=False)
     _as_transformers(model, hf_config, [] if notes is None else notes)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+from types import FunctionType
 from typing import Any
 
 import torch
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tl_fastload.ground import compat
@@ -13,6 +16,10 @@ from tl_fastload.ground.hf_configs import parts_of
 from tl_fastload.ground.own_defaults import Defaults
 from tl_fastload.recipes.nodes import aten
 from tl_fastload.report.memory import return_freed_memory
+
+_UNIFORM, _NORMAL = aten.uniform_.default, aten.normal_.default
+_EMPTY, _TRIL = aten.empty.memory_format, aten.tril.default
+_DRAWS: frozenset[Any] = frozenset((init.kaiming_uniform_, init.uniform_, init.normal_))
 
 
 class SkipRandomInit(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -25,15 +32,27 @@ class SkipRandomInit(TorchDispatchMode):  # type: ignore[no-untyped-call]
     _made_mask = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (aten.uniform_.default, aten.normal_.default):
+        if func is _UNIFORM or func is _NORMAL:
             return args[0]
-        if self._made_mask and func is aten.empty.memory_format:
+        if self._made_mask and func is _EMPTY:
             # What TransformerLens 2 computes each layer's mask from is freed memory with pages
             # behind it: a parameter that took it would cost its size after all.
             return_freed_memory()
             self._made_mask = False
-        self._made_mask |= func is aten.tril.default
+        self._made_mask |= func is _TRIL
         return func(*args, **(kwargs or {}))
+
+
+class SkipInitializers(TorchFunctionMode):
+    """Answers for torch's initializers, which would find out how to draw numbers that nobody draws:
+    a third of what a linear layer takes to be made on the meta device.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if type(func) is FunctionType and func in _DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 class _NoValues(SkipRandomInit):  # type: ignore[no-untyped-call]
