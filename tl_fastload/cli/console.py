@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tl_fastload.cli.options import as_options
-from tl_fastload.ground.whole_files import write_whole
+from tl_fastload.ground.paths import write_whole
 from tl_fastload.ground.words import one_line
 from tl_fastload.printable import printable
 

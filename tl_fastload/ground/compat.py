@@ -188,12 +188,7 @@ def require_hooked_transformer() -> None:
     """Raise MissingPackageError on a TransformerLens that has no HookedTransformer any more, or
     that cannot be imported.
     """
-    if not has_hooked_transformer():
-        raise MissingPackageError(
-            f"TransformerLens {TRANSFORMER_LENS} has no HookedTransformer, which "
-            "LeanHookedTransformer loads into. Take tl_fastload.LeanTransformerBridge, or pip "
-            'install "transformer-lens>=2.8,<4".'
-        )
+    _require(has_hooked_transformer(), "HookedTransformer", "TransformerBridge", ">=2.8,<4")
     _require_import("transformer_lens")
 
 
@@ -214,13 +209,16 @@ def require_bridge() -> None:
     """Raise MissingPackageError on a TransformerLens that has no TransformerBridge yet, or that
     cannot be imported.
     """
-    if not has_bridge():
-        raise MissingPackageError(
-            f"TransformerLens {TRANSFORMER_LENS} has no TransformerBridge, which "
-            "LeanTransformerBridge loads into. Take tl_fastload.LeanHookedTransformer, or pip "
-            'install "transformer-lens>=3".'
-        )
+    _require(has_bridge(), "TransformerBridge", "HookedTransformer", ">=3")
     _require_import("transformer_lens.model_bridge")
+
+
+def _require(is_there: bool, name: str, other: str, versions: str) -> None:
+    if not is_there:
+        raise MissingPackageError(
+            f"TransformerLens {TRANSFORMER_LENS} has no {name}, which Lean{name} loads into. Take "
+            f'tl_fastload.Lean{other}, or pip install "transformer-lens{versions}".'
+        )
 
 
 def _require_import(module: str) -> None:

@@ -10,11 +10,10 @@ import torch
 
 from tl_fastload.errors import ArgumentError
 from tl_fastload.quantized.formats.base import Format, QuantizedBytes, damaged, describe
-from tl_fastload.quantized.formats.gptq import any_pieces, group_size
+from tl_fastload.quantized.formats.gptq import NEEDED, any_pieces, group_size
 from tl_fastload.quantized.formats.packed_bytes import AwqBytes, needed
 from tl_fastload.quantized.spec import Spec, modules_in, unreadable
 
-_NEEDED = ("qweight", "qzeros", "scales")
 _BITS = 4
 _PER_WORD = 32 // _BITS
 
@@ -37,7 +36,7 @@ class Awq(Format):
     kinds = ("awq",)
     stores = (AwqBytes,)
     spec = AwqSpec
-    pieces: ClassVar[Mapping[str, str]] = dict.fromkeys((f".{name}" for name in _NEEDED), ".weight")
+    pieces: ClassVar[Mapping[str, str]] = dict.fromkeys((f".{name}" for name in NEEDED), ".weight")
 
     def declared(self, fields: Mapping[str, Any]) -> Spec | None:
         if fields.get("quant_method") != "awq":
@@ -63,7 +62,7 @@ class Awq(Format):
         )
 
     def assemble(self, pieces: Mapping[str, torch.Tensor], spec: Any) -> QuantizedBytes:
-        words, zeros, scales = needed(pieces, _NEEDED)
+        words, zeros, scales = needed(pieces, NEEDED)
         columns, rows = words.shape[0], words.shape[1] * _PER_WORD
         if scales.shape[1] != rows:
             raise damaged(

@@ -130,7 +130,8 @@ class BitsAndBytes(Format):
             return Int8Bytes(*kernels.parts_of_linear8bit(module)), None
         if kind == "Params4bit":
             stored = FourBitBytes(**kernels.parts_of_linear4bit(module))
-            return stored, kernels.compute_dtype_of(module)
+            dtype = getattr(module, "compute_dtype", None)  # None where it follows its input
+            return stored, dtype if isinstance(dtype, torch.dtype) else None
         return None
 
     def quantize(self, dense: torch.Tensor, spec: Any) -> QuantizedBytes:

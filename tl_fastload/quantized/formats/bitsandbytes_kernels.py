@@ -305,12 +305,6 @@ def parts_of_linear4bit(source: Any) -> dict[str, Any]:
     return fields_of(packed, state)
 
 
-def compute_dtype_of(module: Any) -> torch.dtype | None:
-    """The dtype that a `Linear4bit` multiplies in; None where it follows its input."""
-    dtype = getattr(module, "compute_dtype", None)
-    return dtype if isinstance(dtype, torch.dtype) else None
-
-
 def _in_order(packed: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
     """Undo bitsandbytes' packing for AVX-512 CPUs, without touching the layer's own state."""
     state = copy.copy(state)

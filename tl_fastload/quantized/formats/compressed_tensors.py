@@ -16,7 +16,6 @@ from tl_fastload.quantized.formats.fp8 import (
     OF_ACTIVATIONS,
     ZeroPointSpec,
     as_block,
-    check_no_zeros,
     codes_and_scales,
     rounded_besides,
     stored_zeros,
@@ -150,8 +149,11 @@ def _spec_of(fields: Mapping[str, Any], named: str) -> CompressedSpec:
     specs = [_spec_of_group(group, skip, keeps, named == _PACKED) for group in groups]
     first = specs[0]
     if any(_ways(spec) != _ways(first) for spec in specs[1:]):
-        ways = ", ".join(sorted({_words(spec) for spec in specs}))
-        raise unreadable(f"{_NAME} weights that are quantized in several ways ({ways})")
+        ways = {
+            spec.kind + (f" in blocks of {list(spec.block)}" if spec.block else "")
+            for spec in specs
+        }
+        raise unreadable(f"{_NAME} weights quantized in several ways ({', '.join(sorted(ways))})")
     other = "int-quantized" if first.kind == _FLOAT else "float-quantized"
     if named == other:
         raise ArgumentError(
@@ -213,10 +215,6 @@ def _of_text(structure: Any) -> Any:
     return structure
 
 
-def _words(spec: CompressedSpec) -> str:
-    return spec.kind if spec.block is None else f"{spec.kind} in blocks of {list(spec.block)}"
-
-
 def _ways(spec: CompressedSpec) -> tuple[Any, ...]:
     """What of a spec all groups of a checkpoint must have in common."""
     return (spec.kind, spec.block, spec.bits and (spec.is_symmetric, spec.is_reordered))
@@ -229,9 +227,7 @@ def _packed_bytes(pieces: Mapping[str, torch.Tensor], spec: CompressedSpec) -> P
         QuantizationError: pieces are missing, or do not fit each other.
     """
     words, scales = needed(pieces, ("weight_packed", "weight_scale"))
-    if spec.is_symmetric:
-        check_no_zeros(pieces.get("weight_zero_point"))
-    zeros = None if spec.is_symmetric else needed(pieces, ["weight_zero_point"])[0]
+    zeros = stored_zeros(pieces, "weight_zero_point", spec.is_symmetric)
     bits = spec.bits or 8
     columns = words.shape[1] * 32 // bits
     size = columns if spec.block is None else spec.block[1]

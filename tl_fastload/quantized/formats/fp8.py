@@ -219,7 +219,7 @@ def codes_and_scales(
 def stored_zeros(
     pieces: Mapping[str, torch.Tensor], name: str, is_symmetric: bool
 ) -> torch.Tensor | None:
-    """The zero points of int8 codes; None for zeros.
+    """The zero points of codes; None for zeros, which some versions store.
 
     Args:
         pieces: of one weight, as in `Format.assemble`.
@@ -227,25 +227,15 @@ def stored_zeros(
         is_symmetric: whether the configuration says that there are none.
 
     Raises:
-        QuantizationError: they are missing, or there against what is said.
+        QuantizationError: they are missing; or, where values are known, not the zeros that the
+            configuration says.
     """
     zeros = pieces.get(name)
-    if is_symmetric:
-        check_no_zeros(zeros)  # some versions store them: they are zero
-        return None
-    if zeros is None:
+    if zeros is None and not is_symmetric:
         raise damaged(f"an asymmetric weight without its zero points ({name})")
-    return zeros
-
-
-def check_no_zeros(zeros: torch.Tensor | None) -> None:
-    """Check that stored zero points are zeros, where their values are known.
-
-    Raises:
-        QuantizationError: they are not, and the configuration says that there are none.
-    """
-    if zeros is not None and not zeros.is_meta and bool(zeros.any()):
+    if zeros is not None and is_symmetric and not zeros.is_meta and bool(zeros.any()):
         raise QuantizationError(
             "there are zero points other than zero, and quantization_config describes symmetric "
             "weights. Restore config.json from the checkpoint's repository."
         )
+    return None if is_symmetric else zeros

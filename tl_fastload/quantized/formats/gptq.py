@@ -21,7 +21,7 @@ from tl_fastload.quantized.formats.packed_bytes import (
 )
 from tl_fastload.quantized.spec import Spec, modules_in, table_in, unreadable, wrong_setting
 
-_NEEDED = ("qweight", "qzeros", "scales")
+NEEDED = ("qweight", "qzeros", "scales")
 # Format of a checkpoint -> what is added to the zero points that it stores.
 _SHIFTS = {"gptq": 1, "gptq_v2": 0}
 _USUAL_GROUP = 128
@@ -56,7 +56,7 @@ class Gptq(Format):
     stores = (PackedBytes,)
     spec = GptqSpec
     pieces: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        (*(f".{name}" for name in _NEEDED), ".g_idx"), ".weight"
+        (*(f".{name}" for name in NEEDED), ".g_idx"), ".weight"
     )
     undeclared: ClassVar[Mapping[str, str]] = {
         "g_idx": '{"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": false}, with '
@@ -83,7 +83,7 @@ class Gptq(Format):
         )
 
     def assemble(self, pieces: Mapping[str, torch.Tensor], spec: Any) -> QuantizedBytes:
-        words, zeros, scales = needed(pieces, _NEEDED)
+        words, zeros, scales = needed(pieces, NEEDED)
         index = pieces.get("g_idx")
         columns = words.shape[0] * 32 // spec.bits if index is None else index.numel()
         bits, size = spec.bits, columns if spec.group_size == -1 else spec.group_size

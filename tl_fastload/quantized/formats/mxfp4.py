@@ -71,11 +71,9 @@ class Mxfp4(Format):
         "Mxfp4GptOssExperts": "transformers has put the bytes of these experts into the order of "
         "its kernel"
     }
-    undeclared: ClassVar[Mapping[str, str]] = {
-        f"{name}{piece}": '{"quant_method": "mxfp4"}'
-        for name in ("gate_up_proj", "down_proj")
-        for piece in _PIECES
-    }
+    undeclared: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        (piece[1:] for piece in pieces), '{"quant_method": "mxfp4"}'
+    )
 
     def declared(self, fields: Mapping[str, Any]) -> Spec | None:
         if fields.get("quant_method") != "mxfp4":

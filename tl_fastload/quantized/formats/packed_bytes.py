@@ -184,7 +184,9 @@ class AwqBytes(PackedBytes):
             return replace(self, packed=take_rows(self.packed, words), **beside)
         # Out of words that hold other rows, too: the same codes, packed along the rows.
         others = {name: getattr(self, name) for name in ("bits", "group_size", "kind")}
-        return PackedBytes(in_words(self._codes_of(index)), **others, **beside)
+        codes = F.pad(self._codes_of(index), (0, -self.shape[1] % 8))
+        packed = (codes[:, ::2] | codes[:, 1::2] << 4).view(torch.int32)
+        return PackedBytes(packed, **others, **beside)
 
     def _codes_of(self, index: torch.Tensor) -> torch.Tensor:
         """Some rows of the codes, whichever: [n, in] uint8."""
@@ -296,12 +298,6 @@ def column_groups(
 def words_of(count: int, bits: int) -> int:
     """How many words some codes fill."""
     return -(-count * bits // _WORD)
-
-
-def in_words(codes: torch.Tensor) -> torch.Tensor:
-    """4-bit codes [n, in] uint8 in words, from the lowest bits on: [n, in / 8] int32."""
-    codes = F.pad(codes, (0, -codes.shape[1] % 8))
-    return (codes[:, ::2] | codes[:, 1::2] << 4).view(torch.int32)
 
 
 def bytes_in(words: torch.Tensor) -> torch.Tensor:

@@ -65,16 +65,13 @@ class ScaledBytes(DecodedBytes):
             )
         if self.zero_points is not None and self.zero_points.dtype != torch.int8:
             raise QuantizationError(f"zero points are int8, not {self.zero_points.dtype}.")
+        wanted = grid_of(self.shape, self.block) if self.codes.numel() else None
         for name, grid in (("scales", self.scales), ("zero points", self.zero_points)):
-            if grid is not None and not self._fits(grid):
-                wanted = list(grid_of(self.shape, self.block))
+            if wanted is not None and grid is not None and grid.shape != wanted:
                 raise QuantizationError(
-                    f"weights {describe(self.codes)} in blocks of {list(self.block)} need {wanted} "
-                    f"{name}, not {describe(grid)}."
+                    f"weights {describe(self.codes)} in blocks of {list(self.block)} need "
+                    f"{list(wanted)} {name}, not {describe(grid)}."
                 )
-
-    def _fits(self, grid: torch.Tensor) -> bool:
-        return not self.codes.numel() or grid.shape == grid_of(self.shape, self.block)
 
     @property
     def shape(self) -> tuple[int, int]:  # type: ignore[override]

@@ -122,14 +122,11 @@ def _bytes_of(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | N
 
 def _configs_in(named: Any) -> Iterator[Mapping[str, Any]]:
     """torchao's configurations in a `quant_type`, those for single modules included."""
-    if not isinstance(named, Mapping):
-        return
-    kind = named.get("_type")
-    if kind is not None and kind not in _TABLES:
+    if isinstance(named, Mapping) and named.get("_type") not in (None, *_TABLES):
         yield named
-        return
-    for value in named.values():
-        yield from _configs_in(value)
+    elif isinstance(named, Mapping):
+        for value in named.values():
+            yield from _configs_in(value)
 
 
 def _is_symmetric(config: Mapping[str, Any]) -> bool:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from tl_fastload.errors import ArgumentError
-from tl_fastload.ground.whole_files import write_whole
+from tl_fastload.ground.paths import write_whole
 
 __all__ = ["Patch", "Picture", "check_format", "style"]
 
