@@ -77,6 +77,8 @@ class LeanBridgeMixin(Face):
         device_map: Any = None,
         max_memory: Mapping[Any, Any] | None = None,
         n_devices: int | None = None,
+        mesh: Any = None,
+        parallel: str | None = None,
         **stock_arguments: Any,
     ) -> Self:
         """`TransformerBridge.boot_transformers`, with weights that are mapped from their files
@@ -110,6 +112,8 @@ class LeanBridgeMixin(Face):
             device_map: as for `from_pretrained_lean`; nothing is offloaded by accelerate.
             max_memory: as for `from_pretrained_lean`.
             n_devices: as for `from_pretrained_lean`.
+            mesh: as for `from_pretrained_lean`.
+            parallel: as for `from_pretrained_lean`.
             **stock_arguments: other arguments of `boot_transformers`.
 
         Returns:
@@ -131,6 +135,7 @@ class LeanBridgeMixin(Face):
         own = {"dequantize": dequantize, "adapter": adapter, "requantize": requantize}
         own |= {"device_map": device_map, "max_memory": max_memory}
         own |= {"check_memory": check_memory, "check_base": check_base}
+        own |= {"mesh": mesh, "parallel": parallel}
         given |= checked(n_devices=1 if n_devices is None else n_devices)
         base, adapters = adapters_of(hf_model)
         has_adapters = adapter is not None or base is not hf_model or bool(adapters)
@@ -301,7 +306,7 @@ def _check_in_memory(hf_model: Any, own: dict[str, Any], others: dict[str, Any])
                 f"{name}= spreads weights that are read from files: dispatch a model in memory "
                 "with accelerate before, or leave it out."
             )
-    for name in ("dequantize", "adapter", "requantize"):
+    for name in ("dequantize", "adapter", "requantize", "mesh", "parallel"):
         if own[name]:
             raise ArgumentError(f"{name}= is for weights that are read from files.")
     if hf_model is not None and not hasattr(hf_model, "config"):

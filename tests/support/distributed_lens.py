@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from tl_fastload import LeanHookedTransformer, LeanLoadError, load_weights_, save_lean
+from tests.support.several import message_of
+from tl_fastload import LeanHookedTransformer, load_weights_, save_lean
 from tl_fastload.embedded_model import embedded_model_path
 from tl_fastload.lightning.fingerprint import fingerprint, parameters_of
 from tl_fastload.lightning.record import record_of
@@ -39,14 +39,6 @@ def load(**arguments: Any) -> Any:
     return LeanHookedTransformer.from_pretrained_no_processing_lean(
         embedded_model_path(), device="cpu", progress=False, **arguments
     )
-
-
-def message_of(action: Callable[[], Any]) -> str:
-    try:
-        action()
-    except LeanLoadError as error:
-        return str(error)
-    raise AssertionError("no error")
 
 
 def data_parallel(quantize: str | None) -> None:

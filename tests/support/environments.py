@@ -82,6 +82,7 @@ LACKS: tuple[Lack, ...] = (
             "bridge/test_bridge_quantized.py",
             "bridge/test_bridge_weights.py",
             "bridge/test_bridge_zoo.py",
+            "shards/test_bridge.py",
             "whole/test_sae_bridge.py",
         ),
     ),
@@ -212,9 +213,9 @@ SKIPPED: dict[tuple[str, str, str], int] = {
     ("4.0.0", "2.13.0", "0"): 21,
     ("3.9.0", "2.13.0", "0"): 27,
     ("3.9.0", "2.13.0", "6.54.12"): 0,
-    ("2.18.0", "2.13.0", "0"): 105,
-    ("2.16.1", "2.13.0", "0"): 148,
-    ("2.8.1", "2.0.1", "0"): 367,
+    ("2.18.0", "2.13.0", "0"): 106,
+    ("2.16.1", "2.13.0", "0"): 149,
+    ("2.8.1", "2.0.1", "0"): 368,
 }
 
 

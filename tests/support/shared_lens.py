@@ -9,7 +9,7 @@ import copy
 import pickle
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,13 +17,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.support.counting import AllocatedBytes
-from tests.support.distributed_lens import message_of
+from tests.support.several import (
+    TOKENS,
+    CountingReader,
+    check_equal,
+    check_resuming,
+    check_uses,
+    message_of,
+    whole,
+    zero_a_position,
+)
 from tl_fastload import (
     LeanHookedTransformer,
     NumbersWarning,
@@ -36,33 +43,6 @@ from tl_fastload.lightning.fingerprint import fingerprint, parameters_of
 from tl_fastload.loading import load as loading
 from tl_fastload.memory_map import memory_map
 from tl_fastload.report.memory import stored_parts
-from tl_fastload.source.reader import FileReader
-
-TOKENS = torch.arange(3, 14)[None]
-
-
-class CountingReader:
-    """Counts the bytes that are read of files, in all processes together."""
-
-    def __init__(self) -> None:
-        self._read = FileReader.read
-        self._bytes = 0
-
-    def __enter__(self) -> CountingReader:
-        def read(reader: FileReader, path: Path, offset: int, out: torch.Tensor) -> None:
-            self._bytes += out.numel()
-            self._read(reader, path, offset, out)
-
-        FileReader.read = read  # type: ignore[method-assign]
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        FileReader.read = self._read  # type: ignore[method-assign]
-
-    def total(self) -> int:
-        total = torch.tensor([self._bytes])
-        dist.all_reduce(total)
-        return int(total)
 
 
 @contextmanager
@@ -86,67 +66,6 @@ def load(name: Path, mesh: Any = None, parallel: str | None = None, **arguments:
     return LeanHookedTransformer.from_pretrained_lean(
         name, device=device, mesh=mesh, parallel=parallel, progress=False, **arguments
     )
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def check_equal(model: Any, reference: Any) -> None:
-    wanted = dict(reference.named_parameters())
-    found = dict(model.named_parameters())
-    assert found.keys() == wanted.keys()
-    for name, parameter in found.items():
-        assert torch.equal(whole(parameter.detach()), wanted[name]), name
-        assert parameter.requires_grad == wanted[name].requires_grad, name
-
-
-def zero_a_position(value: torch.Tensor, hook: Any) -> torch.Tensor:
-    value[:, 1] = 0
-    return value
-
-
-def check_uses(model: Any, reference: Any) -> None:
-    """Forward, caches, hooks, gradients and generation, and nothing stays whole behind them."""
-    found, cache = model.run_with_cache(TOKENS)
-    wanted, known = reference.run_with_cache(TOKENS)
-    assert torch.equal(found, wanted)
-    assert all(torch.equal(cache[name], known[name]) for name in known)
-    hooks = [("blocks.1.attn.hook_z", zero_a_position)]
-    found, wanted = (m.run_with_hooks(TOKENS, fwd_hooks=hooks) for m in (model, reference))
-    assert torch.equal(found, wanted)
-    for one in (model, reference):
-        one(TOKENS, return_type="loss").backward()
-    known = dict(reference.named_parameters())
-    for name, parameter in model.named_parameters():
-        if known[name].grad is not None:
-            assert torch.equal(whole(parameter.grad), known[name].grad), name
-    model.zero_grad()
-    settings = {"max_new_tokens": 3, "do_sample": False, "verbose": False, "stop_at_eos": False}
-    assert torch.equal(*(m.generate(TOKENS, **settings) for m in (model, reference)))
-    assert all(hasattr(p, "full_tensor") for p in model.parameters())
-    assert torch.equal(model.W_Q.full_tensor(), reference.W_Q)
-
-
-def check_resuming(model: Any, again: Callable[[], Any], folder: Path) -> None:
-    def step(lens: Any, optimizer: Any) -> None:
-        lens(TOKENS, return_type="loss").backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    step(model, optimizer)
-    state = get_state_dict(model, optimizer)
-    dcp.save({"model": state[0], "optimizer": state[1]}, checkpoint_id=folder)
-    resumed = again()
-    other = torch.optim.AdamW(resumed.parameters(), lr=1e-3)
-    state = get_state_dict(resumed, other)
-    dcp.load({"model": state[0], "optimizer": state[1]}, checkpoint_id=folder)
-    set_state_dict(resumed, other, model_state_dict=state[0], optim_state_dict=state[1])
-    step(model, optimizer)
-    step(resumed, other)
-    for one, two in zip(model.parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(one.to_local(), two.to_local())
 
 
 def check_refused(model: Any, given: dict[str, torch.Tensor], folder: Path) -> None:
@@ -210,7 +129,8 @@ def fully(folder: Path, mesh: Any) -> None:
         assert model.load_report.parameter_bytes == own_bytes
         assert allocated.peak <= 1.1 * (own_bytes + largest_bytes), allocated.peak / own_bytes
         check_equal(model, reference)
-        check_uses(model, reference)
+        check_uses(model, reference, "blocks.1.attn.hook_z")
+        assert torch.equal(model.W_Q.full_tensor(), reference.W_Q)
     given = {key: value.clone() for key, value in reference.state_dict().items()}
     check_refused(model, given, folder)
     if dist.get_rank() == 0:

@@ -18,6 +18,7 @@ from tl_fastload.bridge import versions
 from tl_fastload.bridge.placing import Shelf
 from tl_fastload.bridge.quantizing import role_in
 from tl_fastload.bridge.record import COMPATIBILITY, PROCESSED, boot_and_process, completed
+from tl_fastload.bridge.sharing import part_copy
 from tl_fastload.bridge.slots import ATTRIBUTE, Slot, is_plain, slots_of
 from tl_fastload.errors import ArgumentError, CheckpointError
 from tl_fastload.ground.geometry import dense_strides
@@ -159,15 +160,19 @@ def _store(shelf: StoredShelf, name: str, tensor: torch.Tensor) -> None:
     assert made == name
 
 
-def on_meta(cls: type, cfg: Any, built: Mapping[str, Any] | None) -> StoredShelf:
-    """As `tl_fastload.roads.road.Road.model_on_meta`: the memories that a copy holds."""
+def on_meta(
+    cls: type, cfg: Any, built: Mapping[str, Any] | None, is_shared: bool = False
+) -> StoredShelf:
+    """As `tl_fastload.roads.road.Road.model_on_meta`: the memories that a copy holds. Parts of them
+    are row-major.
+    """
     shelf = StoredShelf(cfg, dict(built or {}))
     for name, form in shelf.built.get("slots", {}).items():
         if form["memory"] == name:
             strides = tuple(form["strides"])
             tensor = torch.empty_strided(form["shape"], strides, dtype=cfg.dtype, device="meta")
             tensor = nn.Parameter(tensor, form["requires_grad"]) if form["is_parameter"] else tensor
-            shelf.put(name, tensor, strides)
+            shelf.put(name, tensor, () if is_shared else strides)
     return shelf
 
 
@@ -209,7 +214,10 @@ def empty_model(
             f"{listed(wrong, 10)}. Load it with the class and versions that saved it, or load the "
             "original."
         )
-    shelf = on_meta(request.cls, bridge.cfg, built)
+    is_shared = request.options.mesh is not None
+    shelf = on_meta(request.cls, bridge.cfg, built, is_shared)
+    if is_shared:
+        part_copy(shelf, bridge, slots)
     shelf.finish = lambda device_of: _filled(bridge, slots, shelf, device_of)
     return shelf
 
@@ -271,7 +279,12 @@ def _filled(
 ) -> Any:
     tensors = {**dict(shelf.named_parameters()), **dict(shelf.named_buffers())}
     made: dict[str, torch.Tensor] = {}
+    for name, places in shelf.shared_model.places.items() if shelf.is_shared else ():
+        for module, leaf in places:
+            module._parameters[leaf] = shelf.get_parameter(name)
     for name, form in shelf.built["slots"].items():
+        if shelf.is_shared and form["memory"] in shelf.shared_model.places:
+            continue
         if form["same"] not in made:
             whole = tensors[form["memory"]]
             made[form["same"]] = whole if form["memory"] == name else _view(whole, form)

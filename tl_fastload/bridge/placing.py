@@ -7,6 +7,7 @@ under the name of the first slot that it belongs to. When it is full, its tensor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,14 +15,23 @@ from torch import nn
 
 from tl_fastload.bridge import names
 from tl_fastload.bridge.quantizing import role_in
+from tl_fastload.bridge.sharing import (
+    Follower,
+    follow_all,
+    parted,
+    promise_all,
+    shared_model,
+    take_followers,
+)
 from tl_fastload.bridge.slots import Slot, Views, by_memory, slots_of
-from tl_fastload.ground.geometry import dense_strides
+from tl_fastload.ground.geometry import dense_strides, strides_of_order
 from tl_fastload.ground.role import Role, RoleOf
 from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.recipes.evaluate import operands
 from tl_fastload.recipes.nodes import Call, Node, SourceView, aten
 from tl_fastload.recipes.promise import Promise
+from tl_fastload.roads.road import Shared
 from tl_fastload.source.reader import FileSource
 
 _ALLOCATED_AT = 64
@@ -32,18 +42,26 @@ class Shelf(nn.Module):
     """What a Placer fills in place of a bridge.
 
     Attributes:
-        strides: of each own parameter and buffer, as TransformerLens would have them.
+        strides: of each own parameter and buffer, as TransformerLens would have them; none for one
+            of which several processes get a part each, which is row-major.
         cfg: of the bridge that it stands for.
         finish: puts what was filled into that bridge, and returns it; given where what has some
             name lies.
+        shared_model: what several processes share; only if they do.
     """
 
     cfg: Any
     finish: Callable[[Callable[[str], torch.device]], Any]
+    shared_model: Shared
 
     def __init__(self) -> None:
         super().__init__()
         self.strides: dict[str, tuple[int, ...]] = {}
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several processes get a part each."""
+        return "shared_model" in self.__dict__
 
     def aliases(self) -> dict[str, list[str]]:
         """The parameters of the bridge that lie in each memory, by the name of that."""
@@ -77,6 +95,7 @@ class BridgeShelf(Shelf):
         bridge: the bridge.
         is_raw: nothing was processed.
         on_meta: whether parameters are put in (and not copied into).
+        is_shared: whether several processes get a part each.
 
     Attributes:
         cfg: the bridge's.
@@ -84,19 +103,36 @@ class BridgeShelf(Shelf):
         devices: name -> where what it is made from lies.
     """
 
-    def __init__(self, bridge: Any, *, is_raw: bool, on_meta: bool = True) -> None:
+    def __init__(
+        self, bridge: Any, *, is_raw: bool, on_meta: bool = True, is_shared: bool = False
+    ) -> None:
         super().__init__()
         self.cfg = bridge.cfg
         self.recipes: dict[str, Promise] = {}
         self.devices: dict[str, torch.device] = {}
         self._homes: dict[str, _Home] = {}
-        for views in by_memory(slots_of(bridge)):
+        if is_shared:
+            self.shared_model = shared_model(bridge)
+        followers: list[Follower] = []
+        for views in self._memories(bridge):
             name = self._add(views, on_meta)
+            if is_shared and views.slots[0].is_parameter:
+                followers += take_followers(views, name)
+                self.shared_model.places[name] = [(slot.module, slot.leaf) for slot in views.slots]
             self.recipes[name], self.devices[name] = views.whole, views.whole.device
             if not is_raw:
                 self.recipes[name] = _as_allocated(views.whole)
             self._homes[name] = _Home(views)
+        if is_shared:
+            self.shared_model.follow = partial(follow_all, followers, self.shared_model.places)
         _read_once(self.recipes.values())
+
+    def _memories(self, bridge: Any) -> list[Views]:
+        slots = slots_of(bridge)
+        if not self.is_shared:
+            return by_memory(slots)
+        promise_all(slots)
+        return [one for views in by_memory(slots) for one in parted(views)]
 
     def _add(self, views: Views, on_meta: bool) -> str:
         slot, promise = views.slots[0], views.whole
@@ -105,7 +141,7 @@ class BridgeShelf(Shelf):
         empty = torch.empty_strided(promise.shape, strides, dtype=promise.dtype, device=device)
         if slot.is_parameter:
             empty = nn.Parameter(empty, requires_grad=promise.requires_grad)
-        return self.put(slot.name, empty, strides)
+        return self.put(slot.name, empty, () if self.is_shared else strides)
 
     def aliases(self) -> dict[str, list[str]]:
         homes = self._homes.items()
@@ -184,7 +220,7 @@ def strides_in(order: str, module: nn.Module, name: str, shape: torch.Size) -> t
     """Strides of a parameter on a shelf, or of a bridge, which has one memory order: its own."""
     leaf = name.rpartition(".")[2]
     if isinstance(module, Shelf):
-        return module.strides[leaf]
+        return module.strides[leaf] or strides_of_order(shape, range(len(shape)))
     return tuple(getattr(module, leaf).stride())
 
 

@@ -64,6 +64,7 @@ def record(
         bridge,
         is_raw=not request.arguments.get(COMPATIBILITY, True),
         on_meta=request.options.assigns,
+        is_shared=request.options.mesh is not None,
     )
     shelf.finish = lambda device_of: _finished(bridge, shelf, hf_config, device_of)
     shifts = inputs.shifts(shelf.recipes, requested)

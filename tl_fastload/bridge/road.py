@@ -65,6 +65,7 @@ class BridgeRoad:
     empty_model = partial(copied.empty_model, supported=_SUPPORTED)
     model_on_meta = staticmethod(copied.on_meta)
     finished = staticmethod(_finished)
+    shared = staticmethod(lambda held: held.shared_model)
     stored = staticmethod(copied.stored)
     settle = staticmethod(copied.StoredShelf.settle)
     tensor_parallel = None

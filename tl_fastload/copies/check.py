@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,14 @@ def check_steps(manifest: Manifest, cfg: Any, request: Request, folder: Path) ->
     )
 
 
-def check_names(model: nn.Module, manifest: Manifest, folder: Path) -> None:
-    """Raise CheckpointError if the class builds other parameters than were saved."""
+def check_names(
+    model: nn.Module, manifest: Manifest, folder: Path, views: Collection[str] = ()
+) -> None:
+    """Raise CheckpointError if the class builds other parameters than were saved, but for those
+    that are views of saved ones.
+    """
     own = dict(model.named_parameters(remove_duplicate=False))
+    own = {name: parameter for name, parameter in own.items() if name not in views}
     wrong = [f"missing in the copy: {name}" for name in own.keys() - manifest.parameters.keys()]
     wrong += [f"not in the model: {name}" for name in manifest.parameters.keys() - own.keys()]
     wrong += [

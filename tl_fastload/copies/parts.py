@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from tl_fastload.copies.contents import Contents, layout_of
@@ -34,6 +35,8 @@ def place_parts(
     """
     options, manifest = request.options, contents.manifest
     recipes = _recipes(model, contents, reader)
+    for name, (memory, place) in request.road.shared(model).views.items():
+        recipes[name] = _view(recipes[memory], place)
     sharding = begin(options, model, recipes)
     assert sharding is not None  # there is a mesh
     device = sharding.ranks.device
@@ -56,6 +59,15 @@ def place_parts(
         with agreed(options):
             placer.place(recipes)
     return placer.mapped_bytes, sharding
+
+
+def _view(memory: Promise, place: torch.Tensor) -> Promise:
+    """A part of a parameter that a copy holds."""
+    node = memory.node
+    assert isinstance(node, SourceView)
+    offset = node.geometry.storage_offset() + place.storage_offset()
+    geometry = node.geometry.as_strided(place.shape, place.stride(), offset)
+    return as_promise(SourceView(node.source, geometry))
 
 
 def _recipes(model: nn.Module, contents: Contents, reader: FileReader) -> dict[str, Promise]:

@@ -103,7 +103,8 @@ def _load(
     hf_config = _hf_config(manifest, request)
     model, notes = _build(request, cfg, manifest, hf_config, folder)
     device_of, spread = homes(request, model, contents.quantized_bytes)
-    check_names(model, manifest, folder)
+    shared = None if options.mesh is None else request.road.shared(model)
+    check_names(model, manifest, folder, () if shared is None else shared.views)
     if may_map(options, folder):
         reader.maps = FileMaps(reader.files)
     sampler.watch({device_of(name) for name in manifest.parameters})
@@ -122,7 +123,7 @@ def _load(
     reader.files.check_all()
     model = request.road.finished(model, device_of)
     if sharding is not None:
-        finish(sharding, options, model)
+        finish(sharding, options)
     request.road.put_to_work(model, spread)
     model._layout = str(layout_of(manifest, options))
     model._processed = (

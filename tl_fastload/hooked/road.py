@@ -17,7 +17,7 @@ from tl_fastload.hooked.official_names import aliases
 from tl_fastload.hooked.record import record
 from tl_fastload.placement.spread import Parts
 from tl_fastload.placement.streaming import put_to_work
-from tl_fastload.roads.road import Request, Road, TensorParallel
+from tl_fastload.roads.road import Request, Road, Shared, TensorParallel, home_of
 
 
 def _is_unused(name: str, cfg: Any) -> bool:
@@ -47,6 +47,11 @@ def _itself(model: Any) -> Any:
     return model
 
 
+def _shared(model: Any) -> Shared:
+    places = {name: home_of(model, name) for name, _ in model.named_parameters()}
+    return Shared(model, model, False, {name: [home] for name, home in places.items()})
+
+
 class HookedRoad:
     """What `tl_fastload.roads.road.Road` asks for."""
 
@@ -60,6 +65,7 @@ class HookedRoad:
     empty_model = staticmethod(_empty_model)
     model_on_meta = staticmethod(lambda cls, cfg, built: build_on_meta(cls, cfg))
     finished = staticmethod(lambda model, device_of: model)
+    shared = staticmethod(_shared)
     stored = staticmethod(_itself)
     settle = staticmethod(lambda held: None)
     tensor_parallel = staticmethod(_tensor_parallel)

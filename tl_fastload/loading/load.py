@@ -59,7 +59,7 @@ def load(request: Request) -> Any:
             request.road.put_to_work(recording.model, placer.spread)
             reader.files.check_all()
             if sharding is not None:
-                finish(sharding, request.options, recording.model)
+                finish(sharding, request.options)
     finally:
         reader.close()
     model = recording.model

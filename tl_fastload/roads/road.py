@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from tl_fastload.errors import ArgumentError
 from tl_fastload.ground.role import Role, RoleOf
 from tl_fastload.huggingface.config import Supported
 from tl_fastload.huggingface.pretrained import Located, Pretrained
@@ -22,7 +23,7 @@ from tl_fastload.recipes.promise import Promise
 from tl_fastload.request.contradictions import check_arguments, check_device_map
 from tl_fastload.request.keywords import Keywords
 from tl_fastload.request.options import Options
-from tl_fastload.request.sharing import check_sharing
+from tl_fastload.request.sharing import TENSOR, check_sharing
 from tl_fastload.roads.observer import Observer
 from tl_fastload.source.aliases import Aliases
 from tl_fastload.source.location import Location
@@ -64,6 +65,12 @@ class Request:
         options.check()
         check_arguments(self.arguments, self.keywords)
         check_sharing(self.options, self.arguments)
+        if options.parallel == TENSOR and self.road.tensor_parallel is None:
+            raise ArgumentError(
+                f'parallel="tp" shares the heads of a HookedTransformer, and a {self.road.name} '
+                'computes with modules of transformers\': use parallel="fsdp", or '
+                "LeanHookedTransformer."
+            )
         also = {**self.arguments, "mesh": options.mesh}
         check_device_map(options.device_map, options.max_memory, also)
 
@@ -116,6 +123,34 @@ class TensorParallel(Protocol):
         """Make a model whose parameters are parts compute with them."""
 
 
+def home_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a parameter, and its name in it."""
+    parent, _, leaf = name.rpartition(".")
+    return model.get_submodule(parent), leaf
+
+
+@dataclass
+class Shared:
+    """A model that several processes share, while it is filled.
+
+    Attributes:
+        model: the model.
+        root: what is called whenever the model runs, around all of its modules.
+        has_only_blocks: whether the root may compute with parameters of any module but its blocks.
+        places: parameter of what is filled -> the modules that hold it, and its name in each.
+        views: parameter that is a part of another one's memory in a process alone, and has memory
+            of its own here -> that other one, and where it lies in it.
+        follow: lets what is no parameter, and the same memory, be that memory again.
+    """
+
+    model: nn.Module
+    root: nn.Module
+    has_only_blocks: bool
+    places: dict[str, list[tuple[nn.Module, str]]]
+    views: dict[str, tuple[str, torch.Tensor]] = field(default_factory=dict)
+    follow: Callable[[], None] = lambda: None
+
+
 class Road(Protocol):
     """What is asked of a road.
 
@@ -123,7 +158,8 @@ class Road(Protocol):
         name: TransformerLens' class that its models are of, for messages.
         config_class: the dataclass of its models' `cfg`.
         supported: which model classes it can load.
-        tensor_parallel: gives what lets several processes share one model; None where they cannot.
+        tensor_parallel: gives what lets several processes compute with parts of one model's
+            matrices; None where they cannot.
         counts_devices: whether `cfg.n_devices` of a model with a device map says over how many it
             lies; to others it says that their forward pass moves activations between blocks.
     """
@@ -212,6 +248,13 @@ class Road(Protocol):
         Args:
             model: what was filled.
             device_of: where each parameter and buffer lies, by its name.
+        """
+
+    def shared(self, held: Any) -> Shared:
+        """What several processes share, of what is filled: a new model, or what stands for one.
+
+        Raises:
+            ArgumentError: a model that cannot be parted.
         """
 
     def stored(self, model: Any) -> Any:

@@ -14,6 +14,7 @@ from tl_fastload.recipes.evaluate import Evaluation
 from tl_fastload.recipes.nodes import MemorySource
 from tl_fastload.recipes.promise import Promise
 from tl_fastload.recipes.slices import Slices, as_promise
+from tl_fastload.roads.road import Shared, home_of
 from tl_fastload.shards.plan import Choose, ShardPlan, hold_shared, make_plan
 from tl_fastload.shards.ranks import Ranks
 
@@ -26,14 +27,16 @@ class Sharding:
     whole parameters are.
 
     Attributes:
-        model: the model.
+        shared: the model.
+        places: parameter -> the modules that hold it, and its name in each.
         ranks: the processes.
         plan: who holds what.
-        shapes: parameter -> its shape.
-        dtypes: parameter -> its dtype.
+        shapes: parameter, or buffer that has a recipe -> its shape.
+        dtypes: likewise its dtype.
     """
 
-    model: nn.Module
+    shared: Shared
+    places: dict[str, list[tuple[nn.Module, str]]]
     ranks: Ranks
     plan: ShardPlan
     shapes: dict[str, torch.Size]
@@ -41,12 +44,18 @@ class Sharding:
 
     @classmethod
     def begin(
-        cls, model: nn.Module, recipes: dict[str, Promise], choose: Choose, ranks: Ranks
+        cls,
+        model: nn.Module,
+        shared: Shared,
+        recipes: dict[str, Promise],
+        choose: Choose,
+        ranks: Ranks,
     ) -> Sharding:
         """Decide who holds what, the same in all processes; the model is not changed.
 
         Args:
-            model: its parameters may be on the meta device if all have recipes.
+            model: what is filled; its parameters may be on the meta device if all have recipes.
+            shared: what it is to become.
             recipes: parameter or buffer -> recipe; parameters that have none get their own values.
             choose: which dimensions may be cut.
             ranks: the processes.
@@ -57,16 +66,19 @@ class Sharding:
         parameters = dict(model.named_parameters())
         for name, parameter in parameters.items():
             recipes.setdefault(name, promise_of(parameter, name))
+        buffers = {n: buffer for n, buffer in model.named_buffers() if n in recipes}
+        tensors = {**parameters, **buffers}
         made = cls(
-            model,
+            shared,
+            {name: [home_of(model, name)] for name in parameters},
             ranks,
             ShardPlan(),
-            {name: parameter.shape for name, parameter in parameters.items()},
-            {name: parameter.dtype for name, parameter in parameters.items()},
+            {name: tensor.shape for name, tensor in tensors.items()},
+            {name: tensor.dtype for name, tensor in tensors.items()},
         )
         with ranks.together(lambda: f"{made.plan} {made.shapes} {made.dtypes}"):
             own: Any = {n: recipes[n].reshape(shape) for n, shape in made.shapes.items()}
-            made.plan = make_plan(own, choose, ranks.size)
+            made.plan = make_plan(own, choose, ranks.size, buffers)
         return made
 
     def cut(self, recipes: dict[str, Promise]) -> None:
@@ -81,7 +93,7 @@ class Sharding:
             ]
             for name, node in zip(group, hold_shared(nodes), strict=True):
                 recipes[name] = as_promise(node)
-        for name in self.shapes:
+        for name in self.places:
             empty = torch.empty(self._own_shape(name), dtype=self.dtypes[name], device="meta")
             self.put(name, empty)
 
@@ -143,8 +155,14 @@ class Sharding:
         return self.plan.parts[name].shape(self.shapes[name], self.ranks.own)
 
     def put(self, name: str, tensor: torch.Tensor) -> None:
-        """Put a tensor in a parameter's place; it trains if that did."""
-        parent, _, leaf = name.rpartition(".")
-        home = self.model.get_submodule(parent)._parameters
-        old = home[leaf]
-        home[leaf] = nn.Parameter(tensor, requires_grad=old is None or old.requires_grad)
+        """Put a tensor in a parameter's places; it trains if that did."""
+        made = nn.Parameter(tensor, requires_grad=self.parameter(name).requires_grad)
+        for module, leaf in self.places[name]:
+            module._parameters[leaf] = made
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """What stands in a parameter's places."""
+        module, leaf = self.places[name][0]
+        found = module._parameters[leaf]
+        assert found is not None
+        return found

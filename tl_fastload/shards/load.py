@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import nn
 
-from tl_fastload.errors import ArgumentError, NumbersWarning
+from tl_fastload.errors import NumbersWarning
 from tl_fastload.recipes.promise import Promise
 from tl_fastload.request.options import Options
 from tl_fastload.request.sharing import FULLY
@@ -36,33 +36,31 @@ def begin(options: Options, model: nn.Module, recipes: dict[str, Promise]) -> Sh
     """
     if options.mesh is None:
         return None
-    ranks = Ranks(options.mesh)
-    tensor_parallel = road_of(model).tensor_parallel
-    if tensor_parallel is None:
-        raise ArgumentError(
-            "mesh= shares a HookedTransformer: load LeanHookedTransformer, or this one without "
-            "mesh=. (A bridge wraps transformers' modules, in which several names reach one "
-            "memory, and a part of it would have to stand under each.)"
-        )
+    ranks, road = Ranks(options.mesh), road_of(model)
+    shared = road.shared(model)
     choose: Choose
     if options.parallel == FULLY:
         choose = partial(even_or_long, ranks.size)
     else:
-        choose = tensor_parallel().dims_to_share(model, ranks.size)
-    sharding = Sharding.begin(model, recipes, choose, ranks)
+        assert road.tensor_parallel is not None  # or the call was refused
+        choose = road.tensor_parallel().dims_to_share(model, ranks.size)
+    sharding = Sharding.begin(model, shared, recipes, choose, ranks)
     sharding.cut(recipes)
     return sharding
 
 
-def finish(sharding: Sharding, options: Options, model: nn.Module) -> None:
+def finish(sharding: Sharding, options: Options) -> None:
     """Make the parts that were placed one model."""
+    shared = sharding.shared
+    sharding.places = shared.places
     if options.parallel == FULLY:
-        shard_fully(sharding, model)
+        shard_fully(sharding)
+        shared.follow()
         return
     dims = {name: part.dim for name, part in sharding.plan.parts.items()}
-    tensor_parallel = road_of(model).tensor_parallel
+    tensor_parallel = road_of(shared.model).tensor_parallel
     assert tensor_parallel is not None  # or it could not have begun
-    tensor_parallel().run_in_parallel(model, dims, sharding.ranks.mesh)
+    tensor_parallel().run_in_parallel(shared.model, dims, sharding.ranks.mesh)
     warnings.warn(
         'parallel="tp" adds up what processes compute, in another order than one process does: '
         "numbers differ by rounding.",

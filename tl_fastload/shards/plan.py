@@ -7,7 +7,7 @@ whole and sends the others their parts, so that all together still read the file
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -86,17 +86,20 @@ def even_or_long(n_ranks: int, name: str, shape: torch.Size) -> list[int] | None
     return even or [0]
 
 
-def make_plan(recipes: Mapping[str, Promise], choose: Choose, n_ranks: int) -> ShardPlan:
+def make_plan(
+    recipes: Mapping[str, Promise], choose: Choose, n_ranks: int, buffers: Collection[str] = ()
+) -> ShardPlan:
     """Decide about every recipe; all processes decide alike.
 
     Args:
-        recipes: of parameters.
-        choose: which dimensions may be cut.
+        recipes: of parameters and buffers.
+        choose: which dimensions of a parameter may be cut.
         n_ranks: how many processes there are.
+        buffers: which of them every process has whole, and no parameters are.
     """
     plan, slices = ShardPlan(), Slices()
     for name, promise in recipes.items():
-        dims = choose(name, promise.shape)
+        dims = None if name in buffers else choose(name, promise.shape)
         if dims is None:
             plan.parts[name] = Part()
         else:
@@ -105,9 +108,8 @@ def make_plan(recipes: Mapping[str, Promise], choose: Choose, n_ranks: int) -> S
         nodes = [recipes[name].node for name in group]
         parts = [plan.parts[name].of(slices, recipes[name].node, 0) for name in group]
         once, each = _bytes_read(nodes), _bytes_read(parts)
-        if all(plan.parts[name].dim is None for name in group) or (
-            n_ranks * each <= max(_MORE * once, once + _FREE_BYTES)
-        ):
+        is_whole = all(plan.parts[n].dim is None and n not in buffers for n in group)
+        if is_whole or n_ranks * each <= max(_MORE * once, once + _FREE_BYTES):
             plan.cut.append(group)
         else:
             plan.whole.append(group)
