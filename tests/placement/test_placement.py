@@ -165,6 +165,14 @@ def test_part_of_another_parameter() -> None:
     assert_same(model.b.data, value[2:])
 
 
+@pytest.fixture(params=[False, True], ids=["at once", "in the end"])
+def asked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When sums are looked at: in the end where a device computes while the thread goes on."""
+    if request.param:
+        monkeypatch.setattr("tl_fastload.placement.finite._ASYNCHRONOUS", ("cpu",))
+
+
+@pytest.mark.usefixtures("asked")
 def test_what_is_not_finite_is_noted() -> None:
     model = Model(a=(3,), b=(3,), c=(3,), d=(3,))
     tensors = [torch.tensor([1.0, x, 2.0]) for x in (float("nan"), float("inf"), 3e38, 0.0)]
@@ -173,6 +181,7 @@ def test_what_is_not_finite_is_noted() -> None:
     assert sorted(place(model, recipes).not_finite) == ["a", "b"]
 
 
+@pytest.mark.usefixtures("asked")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), None])
 def test_what_is_not_finite_in_every_dtype(dtype: torch.dtype, bad: float | None) -> None:

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from tl_fastload.ground import compat
 from tl_fastload.ground.cores import Cores
 from tl_fastload.ground.geometry import copied, has_overlap, is_dense, same_layout
 from tl_fastload.ground.memory_orders import FORWARD
 from tl_fastload.ground.own_defaults import looking_only
 from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.placement.ahead import ReadingAhead
+from tl_fastload.placement.finite import FiniteSearch
 from tl_fastload.placement.order import groups
 from tl_fastload.placement.spread import Spread
 from tl_fastload.quantized import QuantizedTensor
@@ -89,6 +89,7 @@ class Placer:
         self._modules = dict(self.model.named_modules(remove_duplicate=False))
         self._spares = Spares()
         self._cores = Cores()
+        self._finite = FiniteSearch(self._cores)
 
     def place(self, recipes: dict[str, Promise]) -> None:
         """Evaluate and place every recipe whose name the model has; others were only needed on the
@@ -121,6 +122,7 @@ class Placer:
             self._spares.limit(0)
             raise
         self._spares.limit(0)
+        self.not_finite = self._finite.not_finite(self.model.get_parameter)
         return_freed_memory()
 
     def streaming_bytes(self, quantized_bytes: Mapping[str, int]) -> dict[torch.device, int]:
@@ -243,8 +245,8 @@ class Placer:
         # Reading all pages of a big unprocessed model would undo what mapping it saves.
         if self.leaves_unseen(self.mapped_bytes):
             self.unseen_bytes += bytes_of(mapped)
-        elif not _is_finite(mapped):
-            self.not_finite.append(name)
+        else:
+            self._finite.look(name, mapped)
 
     def leaves_unseen(self, mapped_bytes: int) -> bool:
         """Whether a mapped parameter is not read, after so many bytes of them."""
@@ -307,9 +309,8 @@ class Placer:
         if tensor.shape != target.shape:
             # One number: torch's own load_state_dict takes shape (1,) for () as well.
             tensor = tensor.reshape(target.shape)
-        with self._cores.beside_helpers():
-            if name in self.parameters and not self._copies and not _is_finite(tensor):
-                self.not_finite.append(name)
+        if name in self.parameters and not self._copies:
+            self._finite.look(name, tensor)
         if self.quantizer is not None and name in self.parameters:
             made = self.quantizer.quantize(name, tensor.to(target.dtype))
             if made is not None:
@@ -358,8 +359,8 @@ class Placer:
                         )
                     _write(target, tensor)
                     tensor = target
-                    if self._copies and not _is_finite(target):
-                        self.not_finite.append(name)
+                    if self._copies:
+                        self._finite.look(name, target)
         size_bytes = bytes_of(tensor)
         del tensor
         self.progress.advance(name, size_bytes)
@@ -427,14 +428,3 @@ def _is_itself(promise: Promise, target: torch.Tensor) -> bool:
         and node.geometry.shape == target.shape
         and node.geometry.stride() == target.stride()
     )
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    # One pass over the memory, without a temporary: a sum is finite unless an element is not (or
-    # it overflows).
-    if not tensor.is_floating_point() or tensor.is_meta:
-        return True
-    flat = tensor.as_strided((tensor.numel(),), (1,)) if is_dense(tensor) else tensor
-    if tensor.numel() and tensor.dtype == torch.float16:  # where sums overflow easily
-        return compat.halves_are_finite(flat)
-    return bool(torch.isfinite(flat.sum())) or bool(torch.isfinite(tensor).all())

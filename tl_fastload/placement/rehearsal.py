@@ -15,7 +15,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tl_fastload.ground.geometry import span
+from tl_fastload.ground.geometry import is_dense, span
 from tl_fastload.ground.own_defaults import looking_only
 from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.placement.order import groups
@@ -26,7 +26,8 @@ from tl_fastload.quantized.recipes import QuantizedSource
 from tl_fastload.recipes.evaluate import Evaluation
 from tl_fastload.recipes.nodes import Call, MemorySource, Node, Pick, Source, SourceView
 from tl_fastload.recipes.promise import Promise
-from tl_fastload.source.reader import CHUNK_BYTES, HELD_SPAN_BYTES
+from tl_fastload.source.pinned import SLOT_BYTES, SLOTS, bus_to
+from tl_fastload.source.reader import CHUNK_BYTES, HELD_SPAN_BYTES, WINDOW_BYTES
 
 META = torch.device("meta")
 _LARGE_BYTES = 1 << 20
@@ -297,14 +298,17 @@ class _Stage:
         is_lent = _is_lent(source, self._device)
         if isinstance(source, QuantizedSource):
             return _quantized_stand_in(source, is_lent)
-        return _StandIn(source, is_lent, self._device.type == "cpu", self.scratch)
+        return _StandIn(source, is_lent, self._device, self.scratch)
 
 
 class _StandIn(Source):
     """A source without values."""
 
-    def __init__(self, source: Source, is_lent: bool, on_host: bool, scratch: _Scratch) -> None:
-        self._on_host = on_host
+    def __init__(
+        self, source: Source, is_lent: bool, device: torch.device, scratch: _Scratch
+    ) -> None:
+        self._on_host = device.type == "cpu"
+        self._has_bus = bus_to(device) is not None
         self.name, self.shape, self.stride = source.name, source.shape, source.stride
         self.dtype = source.dtype
         self._is_file = not isinstance(source, MemorySource)
@@ -323,6 +327,9 @@ class _StandIn(Source):
         self, out: torch.Tensor, geometry: torch.Tensor, casts: tuple[torch.dtype, ...]
     ) -> None:
         """Nothing to read; what it would take is a piece of the file, and that piece cast."""
+        if self._has_bus and self._is_file:
+            self._send(out, geometry, casts)
+            return
         size = bytes_of(geometry)
         held = 0
         if self._is_file:
@@ -335,6 +342,17 @@ class _StandIn(Source):
             for dtype in casts[:-1]:
                 torch.empty(count, dtype=dtype, device=META)  # counted, and gone
         self._scratch.read(held)
+
+    def _send(
+        self, out: torch.Tensor, geometry: torch.Tensor, casts: tuple[torch.dtype, ...]
+    ) -> None:
+        self._scratch.read(SLOTS * SLOT_BYTES)
+        if casts or not is_dense(geometry) or out.stride() != geometry.stride():
+            size = min(span(geometry) * geometry.element_size(), WINDOW_BYTES)
+            window = torch.empty(size, dtype=torch.uint8, device=META)
+            for dtype in casts[:-1]:
+                torch.empty(size // geometry.element_size(), dtype=dtype, device=META)
+            del window
 
 
 def _quantized_stand_in(source: QuantizedSource, is_lent: bool) -> QuantizedSource:

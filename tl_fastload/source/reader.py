@@ -11,6 +11,7 @@ import os
 import threading
 from bisect import bisect_right
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from tl_fastload.ground.cores import pause
 from tl_fastload.ground.geometry import is_dense, span
 from tl_fastload.recipes.nodes import Source, cast_but_last
 from tl_fastload.source.file_states import OpenFiles, unreadable
+from tl_fastload.source.pinned import Bus, Ring, bus_to
 from tl_fastload.source.safetensors import TensorEntry
 
 CHUNK_BYTES = 1 << 20
+WINDOW_BYTES = 64 << 20  # on a device, of a file's bytes that are cast or put in order there
 MOST_BYTES = 4 << 20  # of one call, after which a read may be stopped
 HELD_SPAN_BYTES = 8 << 20
 DENSE_PIECE_BYTES = 128 << 10
@@ -45,6 +48,7 @@ class FileReader:
 
     Attributes:
         maps: mappings for what need not be read; None where nothing may be mapped.
+        bus_to: the bus to a device, or None.
         files: what is open, and whether it is what it was.
     """
 
@@ -53,9 +57,16 @@ class FileReader:
         self.files = OpenFiles()
         self._scratch = _Scratch()
         self._stopped = False
+        self.bus_to: Callable[[torch.device], Bus | None] = bus_to
+        self._rings: dict[torch.device, Ring | None] = {}
+        self._window: tuple[tuple[Any, ...], torch.Tensor] | None = None
 
     def close(self) -> None:
-        """Close the files and free the scratch buffer."""
+        """Close the files and free the buffers."""
+        rings, self._rings, self._window = self._rings, {}, None
+        for ring in rings.values():
+            if ring is not None:
+                ring.close()
         self.files.close()
         self._scratch = _Scratch()
 
@@ -82,6 +93,28 @@ class FileReader:
                         "being read. Download or copy the file again."
                     )
                 done += got
+
+    def ring(self, device: torch.device) -> Ring | None:
+        """What sends bytes to a device; None where they are read on the host and copied."""
+        if device not in self._rings:
+            bus = self.bus_to(device)
+            try:
+                self._rings[device] = None if bus is None else Ring(bus, self.read)
+            except RuntimeError:  # no memory can be pinned
+                self._rings[device] = None
+        return self._rings[device]
+
+    def window(
+        self, ring: Ring, device: torch.device, path: Path, start: int, stop: int
+    ) -> torch.Tensor:
+        """The bytes `start:stop` of a file on a device; the last range is not sent again."""
+        key = device, path, start, stop
+        if self._window is None or self._window[0] != key:
+            self._window = None  # before there is another one
+            sent = torch.empty(stop - start, dtype=torch.uint8, device=device)
+            ring.send(path, start, sent)
+            self._window = key, sent
+        return self._window[1]
 
     def scratch(self, path: Path, start: int, stop: int) -> torch.Tensor:
         """The bytes `start:stop` of a file in this thread's scratch buffer; the last range read is
@@ -209,10 +242,29 @@ class FileSource(Source):
     ) -> None:
         if out.numel() == 0:
             return
-        if is_dense(geometry) and out.stride() == geometry.stride():
+        ring = self.reader.ring(out.device)
+        if ring is not None:
+            self._send(ring, out, geometry, casts)
+        elif is_dense(geometry) and out.stride() == geometry.stride():
             self._read_dense(out, geometry, casts)
         else:
             self._read_strided(out, geometry, casts)
+
+    def _send(
+        self, ring: Ring, out: torch.Tensor, geometry: torch.Tensor, casts: tuple[torch.dtype, ...]
+    ) -> None:
+        """Only bytes of the file are sent; casts and orders of memory are made on the device."""
+        start, stop = byte_span(self.entry, geometry)
+        if not casts and is_dense(geometry) and out.stride() == geometry.stride():
+            flat = out.as_strided((out.numel(),), (1,), out.storage_offset())
+            ring.send(self.entry.path, start, flat.view(torch.uint8))
+        elif stop - start > WINDOW_BYTES:
+            for part, target in _halves(geometry, out):
+                self._send(ring, target, part, casts)
+        else:
+            sent = self.reader.window(ring, out.device, self.entry.path, start, stop)
+            view = sent.view(self.dtype).as_strided(geometry.shape, geometry.stride(), 0)
+            out.copy_(cast_but_last(view, casts))
 
     def _read_dense(
         self, out: torch.Tensor, geometry: torch.Tensor, casts: tuple[torch.dtype, ...]
@@ -233,8 +285,7 @@ class FileSource(Source):
         self, out: torch.Tensor, geometry: torch.Tensor, casts: tuple[torch.dtype, ...]
     ) -> None:
         start, stop = byte_span(self.entry, geometry)
-        long = [dim for dim in range(geometry.dim()) if geometry.shape[dim] > 1]
-        slowest = max(long, key=geometry.stride, default=None)
+        slowest = _slowest(geometry)
         if slowest is not None:
             piece = geometry.select(slowest, 0)
             if is_dense(piece) and piece.numel() * item_bytes(self.dtype) >= DENSE_PIECE_BYTES:
@@ -244,15 +295,28 @@ class FileSource(Source):
                     self.read_into(target, geometry.select(slowest, index), casts)
                 return
             if stop - start > HELD_SPAN_BYTES:
-                half = geometry.shape[slowest] // 2
-                sizes = [half, geometry.shape[slowest] - half]
-                parts = torch.split(geometry, sizes, slowest)
-                for part, target in zip(parts, torch.split(out, sizes, slowest), strict=True):
+                for part, target in _halves(geometry, out):
                     self.read_into(target, part, casts)
                 return
         held = self.reader.scratch(self.entry.path, start, stop).view(self.dtype)
         view = held.as_strided(geometry.shape, geometry.stride(), 0)
         out.copy_(cast_but_last(view, casts))
+
+
+def _slowest(geometry: torch.Tensor) -> int | None:
+    long = [dim for dim in range(geometry.dim()) if geometry.shape[dim] > 1]
+    return max(long, key=geometry.stride, default=None)
+
+
+def _halves(
+    geometry: torch.Tensor, out: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """A view in two parts, along its slowest dimension, and where each is to go."""
+    slowest = _slowest(geometry)
+    assert slowest is not None  # one element lies in one piece
+    half = geometry.shape[slowest] // 2
+    sizes = [half, geometry.shape[slowest] - half]
+    return zip(*(torch.split(one, sizes, slowest) for one in (geometry, out)), strict=True)
 
 
 def byte_span(entry: TensorEntry, geometry: torch.Tensor) -> tuple[int, int]:
