@@ -16,12 +16,14 @@ import transformers
 
 import tl_fastload
 from tests.placement.test_forecast import SIZES, UNPROCESSED
+from tests.support import quantized_zoo
 from tl_fastload import LeanHookedTransformer, LoadPlan, NotEnoughMemory, plan
 from tl_fastload.cli.bench.synthetic import parse_shape, weights_file, write_checkpoint
 from tl_fastload.errors import ArgumentError, MissingWeightsError, UnknownModelError
 from tl_fastload.planning import dry_run as drafts
 from tl_fastload.planning import stock_memory
 from tl_fastload.planning.plan import KINDS
+from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.report import available
 from tl_fastload.source.reader import FileMaps, FileReader
 
@@ -292,3 +294,67 @@ def test_stock_lets_go_of_the_file_before_its_peak(
     other = file_pages()
     assert other == drafts.CODE_BYTES
     assert file_pages(**UNPROCESSED) - other > 0.8 * file_bytes
+
+
+@pytest.fixture
+def devices(monkeypatch: pytest.MonkeyPatch, free: Any) -> Any:
+    """`devices(2, n, host=m)`: two CUDA devices with so many bytes each, and a host."""
+    from tl_fastload.planning import over_devices
+    from tl_fastload.roads import homes
+
+    def there(count: int, size: int, host: int) -> None:
+        left = {"cuda": size, "cpu": host}
+        for module in (drafts, available, over_devices):
+            monkeypatch.setattr(module, "available_bytes", lambda device: left[device.type])
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(homes, "check_usable", lambda device, asked: None)
+
+    return there
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_map_is_advised(count: int, zoo: Any, devices: Any) -> None:
+    """Over two devices that hold it together, or one and the host; told what it costs."""
+    folder = zoo("gpt2", **GPT2)
+    whole = plan(folder, device="cpu", dtype="bfloat16").total_bytes
+    devices(count, whole * 4 // 5, 10 * whole)
+    found = plan(folder, device="cuda", dtype="bfloat16")
+    assert not found.fits
+    choice = next(one for one in found.advice if "device_map" in one.arguments)
+    limits = choice.arguments["max_memory"]
+    assert choice.arguments["device_map"] == "auto"
+    assert choice.arguments["device"] is None
+    assert list(limits) == [*range(count), "cpu"]
+    planned = plan(folder, dtype="bfloat16", **choice.arguments)
+    assert planned.fits
+    assert planned.streamed_bytes == choice.streamed_bytes
+    assert planned.peak_device_bytes == choice.peak_device_bytes
+    if count == 2:
+        assert choice.streamed_bytes == 0
+        assert "cuda:0" in planned.device
+        assert "cuda:1" in planned.device
+    else:
+        assert 0 < choice.streamed_bytes < whole
+        assert "each forward pass copies" in str(choice)
+        assert "copied in each pass" in str(planned)
+
+
+@pytest.mark.parametrize("form", ["nf4", "8bit", "fp8"])
+def test_maps_count_what_quantized_weights_take(form: str, zoo: Any) -> None:
+    """With scales: what fits exactly is not sent to the disk, and what lacks a byte is."""
+    folder, arguments = zoo("gpt2", **GPT2), {"dtype": "bfloat16", "quantize": form}
+    if form == "fp8":
+        folder = quantized_zoo.saved(quantized_zoo.build(zoo, "llama-gqa"), form)
+        arguments = {"dtype": "float32"}
+    size = sum(map(held_bytes, load(folder, **arguments).state_dict().values()))
+    for limit in (size, size - 1):
+        found = plan(folder, device_map="auto", max_memory={"cpu": limit}, **arguments)
+        (note,) = [note for note in found.notes if note.startswith("Device map")]
+        assert ("disk" in note) == (limit < size)
+
+
+def held_bytes(tensor: Any) -> int:
+    if isinstance(tensor, QuantizedTensor):
+        return sum(part.nbytes for part in tensor.content.tensors().values())
+    return int(tensor.nbytes)

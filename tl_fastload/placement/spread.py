@@ -111,8 +111,8 @@ class Spread:
         """The parts that run elsewhere than they lie."""
         return [part for part, home in self.homes.items() if self.runs[part] != home]
 
-    def streaming_bytes(self, size_of: Mapping[str, int]) -> dict[torch.device, int]:
-        """What streaming takes on each device: the largest part that comes there, and the next.
+    def streamed_bytes(self, size_of: Mapping[str, int]) -> dict[str, int]:
+        """What each part that is streamed takes: all of them are copied in each forward pass.
 
         Args:
             size_of: bytes of each parameter and buffer.
@@ -122,8 +122,16 @@ class Spread:
             part = self.part_of(name)
             if part in sizes:
                 sizes[part] += size
+        return sizes
+
+    def streaming_bytes(self, size_of: Mapping[str, int]) -> dict[torch.device, int]:
+        """What streaming takes on each device: the largest part that comes there, and the next.
+
+        Args:
+            size_of: bytes of each parameter and buffer.
+        """
         needed: dict[torch.device, int] = {}
-        for part, size in sizes.items():
+        for part, size in self.streamed_bytes(size_of).items():
             device = self.runs[part]
             needed[device] = max(needed.get(device, 0), 2 * size)
         return needed

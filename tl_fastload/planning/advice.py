@@ -12,6 +12,7 @@ from tl_fastload.errors import LeanLoadError, QuantizationError
 from tl_fastload.ground.memory_orders import FORWARD
 from tl_fastload.placement.rehearsal import Forecast
 from tl_fastload.planning.dry_run import Draft, Needs
+from tl_fastload.planning.over_devices import over_devices
 from tl_fastload.planning.plan import Choice
 from tl_fastload.quantized import formats
 from tl_fastload.quantized.quantizer import Quantizer
@@ -23,8 +24,8 @@ _WIDE = (torch.float32, torch.float64)
 
 
 def choices(request: Request, draft: Draft) -> Iterator[Choice]:
-    """Choices that fit, nearest first: another device, mapping, a narrower dtype, unprocessed
-    weights that are mapped, quantized weights, fewer layers.
+    """Choices that fit, nearest first: another device, a map over several, mapping, a narrower
+    dtype, unprocessed weights that are mapped, quantized weights, fewer layers.
 
     Args:
         request: the call that does not fit.
@@ -32,6 +33,7 @@ def choices(request: Request, draft: Draft) -> Iterator[Choice]:
     """
     for arguments in _devices(request, draft):
         yield from _tried(request, arguments)
+    yield from _spread(request)
     mmap = _more_mapping(request, draft)
     if mmap is not None:
         mapped = _drafted(request.with_options(mmap=mmap))
@@ -68,6 +70,16 @@ def _devices(request: Request, draft: Draft) -> Iterator[dict[str, Any]]:
         yield {"device": "cpu", "n_devices": 1}
     elif cuda_is_in_use():  # a load onto the CPU does not begin to use it
         yield {"device": "cuda"}
+
+
+def _spread(request: Request) -> Iterator[Choice]:
+    """A map over all devices and the host, with as much on the devices as fits."""
+    for arguments, changed in over_devices(request):
+        draft = _drafted(changed)
+        fitting = [] if draft is None else list(_fitting(draft, arguments, draft.forecast()))
+        yield from fitting
+        if fitting:
+            return
 
 
 def _more_mapping(request: Request, draft: Draft) -> bool | str | None:
@@ -152,4 +164,5 @@ def _fitting(
             peak_device_bytes=needs.peak_device_bytes,
             needed_bytes=max(needs.by_device.values()),
             mapped_bytes=sum(found.mapped_bytes.values()),
+            streamed_bytes=draft.streamed_bytes(found),
         )

@@ -110,6 +110,13 @@ class Draft:
                 sizes[device] = sizes.get(device, 0) + bytes_of(buffer)
         return sizes
 
+    def streamed_bytes(self, found: Forecast) -> int:
+        """What each forward pass copies to where it runs."""
+        if self.placer.spread is None:
+            return 0
+        sizes = {name: bytes_of(tensor) for name, tensor in self.placer.targets().items()}
+        return sum(self.placer.spread.streamed_bytes({**sizes, **found.quantized_bytes}).values())
+
     def _is_within(self, name: str, n_layers: int | None) -> bool:
         """Whether a parameter is in the first layers, or in none."""
         layer = None if n_layers is None else self.role(name).layer

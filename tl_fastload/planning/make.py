@@ -157,6 +157,7 @@ def _plan(draft: Draft) -> LoadPlan:
         disk_bytes=missing,
         available_disk_bytes=free,
         rooms=needs.rooms(),
+        streamed_bytes=draft.streamed_bytes(found),
         layout=draft.placer.order,
         notes=(*draft.pretrained.notes, *draft.recording.notes),
     )

@@ -17,6 +17,7 @@ from tl_fastload.copies.manifest import read_manifest
 from tl_fastload.copies.read import checked_configuration, may_map
 from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.planning.dry_run import CODE_BYTES, CPU, OBJECTS_BYTES, Needs
+from tl_fastload.planning.over_devices import over_devices
 from tl_fastload.planning.plan import KINDS, Choice, LoadPlan, kind_of
 from tl_fastload.roads.homes import homes
 from tl_fastload.roads.road import Request
@@ -49,10 +50,11 @@ def plan_copy(request: Request, folder: Path) -> LoadPlan:
         by_kind[kind] += found.bytes_of(view)
     by_kind["buffers"] += sum(map(found.bytes_of, manifest.buffers.values()))
     streaming: dict[torch.device, int] = {}
+    streamed: dict[str, int] = {}
     if spread is not None:
         tensors = (*model.named_parameters(), *model.named_buffers())
-        dense = {name: bytes_of(tensor) for name, tensor in tensors}
-        streaming = spread.streaming_bytes({**dense, **found.quantized_bytes()})
+        sizes = {name: bytes_of(tensor) for name, tensor in tensors} | found.quantized_bytes()
+        streaming, streamed = spread.streaming_bytes(sizes), spread.streamed_bytes(sizes)
     needs = _needs(places.held_bytes(), streaming, reads=request.options.verify)
     plan = LoadPlan(
         source=manifest.source or str(folder),
@@ -72,6 +74,7 @@ def plan_copy(request: Request, folder: Path) -> LoadPlan:
         disk_bytes=found.missing_bytes,
         available_disk_bytes=shutil.disk_usage(folder).free if found.missing_bytes else None,
         rooms=needs.rooms(),
+        streamed_bytes=sum(streamed.values()),
         layout=layout_of(manifest, request.options),
         notes=(
             f"A processed copy: {folder if at is None else at.label}.",
@@ -84,7 +87,8 @@ def plan_copy(request: Request, folder: Path) -> LoadPlan:
 
 
 def choices(request: Request, folder: Path) -> Iterator[Choice]:
-    """Ways to load the same copy that fit: mapped, in the memory order that it has, or on the host.
+    """Ways to load the same copy that fit: mapped, in the memory order that it has, over several
+    devices, or on the host.
 
     Args:
         request: the call that does not fit.
@@ -98,16 +102,23 @@ def choices(request: Request, folder: Path) -> Iterator[Choice]:
     if layout_of(manifest, request.options) != manifest.layout:
         as_saved = request.with_options(layout=manifest.layout)
         ways.append(({"layout": manifest.layout}, as_saved))
-    ways.append(({"device": "cpu", "n_devices": 1}, request.changed(device="cpu", n_devices=1)))
+    ways += over_devices(request)
+    if request.options.device_map is None:
+        ways.append(({"device": "cpu", "n_devices": 1}, request.changed(device="cpu", n_devices=1)))
+    is_spread = False
     for arguments, changed in ways:
+        if is_spread and "device_map" in arguments:
+            continue  # the first of these is enough
         plan = plan_copy(changed, folder)
         if plan.fits_memory:
+            is_spread = is_spread or "device_map" in arguments
             yield Choice(
                 arguments=arguments,
                 peak_host_bytes=plan.peak_host_bytes,
                 peak_device_bytes=plan.peak_device_bytes,
                 needed_bytes=max(room.needed_bytes for room in plan.rooms),
                 mapped_bytes=plan.mapped_bytes,
+                streamed_bytes=plan.streamed_bytes,
             )
 
 

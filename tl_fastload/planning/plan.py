@@ -57,6 +57,7 @@ class Choice:
         peak_device_bytes: as in `LoadPlan`.
         needed_bytes: the most that is held on the fullest device at a time, mapped pages left out.
         mapped_bytes: as in `LoadPlan`.
+        streamed_bytes: as in `LoadPlan`.
     """
 
     arguments: dict[str, Any]
@@ -64,11 +65,14 @@ class Choice:
     peak_device_bytes: int | None
     needed_bytes: int
     mapped_bytes: int = 0
+    streamed_bytes: int = 0
 
     def __str__(self) -> str:
         passed = ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
         mapped = f", {format_bytes(self.mapped_bytes)} mapped" if self.mapped_bytes else ""
-        return f"{passed} (needs {format_bytes(self.needed_bytes)}{mapped})"
+        copied = format_bytes(self.streamed_bytes)
+        streamed = f", each forward pass copies {copied}" if self.streamed_bytes else ""
+        return f"{passed} (needs {format_bytes(self.needed_bytes)}{mapped}{streamed})"
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,8 @@ class LoadPlan:
         available_disk_bytes: what is free where these go, on the fuller disk if there are two;
             None if nothing goes anywhere.
         rooms: need and room on the host and on each device.
+        streamed_bytes: of the parts that lie on the host and are copied to a device each time that
+            they run.
         seconds: how long planning took, without `advice`.
         notes: anything else worth knowing, in sentences.
         advise: finds `advice`; None for a plan that fits.
@@ -121,6 +127,7 @@ class LoadPlan:
     disk_bytes: int
     available_disk_bytes: int | None
     rooms: tuple[Room, ...]
+    streamed_bytes: int = 0
     cache_bytes: int = 0
     layout: str = FORWARD
     seconds: float = 0.0
@@ -186,6 +193,8 @@ class LoadPlan:
             if size
         ]
         rows.append(("of these mapped", format_bytes(self.mapped_bytes)))
+        if self.streamed_bytes:
+            rows.append(("copied in each pass", format_bytes(self.streamed_bytes)))
         rows += [
             (label, self._compared(lean, stock))
             for label, lean, stock in (
