@@ -159,10 +159,12 @@ def of_layer(
     Raises:
         QuantizationError: a quantized layer that cannot be read, or has no kernel here.
     """
+    marks = {type(module).__name__, *module._buffers, *module._parameters}
     for format in FORMATS:
-        if why := format.foreign.get(type(module).__name__):
+        for mark in marks & format.foreign.keys():
             raise QuantizationError(
-                f"{name}: {why}. Pass the checkpoint's folder or name, or its file, not hf_model."
+                f"{name}: {format.foreign[mark]}. Pass the checkpoint's file, folder or name, not "
+                "hf_model."
             )
         try:
             layer = format.of_layer(module)

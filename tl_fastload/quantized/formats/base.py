@@ -174,7 +174,8 @@ class Format(ABC):
         offered: what `quantize=` may say -> kind, for formats that quantize.
         advised: of these, what to propose for a model that does not fit, largest first.
         remedy: what to do where its kernels do not work.
-        foreign: classes of layers in memory whose bytes are not read -> what is the matter.
+        foreign: classes of layers in memory, or names of tensors in them, whose bytes are not read
+            -> what is the matter.
     """
 
     name: ClassVar[str]

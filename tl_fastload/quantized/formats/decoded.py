@@ -55,12 +55,12 @@ class DecodedBytes(QuantizedBytes):
         values = torch.empty(self.shape, dtype=dtype, device=self.device)
         if values.is_meta:
             return values
-        if dtype != torch.float32 or self.lies_transposed:
+        if dtype == torch.float32 and not self.lies_transposed:
+            for first, last in self._parts():
+                self.decode(first, last, values[first:last])
+        else:
             for (first, last), part in self._decoded():
                 values[first:last].copy_(part)
-            return values
-        for first, last in self._parts():
-            self.decode(first, last, values[first:last])
         return values
 
     def linear(

@@ -58,6 +58,9 @@ class Gptq(Format):
     pieces: ClassVar[Mapping[str, str]] = dict.fromkeys(
         (*(f".{name}" for name in NEEDED), ".g_idx"), ".weight"
     )
+    foreign: ClassVar[Mapping[str, str]] = {
+        "qweight": "the layer may have put its bytes into the order of its kernel"
+    }
     undeclared: ClassVar[Mapping[str, str]] = {
         "g_idx": '{"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": false}, with '
         "the numbers of its quantize_config.json"
@@ -96,16 +99,20 @@ class Gptq(Format):
         made = PackedBytes(
             *(words.t(), scales.t(), shape, bits, size, "gptq", zeros.t(), spec.zero_shift, groups)
         )
-        _check_zeros(made)
+        # The first version of the format stores a zero point less one. What stands for zero is then
+        # the largest code, which libraries read as zero, as one more than that code, or with a
+        # carry into the next zero point.
+        stored, largest = made.zeros_apart(), (1 << bits) - 1
+        if made.zero_shift and stored is not None and not stored.is_meta:
+            count = int((stored == largest).sum())
+            if count:
+                raise QuantizationError(
+                    f"{count} zero points are stored as {largest}, which the first version of the "
+                    "GPTQ format leaves open: AutoGPTQ reads them as 0, kernels as "
+                    f"{largest + 1}, gptqmodel changes the ones beside them. Take a checkpoint "
+                    "that is symmetric or has the checkpoint_format gptq_v2."
+                )
         return made
-
-    def of_layer(self, module: Any) -> tuple[QuantizedBytes, torch.dtype | None] | None:
-        if "qweight" not in module._buffers and "qweight" not in module._parameters:
-            return None
-        raise QuantizationError(
-            f"a {type(module).__name__} may have put its bytes into the order of its kernel. Pass "
-            "the checkpoint's folder or name, not hf_model."
-        )
 
     def sample(self, kind: str, device: torch.device) -> QuantizedBytes:
         return self.assemble(any_pieces(device, 16, 64), GptqSpec(kind, group_size=64))
@@ -165,25 +172,3 @@ def _is_mixed(dynamic: Any) -> bool:
     """Whether rules for single modules say more than that these are not quantized."""
     rules = dynamic if isinstance(dynamic, Mapping) else {}
     return any(rule and not str(name).startswith("-:") for name, rule in rules.items())
-
-
-def _check_zeros(made: PackedBytes) -> None:
-    """Check that stored zero points mean one thing, where their values are known.
-
-    The first version of the format stores a zero point less one. What stands for zero is then the
-    largest code, which libraries read as zero, as one more than that code, or with a carry into the
-    next zero point.
-
-    Raises:
-        QuantizationError: there are such.
-    """
-    zeros, largest = made.zeros_apart(), (1 << made.bits) - 1
-    if zeros is None or zeros.is_meta or not made.zero_shift:
-        return
-    if count := int((zeros == largest).sum()):
-        raise QuantizationError(
-            f"{count} zero points are stored as {largest}, which the first version of the GPTQ "
-            "format leaves open: AutoGPTQ reads them as 0, kernels as "
-            f"{largest + 1}, gptqmodel changes the ones beside them. Take a checkpoint that is "
-            "symmetric or has the checkpoint_format gptq_v2."
-        )
