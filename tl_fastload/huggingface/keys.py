@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from tl_fastload.ground import compat
+from tl_fastload.ground.own_defaults import looking_only
 from tl_fastload.ground.wrappers import Renaming, without_prefixes
 from tl_fastload.recipes.promise import Promise
 
@@ -71,7 +72,7 @@ def rename_to_model(
         dtype: the dtype that the model is loaded in.
 
     Returns:
-        Promises by model name, and the ledger of what fitted nowhere.
+        Promises by model name, and the ledger of what is tied and of what fitted nowhere.
     """
     wanted: dict[str, Any] = model.state_dict(keep_vars=True)
     plan = _dtype_plan(model, dtype)
@@ -88,7 +89,7 @@ def rename_to_model(
     bare = renaming.apply(promises)
     if bare.keys() <= wanted.keys() and wanted.keys() - bare.keys() <= tied:
         # Every name is the model's own: transformers' table, slow to build, has nothing to say.
-        ledger = Ledger(notes=list(renaming.notes))
+        ledger = Ledger(notes=list(renaming.notes), tied=groups)
         return {name: cast(name, promise) for name, promise in bare.items()}, ledger
     rules = (
         _rules_of_table(model, wanted)
@@ -169,7 +170,7 @@ def _rename(
 
     found: dict[str, Promise] = {}
     collected: dict[str, Any] = {}
-    ledger = Ledger()
+    ledger = Ledger(tied=groups)
     renaming = without_prefixes(promises, fits, groups)
     ledger.note(renaming)
     promises = renaming.apply(promises)
@@ -232,6 +233,7 @@ def is_conv1d(cls: Any) -> bool:
     return getattr(cls, "__name__", "") == "Conv1D"
 
 
+@looking_only
 def tied_groups(model: Any) -> list[list[str]]:
     """Groups of names that are one parameter in this model."""
     groups: dict[Any, list[str]] = defaultdict(list)

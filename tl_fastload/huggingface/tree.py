@@ -20,7 +20,7 @@ from tl_fastload.errors import CheckpointError, UnsupportedArchitectureError
 from tl_fastload.ground.hf_configs import declared_dtype
 from tl_fastload.ground.wrappers import without_wrappers
 from tl_fastload.huggingface.empty import empty_model
-from tl_fastload.huggingface.keys import Ledger, is_conv1d, rename_to_model, tied_groups
+from tl_fastload.huggingface.keys import Ledger, is_conv1d, rename_to_model
 from tl_fastload.quantized.assemble import (
     combine,
     promise_of_layer,
@@ -165,7 +165,6 @@ def fill_tree(model: Any, promises: Mapping[str, Promise], dtype: torch.dtype) -
     rules.
     """
     found, ledger = rename_to_model(model, promises, dtype)
-    ledger.tied = tied_groups(model)
     first = {name: group[0] for group in ledger.tied for name in group}
     lacking: dict[str, Promise] = {}
     for group in ledger.tied:

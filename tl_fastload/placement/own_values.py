@@ -29,10 +29,9 @@ def own_values_apart(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, 
     sums over our strides would round differently. One under another name is copied, or it would be
     overwritten before it is read.
     """
-    own = {id(tensor): name for name, tensor in _own_tensors(model).items()}
-    homes = {
-        t.untyped_storage().data_ptr(): t for t in _own_tensors(model).values() if has_memory(t)
-    }
+    tensors = _own_tensors(model)
+    own = {id(tensor): name for name, tensor in tensors.items()}
+    homes = {t.untyped_storage().data_ptr(): t for t in tensors.values() if has_memory(t)}
     values = dict(state_dict)
     for name, value in state_dict.items():
         if isinstance(value, Promise) or not isinstance(value, torch.Tensor):
@@ -48,6 +47,7 @@ def own_values_apart(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, 
     return values
 
 
+@looking_only
 def _own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
