@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support import bridge_zoo
+from tests.support import bridge_zoo, commands
 from tests.support.bridge_comparison import differences, same_bits, same_values, snapshot
 from tests.support.bridge_stock import quiet
 from tests.support.fake_devices import FIRST, SECOND, THIRD, FakeDevices, back
@@ -181,6 +181,12 @@ def test_names_of_parts(bridge_zoo_folder: BridgeZoo, no_reading: None) -> None:
         for load_ in (plan, LeanTransformerBridge.boot_transformers_lean):
             with pytest.raises(ArgumentError, match=message):
                 load_(folder, device_map=given)
+
+
+def test_the_command_line(bridge_zoo_folder: BridgeZoo) -> None:
+    given = ("--road", "bridge", "--device-map", '{"": "disk", "embed": "cpu"}')
+    found = commands.run("plan", bridge_zoo_folder("gpt2"), *given, code=0)
+    assert "Device map: cpu: embed" in commands.flat(found.output)
 
 
 def test_what_cannot_be_apart(bridge_zoo_folder: BridgeZoo, no_reading: None) -> None:

@@ -17,7 +17,7 @@ import transformers
 import tl_fastload
 from tests.placement.test_forecast import SIZES, UNPROCESSED
 from tests.support import quantized_zoo
-from tl_fastload import LeanHookedTransformer, LoadPlan, NotEnoughMemory, plan
+from tl_fastload import LeanHookedTransformer, LeanTransformerBridge, LoadPlan, NotEnoughMemory, plan
 from tl_fastload.cli.bench.synthetic import parse_shape, weights_file, write_checkpoint
 from tl_fastload.errors import ArgumentError, MissingWeightsError, UnknownModelError
 from tl_fastload.planning import dry_run as drafts
@@ -304,7 +304,7 @@ def devices(monkeypatch: pytest.MonkeyPatch, free: Any) -> Any:
 
     def there(count: int, size: int, host: int) -> None:
         left = {"cuda": size, "cpu": host}
-        for module in (drafts, available, over_devices):
+        for module in (drafts, available, over_devices, homes):
             monkeypatch.setattr(module, "available_bytes", lambda device: left[device.type])
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
@@ -338,6 +338,22 @@ def test_a_map_is_advised(count: int, zoo: Any, devices: Any) -> None:
         assert 0 < choice.streamed_bytes < whole
         assert "each forward pass copies" in str(choice)
         assert "copied in each pass" in str(planned)
+
+
+def test_a_bridge_over_devices(zoo: Any, devices: Any) -> None:
+    """`n_devices=` is a balanced map, as in TransformerLens; one of several is advised."""
+    folder = zoo("gpt2", **GPT2)
+    whole = LeanTransformerBridge.plan(folder, device="cpu").total_bytes
+    devices(2, whole * 4 // 5, 10 * whole)
+    found = LeanTransformerBridge.plan(folder, device="cuda")
+    assert not found.fits
+    balanced = LeanTransformerBridge.plan(folder, device="cuda", n_devices=2)
+    (note,) = [note for note in balanced.notes if note.startswith("Device map")]
+    assert note.startswith("Device map: cuda:0: embed")
+    assert "; cuda:1: blocks." in note
+    assert "cpu" not in note
+    choice = next(one for one in found.advice if "device_map" in one.arguments)
+    assert LeanTransformerBridge.plan(folder, **choice.arguments).fits
 
 
 @pytest.mark.parametrize("form", ["nf4", "8bit", "fp8"])
