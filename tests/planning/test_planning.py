@@ -17,7 +17,13 @@ import transformers
 import tl_fastload
 from tests.placement.test_forecast import SIZES, UNPROCESSED
 from tests.support import quantized_zoo
-from tl_fastload import LeanHookedTransformer, LeanTransformerBridge, LoadPlan, NotEnoughMemory, plan
+from tl_fastload import (
+    LeanHookedTransformer,
+    LeanTransformerBridge,
+    LoadPlan,
+    NotEnoughMemory,
+    plan,
+)
 from tl_fastload.cli.bench.synthetic import parse_shape, weights_file, write_checkpoint
 from tl_fastload.errors import ArgumentError, MissingWeightsError, UnknownModelError
 from tl_fastload.planning import dry_run as drafts
