@@ -6,6 +6,7 @@ Every process checks the same, so that a difference in one of them fails the tes
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,34 @@ def check_uses(model: Any, reference: Any, hook: str) -> None:
     settings = {"max_new_tokens": 3, "do_sample": False, "verbose": False, "stop_at_eos": False}
     assert torch.equal(*(m.generate(TOKENS, **settings) for m in (model, reference)))
     assert all(hasattr(p, "full_tensor") for p in model.parameters())
+
+
+IN_LAYERS = ("attn.hook_z", "attn.hook_pattern", "mlp.hook_post", "hook_attn_out")
+
+
+def check_close(
+    model: Any, reference: Any, atol: float = 1e-5, layers: tuple[str, ...] = IN_LAYERS
+) -> None:
+    """What tensor parallel layers give is whole, and hooks in them see and give whole tensors."""
+    found, cache = model.run_with_cache(TOKENS)
+    wanted, known = reference.run_with_cache(TOKENS)
+    close = partial(torch.testing.assert_close, rtol=0, atol=atol)
+    close(found, wanted)
+    for name in known:
+        close(cache[name], known[name])
+    for hook in layers:
+        hooks = [(f"blocks.1.{hook}", zero_a_position)]
+        close(*(m.run_with_hooks(TOKENS, fwd_hooks=hooks) for m in (model, reference)))
+    for one in (model, reference):
+        one(TOKENS, return_type="loss").backward()
+    grads = {name: parameter.grad for name, parameter in reference.named_parameters()}
+    for name, parameter in model.named_parameters():
+        if grads[name] is not None:
+            close(whole(parameter.grad), grads[name])
+    settings = {"max_new_tokens": 3, "do_sample": False, "verbose": False, "stop_at_eos": False}
+    for cached in (True, False):
+        given = {**settings, "use_past_kv_cache": cached}
+        assert torch.equal(*(m.generate(TOKENS, **given) for m in (model, reference)))
 
 
 def check_resuming(

@@ -11,7 +11,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,11 @@ from tests.support.counting import AllocatedBytes
 from tests.support.several import (
     TOKENS,
     CountingReader,
+    check_close,
     check_equal,
     check_resuming,
     check_uses,
     message_of,
-    whole,
-    zero_a_position,
 )
 from tl_fastload import (
     LeanHookedTransformer,
@@ -141,29 +139,6 @@ def fully(folder: Path, mesh: Any) -> None:
     assert from_copy.load_report.mapped_bytes > 0
     check_resuming(model, lambda: load(name, mesh, "fsdp"), folder / "states")
     check_arguments(mesh, name)
-
-
-def check_close(model: Any, reference: Any, atol: float = 1e-5) -> None:
-    """What tensor parallel layers give is whole, and hooks in them see and give whole tensors."""
-    found, cache = model.run_with_cache(TOKENS)
-    wanted, known = reference.run_with_cache(TOKENS)
-    close = partial(torch.testing.assert_close, rtol=0, atol=atol)
-    close(found, wanted)
-    for name in known:
-        close(cache[name], known[name])
-    for hook in ("attn.hook_z", "attn.hook_pattern", "mlp.hook_post", "hook_attn_out"):
-        hooks = [(f"blocks.1.{hook}", zero_a_position)]
-        close(*(m.run_with_hooks(TOKENS, fwd_hooks=hooks) for m in (model, reference)))
-    for one in (model, reference):
-        one(TOKENS, return_type="loss").backward()
-    grads = {name: parameter.grad for name, parameter in reference.named_parameters()}
-    for name, parameter in model.named_parameters():
-        if grads[name] is not None:
-            close(whole(parameter.grad), grads[name])
-    settings = {"max_new_tokens": 3, "do_sample": False, "verbose": False, "stop_at_eos": False}
-    for cached in (True, False):
-        given = {**settings, "use_past_kv_cache": cached}
-        assert torch.equal(*(m.generate(TOKENS, **given) for m in (model, reference)))
 
 
 def tensor(folder: Path, mesh: Any) -> None:

@@ -17,7 +17,7 @@ from tl_fastload.bridge.record import record
 from tl_fastload.huggingface.config import Supported
 from tl_fastload.placement.spread import Spread
 from tl_fastload.placement.streaming import put_to_work
-from tl_fastload.roads.road import Road
+from tl_fastload.roads.road import Road, TensorParallel
 
 
 def _why_not(name: str, model_type: str, is_seq2seq: bool) -> str:
@@ -53,6 +53,12 @@ def _folded_names(model: Any) -> list[str]:
 _SUPPORTED = Supported(tuple(sorted(versions.adapters())), _why_not)
 
 
+def _tensor_parallel() -> TensorParallel:
+    module: Any = import_module("tl_fastload.bridge.parallel")
+    found: TensorParallel = module
+    return found
+
+
 class BridgeRoad:
     """What `tl_fastload.roads.road.Road` asks for."""
 
@@ -68,7 +74,7 @@ class BridgeRoad:
     shared = staticmethod(lambda held: held.shared_model)
     stored = staticmethod(copied.stored)
     settle = staticmethod(copied.StoredShelf.settle)
-    tensor_parallel = None
+    tensor_parallel = staticmethod(_tensor_parallel)
     default_device = staticmethod(_default_device)
     device_map = staticmethod(_device_map)
     parts = staticmethod(parts_of)

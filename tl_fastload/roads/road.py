@@ -5,7 +5,7 @@ What loads, plans and keeps copies knows roads by this interface alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from tl_fastload.errors import ArgumentError
 from tl_fastload.ground.role import Role, RoleOf
 from tl_fastload.huggingface.config import Supported
 from tl_fastload.huggingface.pretrained import Located, Pretrained
@@ -23,7 +22,7 @@ from tl_fastload.recipes.promise import Promise
 from tl_fastload.request.contradictions import check_arguments, check_device_map
 from tl_fastload.request.keywords import Keywords
 from tl_fastload.request.options import Options
-from tl_fastload.request.sharing import TENSOR, check_sharing
+from tl_fastload.request.sharing import check_sharing
 from tl_fastload.roads.observer import Observer
 from tl_fastload.source.aliases import Aliases
 from tl_fastload.source.location import Location
@@ -65,12 +64,6 @@ class Request:
         options.check()
         check_arguments(self.arguments, self.keywords)
         check_sharing(self.options, self.arguments)
-        if options.parallel == TENSOR and self.road.tensor_parallel is None:
-            raise ArgumentError(
-                f'parallel="tp" shares the heads of a HookedTransformer, and a {self.road.name} '
-                'computes with modules of transformers\': use parallel="fsdp", or '
-                "LeanHookedTransformer."
-            )
         also = {**self.arguments, "mesh": options.mesh}
         check_device_map(options.device_map, options.max_memory, also)
 
@@ -119,8 +112,8 @@ class TensorParallel(Protocol):
             ArgumentError: the model cannot be shared so.
         """
 
-    def run_in_parallel(self, model: Any, dims: Mapping[str, int | None], mesh: Any) -> None:
-        """Make a model whose parameters are parts compute with them."""
+    def layers(self, model: Any, shared: Iterable[str]) -> Iterable[nn.Module]:
+        """The attention and MLP layers, which compute with the parameters of these names."""
 
 
 def home_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -159,7 +152,7 @@ class Road(Protocol):
         config_class: the dataclass of its models' `cfg`.
         supported: which model classes it can load.
         tensor_parallel: gives what lets several processes compute with parts of one model's
-            matrices; None where they cannot.
+            matrices.
         counts_devices: whether `cfg.n_devices` of a model with a device map says over how many it
             lies; to others it says that their forward pass moves activations between blocks.
     """
@@ -174,7 +167,7 @@ class Road(Protocol):
     def supported(self) -> Supported: ...
 
     @property
-    def tensor_parallel(self) -> Callable[[], TensorParallel] | None: ...
+    def tensor_parallel(self) -> Callable[[], TensorParallel]: ...
 
     @property
     def counts_devices(self) -> bool: ...

@@ -42,7 +42,6 @@ def begin(options: Options, model: nn.Module, recipes: dict[str, Promise]) -> Sh
     if options.parallel == FULLY:
         choose = partial(even_or_long, ranks.size)
     else:
-        assert road.tensor_parallel is not None  # or the call was refused
         choose = road.tensor_parallel().dims_to_share(model, ranks.size)
     sharding = Sharding.begin(model, shared, recipes, choose, ranks)
     sharding.cut(recipes)
@@ -57,10 +56,12 @@ def finish(sharding: Sharding, options: Options) -> None:
         shard_fully(sharding)
         shared.follow()
         return
-    dims = {name: part.dim for name, part in sharding.plan.parts.items()}
     tensor_parallel = road_of(shared.model).tensor_parallel
-    assert tensor_parallel is not None  # or it could not have begun
-    tensor_parallel().run_in_parallel(shared.model, dims, sharding.ranks.mesh)
+    from tl_fastload.shards.tensor import compute_in_parts, shard_tensors
+
+    layers = tensor_parallel().layers(shared.model, shard_tensors(sharding))
+    compute_in_parts(layers, sharding.ranks.mesh)
+    shared.follow()
     warnings.warn(
         'parallel="tp" adds up what processes compute, in another order than one process does: '
         "numbers differ by rounding.",
