@@ -102,9 +102,12 @@ def main(folder: Path) -> None:
             mapped = load(copy, mesh=mesh, parallel="fsdp")
             assert mapped.load_report.mapped_bytes > 0
             check_equal(mapped, reference)
+        check_equal(load(copy, mesh=mesh, parallel="tp"), reference)
         check_refused(model, folder / case, mesh)
         again = partial(load, copy, mesh=mesh, parallel="fsdp")
         check_resuming(from_copy, again, folder / "states", lambda m: m.original_model)
+    other = partial(load, folder / "qwen3", mesh=mesh, parallel="tp")
+    assert "qwen3" in message_of(other)
     dist.destroy_process_group()
 
 
