@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
+from tl_fastload.bridge.quantizing import role_in
 from tl_fastload.errors import ArgumentError
 
-# Pattern of a name -> which dimension of the matrix is shared, and which of the bias. Linear
-# matrices are [out, in], those of GPT-2 [in, out].
-_GPT2 = {
-    r"\.attn\.[qkv]\.": (0, 0),
-    r"\.attn\.o\.": (0, None),
-    r"\.mlp\.c_fc\.": (1, 0),
-    r"\.mlp\.c_proj\.": (0, None),
-}
-_LLAMA = {
-    r"\.self_attn\.[qkv]_proj\.": (0, 0),
-    r"\.self_attn\.o_proj\.": (1, None),
-    r"\.mlp\.(gate|up)_proj\.": (0, 0),
-    r"\.mlp\.down_proj\.": (1, None),
-}
-_DIMS = {"gpt2": _GPT2, "llama": _LLAMA}
-"""By `model_type` of transformers' configuration."""
+_COMPARED = ("gpt2", "llama")
+"""`model_type` of what has been compared with one process."""
+
+_SIDES = {"attention": "d_attn", "MLP": "d_mlp"}
+_KEPT = ("query, key and value",)  # which nothing is computed with
 
 
 def dims_to_share(held: Any, n_ranks: int) -> Callable[[str, torch.Size], list[int] | None]:
@@ -40,9 +29,9 @@ def dims_to_share(held: Any, n_ranks: int) -> Callable[[str, torch.Size], list[i
         ArgumentError: another architecture, or heads or columns that do not divide.
     """
     config = held.shared_model.root.config
-    if config.model_type not in _DIMS:
+    if config.model_type not in _COMPARED:
         raise ArgumentError(
-            f'parallel="tp" shares bridges of {" and ".join(_DIMS)}, and this is a '
+            f'parallel="tp" shares bridges of {" and ".join(_COMPARED)}, and this is a '
             f'{config.model_type}: use parallel="fsdp", or LeanHookedTransformer.'
         )
     cfg = held.cfg
@@ -54,16 +43,19 @@ def dims_to_share(held: Any, n_ranks: int) -> Callable[[str, torch.Size], list[i
             'use parallel="fsdp", or fewer processes.'
         )
 
+    places = held.shared_model.places
+
     def shared(name: str, shape: torch.Size) -> list[int] | None:
-        for pattern, (matrix, bias) in _DIMS[config.model_type].items():
-            if re.search(pattern, name):
-                dim = matrix if len(shape) > 1 else bias
-                return None if dim is None else [dim]
-        return None
+        found = role_in(name, places[name][0][0], places)
+        if found.kind not in ("matrix", "bias") or found.what in _KEPT:
+            return None
+        dim = found.dim(_SIDES.get(found.part, ""))
+        return None if dim is None else [dim]
 
     return shared
 
 
 def layers(bridge: Any, shared: Iterable[str]) -> list[nn.Module]:
     """The modules that compute with parts: attention and MLP layers."""
-    return [layer for block in bridge.blocks for layer in (block.attn, block.mlp)]
+    lists = [child for child in bridge.children() if isinstance(child, nn.ModuleList)]
+    return [layer for blocks in lists for block in blocks for layer in (block.attn, block.mlp)]
