@@ -57,5 +57,5 @@ def dims_to_share(held: Any, n_ranks: int) -> Callable[[str, torch.Size], list[i
 
 def layers(bridge: Any, shared: Iterable[str]) -> list[nn.Module]:
     """The modules that compute with parts: attention and MLP layers."""
-    lists = [child for child in bridge.children() if isinstance(child, nn.ModuleList)]
+    lists: list[Any] = [child for child in bridge.children() if isinstance(child, nn.ModuleList)]
     return [layer for blocks in lists for block in blocks for layer in (block.attn, block.mlp)]
