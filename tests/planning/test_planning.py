@@ -135,6 +135,21 @@ def test_kinds(zoo: Any) -> None:
     assert layers["MLP"] * model.cfg.n_layers == found.parameter_bytes["MLP"]
 
 
+@pytest.mark.parametrize("case_id", ["gpt-oss", "mixtral"])
+def test_experts_are_mapped_as_they_lie_in_the_file(case_id: str, zoo: Any) -> None:
+    """TransformerLens' converter makes contiguous copies of some."""
+    folder = zoo(case_id)
+    copied, mapped = load(folder, **UNPROCESSED), load(folder, mmap=True, **UNPROCESSED)
+    assert plan(folder, device="cpu", mmap=True, **UNPROCESSED).mapped_bytes == (
+        mapped.load_report.mapped_bytes
+    )
+    experts = [name for name, _ in mapped.named_parameters() if ".experts." in name]
+    of_experts = sum(mapped.get_parameter(name).nbytes for name in experts)
+    assert mapped.load_report.mapped_bytes > of_experts > 0
+    for name, parameter in copied.named_parameters():
+        assert torch.equal(mapped.get_parameter(name), parameter), name
+
+
 def test_mapped_weights_need_no_memory(zoo: Any, free: Any) -> None:
     folder = zoo("gpt2", **GPT2)
     free(500_000)

@@ -11,10 +11,10 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any
 
+from tl_fastload.ground.compat import item_bytes
 from tl_fastload.ground.cores import Cores
-from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.recipes.evaluate import Evaluation, Value
-from tl_fastload.recipes.nodes import Node, Source, meta_of
+from tl_fastload.recipes.nodes import Node, Source, dtype_of, shape_of
 from tl_fastload.recipes.spares import LEAST_BYTES, Spares
 
 _LOOK_SECONDS = 0.5  # so that an interrupt is never stuck in a wait, whatever the system
@@ -60,7 +60,7 @@ class ReadingAhead:
         """
         self._evaluations = [*self._evaluations[-1:], evaluation]  # and the one that is in work
         for node, view in evaluation.reads().items():
-            size = bytes_of(meta_of(node))
+            size = shape_of(node).numel() * item_bytes(dtype_of(node))
             if not view.source.reads_ahead or size < LEAST_BYTES:
                 continue
             most_bytes -= size

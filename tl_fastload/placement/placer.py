@@ -24,7 +24,15 @@ from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.quantized.quantizer import Quantizer
 from tl_fastload.quantized.recipes import QuantizedSource
 from tl_fastload.recipes.evaluate import Evaluation, Value, sources
-from tl_fastload.recipes.nodes import Call, MemorySource, Node, SourceView, aten, meta_of
+from tl_fastload.recipes.nodes import (
+    Call,
+    MemorySource,
+    Node,
+    SourceView,
+    as_stored,
+    aten,
+    meta_of,
+)
 from tl_fastload.recipes.promise import Promise
 from tl_fastload.recipes.spares import Spares
 from tl_fastload.report.memory import return_freed_memory
@@ -268,7 +276,7 @@ class Placer:
 
     def mappable(self, name: str, promise: Promise, target: torch.Tensor) -> SourceView | None:
         """The part of a file that is this parameter as it stands, if it may be mapped."""
-        node = promise.node
+        node = as_stored(promise.node) if self.map_gaps else promise.node
         if self.maps is None or not self.assign or not isinstance(node, SourceView):
             return None
         if node.casts or not isinstance(node.source, FileSource) or has_overlap(node.geometry):

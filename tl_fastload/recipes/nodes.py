@@ -160,3 +160,21 @@ def shape_of(node: Node) -> torch.Size:
 def dtype_of(node: Node) -> torch.dtype:
     """The dtype of a node's value."""
     return node.dtype if isinstance(node, SourceView) else meta_of(node).dtype
+
+
+def as_stored(node: Node) -> Node:
+    """The view of a source below copies and casts that leave every value what it is (bfloat16 to
+    float32 and back); the node itself where there is none.
+    """
+    below, through = node, [dtype_of(node)]
+    while isinstance(below, Call) and below.func in (aten.clone.default, aten._to_copy.default):
+        through.append(below.meta.dtype)
+        below = below.args[0]
+    if not isinstance(below, SourceView):
+        return node
+    stored = below.source.dtype
+    through += below.casts
+    is_wide = all(torch.promote_types(stored, dtype) == dtype for dtype in through)
+    if not stored.is_floating_point or through[0] != stored or not is_wide:
+        return node
+    return SourceView(below.source, below.geometry)
