@@ -82,14 +82,15 @@ class _Whole:
         if self._came_from is None or output is None:
             return None
         if isinstance(output, tuple) and not hasattr(output, "_fields"):
-            return tuple(_one_moved(one, self._came_from) for one in output)
+            return tuple(one_moved(one, self._came_from) for one in output)
         # Attentions and hidden states, in tuples, stay where they were made.
         for name, value in dict(output).items() if isinstance(output, dict) else ():
-            output[name] = _one_moved(value, self._came_from)
-        return _one_moved(output, self._came_from)
+            output[name] = one_moved(value, self._came_from)
+        return one_moved(output, self._came_from)
 
 
-def _one_moved(value: Any, device: torch.device) -> Any:
+def one_moved(value: Any, device: torch.device) -> Any:
+    """A tensor on a device; anything else, also what has tensors in it, as it is."""
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 

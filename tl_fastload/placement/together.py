@@ -16,6 +16,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from tl_fastload.placement.streaming import one_moved
+
 # These take what lies elsewhere, and `to` is asked where that is.
 _MOVING = (torch.Tensor.to, torch.Tensor.copy_, torch.Tensor.type_as)
 
@@ -29,12 +31,8 @@ class Together(TorchFunctionMode):
         devices = {tensor.device for tensor in found}
         if len(devices) > 1 and func not in _MOVING and not any(x.is_meta for x in found):
             device = found[0].device
-            args, kwargs = tree_map(lambda x: _on(x, device), (args, kwargs))
+            args, kwargs = tree_map(lambda x: one_moved(x, device), (args, kwargs))
         return func(*args, **kwargs)
-
-
-def _on(x: Any, device: torch.device) -> Any:
-    return x.to(device) if isinstance(x, torch.Tensor) else x
 
 
 def is_apart(model: nn.Module) -> bool:
