@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -72,6 +73,21 @@ def test_a_sum_that_differs_is_not_said_to_be_the_same() -> None:
     assert not same_in_any_width(aten.var.correction, [operand, [1]], 8)
     assert not same_in_any_width(aten.mm.default, [operand[0], operand[0].T], 8)
     assert same_in_any_width(aten.mm.default, [operand[0], operand[0].T], 1)
+
+    column = torch.randn(1031, 1, generator=torch.Generator().manual_seed(0))
+    rows = column.t().expand(257, 1031).t()[..., None].expand(1031, 257, 1)
+    assert not same_in_any_width(aten.mean.dim, [rows, [2, 1], True], 8)  # [2] is one element
+
+
+def test_a_sum_with_a_factor_is_not_said_to_be_the_same() -> None:
+    generator = torch.Generator().manual_seed(0)
+    arguments = [torch.randn(1024, 129, generator=generator), torch.tensor([[2.7]])]
+    for alpha in (1, -1, 0.3):
+        expected = in_width(1, partial(aten.add.Tensor, alpha=alpha), arguments)
+        found = in_width(8, partial(aten.add.Tensor, alpha=alpha), arguments)
+        said = same_in_any_width(aten.add.Tensor, arguments, 8, {"alpha": alpha})
+        assert said == (alpha != 0.3)
+        assert torch.equal(found, expected) or not said
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

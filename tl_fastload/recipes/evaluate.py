@@ -231,7 +231,7 @@ class Evaluation:
             values[position] = self.value(found[position])
         inputs = [values[position] for position in range(len(found))]
         arguments, kwargs = _fill(node, [value.tensor for value in inputs])
-        with self._threads_for(node.func, arguments):
+        with self._threads_for(node.func, arguments, kwargs):
             result = self._result(node, inputs, arguments, kwargs)
         buffer = self._buffer_of(result, inputs)
         buffer.holders += 1
@@ -239,10 +239,12 @@ class Evaluation:
             self.let_go(value)
         return Value(result, buffer)
 
-    def _threads_for(self, func: Any, arguments: list[Any]) -> AbstractContextManager[None]:
+    def _threads_for(
+        self, func: Any, arguments: list[Any], kwargs: dict[str, Any]
+    ) -> AbstractContextManager[None]:
         if not self.cores.helpers:
             return nullcontext()
-        if same_in_any_width(func, arguments, torch.get_num_threads()):
+        if same_in_any_width(func, arguments, torch.get_num_threads(), kwargs):
             return self.cores.beside_helpers()
         return self.cores.alone()
 

@@ -7,7 +7,9 @@ summed, where threads share columns: their shares begin at multiples of 128 byte
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,16 +29,23 @@ _GRAIN_NUMEL = 32768  # at::internal::GRAIN_SIZE: fewer elements are one thread'
 _BLOCK_BYTES = 256  # four of the widest vectors, which one vector loop takes at a time
 
 
-def same_in_any_width(func: Any, arguments: list[Any], width: int) -> bool:
+def same_in_any_width(
+    func: Any, arguments: list[Any], width: int, kwargs: Mapping[str, Any] = MappingProxyType({})
+) -> bool:
     """Whether an operation gives the same bits in one thread as in `width`, on the CPU.
 
     Args:
         func: the ATen operation.
         arguments: of its call, tensors in place.
         width: threads of the caller.
+        kwargs: of its call.
     """
-    if width == 1 or func in _ELEMENTWISE:
+    if width == 1:
         return True
+    if func in _ELEMENTWISE:
+        # Where a thread's share begins decides which elements a vector loop takes, and only there
+        # is a product with another factor added without being rounded.
+        return kwargs.get("alpha", 1) in (1, -1)
     if func not in _SUMS or not isinstance(arguments[0], torch.Tensor) or len(arguments) < 2:
         return False
     operand, dims = arguments[0], arguments[1]
@@ -49,7 +58,10 @@ def same_in_any_width(func: Any, arguments: list[Any], width: int) -> bool:
     sizes = [operand.shape[dim] for dim in kept]
     if prod(sizes) < 2:
         return False
-    if any(operand.stride(dim) == 1 for dim in summed):  # rows, each summed by itself
+    # A dimension of one element has whatever stride.
+    if any(
+        operand.stride(dim) == 1 < operand.shape[dim] for dim in summed
+    ):  # rows, each summed by itself
         return True
     if operand.stride(kept[-1]) != 1:
         return False
