@@ -151,16 +151,21 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert available_bytes(torch.device("meta")) is None
 
 
-def test_what_torch_holds_free_on_a_device_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device", ["cuda:1", "cuda"])  # torch takes the latter only at times
+def test_what_torch_holds_free_on_a_device_is_available(
+    monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     for name, value in (
-        ("is_available", True),
         ("mem_get_info", (5 * GIB, 80 * GIB)),
         ("memory_reserved", 3 * GIB),
         ("memory_allocated", 2 * GIB),
         ("get_per_process_memory_fraction", 1.0),
     ):
-        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
-    assert available_bytes(torch.device("cuda:1")) == 6 * GIB
+        asked = {1: value, torch.device("cuda:1"): value}
+        monkeypatch.setattr(torch.cuda, name, asked.__getitem__)
+    assert available_bytes(torch.device(device)) == 6 * GIB
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.1)
     assert available_bytes(torch.device("cuda:1")) == 6 * GIB  # a tenth is 8, of which 2 are used
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 * GIB)

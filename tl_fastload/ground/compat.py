@@ -124,12 +124,12 @@ def item_bytes(dtype: torch.dtype) -> int:
     return torch.empty(0, dtype=dtype, device="meta").element_size()
 
 
-def cuda_memory_fraction(device: torch.device) -> float:
+def cuda_memory_fraction(index: int) -> float:
     """The part of a CUDA device that this process may take; torch before 2.7 does not tell."""
     import torch
 
     ask: Any = getattr(torch.cuda, "get_per_process_memory_fraction", None)
-    return 1.0 if ask is None else float(ask(device))
+    return 1.0 if ask is None else float(ask(index))
 
 
 def multiplies_in_fewer_bits() -> bool:

@@ -47,12 +47,14 @@ def available_bytes(device: torch.device) -> int | None:
         return available_host_bytes()
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
+    # Some of these functions of torch's take no "cuda" for the current device.
+    index = torch.cuda.current_device() if device.index is None else device.index
     # What torch's allocator holds free is at hand as well.
-    allocated = torch.cuda.memory_allocated(device)
-    free, total = torch.cuda.mem_get_info(device)
-    left = free + torch.cuda.memory_reserved(device) - allocated
+    allocated = torch.cuda.memory_allocated(index)
+    free, total = torch.cuda.mem_get_info(index)
+    left = free + torch.cuda.memory_reserved(index) - allocated
     # torch.cuda.set_per_process_memory_fraction.
-    return int(min(left, total * compat.cuda_memory_fraction(device) - allocated))
+    return int(min(left, total * compat.cuda_memory_fraction(index) - allocated))
 
 
 def available_host_bytes(root: Path = Path("/")) -> int:
