@@ -96,6 +96,28 @@ def test_many_files_need_few_descriptors(tmp_path: Path, monkeypatch: pytest.Mon
         files.descriptor(paths[0])
 
 
+def test_each_file_is_closed_if_closing_one_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [tmp_path / name for name in "abc"]
+    for path in paths:
+        path.write_bytes(b"x")
+    files = OpenFiles()
+    left = [files.descriptor(path) for path in paths]
+
+    def close(descriptor: int) -> None:
+        left.remove(descriptor)
+        really_close(descriptor)
+        raise OSError("Input/output error")
+
+    really_close = os.close
+    monkeypatch.setattr(os, "close", close)
+    with pytest.raises(OSError, match="Input/output"):
+        files.close()
+    assert left == []
+    files.close()  # which would close descriptors of others by now
+
+
 def load_while(folder: Path, change: Callable[[], None], **options: Any) -> Any:
     """Load, and let something happen at the first parameter that is placed."""
     calls: list[Any] = []

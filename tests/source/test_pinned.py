@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +70,27 @@ def test_a_file_that_ends_early_is_an_error_in_the_thread_that_loads(file: Path)
     ring.close()
     reader.close()
     assert not [one for one in threading.enumerate() if one.name.startswith("tl_fastload-pinned")]
+
+
+def test_files_are_closed_and_rings_end_whatever_fails_there(file: Path) -> None:
+    class FailingBus(PromptBus):
+        def finish(self) -> None:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    reader = FileReader()
+    buses = [FailingBus(), FailingBus()]
+    reader.bus_to = lambda device: buses.pop()
+    for device in ("cpu", "meta"):
+        ring = reader.ring(torch.device(device))
+        assert ring is not None
+        ring.send(file, 0, torch.zeros(SIZE, dtype=torch.uint8))
+    descriptor = reader.files.descriptor(file)
+    with pytest.raises(RuntimeError, match="illegal memory"):
+        reader.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+    assert not [one for one in threading.enumerate() if one.name.startswith("tl_fastload-pinned")]
+    reader.close()  # there is nothing left to close
 
 
 def source_of(file: Path, reader: FileReader) -> tuple[FileSource, torch.Tensor]:

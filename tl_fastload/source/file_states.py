@@ -155,8 +155,8 @@ class OpenFiles:
 
     def close(self) -> None:
         """Close the files, and forget what they were."""
-        self._close_descriptors()
         self._states.clear()
+        self._close_descriptors()
 
     def _open(self, path: Path) -> int:
         try:
@@ -173,9 +173,10 @@ class OpenFiles:
             raise unreadable(path, error) from error
 
     def _close_descriptors(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
+        descriptors, self._descriptors = self._descriptors, {}
+        with contextlib.ExitStack() as all_of_them:  # also those behind one that fails
+            for descriptor in descriptors.values():
+                all_of_them.callback(os.close, descriptor)
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:

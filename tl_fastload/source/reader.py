@@ -12,6 +12,7 @@ import threading
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,12 @@ class FileReader:
     def close(self) -> None:
         """Close the files and free the buffers."""
         rings, self._rings, self._window = self._rings, {}, None
-        for ring in rings.values():
-            if ring is not None:
-                ring.close()
-        self.files.close()
         self._scratch = _Scratch()
+        with ExitStack() as all_of_them:  # also those behind one that fails
+            all_of_them.callback(self.files.close)
+            for ring in rings.values():
+                if ring is not None:
+                    all_of_them.callback(ring.close)
 
     def stop(self) -> None:
         """Have reads that other threads are in end soon, with an error: nobody wants them."""
