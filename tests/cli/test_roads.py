@@ -12,8 +12,9 @@ import pytest
 from tests.support.commands import flat, run
 from tl_fastload import faces
 from tl_fastload.cli import options
+from tl_fastload.cli.bench import loads
 from tl_fastload.cli.bench import run as bench_run
-from tl_fastload.errors import MissingPackageError
+from tl_fastload.errors import ArgumentError, MissingPackageError
 from tl_fastload.ground import compat
 
 pytestmark = pytest.mark.skipif(not compat.has_bridge(), reason="no TransformerBridge")
@@ -58,6 +59,20 @@ def test_bench_loads_bridges(
         "stock float32 bridge",
         "lean float32 bridge",
     ]
+
+
+@pytest.mark.parametrize(("option", "value"), [("--strategy", "copy"), ("--quantize", "nf4")])
+def test_bench_refuses_what_booting_has_not(
+    option: str, value: str, bridge_zoo_folder: Callable[..., Path], no_reading: None
+) -> None:
+    folder = bridge_zoo_folder("gpt2")
+    given = ("bench", folder, "--road", "bridge", "--no-processing", option, value)
+    written = flat(run(*given, code=2).output)
+    assert f"Invalid value for '{option}': a bridge that is not processed is booted" in written
+    contender = {"loader": "lean", "dtype": "float32", "processed": False, "road": "bridge"}
+    load, _ = loads.prepare(contender | {option[2:]: value}, str(folder), "", str(folder))
+    with pytest.raises(ArgumentError, match=f"{option[2:]}="):
+        load()
 
 
 def test_doctor_tells_the_roads() -> None:

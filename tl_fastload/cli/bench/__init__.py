@@ -85,6 +85,8 @@ def bench(
     from tl_fastload.faces import installed, lean_class
 
     on = road or next(iter(installed()), "hooked")
+    if on == "bridge" and not processing:
+        _check_booted(strategies, kinds)
     contenders = []  # what is compared stands together
     for one in dict.fromkeys(dtypes):
         contenders += [Contender("stock", one, processing, road=on)] if stock else []
@@ -99,6 +101,17 @@ def bench(
         _draw(label, found, plot)
     if any((one.error or "").startswith("failed") for one in found.values()):
         raise typer.Exit(1)
+
+
+def _check_booted(strategies: list[str], kinds: list[str]) -> None:
+    """Raise BadParameter for options that booting a bridge, which processes nothing, has not."""
+    for option, given in (("--strategy", set(strategies) - {"auto"}), ("--quantize", kinds)):
+        if given:
+            raise typer.BadParameter(
+                "a bridge that is not processed is booted, which has no such choice: leave it out, "
+                "or leave out --no-processing.",
+                param_hint=f"'{option}'",
+            )
 
 
 def _show(label: str, found: Found) -> None:

@@ -71,7 +71,8 @@ def prepare(
         return _with_phases(
             _stock_bridge(folder, *how) if is_bridge else stock_load(stock_name, *how)
         )
-    more: dict[str, Any] = {"strategy": wanted.strategy, "quantize": wanted.quantize}
+    own = {"strategy": wanted.strategy, "quantize": wanted.quantize}
+    more: dict[str, Any] = {n: value for n, value in own.items() if value not in ("auto", None)}
     return lean_load(model, *how, wanted.road, **more), _describe_lean
 
 
@@ -117,20 +118,18 @@ def stock_load(name: str, dtype: str, processed: bool, hf_model: Load | None = N
 def lean_load(
     model: str | Path, dtype: str, processed: bool, road: str = "hooked", **more: Any
 ) -> Load:
-    """This package's loader; of an unprocessed bridge, which is booted, without `more`."""
+    """This package's loader; an unprocessed bridge is booted, which takes fewer arguments."""
     from tl_fastload.faces import lean_class
 
-    cls = lean_class(road)
-    if road == "bridge" and not processed:
-        return _with_dtype(cls.boot_transformers_lean, model, dtype)
     if more.get("quantize"):
         from tl_fastload.quantized import formats
 
         spec = formats.read_quantization(more["quantize"])
         if spec is not None:  # imports kernels, which is not a part of the load
             formats.of_kind(spec.kind).require_device(torch.device("cpu"))
-    way = "from_pretrained_lean" if processed else "from_pretrained_no_processing_lean"
-    return partial(_with_dtype(getattr(cls, way), model, dtype), **more)
+    raw = "boot_transformers_lean" if road == "bridge" else "from_pretrained_no_processing_lean"
+    load = getattr(lean_class(road), "from_pretrained_lean" if processed else raw)
+    return partial(_with_dtype(load, model, dtype), **more)
 
 
 def _with_dtype(load: Load, model: str | Path, dtype: str) -> Load:
