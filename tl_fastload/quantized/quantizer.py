@@ -106,5 +106,5 @@ def _why_dense(name: str, role: Role, promise: Promise, spec: Spec) -> str | Non
     names = [name, *(getattr(source, "name", "") for source in read)]
     if any(f".{part}." in f".{one}." for part in spec.skip for one in names):
         return "skipped, as the configuration asks"
-    row = torch.Size(promise.shape[dim] for dim in role.order[role.n_outputs :]).numel()
-    return spec.why_dense(promise.numel() // max(row, 1), row)
+    row = torch.Size(promise.shape[dim] for dim in role.order[role.n_outputs :])
+    return spec.why_dense(row.numel())

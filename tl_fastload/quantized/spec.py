@@ -29,8 +29,8 @@ class Spec:
     skip: tuple[str, ...] = ()
     compute_dtype: torch.dtype | None = None
 
-    def why_dense(self, rows: int, columns: int) -> str | None:
-        """Why a matrix [rows, columns] is not quantized; None if it is."""
+    def why_dense(self, columns: int) -> str | None:
+        """Why a matrix with rows of that many values is not quantized; None if it is."""
         return None
 
     def other_numbers(self) -> str | None:

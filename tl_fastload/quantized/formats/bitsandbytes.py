@@ -44,7 +44,7 @@ class BitsAndBytesSpec(Spec):
     double_quant: bool = False
     threshold: float = 6.0
 
-    def why_dense(self, rows: int, columns: int) -> str | None:
+    def why_dense(self, columns: int) -> str | None:
         if self.kind == "int8" or columns % self.blocksize == 0:
             return None
         return f"a row of {columns} is not a whole number of blocks of {self.blocksize}"
