@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 
 from tl_fastload.copies.to_hub import push_lean_to_hub
 from tl_fastload.copies.write import MAX_SHARD_BYTES, save_lean
-from tl_fastload.errors import ArgumentError, NotEnoughMemory
+from tl_fastload.errors import ArgumentError, NotEnoughMemory, SaveError
 from tl_fastload.ground.boundary import called, guarded
 from tl_fastload.loading.relayout import put_in_layout
 from tl_fastload.loading.resolve import resolved
@@ -47,7 +47,7 @@ _OF_SEVERAL_PARTS = re.compile(
 
 
 def request_of(
-    cls: type, road: Road, from_pretrained_kwargs: dict[str, Any], **arguments: Any
+    cls: Any, road: Road, from_pretrained_kwargs: dict[str, Any], **arguments: Any
 ) -> Request:
     """The arguments of `from_pretrained_lean`, sorted by who takes them.
 
@@ -67,18 +67,17 @@ def request_of(
     own["adapter"] = read_adapter_argument(own["adapter"])
     if "torch_dtype" in keywords:
         arguments["torch_dtype"] = keywords.pop("torch_dtype")
-    function, names = _called(cls)
-    sorted_keywords = sort_keywords(keywords, function, names)
+    function = called() or "from_pretrained_lean"
+    of_loading = _names(cls.from_pretrained_lean)
+    names = _names(getattr(cls, function, cls.from_pretrained_lean))
+    names = names if "device" in names else of_loading  # else it hands on what it is given
+    sorted_keywords = sort_keywords(keywords, function, names, of_loading)
     return Request(cls, road, Options(**own), arguments, sorted_keywords)
 
 
-def _called(cls: Any) -> tuple[str, tuple[str, ...]]:
-    """The public function that was called, and the arguments that it takes."""
-    function = called() or "from_pretrained_lean"
-    names = inspect.signature(getattr(cls, function, cls.from_pretrained_lean)).parameters
-    if "device" not in names:  # it hands on what it is given
-        names = inspect.signature(cls.from_pretrained_lean).parameters
-    return function, tuple(names)
+def _names(function: Any) -> tuple[str, ...]:
+    """Of the arguments that a function takes."""
+    return tuple(inspect.signature(function).parameters)
 
 
 def loaded(request: Request) -> Any:
@@ -277,6 +276,7 @@ class Face:
         advise = None if found.advise is None else lambda: advice
         return replace(found, source=type(model_name).__name__, advise=advise)
 
+    @guarded("while moving parameters")
     def to_layout_(self, layout: str) -> Self:
         """Put every parameter of this model, and its gradient, into another memory order, one at a
         time. Values, shapes, dtypes and the Parameter objects stay.
@@ -301,6 +301,7 @@ class Face:
         put_in_layout(self, layout)
         return self
 
+    @guarded("while saving", SaveError)
     def save_lean(
         self,
         folder: str | Path,

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from tl_fastload.ground.boundary import spelt
 from tl_fastload.report.pictures import layers
 from tl_fastload.report.pictures.loads import Series, plot_load, plot_peaks, plot_timelines
 from tl_fastload.report.pictures.plan import plot_plan
@@ -11,6 +12,7 @@ from tl_fastload.roads.known import road_of
 __all__ = ["Series", "plot_load", "plot_memory_map", "plot_peaks", "plot_plan", "plot_timelines"]
 
 
+@spelt
 def plot_memory_map(model: Any, path: str | Path | None = None) -> Any:
     """Draw where the memory of a loaded model lies, layer by layer: mapped, quantized or dense.
 

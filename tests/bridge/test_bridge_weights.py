@@ -225,8 +225,8 @@ def test_weights_of_another_state_or_class(
             fill(raw, source)
     with pytest.raises(ArgumentError, match="are not processed, and the TransformerBridge's are p"):
         fill(processed, raw)
-    with pytest.raises(ArgumentError, match=r"state_dict\(\), which leaves out weights"):
-        fill(processed, raw.state_dict())
+    with pytest.raises(ArgumentError, match=r"has TransformerLens' names"):
+        fill(processed, {f"_orig_mod.{name}": value for name, value in raw.state_dict().items()})
     with pytest.raises(ArgumentError, match="cannot come from a int"):
         fill(processed, 7)
     if compat.has_hooked_transformer():

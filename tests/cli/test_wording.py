@@ -37,6 +37,14 @@ MODEL = embedded_model_path()
         ("local_files_only=True", "--offline"),
         ("hf_model= and tokenizer=None", "hf_model= and tokenizer=None"),
         ("--shape: dtype=int3 is none", "--shape: dtype=int3 is none"),
+        ("source  llama:n_ctx=8,dtype=float16", "source  llama:n_ctx=8,dtype=float16"),
+        ("/models/dtype=float16/n_ctx=8", "/models/dtype=float16/n_ctx=8"),
+        (
+            "with from_pretrained_no_processing_lean (then process_weights_() processes it), or",
+            "with --no-processing, or",
+        ),
+        ("with LeanTransformerBridge.boot_transformers_lean.", "with --no-processing."),
+        ("Take tl_fastload.LeanTransformerBridge, or", "Take --road bridge, or"),
     ],
 )
 def test_options_in_place_of_arguments(said: str, written: str) -> None:

@@ -38,7 +38,44 @@ def test_the_nearest_argument(function: Any, no_reading: None) -> None:
         said = str(caught.value)
         assert said.startswith(f"{name}= is neither an argument of {function.__name__} nor a field")
         is_taken = meant in own or "device" not in own or meant in ("revision", "torch_dtype")
-        assert said.endswith(f" Did you mean {meant}=?") == is_taken, said
+        where = "" if is_taken else ", which from_pretrained_lean takes"
+        assert said.endswith(f" Did you mean {meant}={where}?"), said
+
+
+def test_what_another_function_takes(no_reading: None) -> None:
+    with pytest.raises(ArgumentError, match=r" from_pretrained_lean takes it\.$"):
+        LeanTransformerBridge.boot_transformers_lean(embedded_model_path(), quantize="nf4")
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (tl_fastload.save_lean, "save_lean() got an unexpected keyword argument 'progres'."),
+        (LeanHookedTransformer.save_lean, "save_lean() got an unexpected keyword"),
+        (LeanHookedTransformer.process_weights_, "process_weights_() got an unexpected"),
+        (tl_fastload.load_weights_, "load_weights_() got an unexpected keyword argument"),
+        (tl_fastload.push_copy, "push_copy() got an unexpected keyword argument 'privat'."),
+        (tl_fastload.cache.prune, "prune() got an unexpected keyword argument 'max_byte'."),
+        (tl_fastload.LoadReport.plot, "plot() got an unexpected keyword argument 'pth'."),
+        (tl_fastload.LoadPlan.plot, "plot() got an unexpected keyword argument 'pth'."),
+    ],
+)
+def test_functions_whose_arguments_are_all_their_own(function: Any, said: str) -> None:
+    slips = {"progress": "progres", "fold_ln": "fold_nl", "strict": "strickt", "private": "privat"}
+    slips |= {"max_bytes": "max_byte", "path": "pth"}
+    own = inspect.signature(function).parameters
+    meant = next(name for name in slips if name in own)
+    given = {name: None for name, one in own.items() if one.default is one.empty}
+    with pytest.raises(TypeError) as caught:
+        function(**given, **{slips[meant]: None})
+    assert str(caught.value).startswith(said)
+    assert str(caught.value).endswith(f" Did you mean {meant}=?")
+
+
+def test_a_call_without_a_model() -> None:
+    said = r"^from_pretrained_lean\(\) missing a required argument: 'model_name'\.$"
+    with pytest.raises(TypeError, match=said):
+        LeanHookedTransformer.from_pretrained_lean()  # type: ignore[call-arg]
 
 
 def test_the_nearest_field_where_no_argument_is_near(no_reading: None) -> None:

@@ -24,8 +24,13 @@ ROADS = ("hooked", "bridge")
 # The last of them is no part of the processing that is on by default.
 _STEPS = STEPS[:-1]
 
-_ARGUMENT = re.compile(r"\b([a-z_]\w*)=(\"[^\"]*\"|'[^']*'|[\w.:/*+-]*\w)?")
+# Not in a path, nor in what --shape says.
+_ARGUMENT = re.compile(r"(?<![\w,:/-])([a-z_]\w*)=(\"[^\"]*\"|'[^']*'|[\w.:/*+-]*\w)?")
 _SEPARATED = re.compile(r"(--[a-z-]+(?: [\w.:/*+-]+)?), (?=--)")
+_CLASS = re.compile(r"tl_fastload\.Lean(?:(HookedTransformer)|TransformerBridge)")
+_RAW_WAY = re.compile(
+    r"(?:\w+\.)?(?:from_pretrained_no_processing|boot_transformers)_lean(?: \(then [^.,]*\))?"
+)
 _SECTION = re.compile(r"^(\w[\w ]*):\n((?: +.*\n?)+)", re.MULTILINE)
 _ENTRY = re.compile(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
 
@@ -170,6 +175,8 @@ def as_options(text: str) -> str:
         return f"--{flag} {value}".rstrip()
 
     text = _SEPARATED.sub(r"\1 ", _ARGUMENT.sub(option, text))
+    text = _RAW_WAY.sub("--no-processing", text)
+    text = _CLASS.sub(lambda found: f"--road {ROADS[0 if found[1] else 1]}", text)
     return text.replace(" ".join(f"--skip {step}" for step in _STEPS), "--no-processing")
 
 

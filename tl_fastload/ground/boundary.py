@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import inspect
 import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from tl_fastload.errors import (
     NotEnoughMemory,
     is_out_of_memory,
 )
+from tl_fastload.ground.words import nearest
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -43,6 +45,27 @@ _REMEDIES = {
 }
 
 
+def spelt(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Let a function that is called with arguments that it does not have name the nearest ones, as
+    Python does from 3.13 on, under the name that it was called by.
+    """
+    signature = inspect.signature(function)
+    names = [name for name in signature.parameters if name not in ("self", "cls")]
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            close = [nearest(name, names) for name in kwargs if name not in names]
+            meant = next(filter(None, close), None)
+            guess = f" Did you mean {meant}=?" if meant else ""
+            raise TypeError(f"{function.__name__}() {error}.{guess}") from None
+        return function(*args, **kwargs)
+
+    return call
+
+
 def guarded(
     doing: str, system: type[LeanLoadError] = CheckpointError
 ) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
@@ -54,6 +77,8 @@ def guarded(
     """
 
     def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        function = spelt(function)
+
         @functools.wraps(function)
         def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
             if _called.get():  # what a part of a load raises, the whole may explain better

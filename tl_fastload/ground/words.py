@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import html
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from tl_fastload.printable import printable
 
@@ -20,6 +21,7 @@ def format_bytes(size_bytes: float) -> str:
     return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
 
 
+_CLOSE_ENOUGH = 0.7  # for difflib, to which "adaptor" and "adapter" are 0.86 alike
 _FIXED_BYTES = 22 << 20
 """What a load takes beside the weights: modules, tables, library code that runs the first time."""
 
@@ -47,6 +49,12 @@ def listed(names: Sequence[str], most: int = 10) -> str:
     """The first names of a list, and how many there are beyond them."""
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that a misspelt one most likely means; None where none is near."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=_CLOSE_ENOUGH)
+    return close[0] if close else None
 
 
 def text_table(title: str, rows: Sequence[tuple[str, str]]) -> str:

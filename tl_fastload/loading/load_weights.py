@@ -19,7 +19,7 @@ from tl_fastload.ground.boundary import guarded
 from tl_fastload.ground.own_defaults import own_defaults
 from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.ground.words import listed
-from tl_fastload.ground.wrappers import named_as, own_names, unwrapped
+from tl_fastload.ground.wrappers import named_as, own_names, unwrapped, without_wrapper_parts
 from tl_fastload.loading.convert import Converted, converted, find_config, steps_of
 from tl_fastload.loading.live import write_recipes
 from tl_fastload.loading.sources import WeightSource, open_source, read_through
@@ -186,12 +186,13 @@ def _check_source(weights: WeightSource, model: Any, held: Any) -> None:
             f"processed, and the {road.name}'s are {'' if built['processed'] else 'not '}processed."
             " Pass the checkpoint that they come from, or one that is processed alike."
         )
-    keys = weights.table.keys()
-    if built and not weights.built and keys and keys <= own_names(model).keys():
+    parts = {name.partition(".")[0] for name in own_names(model)}
+    given = {without_wrapper_parts(key).partition(".")[0] for key in weights.table}
+    if built and not weights.built and given and given <= parts:
         raise ArgumentError(
-            f"{weights.label} has the names of a {road.name}'s state_dict(), which leaves out "
-            "weights (experts, fused matrices). Pass the model itself, a copy (save_lean), or "
-            "weights under Hugging Face's names."
+            f"{weights.label} has TransformerLens' names. A {road.name} takes weights under "
+            "Hugging Face's, as its state_dict() leaves some out (experts, fused matrices). Pass "
+            "the model itself, a copy (save_lean), or a checkpoint in transformers' format."
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tl_fastload.ground.boundary import spelt
 from tl_fastload.ground.memory_orders import FORWARD
 from tl_fastload.ground.role import Role
 from tl_fastload.ground.words import against, format_bytes, html_table, text_table
@@ -233,6 +234,7 @@ class LoadPlan:
         verdict = "fits" if self.fits else "does not fit"
         return html_table(f"LoadPlan: <b style='color:{colour}'>{verdict}</b>", self.rows())
 
+    @spelt
     def plot(self, path: str | Path | None = None) -> Any:
         """Draw the predicted peaks, lean and stock, against what is available. Needs matplotlib.
 

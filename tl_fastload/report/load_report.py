@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tl_fastload.ground import compat
+from tl_fastload.ground.boundary import spelt
 from tl_fastload.ground.memory_orders import FORWARD
 from tl_fastload.ground.words import against, format_bytes, html_table, listed, text_table
 from tl_fastload.report.memory import PeakSampler, unique_bytes
@@ -152,6 +153,7 @@ class LoadReport:
         lists = {"adapters": list(self.adapters), "notes": list(self.notes)}
         return {**asdict(self), "dtype": dtype, **lists}
 
+    @spelt
     def plot(self, stock: Any = None, path: str | Path | None = None) -> Any:
         """Draw the memory of this load over its time. Needs matplotlib.
 

@@ -80,12 +80,12 @@ def _either(*kinds: type) -> Callable[[Any], bool]:
 
 
 def _from(least: int) -> Test:
-    return lambda value: _is_number(value) and value >= least, f"a number from {least} on"
+    return lambda value: _is_number(value) and value >= least, f"no whole number of {least} or more"
 
 
-_TEXT: Test = (_either(str), "no text")
-_PATH: Test = (_is_path, "neither a text nor a path")
-_TOKEN: Test = (_either(str, bool), "neither a text nor True or False")
+_TEXT: Test = (_either(str), "no string")
+_PATH: Test = (_is_path, "neither a string nor a path")
+_TOKEN: Test = (_either(str, bool), "neither a string nor True or False")
 _NUMBER: Test = (_is_number, "no whole number")
 _DTYPE: Test = (
     _is_dtype,

@@ -81,9 +81,11 @@ def _check_device(arguments: Mapping[str, Any]) -> None:
         return
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if (device.index or 0) + n_devices > count:
+        several = f" with n_devices={n_devices}" if n_devices > 1 else ""
         raise ArgumentError(
-            f"device={arguments['device']!r} with n_devices={n_devices} needs "
-            f"{(device.index or 0) + n_devices} CUDA devices, torch sees {count}."
+            f"device={str(device)!r}{several} needs more CUDA devices than torch sees, which is "
+            f"{count}. Take device='cpu'"
+            + (", or fewer devices." if count else ", or install a torch that is built for CUDA.")
         )
 
 

@@ -5,17 +5,16 @@ them.
 from __future__ import annotations
 
 import copy
-import difflib
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from tl_fastload.errors import ArgumentError
+from tl_fastload.ground.words import nearest
 from tl_fastload.source.hub import HubOptions
 
 _HUB_KEYWORDS = (*(item.name for item in fields(HubOptions)), "subfolder", "gguf_file")
 _FILE_KEYWORDS = ("variant", "use_safetensors")
 _OTHER_KEYWORDS = ("torch_dtype", "trust_remote_code")
-_CLOSE_ENOUGH = 0.7  # for difflib, to which "adaptor" and "adapter" are 0.86 alike
 # Ways of loading that transformers has and that change nothing here: weights are streamed anyway.
 _WITHOUT_EFFECT = ("low_cpu_mem_usage", "attn_implementation", "proxies", "resume_download")
 
@@ -31,6 +30,7 @@ class Keywords:
         trust_remote_code: whether code of the checkpoint may run.
         function: that was called with them.
         arguments: names of the arguments that it takes.
+        of_loading: names of those that `from_pretrained_lean` takes.
     """
 
     hub: dict[str, Any] = field(default_factory=dict)
@@ -39,26 +39,38 @@ class Keywords:
     trust_remote_code: bool = False
     function: str = "from_pretrained_lean"
     arguments: tuple[str, ...] = ()
+    of_loading: tuple[str, ...] = ()
 
     def guess(self, name: str) -> str:
         """A question that names the argument nearest to a name that is none; "" without."""
         known = (*self.arguments, *_HUB_KEYWORDS, *_FILE_KEYWORDS, *_OTHER_KEYWORDS)
-        close = difflib.get_close_matches(name, known, n=1, cutoff=_CLOSE_ENOUGH)
-        return f" Did you mean {close[0]}=?" if close else ""
+        close = nearest(name, (*known, *self.of_loading))
+        if close is None:
+            return ""
+        if close == name:
+            return " from_pretrained_lean takes it."
+        where = "" if close in known else ", which from_pretrained_lean takes"
+        return f" Did you mean {close}={where}?"
 
 
-def sort_keywords(keywords: dict[str, Any], function: str, arguments: tuple[str, ...]) -> Keywords:
+def sort_keywords(
+    keywords: dict[str, Any],
+    function: str,
+    arguments: tuple[str, ...],
+    of_loading: tuple[str, ...] = (),
+) -> Keywords:
     """Sort the keyword arguments that `from_pretrained` would hand to Hugging Face.
 
     Args:
         keywords: under their names.
         function: that was called with them.
         arguments: names of the arguments that it takes.
+        of_loading: names of those that `from_pretrained_lean` takes.
 
     Raises:
         ArgumentError: for one that contradicts how weights are loaded here.
     """
-    found = Keywords(function=function, arguments=arguments)
+    found = Keywords(function=function, arguments=arguments, of_loading=of_loading)
     homes = dict.fromkeys(_HUB_KEYWORDS, found.hub) | dict.fromkeys(_FILE_KEYWORDS, found.files)
     for name, value in keywords.items():
         name = "token" if name == "use_auth_token" else name
@@ -80,8 +92,8 @@ def override(hf_config: Any, keywords: Keywords) -> Any:
     changed = copy.deepcopy(hf_config)
     for name, value in keywords.overrides.items():
         if not hasattr(changed, name):
-            close = difflib.get_close_matches(name, list(changed.to_dict()), n=1)
-            field_hint = f" Did you mean the field {close[0]}=?" if close else ""
+            close = nearest(name, changed.to_dict())
+            field_hint = f" Did you mean the field {close}=?" if close else ""
             raise ArgumentError(
                 f"{name}= is neither an argument of {keywords.function} nor a field of this "
                 f"model's configuration.{keywords.guess(name) or field_hint}"

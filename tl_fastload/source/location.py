@@ -95,6 +95,8 @@ def locate(
         if not path.is_dir():
             return _one_file(path, options, subfolder or gguf_file)
         check_link(path, subfolder)
+        if not (path / subfolder).is_dir():
+            raise UnknownModelError(f"{path} has no folder {subfolder!r}.")
         return _local(text, path / subfolder, options, aliases, gguf_file)
     if not isinstance(name, str) or _LOOKS_LIKE_PATH.match(text):
         raise UnknownModelError(
