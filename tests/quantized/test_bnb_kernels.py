@@ -9,6 +9,7 @@ import logging
 import sys
 import types
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,60 @@ def test_4bit_quantizes_as_bitsandbytes_does(
     assert stored.is_nested == double_quant
     for name, tensor in expected.tensors().items():
         assert torch.equal(stored.tensors()[name], tensor), name
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("where", ["side", "null"])
+def test_a_device_quantizes_between_what_comes_before_and_after_in_the_callers_stream(
+    monkeypatch: pytest.MonkeyPatch, kind: str, where: str
+) -> None:
+    done: list[Any] = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            done.append((self.name, "waits for", other.name))
+
+    @contextmanager
+    def stream(found: Stream) -> Iterator[None]:
+        before, current[0] = current[0], found
+        yield
+        current[0] = before
+
+    null = Stream("null")
+    current = [null if where == "null" else Stream("side")]
+    guard, device = kernels._in_null_stream, torch.device("cuda:1")
+    monkeypatch.setattr(kernels, "_in_null_stream", lambda _: guard(device))
+    monkeypatch.setattr(torch.cuda, "default_stream", {device: null}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda x, s: done.append((x.dtype, s.name)), raising=False
+    )
+    for name in ("quantize_4bit", "quantize_blockwise", "int8_vectorwise_quant"):
+        theirs: Any = getattr(bnb.functional, name)
+
+        def quantize(*args: Any, theirs: Any = theirs, **kwargs: Any) -> Any:
+            done.append(current[0].name)
+            return theirs(*args, **kwargs)
+
+        monkeypatch.setattr(bnb.functional, name, quantize)
+    settings = {} if kind == "int8" else {"double_quant": True}
+    quantized_tensor(torch.randn(8, 64), kind, **settings)
+    if where == "null":
+        assert set(done) == {"null"}
+        return
+    first, *between, after = [one for one in done if not isinstance(one, tuple) or len(one) > 2]
+    assert first == ("null", "waits for", "side")
+    assert set(between) == {"null"}
+    assert after == ("side", "waits for", "null")
+    kept = (
+        [torch.int8, torch.float32] if kind == "int8" else [torch.uint8] * 2 + [torch.float32] * 4
+    )
+    used = [one[0] for one in done[done.index(after) + 1 :]]
+    assert sorted(used, key=str) == sorted(kept, key=str)
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4", "fp4"])

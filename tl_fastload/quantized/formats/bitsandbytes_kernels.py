@@ -12,6 +12,8 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -187,6 +189,32 @@ def _parts(dense: torch.Tensor, blocksize: int = 1) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, max(rows, 1), step)]
 
 
+@contextmanager
+def _in_null_stream(device: torch.device) -> Iterator[list[torch.Tensor]]:
+    """Work in the stream in which bitsandbytes quantizes blocks whatever the current one is; the
+    side streams of torch do not wait for it by themselves.
+
+    Yields:
+        A list for what is made inside and used after it.
+    """
+    made: list[torch.Tensor] = []
+    here: Any = None
+    null: Any = None
+    if device.type == "cuda":
+        here, null = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
+    if here == null:
+        yield made
+        return
+    null.wait_stream(here)
+    try:
+        with torch.cuda.stream(null):
+            yield made
+    finally:
+        here.wait_stream(null)
+        for tensor in made:
+            tensor.record_stream(here)
+
+
 @own_defaults()
 def quantize_int8(dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales of a matrix [out, in], on its device.
@@ -196,10 +224,12 @@ def quantize_int8(dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     require_device(dense.device)
     dense = dense.detach()
-    codes = torch.empty(dense.shape, dtype=torch.int8, device=dense.device)
-    scales = torch.empty(dense.shape[0], dtype=torch.float32, device=dense.device)
-    for part in _parts(dense):
-        codes[part], scales[part] = _int8_rows(dense[part])
+    with _in_null_stream(dense.device) as made:
+        codes = torch.empty(dense.shape, dtype=torch.int8, device=dense.device)
+        scales = torch.empty(dense.shape[0], dtype=torch.float32, device=dense.device)
+        for part in _parts(dense):
+            codes[part], scales[part] = _int8_rows(dense[part])
+        made += [codes, scales]
     if not bool(torch.isfinite(scales).all()):
         raise QuantizationError(
             "the matrix has values beyond float16, which int8 quantization goes through. Quantize "
@@ -232,7 +262,13 @@ def quantize_4bit(
     require_device(dense.device)
     if blocksize not in BLOCKSIZES:
         raise QuantizationError(f"block size {blocksize} is not one of {list(BLOCKSIZES)}.")
-    dense = dense.detach()
+    with _in_null_stream(dense.device) as made:
+        fields = _blocks(dense.detach(), kind, blocksize, double_quant)
+        made += [part for part in fields.values() if isinstance(part, torch.Tensor)]
+    return fields
+
+
+def _blocks(dense: torch.Tensor, kind: str, blocksize: int, double_quant: bool) -> dict[str, Any]:
     functional = bitsandbytes().functional
     packed = torch.empty((dense.numel() + 1) // 2, 1, dtype=torch.uint8, device=dense.device)
     scales: list[torch.Tensor] = []
