@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,6 +92,34 @@ def test_files_are_closed_and_rings_end_whatever_fails_there(file: Path) -> None
         os.fstat(descriptor)
     assert not [one for one in threading.enumerate() if one.name.startswith("tl_fastload-pinned")]
     reader.close()  # there is nothing left to close
+
+
+@pytest.mark.parametrize("startable", [0, 2])
+def test_without_threads_the_one_that_loads_reads(
+    monkeypatch: pytest.MonkeyPatch, file: Path, startable: int
+) -> None:
+    start, left = threading.Thread.start, [startable]
+
+    def start_some(thread: threading.Thread) -> None:
+        if thread.name.startswith("tl_fastload-pinned"):
+            left[0] -= 1
+            if left[0] < 0:
+                raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_some)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    reader, bus = FileReader(), LateBus()
+
+    def read_late(path: Path, at: int, out: torch.Tensor) -> None:
+        time.sleep(0.01)
+        reader.read(path, at, out)
+
+    ring, target = Ring(bus, read_late), torch.zeros(SIZE, dtype=torch.uint8)
+    ring.send(file, 0, target)
+    ring.close()
+    reader.close()
+    assert_same(target, in_file(file, 0, SIZE))
 
 
 def source_of(file: Path, reader: FileReader) -> tuple[FileSource, torch.Tensor]:

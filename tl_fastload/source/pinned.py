@@ -79,6 +79,7 @@ class Ring:
         self._next = 0
         threads = min(_MOST_THREADS, os.cpu_count() or 1)
         self._threads = ThreadPoolExecutor(threads, "tl_fastload-pinned")
+        self._is_alone = False
 
     def send(self, path: Path, start: int, target: torch.Tensor) -> None:
         """Begin to fill a one-dimensional uint8 tensor of the device with the bytes of a file from
@@ -93,12 +94,19 @@ class Ring:
             self._sent[number] = self._bus.send(part, target[first : first + part.numel()])
 
     def _fill(self, path: Path, start: int, slot: torch.Tensor) -> None:
-        if slot.numel() <= _PART_BYTES:
+        if slot.numel() <= _PART_BYTES or self._is_alone:
             self._read(path, start, slot)
             return
         parts = torch.split(slot, _PART_BYTES)
         places = range(start, start + slot.numel(), _PART_BYTES)
-        for _ in self._threads.map(self._read, [path] * len(parts), places, parts):
+        try:
+            filled = self._threads.map(self._read, [path] * len(parts), places, parts)
+        except RuntimeError:  # no thread can be started any more
+            self._is_alone = True
+            self._threads.shutdown(wait=True, cancel_futures=True)  # those that were may be reading
+            self._read(path, start, slot)
+            return
+        for _ in filled:
             pass  # and raise what a thread has met
 
     def close(self) -> None:
