@@ -30,6 +30,9 @@ _EXAMPLE = re.compile(r"^ +(tl-fastload .+)$", re.MULTILINE)
 _STANDS_FOR = ("gpt2", "gpt2-xl", "./my-model")
 # Methods of torch and TransformerLens that are overridden, and what makes a report.
 _INNER = ("fill_missing_keys", "load_state_dict", "measured", "of")
+# Of HookedTransformer alone: subclasses of it, memory orders, names of its weights, raw copies.
+_OF_HOOKED = ("README.md:3", "README.md:4", "troubleshooting.md:0", "weights.md:0", "weights.md:2")
+_OF_HOOKED += ("processed_copies.md:1",)
 _SCREEN_LINES, _SCREEN_COLUMNS = 50, 160
 
 
@@ -54,6 +57,22 @@ def test_a_block_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     code = code.replace('from_pretrained_lean("gpt2")', f'from_pretrained_lean("{_embedded()}")')
     exec(compile(code, "docs", "exec"), {"__name__": "docs"})
+
+
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize(
+    "code",
+    [
+        block
+        for block in _blocks("python")
+        if "LeanHookedTransformer" in block.values[0] and block.id not in _OF_HOOKED
+    ],
+)
+def test_a_block_runs_with_a_bridge_in_its_place(
+    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = code.replace("LeanHookedTransformer", "LeanTransformerBridge")
+    test_a_block_runs(code, tmp_path, monkeypatch)
 
 
 @pytest.fixture
