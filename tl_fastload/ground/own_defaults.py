@@ -128,19 +128,27 @@ def _kind_of(data: Any) -> bool | None:
 
 
 @contextmanager
-def own_defaults() -> Iterator[None]:
-    """While a load runs in this thread: none of the caller's function modes (default devices,
-    `with torch.device(...)`) and no autocasting, and `Defaults` in their place. The caller's modes
+def without_modes() -> Iterator[None]:
+    """None of this thread's function modes, the caller's or `Defaults`: for code that names the
+    dtype and device of all that it makes, as a mode takes its time at each look at a shape. They
     are there again afterwards, and other threads see nothing of it.
     """
     count = torch._C._len_torch_function_stack()
     held: list[Any] = [overrides._pop_mode() for _ in range(count)]  # type: ignore[no-untyped-call]
     try:
-        with no_autocast(), Defaults():
-            yield
+        yield
     finally:
         for mode in reversed(held):
             overrides._push_mode(mode)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def own_defaults() -> Iterator[None]:
+    """While a load runs in this thread: none of the caller's function modes (default devices,
+    `with torch.device(...)`) and no autocasting, and `Defaults` in their place.
+    """
+    with without_modes(), no_autocast(), Defaults():
+        yield
 
 
 def looking_only(function: _Function) -> _Function:

@@ -14,7 +14,7 @@ from torch import nn
 from tl_fastload.ground.cores import Cores
 from tl_fastload.ground.geometry import copied, has_overlap, is_dense, same_layout
 from tl_fastload.ground.memory_orders import FORWARD
-from tl_fastload.ground.own_defaults import looking_only
+from tl_fastload.ground.own_defaults import looking_only, without_modes
 from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.placement.ahead import ReadingAhead
 from tl_fastload.placement.finite import FiniteSearch
@@ -99,6 +99,7 @@ class Placer:
         self._cores = Cores()
         self._finite = FiniteSearch(self._cores)
 
+    @without_modes()
     def place(self, recipes: dict[str, Promise]) -> None:
         """Evaluate and place every recipe whose name the model has; others were only needed on the
         way. The dictionary is emptied: a recipe is dropped as soon as it is done.
