@@ -15,6 +15,7 @@ from benchmarks.imports import measure_import
 from benchmarks.measure import Case, Measurement
 from benchmarks.models import SHAPES, make_checkpoint
 from benchmarks.predictions import with_predictions
+from tl_fastload.cli.console import end_on_sigterm
 from tl_fastload.ground import compat
 
 _STAGES = ("load", "forward", "quantized", "import")
@@ -172,4 +173,5 @@ def _exit_status(checks: Sequence[bounds.Check], measured: Sequence[Measurement]
 
 
 if __name__ == "__main__":
+    end_on_sigterm()
     sys.exit(main())

@@ -19,6 +19,8 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+from tl_fastload.cli.console import end_on_sigterm
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 _DRAWS = re.compile(r"\.plot\(|\bplot_\w+\(|\bsubplots\(|\bImage\(")
@@ -48,6 +50,7 @@ def _execute(path: Path, write: bool) -> bool:
             "HF_HUB_OFFLINE": "1",
             "PYTHONWARNINGS": "ignore",
             "TL_FASTLOAD_CACHE": "",
+            "TMPDIR": scratch,
         }
         resources = {"metadata": {"path": scratch}}
         client = NotebookClient(notebook, timeout=CELL_LIMIT_SECONDS, resources=resources)
@@ -119,4 +122,5 @@ def _is_chatter(output: Any) -> bool:
 
 
 if __name__ == "__main__":
+    end_on_sigterm()
     main()

@@ -12,6 +12,8 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+from tl_fastload.cli.console import end_on_sigterm
+
 
 def main() -> None:
     import torch
@@ -45,4 +47,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    end_on_sigterm()
     main()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.gpu_report.stand_ins import stand_in_for_datasets
+from tl_fastload.cli.console import end_on_sigterm
 
 if TYPE_CHECKING:
     from benchmarks.gpu_report.sections import Facts, Run
@@ -132,4 +133,5 @@ def _write(found: Facts, folder: Path | None) -> str:
 
 
 if __name__ == "__main__":
+    end_on_sigterm()
     sys.exit(main())

@@ -346,6 +346,28 @@ def test_bench_of_a_folder_that_stock_cannot_name() -> None:
     assert stock["facts"]["parameter_bytes"] == lean["facts"]["parameter_bytes"]
 
 
+ENDED = """
+import tempfile
+from tl_fastload.cli.console import end_on_sigterm
+end_on_sigterm()
+with tempfile.TemporaryDirectory() as folder:
+    print(folder, flush=True)
+    input()
+"""
+
+
+def test_a_terminated_program_removes_its_folders() -> None:
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", ENDED], text=True, **pipes) as process:
+        assert process.stdout is not None
+        folder = Path(process.stdout.readline().strip())
+        assert folder.is_dir()
+        process.terminate()
+        _, written = process.communicate(timeout=300)
+    assert (process.returncode, written) == (143, "")
+    assert not folder.exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "term"]

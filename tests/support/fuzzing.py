@@ -41,6 +41,7 @@ import tl_fastload
 from tests.support import fuzz_mutations as mutations
 from tests.support import gguf_files, quantized_packed
 from tl_fastload import InternalError, LeanHookedTransformer, LeanLoadError
+from tl_fastload.cli.console import end_on_sigterm
 
 TOKENS = torch.tensor([[3, 9, 4, 17, 5, 30]])
 BATCH = 50
@@ -297,6 +298,7 @@ def main() -> int:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as work:
         os.chdir(work)
+        tempfile.tempdir = work  # also of processes that are killed
         home = Path(work) / "unbroken"
         build(home)
         fuzzer = Fuzzer(home, Path(work), asked.seed)
@@ -314,4 +316,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    end_on_sigterm()
     sys.exit(main())

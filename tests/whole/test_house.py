@@ -7,6 +7,8 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -246,6 +248,24 @@ def test_the_design_page_names_each_room_and_in_it_each_module() -> None:
         inside = [name.removeprefix(f"{room}.") for name in MODULES if name.startswith(f"{room}.")]
         assert sorted(modules) == sorted(inside), room
     assert all(job and not_known for _, job, not_known, _ in rows)
+
+
+def test_temporary_files_go_with_pytests_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    code = "import tempfile; print(tempfile.gettempdir())"
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for folder in (tempfile.gettempdir(), made.stdout.strip()):
+        assert tmp_path_factory.getbasetemp() in Path(folder).parents
+
+
+def test_programs_with_temporary_files_are_unwound_by_sigterm() -> None:
+    texts = {path: path.read_text(encoding="utf-8") for path in SOURCES}
+    wanted = {
+        path.name
+        for path, text in texts.items()
+        if "TemporaryDirectory(" in text and '__name__ == "__main__"' in text
+    }
+    found = {path.name for path, text in texts.items() if "end_on_sigterm()" in text}
+    assert {"fuzzing.py", "execute.py"} <= wanted - {Path(__file__).name} <= found
 
 
 def test_no_path_of_a_developers_machine() -> None:

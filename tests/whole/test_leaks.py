@@ -55,11 +55,13 @@ def alive() -> list[str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def earlier_objects_aside() -> Iterator[None]:
-    """Half a million objects of the libraries and of other tests need no look in each test."""
+    """Objects of other tests need no look in each test."""
     gc.collect()
     gc.freeze()
     yield
     gc.unfreeze()
+    gc.collect()
+    gc.freeze()  # as it was (conftest.py), but for what can go
 
 
 @pytest.fixture

@@ -6,10 +6,8 @@ value that it cannot have); 130 Ctrl-C; 143 ended by a signal (SIGTERM).
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import signal
 import sys
 import traceback
 import warnings
@@ -21,7 +19,7 @@ from typer.core import TyperGroup
 from tl_fastload.cli.bench import bench
 from tl_fastload.cli.cache import cache_app
 from tl_fastload.cli.commands import doctor, load, plan, save
-from tl_fastload.cli.console import show_error
+from tl_fastload.cli.console import Terminated, end_on_sigterm, show_error
 from tl_fastload.cli.options import Debug, as_options
 from tl_fastload.errors import ArgumentError, LeanLoadError
 from tl_fastload.ground.compat import __version__
@@ -30,24 +28,20 @@ EXIT_ERROR, EXIT_NOT_UNDERSTOOD, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 
 _PASSED_ON = ("Exit", "Abort", "ClickException", "UsageError", "BadParameter")
 
 
-class _Terminated(BaseException):
-    """SIGTERM: unwinds like Ctrl-C, so that processes and folders are cleaned up."""
-
-
 class _Group(TyperGroup):
     """Turns every exception into one readable block and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (Exception, KeyboardInterrupt, _Terminated) as error:
+        except (Exception, KeyboardInterrupt, Terminated) as error:
             if any(cls.__name__ in _PASSED_ON for cls in type(error).__mro__):
                 raise  # how typer says usage errors and exits
             debug = "--debug" in sys.argv or bool(os.environ.get("TL_FASTLOAD_DEBUG"))
             if debug:
                 traceback.print_exc()
-            if isinstance(error, (KeyboardInterrupt, _Terminated)):
-                terminated = isinstance(error, _Terminated)
+            if isinstance(error, (KeyboardInterrupt, Terminated)):
+                terminated = isinstance(error, Terminated)
                 show_error("Ended" if terminated else "Interrupted", "Nothing is left behind.")
                 raise typer.Exit(EXIT_TERMINATED if terminated else EXIT_INTERRUPTED) from None
             if isinstance(error, LeanLoadError):
@@ -113,10 +107,5 @@ app.command("doctor")(doctor)
 
 def main() -> None:
     """Run the command line."""
-
-    def end(number: int, frame: Any) -> None:
-        raise _Terminated
-
-    with contextlib.suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGTERM, end)
+    end_on_sigterm()
     app()

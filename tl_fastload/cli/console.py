@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -22,6 +23,20 @@ from tl_fastload.ground.words import one_line
 from tl_fastload.printable import printable
 
 _PIPE_WIDTH = 120
+
+
+class Terminated(SystemExit):
+    """SIGTERM: unwinds like Ctrl-C, so that processes and folders are cleaned up."""
+
+
+def end_on_sigterm() -> None:
+    """Have SIGTERM unwind the main thread and end the process with 143, as a shell has it."""
+
+    def end(number: int, frame: Any) -> None:
+        raise Terminated(128 + number)
+
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, end)
 
 
 class _Printable(Console):
