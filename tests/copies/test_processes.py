@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.forks import in_fork
+from tests.support.store_programs import run_programs
 from tl_fastload.copies import folders
 from tl_fastload.copies.folders import new_owner, remove_abandoned
 
@@ -21,20 +20,9 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="fo
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What `store_programs` saw, all of it in one process: the imports take longest."""
     few = request.param == "few"
-    numbers = ("killed=25", "together=2") if few else ("killed=250", "together=20")
+    numbers = {"killed": 25 if few else 250, "together": 2 if few else 20, "shared": 3}
     folder = tmp_path_factory.mktemp("programs")
-    command = [sys.executable, "-m", "tests.support.store_programs", folder, *numbers, "shared=3"]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        timeout=900,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {**json.loads(done.stdout), "few": few}
+    return {**in_fork(lambda: run_programs(folder, numbers)), "few": few}
 
 
 @pytest.mark.parametrize("how", ["clock", "step"])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.support.forks import in_fork
 from tests.support.programs import CPU, assert_same, in_file
 from tl_fastload.errors import CheckpointError
 from tl_fastload.ground.geometry import strides_of_order
@@ -229,11 +228,4 @@ def fork_afterwards(folder: Path) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
 def test_a_fork_afterwards_loads_again(tmp_path: Path) -> None:
     # OpenMP's own threads do not survive a fork: with more than one, torch alone would hang.
-    code = f"from {__name__} import *; fork_afterwards(Path({str(tmp_path)!r}))"
-    subprocess.run(
-        [sys.executable, "-c", code],
-        check=True,
-        timeout=300,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    in_fork(lambda: fork_afterwards(tmp_path))

@@ -1,7 +1,7 @@
 """Run in a process of its own: saves that are killed, caches filled at once, shared memory.
 
-`python store_programs.py FOLDER NAME=NUMBER ...` prints one line of JSON. Processes are forked from
-one that has imported everything, so that a killed one costs nothing but what it did.
+Processes are forked from one that has imported everything, so that a killed one costs nothing but
+what it did.
 """
 
 from __future__ import annotations
@@ -21,11 +21,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-torch.set_num_threads(1)
-
-from tl_fastload import LeanHookedTransformer, verify_copy  # noqa: E402
-from tl_fastload.copies.manifest import read_manifest  # noqa: E402
-from tl_fastload.embedded_model import embedded_model_path  # noqa: E402
+from tl_fastload import LeanHookedTransformer, verify_copy
+from tl_fastload.copies.manifest import read_manifest
+from tl_fastload.embedded_model import embedded_model_path
 
 
 def load(name: str | Path | None = None, **arguments: Any) -> Any:
@@ -254,12 +252,12 @@ def anonymous() -> int:
     raise RuntimeError("no Private_Dirty in /proc/self/smaps_rollup")
 
 
-if __name__ == "__main__":
-    real, _ = os.dup(1), os.dup2(2, 1)  # the libraries print
+def run_programs(folder: Path, numbers: dict[str, int]) -> dict[str, Any]:
+    """What programs found, by their names, each run so many times."""
     programs = {"killed": killed, "together": together, "shared": shared}
     found = {}
-    for name, number in (argument.split("=") for argument in sys.argv[2:]):
-        place = Path(sys.argv[1]) / name
+    for name, number in numbers.items():
+        place = folder / name
         place.mkdir()
-        found[name] = programs[name](place, int(number))
-    os.write(real, json.dumps(found).encode())
+        found[name] = programs[name](place, number)
+    return found

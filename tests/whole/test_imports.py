@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from tests.support.fake_hub import SINGLE, fill_cache
+from tests.support.forks import asked_afresh
+
 HEAVY = (
     "matplotlib",
     "peft",
@@ -21,17 +24,7 @@ HEAVY = (
 )
 
 
-def run(code: str, *arguments: Any) -> str:
-    """Run code in a fresh process; its last line."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.strip().splitlines()[-1]
-
-
 MODULES = """
-import json, sys
-import transformer_lens
 before = set(sys.modules)
 import tl_fastload.lightning
 from tl_fastload import *
@@ -39,8 +32,8 @@ print(json.dumps([sorted(before), sorted(set(sys.modules) - before)]))
 """
 
 
-def test_importing_adds_nothing_heavy() -> None:
-    before, added = json.loads(run(MODULES))
+def test_importing_adds_nothing_heavy(answers: dict[str, str]) -> None:
+    before, added = json.loads(answers["modules"])
     for name in (*HEAVY, "bitsandbytes", "accelerate"):
         assert not [module for module in added if module.split(".")[0] == name]
     ours = [module for module in added if module.startswith("tl_fastload")]
@@ -74,7 +67,9 @@ def test_the_command_line_answers_without_the_libraries() -> None:
         "load x --skip no",
         "bench --dtype int8 x",
     ]
-    codes, loaded = json.loads(run(QUICK, *right, *wrong))
+    command = [sys.executable, "-c", QUICK, *right, *wrong]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=900)
+    codes, loaded = json.loads(done.stdout.splitlines()[-1])
     assert codes == [0] * len(right) + [2] * len(wrong)
     slow = {"torch", "transformers", "transformer_lens", "numpy", "huggingface_hub", "matplotlib"}
     assert slow.isdisjoint(loaded)
@@ -92,8 +87,7 @@ def test_names_are_there_when_they_are_asked_for() -> None:
 
 
 SNAPSHOT = """
-import importlib, json, os, sys
-os.environ["HF_HUB_OFFLINE"] = "1"
+import importlib
 NAMES = ["torch", "torch.nn", "torch.nn.modules.module", "torch.nn.init", "torch.nn.functional",
     "torch.serialization", "torch._tensor", "torch.utils._pytree", "einops", "transformers",
     "transformers.modeling_utils", "transformers.configuration_utils", "safetensors.torch",
@@ -139,15 +133,14 @@ print(json.dumps([len(before), changed, state == now]))
 """
 
 
-def test_nothing_is_patched(zoo: Any) -> None:
-    count, changed, same_state = json.loads(run(SNAPSHOT, zoo("llama-gqa"), zoo("solu")))
+def test_nothing_is_patched(answers: dict[str, str]) -> None:
+    count, changed, same_state = json.loads(answers["patched"])
     assert count > 2000
     assert changed == []
     assert same_state
 
 
-def test_a_transformer_lens_without_hooked_transformer() -> None:
-    code = """
+VERSION_4 = """
 from importlib import metadata
 real = metadata.version
 ours = ("transformer_lens", "transformer-lens")
@@ -158,12 +151,55 @@ try:
 except ImportError as error:
     print(type(error).__name__, error)
 """
-    said = run(code)
+
+
+def test_a_transformer_lens_without_hooked_transformer(answers: dict[str, str]) -> None:
+    said = answers["version 4"]
     assert said.startswith("MissingPackageError")
     assert "LeanTransformerBridge" in said
     assert "4.0.0" in said
     assert "transformer-lens>=2.8,<4" in said
     assert said.count(". ") <= 2  # one sentence, the other class, and the command
+
+
+HUB_HOME = """
+from tl_fastload.hooked.official_names import resolve_model
+from tl_fastload.source.checkpoint import open_weights
+checkpoint = open_weights(resolve_model("gpt2-small"))
+try:
+    resolve_model("distilgpt2")
+except Exception as error:
+    entries, kind = sorted(checkpoint.entries), type(error).__name__
+    print(json.dumps([entries, checkpoint.label, kind, str(error)]))
+"""
+
+
+def test_the_environment_variable_of_the_hub(answers: dict[str, str]) -> None:
+    """huggingface_hub reads it at import, so a fresh process is the only honest test of it."""
+    entries, label, kind, said = json.loads(answers["hub"])
+    assert (entries, label, kind) == (["a", "b"], "gpt2@main", "UnknownModelError")
+    assert said.startswith("Cannot find the model 'distilgpt2'.")
+    assert "HF_HUB_OFFLINE is set" in said
+
+
+@pytest.fixture(scope="module")
+def answers(zoo: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What code says in processes that have imported TransformerLens, and nothing of ours."""
+    home = tmp_path_factory.mktemp("hub-home")
+    fill_cache(home / "hub", "gpt2", SINGLE)
+    first = "import json, sys, transformer_lens"
+    questions: dict[str, tuple[str, tuple[Path, ...]]] = {
+        "modules": (MODULES, ()),
+        "patched": (SNAPSHOT, (zoo("llama-gqa"), zoo("solu"))),
+        "version 4": (VERSION_4, ()),
+        "hub": (HUB_HOME, ()),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+            patch.delenv(name, raising=False)
+        where = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+        told = asked_afresh(first, [*questions.values()], tmp_path_factory.mktemp("told"), **where)
+    return dict(zip(questions, told, strict=True))
 
 
 @pytest.mark.parametrize("version", ["4.0.0", "4.0.dev0", "4.0.0rc1", "5.1"])

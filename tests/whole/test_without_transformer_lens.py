@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.support import quantized_zoo
+from tests.support.forks import asked_afresh
 from tests.whole.test_house import MODULES, ROADS, ROOMS, room_of
 
 HIDE = """
-import sys
+import json, sys
 
 class Hidden:
     def find_spec(self, name, path=None, target=None):
@@ -24,6 +22,7 @@ class Hidden:
             raise ModuleNotFoundError(f"{name} is hidden", name=name)
 
 sys.meta_path.insert(0, Hidden())
+import torch, transformers
 """
 IMPORTS = """
 from importlib import import_module
@@ -37,7 +36,6 @@ except ImportError as error:
     print(error)
 """
 PLACES = """
-import torch, transformers
 from tl_fastload.ground.geometry import strides_of_order
 from tl_fastload.ground.own_defaults import own_defaults
 from tl_fastload.ground.role import Role
@@ -78,38 +76,48 @@ print(len(kept))
 """
 
 
-def run(code: str, *arguments: Any) -> str:
-    """Run code in a process from which TransformerLens is hidden; what it prints."""
-    command = [sys.executable, "-c", HIDE + code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.strip()
+KINDS = {"dense": None, "nf4": "nf4"}
 
 
-def test_every_room_but_the_roads_is_imported() -> None:
+@pytest.fixture(scope="module")
+def answers(zoo: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What code says in processes from which TransformerLens is hidden, and the folder with the
+    values that it placed.
+    """
+    target = tmp_path_factory.mktemp("hidden")
     last = ROOMS.index("cache")
     rooms = {room for room in ROOMS[: last + 1] if room not in ROADS}
     assert {"roads", "copies", "loading", "planning"} <= rooms
-    said = run(IMPORTS, *(name for name in MODULES if room_of(name) in rooms))
-    assert "transformer_lens is hidden" in said
+    questions: dict[str, Any] = {
+        "imports": (IMPORTS, [name for name in MODULES if room_of(name) in rooms])
+    }
+    for name, kind in KINDS.items():
+        folder = quantized_zoo.build(zoo, "llama-gqa")
+        folder = folder if kind is None else quantized_zoo.saved(folder, kind)
+        architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
+        questions[name] = (PLACES, (folder, architecture, target / f"{name}.pt"))
+    told = asked_afresh(HIDE, [*questions.values()], target)
+    return {**dict(zip(questions, told, strict=True)), "folder": target}
 
 
-@pytest.mark.parametrize("kind", [None, "nf4"])
+def test_every_room_but_the_roads_is_imported(answers: dict[str, Any]) -> None:
+    assert "transformer_lens is hidden" in answers["imports"]
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_a_checkpoint_becomes_transformers_own_model(
-    kind: str | None, zoo: Any, tmp_path: Path
+    name: str, zoo: Any, answers: dict[str, Any]
 ) -> None:
-    folder = quantized_zoo.build(zoo, "llama-gqa")
+    folder, kind = quantized_zoo.build(zoo, "llama-gqa"), KINDS[name]
     theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     expected = dict(theirs.named_parameters())
+    layers: dict[str, Any] = {}
     if kind is not None:
         hf = quantized_zoo.hf_model(folder, kind)
         layers = dict(quantized_zoo.layers(hf))
         expected |= {f"{n}.weight": quantized_zoo.dequantized(m) for n, m in layers.items()}
-        folder = quantized_zoo.saved(folder, kind)
-    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
-    kept = run(PLACES, folder, architecture, tmp_path / "values.pt")
-    assert kept == ("0" if kind is None else str(len(layers)))
-    found = torch.load(tmp_path / "values.pt")
+    assert answers[name] == str(len(layers))
+    found = torch.load(answers["folder"] / f"{name}.pt")
     assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(found[name], value), name
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
