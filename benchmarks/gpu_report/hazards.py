@@ -19,10 +19,13 @@ from benchmarks.gpu_report.loading import lean
 from benchmarks.gpu_report.parity import largest_difference, log_probs, state, tiny_model
 from benchmarks.gpu_report.sections import Facts, Run
 from tl_fastload.cli.bench.loads import lean_load
+from tl_fastload.errors import NotEnoughMemory
 from tl_fastload.report.memory import stored_parts
 
 _CHILD_SECONDS = 150
 _BUSY_CYCLES = 50_000_000
+_HELD_BYTES = 1 << 20
+_TF32_DIFFERENCE = 1e-4  # of log-probs in float32; TF32 alone makes ten times as much
 _ROOM_BYTES = 1 << 30  # less than the 1.1B shape takes
 
 
@@ -54,7 +57,13 @@ def _default_device(run: Run, folder: Path) -> Facts:
         found = load()
     finally:
         torch.set_default_device(None)
-    return {"difference": largest_difference(expected, state(found))}
+    return _no_more_than(0.0, {"difference": largest_difference(expected, state(found))})
+
+
+def _no_more_than(most: float, facts: Facts) -> Facts:
+    """Findings, as an error where one of them is larger."""
+    wrong = {name: value for name, value in facts.items() if not value <= most}
+    return {**facts, "error": f"more than {most}: {wrong}"} if wrong else facts
 
 
 @contextmanager
@@ -78,7 +87,7 @@ def _tf32(run: Run, folder: Path) -> Facts:
         with torch.inference_mode():
             outputs = [log_probs(model(tokens)) for model in (load(), there)]
         found[f"{name}_log_probs_difference"] = float((outputs[0] - outputs[1]).abs().max())
-    return found
+    return _no_more_than(_TF32_DIFFERENCE, found)
 
 
 def _fork(run: Run, folder: Path) -> Facts:
@@ -89,7 +98,8 @@ def _fork(run: Run, folder: Path) -> Facts:
     if done.returncode:
         return {"error": done.stderr[-400:]}
     found: Facts = json.loads(done.stdout.splitlines()[-1])
-    return found if not found["forked_load_status"] else {**found, "error": done.stderr[-400:]}
+    is_well = not found["forked_load_status"] and not found["cuda_initialised_by_a_cpu_load"]
+    return found if is_well else {**found, "error": done.stderr[-400:] or "see above"}
 
 
 def _second_load(run: Run, folder: Path) -> Facts:
@@ -98,7 +108,8 @@ def _second_load(run: Run, folder: Path) -> Facts:
         lean(run, folder)()
         gc.collect()
         held.append(torch.cuda.memory_allocated(run.device))
-    return {"held_after_each_bytes": held}
+    found: Facts = {"held_after_each_bytes": held}
+    return {**found, "error": "loads leave memory behind"} if held[-1] > held[0] else found
 
 
 def _side_stream(run: Run, folder: Path) -> Facts:
@@ -125,7 +136,8 @@ def _peak_statistics(run: Run, folder: Path) -> Facts:
     before = torch.cuda.max_memory_allocated(run.device)
     lean_load(folder, "float32", True, device="cpu", progress=False)()
     after = torch.cuda.max_memory_allocated(run.device)
-    return {"left_to_the_caller": before == after}
+    found: Facts = {"left_to_the_caller": before == after}
+    return found if before == after else {**found, "error": f"{before} has become {after}"}
 
 
 def _out_of_memory(run: Run, folder: Path) -> Facts:
@@ -144,6 +156,8 @@ def _out_of_memory(run: Run, folder: Path) -> Facts:
         except Exception as error:
             held = torch.cuda.memory_allocated(run.device) - before
             found[name] = {"raised": type(error).__name__, "held_with_the_error_bytes": held}
+            if not isinstance(error, NotEnoughMemory) or held > _HELD_BYTES:
+                found[name]["error"] = f"{type(error).__name__} with {held} bytes held"
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0, run.device)
     return found

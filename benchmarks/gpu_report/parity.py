@@ -12,7 +12,14 @@ import transformers
 from benchmarks.gpu_report.sections import Facts, Run
 from benchmarks.loading import dtype_argument
 from tl_fastload.cli.bench.loads import lean_load
+from tl_fastload.quantized import quantize
 
+# In float32, where processing sums in another order than the CPU.
+_MOST = {
+    "processed_difference": 1e-4,
+    "log_probs_to_transformers": 2e-3,
+    "log_probs_to_the_cpu": 1e-3,
+}
 _DTYPES = ("float32", "bfloat16")
 _VOCAB = 128
 _SIZES = {
@@ -37,11 +44,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def measure(run: Run) -> Facts:
-    """Differences of every tiny architecture, in both dtypes, raw and processed."""
+    """Differences of every tiny architecture, in both dtypes, raw and processed; and bytes."""
     found: Facts = {}
     for name in ARCHITECTURES:
         for dtype in _DTYPES:
             run.attempt(found, f"{name} {dtype}", lambda n=name, d=dtype: _differences(run, n, d))
+    for kind in ("int8", "nf4", "fp4"):
+        run.attempt(found, f"bytes of {kind}", lambda k=kind: _quantized_bytes(run, k))
     return found
 
 
@@ -109,6 +118,32 @@ def _differences(run: Run, name: str, dtype: str) -> Facts:
         "log_probs_to_transformers": float((found - expected).abs().max()),
         "log_probs_to_the_cpu": float((found - on_cpu).abs().max()),
     }
+    far = [name for name, most in _MOST.items() if dtype == "float32" and not facts[name] <= most]
     if unequal:
         facts["error"] = f"unprocessed weights are not those on the CPU: {unequal[:3]}"
+    elif far:
+        facts["error"] = f"farther apart than sums round: {', '.join(far)}"
     return facts
+
+
+def _quantized_bytes(run: Run, kind: str) -> Facts:
+    """Whether a matrix is quantized there to the bytes that bitsandbytes' own layer has."""
+    import bitsandbytes  # whose failure is a finding
+
+    dense = torch.randn(768, 512, generator=torch.Generator().manual_seed(0)).to(run.device)
+    layer: Any
+    if kind == "int8":
+        layer = bitsandbytes.nn.Int8Params(dense.cpu(), requires_grad=False).to(run.device)
+        theirs = [layer.data, layer.SCB]
+    else:
+        layer = bitsandbytes.nn.Params4bit(
+            dense.cpu(), requires_grad=False, quant_type=kind, compress_statistics=False
+        ).to(run.device)
+        theirs = [layer.data, layer.quant_state.absmax]
+    ours = list(quantize(dense, kind).content.stored.tensors().values())
+    wrong = [n for n, (a, b) in enumerate(zip(theirs, ours, strict=False)) if not _equal(a, b)]
+    return {"error": f"other bytes or scales: {wrong}"} if wrong else {"equal": True}
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(one.detach().cpu().reshape(-1), other.cpu().reshape(-1))

@@ -1,6 +1,6 @@
 """The least that a load onto a device can do where the bus is kept busy: threads fill pinned slots,
 a stream of its own empties them, and a slot is filled again when its copy is done. No cast, no
-processing: a floor, to say what such a road would give the package, which has none.
+processing: a floor, to hold the package's own loads against.
 """
 
 from __future__ import annotations

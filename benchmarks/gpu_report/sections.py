@@ -28,12 +28,17 @@ class Run:
         work: folder of the checkpoints.
         budget_seconds: for all of it.
         is_dry: tiny models, to try the report out.
+
+    Attributes:
+        has_lost_device: the device fails whatever it is asked, as it does in this process after an
+            error in a kernel.
     """
 
     device: torch.device
     work: Path
     budget_seconds: float
     is_dry: bool
+    has_lost_device: bool = False
     _began: float = field(default_factory=time.perf_counter)
 
     @property
@@ -65,7 +70,15 @@ class Run:
             found[name] = act()
         except Exception as error:  # the others go on, whatever it is
             found[name] = {"error": f"{type(error).__name__}: {error}"[:_MOST_TEXT]}
-        self.clean()
+        try:
+            self.clean()
+            synchronize(self.device)
+        except Exception as error:
+            found[name] = {
+                "error": f"the device is lost: {error}"[:_MOST_TEXT],
+                "found": found[name],
+            }
+            self.has_lost_device = True
 
     def clean(self) -> None:
         """Give back all memory that nothing holds."""

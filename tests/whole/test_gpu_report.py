@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.gpu_report import __main__ as report
 from benchmarks.gpu_report import parity, ring, stand_ins
+from benchmarks.gpu_report import sections as sections_module
 from benchmarks.gpu_report.checkpoints import checkpoint
 from benchmarks.gpu_report.sections import Run, errors
 from benchmarks.gpu_report.table import markdown
@@ -42,6 +47,57 @@ def test_a_section_that_fails_or_finds_no_time_is_noted(tmp_path: Path) -> None:
         "broken: RuntimeError: no such kernel",
         "whole/steps/inner: deep",
     ]
+
+
+def test_what_a_process_does_not_live_to_measure_the_next_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "_roomy", lambda is_dry: str(tmp_path))
+    monkeypatch.setattr(report, "_environment", lambda run: {})
+    monkeypatch.setattr(report, "os", SimpleNamespace(environ={}))
+    asked = []
+
+    def lose(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def crash() -> None:
+        raise KeyboardInterrupt  # which nothing in a section catches
+
+    def sections(run: Run, found: Any) -> list[Any]:
+        def say(name: str) -> Any:
+            asked.append(name)
+            if name == "lost":
+                monkeypatch.setattr(sections_module, "synchronize", lose)
+            elif name == "crash":
+                crash()
+            return {"seconds": 1.0}
+
+        return [(name, partial(say, name), 0.0) for name in ("first", "lost", "crash", "last")]
+
+    def process(command: list[str], **options: Any) -> Any:
+        monkeypatch.setattr(sections_module, "synchronize", lambda device: None)
+        with contextlib.suppress(KeyboardInterrupt):
+            return SimpleNamespace(returncode=report.main(command[3:]))
+        return SimpleNamespace(returncode=-11)
+
+    monkeypatch.setattr(report, "_sections", sections)
+    monkeypatch.setattr(subprocess, "run", process)
+    assert report.main(["--dry-run", "--out", str(tmp_path / "out")]) == 1
+    assert asked == ["first", "lost", "crash", "last"]
+    found = json.loads(next((tmp_path / "out").glob("*.json")).read_text())
+    assert found["first"] == found["last"] == {"seconds": 1.0}
+    assert [error.partition(":")[0] for error in errors(found)] == ["lost", "crash"]
+
+
+def test_a_process_that_never_begins_is_not_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+    monkeypatch.setattr(
+        subprocess, "run", lambda c, **k: started.append(c) or SimpleNamespace(returncode=1)
+    )
+    assert report.main(["--dry-run"]) == 1
+    assert len(started) == 1
 
 
 def test_a_model_is_measured_in_multiples_of_its_parameters(run: Run) -> None:
