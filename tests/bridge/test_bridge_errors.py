@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support import bridge_stock
+from tests.support import bridge_stock, bridge_zoo
 from tests.support.bridge_comparison import differences, snapshot
 from tests.support.bridge_stock import quiet
 from tl_fastload import LeanTransformerBridge
@@ -270,3 +270,39 @@ def test_a_load_that_stops_in_the_middle_returns_nothing(
     monkeypatch.undo()
     with pytest.raises(HalfWrittenError), quiet():
         booted.enable_compatibility_mode()
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [("bridge.processing", "BridgeShelf"), ("placement.placer", "groups")]
+)
+@pytest.mark.parametrize(
+    "case_id", [name for name in ("cohere", "falcon", "llama-gqa") if name in bridge_zoo.CASES]
+)
+def test_processing_that_stops_before_anything_is_written_leaves_the_bridge_as_it_was(
+    case_id: str,
+    module: str,
+    name: str,
+    bridge_zoo_folder: BridgeZoo,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """TransformerLens has run by then, on promises: it gives Falcon biases, takes Cohere's scale of
+    the logits away, and has a Llama's MLP look at processed weights.
+    """
+    folder = bridge_zoo_folder(case_id)
+    with quiet():
+        booted = LeanTransformerBridge.boot_transformers_lean(folder, device="cpu", progress=False)
+    before = snapshot(booted, case_id)
+
+    def stops(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"tl_fastload.{module}.{name}", stops)
+    with pytest.raises(KeyboardInterrupt), quiet():
+        booted.process_weights()
+    monkeypatch.undo()
+    assert differences(before, snapshot(booted, case_id)) == []
+    with quiet():
+        booted.process_weights()
+        wanted = bridge_stock.boot(folder)
+        wanted.process_weights()
+    assert differences(snapshot(wanted, case_id), snapshot(booted, case_id)) == []

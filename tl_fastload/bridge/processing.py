@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from tl_fastload.recipes.promise import Promise
 from tl_fastload.report.progress import Progress
 
 _Key = tuple[int, int, str]
+_TENSOR = object()
 
 
 def process_in_place(
@@ -44,21 +45,37 @@ def process_in_place(
 
     Raises:
         HalfWrittenError: it stopped after some parameters had new values; NotEnoughMemory, if that
-            is why.
+            is why. Where it stops before, the bridge is what it was.
     """
     before = _Before(bridge)
-    try:
-        before.replace()
-        inputs = Inputs(bridge)
-        with torch.no_grad(), SkipRandomInit():  # type: ignore[no-untyped-call]
-            stock()
-        before.keep_unchanged(slots_of(bridge))
-    except BaseException:
-        before.restore()
-        bridge._weights_processed = False  # of stock, which sets it first
-        raise
-    bridge.__dict__.pop("_processed", None)
     mark = Mark("enable_compatibility_mode")
+    try:
+        _process(bridge, stock, flags, progress, before, mark)
+    except BaseException as error:
+        if not mark.written and not before.is_spent:
+            before.undo()
+            raise
+        before.restore()
+        if isinstance(error, Exception):
+            raise _explained(error, mark) from error
+        raise
+    bridge.__dict__.pop(MARK)
+
+
+def _process(
+    bridge: Any,
+    stock: Callable[[], None],
+    flags: Mapping[str, bool],
+    progress: Progress,
+    before: _Before,
+    mark: Mark,
+) -> None:
+    before.replace()
+    inputs = Inputs(bridge)
+    with torch.no_grad(), SkipRandomInit():  # type: ignore[no-untyped-call]
+        stock()
+    before.keep_unchanged(slots_of(bridge))
+    bridge.__dict__.pop("_processed", None)
     bridge.__dict__[MARK] = mark
 
     shelf = BridgeShelf(bridge, is_raw=False)
@@ -81,17 +98,10 @@ def process_in_place(
         writing=writing,
     )
     try:
-        try:
-            placer.place(shelf.recipes)
-        finally:
-            shelf.clear()
-        require_none_left(bridge)
-    except BaseException as error:
-        before.restore()
-        if isinstance(error, Exception):
-            raise _explained(error, mark) from error
-        raise
-    bridge.__dict__.pop(MARK)
+        placer.place(shelf.recipes)
+    finally:
+        shelf.clear()
+    require_none_left(bridge)
 
 
 def _explained(error: Exception, mark: Mark) -> LeanLoadError:
@@ -107,17 +117,28 @@ class _Given(MemorySource):
 
     is_given = True
 
+    def __init__(self, source: MemorySource, before: _Before) -> None:
+        super().__init__(source.tensor, source.name)
+        self._before = before
+
     def lend(self, geometry: torch.Tensor) -> torch.Tensor:
+        self._before.is_spent = True
         given = self._view(geometry)
         given.as_strided((0,), (1,)).zero_()  # tells autograd and others that the tensor changes
         return given
 
 
 class _Before:
-    """The tensors of a bridge, each until its slot has a new value."""
+    """What a bridge was: its tensors, each until its slot has a new value, and all that is none.
+
+    Attributes:
+        is_spent: whether a new value is made in the memory of one of the tensors.
+    """
 
     def __init__(self, bridge: Any) -> None:
         slots = slots_of(bridge)
+        self.is_spent = False
+        self._others = [(e, _without_tensors(e)) for e in _dictionaries(bridge)]
         own = {s.tensor.untyped_storage()._cdata for s in slots if s.kind != ATTRIBUTE}
         self._slots = {
             _key(slot): slot
@@ -125,6 +146,7 @@ class _Before:
             if slot.kind != ATTRIBUTE or slot.tensor.untyped_storage()._cdata in own
         }
         self._tensors: dict[_Key, torch.Tensor] = {k: s.tensor for k, s in self._slots.items()}
+        self._unchanged: dict[_Key, torch.Tensor] = {}
         # For each memory: its promises' home and source, and a tensor that lies in it.
         self._memories: list[tuple[Memory, MemorySource, torch.Tensor]] = []
 
@@ -157,6 +179,15 @@ class _Before:
         """Put the tensors back that have not been replaced by new values."""
         for key, tensor in self._tensors.items():
             self._slots[key].tensor = tensor
+
+    def undo(self) -> None:
+        """Make the bridge what it was, as long as nothing has been written."""
+        for entries, others in self._others:
+            for leaf in entries.keys() - others.keys():
+                del entries[leaf]
+            entries.update({k: value for k, value in others.items() if value is not _TENSOR})
+        self._tensors.update(self._unchanged)
+        self.restore()
 
     def forget(self, slots: list[Slot]) -> None:
         """Let go of tensors whose slots have new values."""
@@ -192,8 +223,8 @@ class _Before:
                 slot.tensor = self._kept(slot, slot.tensor, held, made)
         self._memories.clear()
         for slot in slots:
-            if not isinstance(slot.tensor, LivePromise):
-                self.forget([slot])
+            if not isinstance(slot.tensor, LivePromise) and _key(slot) in self._tensors:
+                self._unchanged[_key(slot)] = self._tensors.pop(_key(slot))
 
     def give(self, recipes: Iterable[Promise]) -> None:
         """Let a tensor that nobody else holds be the memory of the one recipe that reads it."""
@@ -218,7 +249,7 @@ class _Before:
             source = views[0].source
             assert isinstance(source, MemorySource)
             if not is_small_and_odd(storage.data_ptr(), self._tensors[key]):
-                views[0].source = _Given(source.tensor, source.name)
+                views[0].source = _Given(source, self)
 
     def _kept(
         self,
@@ -237,6 +268,18 @@ class _Before:
                 old = nn.Parameter(view, promise.requires_grad) if promise._is_param else view
             made[place] = old
         return made[place]
+
+
+def _dictionaries(bridge: Any) -> Iterator[dict[str, Any]]:
+    """Where TransformerLens keeps what it knows of a bridge and of its weights."""
+    yield vars(bridge.adapter)
+    for root in (bridge.original_model, bridge):
+        for module in nn.Module.modules(root):
+            yield from (vars(module), module._modules, module._parameters, module._buffers)
+
+
+def _without_tensors(entries: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _TENSOR if isinstance(v, torch.Tensor) else v for k, v in entries.items()}
 
 
 def _is_quantized(tensor: torch.Tensor) -> bool:
