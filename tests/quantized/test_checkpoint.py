@@ -20,8 +20,13 @@ from transformers import (
 
 from tl_fastload import quantized
 from tl_fastload.errors import QuantizationError
-from tl_fastload.quantized import formats
+from tl_fastload.quantized import assemble, formats
 from tl_fastload.quantized.formats import bitsandbytes
+from tl_fastload.quantized.formats import bitsandbytes_kernels as kernels
+from tl_fastload.quantized.recipes import QuantizedSource
+from tl_fastload.recipes.evaluate import sources
+from tl_fastload.recipes.nodes import MemorySource
+from tl_fastload.recipes.promise import Promise
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "int8": {"load_in_8bit": True, "llm_int8_threshold": 4.0},
@@ -90,6 +95,28 @@ def test_saved_pieces_are_the_layer(saved: Any) -> None:
     bias = None if layer.bias is None else layer.bias.detach().clone()
     layer.support_avx512bf16_for_cpu = False
     assert torch.equal(F.linear(x, read, bias), layer(x))
+
+
+def test_bytes_on_their_way_to_a_device_need_no_kernel_where_they_lie(
+    saved: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def only_cuda(device: torch.device) -> None:
+        raise QuantizationError(f"no kernels for device {device}")
+
+    monkeypatch.setattr(kernels, "require_device", only_cuda)
+    pieces = _pieces(saved)
+    promises = {
+        f"layer.{piece}": Promise.of(MemorySource(tensor, piece))
+        for piece, tensor in pieces.items()
+        if piece != "bias"
+    }
+    kind = next((one for one in ("nf4", "fp4") if any(one in piece for piece in pieces)), "int8")
+    spec = bitsandbytes.BitsAndBytesSpec(kind)
+    made = assemble.combine(promises, spec, torch.float32)["layer.weight"]
+    (view,) = sources(made.node)
+    assert isinstance(view.source, QuantizedSource)
+    stored = view.source.matrix().content.stored
+    assert pieces["weight"].data_ptr() in {t.data_ptr() for t in stored.tensors().values()}
 
 
 def test_conv1d_weights_are_stored_as_a_linear_layer(saved: Any) -> None:

@@ -24,7 +24,7 @@ from tl_fastload.errors import (
     QuantizationError,
     UnsupportedArchitectureError,
 )
-from tl_fastload.quantized import assemble
+from tl_fastload.quantized.recipes import QuantizedSource
 from tl_fastload.source.reader import FileSource
 
 LAYER = "model.layers.1.mlp.down_proj"
@@ -57,7 +57,7 @@ def nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("a weight was read")
 
     monkeypatch.setattr(FileSource, "read_into", refuse)
-    monkeypatch.setattr(assemble, "from_bytes", refuse)
+    monkeypatch.setattr(QuantizedSource, "matrix", refuse)
 
 
 def _change(piece: str, change: Any = None, layer: str = LAYER, sign: str = ".") -> Any:

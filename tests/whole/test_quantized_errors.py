@@ -26,8 +26,9 @@ from tl_fastload.errors import (
     QuantizationError,
     UnsupportedArchitectureError,
 )
-from tl_fastload.quantized import assemble, formats
+from tl_fastload.quantized import formats
 from tl_fastload.quantized.formats import bitsandbytes_kernels as kernels
+from tl_fastload.quantized.recipes import QuantizedSource
 from tl_fastload.source.reader import FileSource
 
 LAYER = "model.layers.1.mlp.down_proj"
@@ -75,7 +76,7 @@ def nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         raise WasReadError
 
     monkeypatch.setattr(FileSource, "read_into", only_descriptions)
-    monkeypatch.setattr(assemble, "from_bytes", refuse)
+    monkeypatch.setattr(QuantizedSource, "matrix", refuse)
     monkeypatch.setattr(kernels, "quantize_int8", refuse)
     monkeypatch.setattr(kernels, "quantize_4bit", refuse)
 

@@ -54,6 +54,8 @@ class Quantizer:
         try:
             tensor = follow(promise.node, device)
             if name in self.shifts and tensor.content.stored.rounds_activations:
+                if device.type != "cpu":  # which dequantizes a matrix in less time than the host
+                    tensor = tensor.compact().to(device)  # type: ignore[assignment]
                 tensor = tensor.shift_input(evaluate(self.shifts[name].node, device).tensor)
             tensor = tensor.compact()
         except QuantizationError as error:
