@@ -42,7 +42,9 @@ def test_a_bridge_is_frozen_left_out_and_known_again(tmp_path: Path) -> None:
     assert load["source"] == first.lens.load_report.source
     assert "fold_ln" in load["processing"]
     second = sae_class(PL)(bridge())
+    counts = [parameter._version for parameter in second.lens.parameters()]
     fit(PL, second, 2, path)
+    assert counts == [parameter._version for parameter in second.lens.parameters()]
     assert [*first.losses, *second.losses] == whole.losses
     for ours, theirs in zip(second.sae.parameters(), whole.sae.parameters(), strict=True):
         assert torch.equal(ours, theirs)

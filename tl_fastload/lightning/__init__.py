@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -127,7 +127,7 @@ class FrozenSubmodulesMixin(_Base):
                 `allow_other_frozen` is off.
             ArgumentError: `frozen_submodules` names something that is not there.
         """
-        self._require_frozen()
+        frozen = {id(module) for module in self._require_frozen().values()}
         is_frozen = self._frozen_test()
         full = {plain_name(key): value for key, value in state_dict.items() if is_frozen(key)}
         if full:
@@ -146,9 +146,11 @@ class FrozenSubmodulesMixin(_Base):
             unexpected = [key for key in rest if strict and key not in own]
             self._check_keys(missing, unexpected, _misshapen(rest, own))
         try:
-            found = super().load_state_dict(rest, False, *args, **kwargs)
+            loads = super(FrozenSubmodulesMixin, _apart(self, frozen)).load_state_dict
+            found = loads(rest, False, *args, **kwargs)
         except RuntimeError as error:
             raise MissingWeightsError(str(error)) from error
+        found.missing_keys[:] = [key for key in found.missing_keys if not is_frozen(key)]
         if strict:
             self._check_keys(found.missing_keys, found.unexpected_keys, [])
         return found
@@ -407,6 +409,22 @@ def _misshapen(values: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
         and isinstance(tensor, torch.Tensor)
         and values[key].shape != tensor.shape
     ]
+
+
+def _apart(module: Any, frozen: Collection[int]) -> Any:
+    """A stand-in without the submodules of these identities, which shares all else. Those must not
+    even be visited: TransformerLens' fused Q, K and V write their own values when they are loaded.
+    """
+    if not any(id(one) in frozen for one in module.modules()):
+        return module
+    apart = object.__new__(type(module))
+    vars(apart).update(vars(module))
+    vars(apart)["_modules"] = {
+        name: None if child is None else _apart(child, frozen)
+        for name, child in module._modules.items()
+        if id(child) not in frozen
+    }
+    return apart
 
 
 def _forgive_frozen(module: Any, incompatible: Any) -> None:
