@@ -1,4 +1,4 @@
-"""Models that several processes share, started by torchrun on one machine."""
+"""Models that several processes share, on one machine."""
 
 from __future__ import annotations
 

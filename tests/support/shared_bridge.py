@@ -1,11 +1,10 @@
-"""Run by tests/shards/test_bridge.py under torchrun: `shared_bridge.py FOLDER`.
+"""Run by tests/shards/test_bridge.py in several processes, as under torchrun.
 
 Every process checks the same, so that a difference in one of them fails the test.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -109,7 +108,3 @@ def main(folder: Path) -> None:
     other = partial(load, folder / "qwen3", mesh=mesh, parallel="tp")
     assert "qwen3" in message_of(other)
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

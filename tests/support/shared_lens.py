@@ -1,4 +1,4 @@
-"""Run by tests/shards/test_whole.py under torchrun: `shared_lens.py FOLDER PART ...`.
+"""Run by tests/shards/test_whole.py in several processes, as under torchrun.
 
 Every process checks the same, so that a difference in one of them fails the test.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -263,7 +262,3 @@ def main(folder: Path, parts: list[str]) -> None:
     for part in parts:
         PARTS[part](folder, mesh)
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -44,14 +46,38 @@ def kind(request: Any) -> tuple[str, str]:
     return tuple(request.param)  # type: ignore[return-value]
 
 
+@pytest.fixture(scope="module")
+def made(zoo: Any) -> Callable[[tuple[str, str]], Pair]:
+    """Makes the models of a case and a kind."""
+
+    def make(kind: tuple[str, str]) -> Pair:
+        case_id, name = kind
+        folder = qz.build(zoo, case_id)
+        dense = lean_model(qz.dense_folder(case_id, folder, name))
+        return qz.load(folder, name), dense, zoo_module.tokens(case_id)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def known(made: Callable[[tuple[str, str]], Pair]) -> Callable[[tuple[str, str]], Pair]:
+    """`made`, once for each case and kind."""
+    return functools.cache(made)
+
+
 @pytest.fixture
-def pair(kind: tuple[str, str], zoo: Any) -> Pair:
-    """A quantized model, the dequantized one, and tokens; both models are the test's own."""
-    case_id, name = kind
-    folder = qz.build(zoo, case_id)
-    model = qz.load(folder, name)
-    dense = lean_model(qz.dense_folder(case_id, folder, name))
-    return model, dense, zoo_module.tokens(case_id)
+def pair(kind: tuple[str, str], known: Callable[[tuple[str, str]], Pair]) -> Iterator[Pair]:
+    """A quantized model, the dequantized one, and tokens. Tests share the models, and leave their
+    weights and settings as they are.
+    """
+    pair = known(kind)
+    before = [{**one.cfg.to_dict()} for one in pair[:2]]
+    versions = [p._version for one in pair[:2] for p in one.parameters()]
+    yield pair
+    for one in pair[:2]:
+        one.zero_grad()
+    assert [one.cfg.to_dict() for one in pair[:2]] == before
+    assert [p._version for one in pair[:2] for p in one.parameters()] == versions
 
 
 def _assert_near(found: torch.Tensor, expected: torch.Tensor, bound: float) -> None:
@@ -108,18 +134,18 @@ def test_settings(kind: Any, pair: Pair, setting: str) -> None:
     if setting == "attn_in" and model.cfg.n_key_value_heads:
         pytest.skip("TransformerLens has no attn_in for grouped heads")
     before = model(tokens)
+    name = "ungroup_grouped_query_attention" if setting == "ungroup" else f"use_{setting}"
     for one in (model, dense):
-        if setting == "ungroup":
-            one.set_ungroup_grouped_query_attention(True)
-        else:
-            getattr(one, f"set_use_{setting}")(True)
+        getattr(one, f"set_{name}")(True)
     (logits, cache), (expected, other) = model.run_with_cache(tokens), dense.run_with_cache(tokens)
+    for one in (model, dense):
+        getattr(one, f"set_{name}")(False)
     _assert_near(logits, expected, BOUND[kind[1]])
     _assert_near(logits, before, BOUND[kind[1]])
     assert list(cache) == list(other)
     if setting == "attn_result":
-        attention = model.blocks[0].attn
-        results = torch.einsum("bphe,hed->bphd", cache["z", 0], attention.W_O.dequantize())
+        weight = model.blocks[0].attn.W_O.detach().dequantize()
+        results = torch.einsum("bphe,hed->bphd", cache["z", 0], weight)
         torch.testing.assert_close(cache["result", 0], results, rtol=1e-4, atol=1e-5)
 
 
@@ -282,8 +308,10 @@ def test_counts(pair: Pair) -> None:
         assert isinstance(one, torch.nn.Parameter)
 
 
-def test_a_dtype_changes_what_is_computed_in(kind: Any, pair: Pair) -> None:
-    model, _, tokens = pair
+def test_a_dtype_changes_what_is_computed_in(
+    kind: Any, made: Callable[[tuple[str, str]], Pair]
+) -> None:
+    model, _, tokens = made(kind)  # which changes
     with torch.no_grad():
         expected = model(tokens)
     before = {
