@@ -13,6 +13,7 @@ from traceback import walk_tb
 from types import FunctionType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from packaging.requirements import Requirement
 from packaging.version import Version
 
 from tl_fastload.errors import MissingPackageError
@@ -230,10 +231,12 @@ def _require_import(module: str) -> None:
         names = [name.partition(".")[0] for name in frames if not name.startswith("importlib")]
         culprit = names[-1].replace("_", "-")
         said = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        needed = {Requirement(one).name for one in metadata.requires("transformer_lens") or ()}
+        removal = f", or remove it (pip uninstall {culprit}) if nothing needs it"
         raise MissingPackageError(
             f"TransformerLens {TRANSFORMER_LENS} cannot be imported: {culprit} fails ({said}). "
-            f"Repair it (pip install --force-reinstall --no-deps {culprit}), or remove it "
-            f"(pip uninstall {culprit}) if nothing needs it."
+            f"Repair it (pip install --force-reinstall --no-deps {culprit})"
+            f"{'' if culprit in {*needed, 'transformer-lens'} else removal}."
         ) from error
 
 
