@@ -94,7 +94,9 @@ class InternalError(LeanLoadError, RuntimeError):
 
 
 class NumbersWarning(UserWarning):
-    """The model computes other numbers than its reference, transformers; says where and why."""
+    """The model computes other numbers than its reference, transformers or TransformerLens' own
+    loader; says where and why.
+    """
 
 
 def warn_numbers(message: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,11 +12,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tests.support.programs import assert_same, in_memory
+from tl_fastload.errors import NumbersWarning
 from tl_fastload.ground.geometry import copied
 from tl_fastload.hooked import layout
+from tl_fastload.loading.load import notes_on
 from tl_fastload.placement.order import groups
 from tl_fastload.placement.placer import Placer
 from tl_fastload.placement.rehearsal import forecast
+from tl_fastload.recipes.evaluate import rounds_otherwise
 from tl_fastload.recipes.nodes import MemorySource
 from tl_fastload.recipes.promise import Promise
 from tl_fastload.report.progress import Progress
@@ -288,3 +292,28 @@ def test_copies_in_any_memory_order(shape: tuple[int, ...], dtype: torch.dtype) 
             assert copy.stride() == strides.stride()
             assert_same(copy, x.to(dtype))
             assert copy.data_ptr() != source.data_ptr()
+
+
+def test_sums_on_another_device_than_recorded_are_told_of() -> None:
+    meta, cuda = torch.device("meta"), torch.device("cuda:0")
+    model = Model(plain=(4, 6), centred=(4, 6), product=(4, 4), there=(4, 6), factor=(4, 4))
+    (p,) = in_memory([torch.randn(4, 6)])
+    on_device = Promise(p.node, p.meta, cuda)
+    recipes = {
+        "plain": p * 2,
+        "centred": p - p.mean(0),
+        "product": p @ p.T,
+        "there": on_device - on_device.mean(0),
+        "factor": on_device @ on_device.T,
+    }
+    assert place(model, dict(recipes)).rounded_otherwise == ["there", "factor"]
+    made = placer(model)
+    made.device_of = lambda name: meta
+    with made.progress:
+        made.place(dict(recipes))
+    assert sorted(made.rounded_otherwise) == ["centred", "factor", "there"]
+    for name, found in (("there", False), ("factor", True), ("centred", True)):
+        assert rounds_otherwise(recipes[name].node, recipes[name].device, cuda) is found
+    with pytest.warns(NumbersWarning, match=r"there.* another device than TransformerLens"):
+        assert len(notes_on(made, SimpleNamespace(moves_first=False))) == 1  # type: ignore[arg-type]
+    assert notes_on(made, SimpleNamespace(moves_first=True)) == []  # type: ignore[arg-type]

@@ -65,6 +65,7 @@ class BridgeRoad:
     name = "TransformerBridge"
     supported = _SUPPORTED
     counts_devices = True
+    moves_first = True
     aliases = staticmethod(versions.aliases)
     record = staticmethod(record)
     record_weights = staticmethod(record_weights)

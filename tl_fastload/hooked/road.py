@@ -59,6 +59,7 @@ class HookedRoad:
     config_class = HookedTransformerConfig
     supported = SUPPORTED
     counts_devices = False
+    moves_first = False
     aliases = staticmethod(aliases)
     record = staticmethod(record)
     record_weights = staticmethod(record_weights)

@@ -181,7 +181,7 @@ def write_recipes(
         writing=step.writes,
     )
     placer.place(recipes)
-    return notes_on(placer)
+    return notes_on(placer, road_of(model))
 
 
 def _homes(model: Any) -> dict[str, torch.device]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tl_fastload.errors import RecordingError
+from tl_fastload.errors import RecordingError, warn_numbers
 from tl_fastload.ground.own_defaults import own_defaults
 from tl_fastload.ground.sizes import bytes_of
 from tl_fastload.ground.words import format_bytes, listed
@@ -31,7 +31,7 @@ from tl_fastload.request.options import Options
 from tl_fastload.roads.homes import homes
 from tl_fastload.roads.known import describe_steps
 from tl_fastload.roads.observer import Observer
-from tl_fastload.roads.road import Recording, Request
+from tl_fastload.roads.road import Recording, Request, Road
 from tl_fastload.shards.fill import Sharding
 from tl_fastload.shards.load import agreed, begin, finish
 from tl_fastload.source.reader import FileReader
@@ -215,14 +215,14 @@ def report_of(request: Request, recording: Recording, placer: Placer) -> LoadRep
             *pretrained.notes,
             *warn_of_runtime(pretrained.spec or pretrained.dequantized),
             *recording.notes,
-            *notes_on(placer),
+            *notes_on(placer, request.road),
         ),
         revision=pretrained.commit,
     )
 
 
-def notes_on(placer: Placer) -> list[str]:
-    """What a report says of values that were placed."""
+def notes_on(placer: Placer, road: Road) -> list[str]:
+    """What a report says of values that were placed, by a load on a road."""
     notes = []
     if placer.unseen_bytes:
         notes.append(
@@ -231,6 +231,13 @@ def notes_on(placer: Placer) -> list[str]:
         )
     if placer.not_finite:
         notes.append(f"NaN or infinite values in {listed(placer.not_finite)}.")
+    if placer.rounded_otherwise and not road.moves_first:
+        told = warn_numbers(
+            f"Sums in {listed(placer.rounded_otherwise, 3)} were taken on another device than "
+            "TransformerLens takes them, in another order: their last bits may differ from its "
+            'own. For those, load with device="cpu" and move the model then.'
+        )
+        notes.append(told)
     return notes
 
 

@@ -23,7 +23,7 @@ from tl_fastload.placement.spread import Spread
 from tl_fastload.quantized import QuantizedTensor
 from tl_fastload.quantized.quantizer import Quantizer
 from tl_fastload.quantized.recipes import QuantizedSource
-from tl_fastload.recipes.evaluate import Evaluation, Value, sources
+from tl_fastload.recipes.evaluate import Evaluation, Value, rounds_otherwise, sources
 from tl_fastload.recipes.nodes import (
     Call,
     MemorySource,
@@ -71,6 +71,7 @@ class Placer:
         mapped_bytes: of mapped parameters.
         unseen_bytes: of mapped parameters that were not searched for NaN and infinite values.
         not_finite: parameters with NaN or infinite values.
+        rounded_otherwise: parameters that were evaluated on another device than recorded, and sum.
     """
 
     model: nn.Module
@@ -89,6 +90,7 @@ class Placer:
     mapped_bytes: int = 0
     unseen_bytes: int = 0
     not_finite: list[str] = field(default_factory=list)
+    rounded_otherwise: list[str] = field(default_factory=list)
     _passed_bytes: int = 0
     _trim_bytes: int = _TRIM_LEAST_BYTES
 
@@ -228,6 +230,8 @@ class Placer:
             if evaluation is None or device.type != "cpu":
                 evaluation = Evaluation(list(nodes.values()), device, self._spares)
             for name, node in nodes.items():
+                if rounds_otherwise(node, some[name].device, device):
+                    self.rounded_otherwise.append(name)
                 value = evaluation.value(node)
                 made = self.finish(name, value, targets[name])
                 if self.assign and type(made) is torch.Tensor and not _share(made, value.tensor):

@@ -348,6 +348,24 @@ def operands(node: Node) -> list[Node]:
 
 def sources(node: Node) -> list[SourceView]:
     """Every source view that a recipe reads, each once."""
+    return [found for found in _steps(node) if isinstance(found, SourceView)]
+
+
+def rounds_otherwise(node: Node, recorded: torch.device, device: torch.device) -> bool:
+    """Whether evaluating a recipe may round otherwise than the recorded operations would have.
+
+    Args:
+        node: the recipe.
+        recorded: where its operations were.
+        device: where it is evaluated: what is elementwise is the same everywhere, a sum is not.
+    """
+    funcs = set() if recorded.type == device.type else {*_REDUCTIONS}
+    if recorded.type != "cpu":
+        funcs |= {*_PRODUCTS, *_FACTORS}
+    return bool(funcs) and any(isinstance(x, Call) and x.func in funcs for x in _steps(node))
+
+
+def _steps(node: Node) -> list[Node]:
     seen: dict[Node, None] = {}
     todo = [node]
     while todo:
@@ -355,7 +373,7 @@ def sources(node: Node) -> list[SourceView]:
         if current not in seen:
             seen[current] = None
             todo.extend(operands(current))
-    return [found for found in seen if isinstance(found, SourceView)]
+    return list(seen)
 
 
 def _fill(node: Call, tensors: list[torch.Tensor]) -> tuple[list[Any], dict[str, Any]]:

@@ -155,6 +155,7 @@ class Road(Protocol):
             matrices.
         counts_devices: whether `cfg.n_devices` of a model with a device map says over how many it
             lies; to others it says that their forward pass moves activations between blocks.
+        moves_first: whether TransformerLens processes a model on its devices, not on the CPU.
     """
 
     @property
@@ -171,6 +172,9 @@ class Road(Protocol):
 
     @property
     def counts_devices(self) -> bool: ...
+
+    @property
+    def moves_first(self) -> bool: ...
 
     def aliases(self) -> Aliases:
         """The names that TransformerLens has for models."""
