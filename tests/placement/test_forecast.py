@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ import tl_fastload
 from tests.support.counting import AllocatedBytes
 from tl_fastload import LeanHookedTransformer
 from tl_fastload.placement.placer import Placer
-from tl_fastload.placement.rehearsal import Forecast, forecast
+from tl_fastload.placement.rehearsal import Forecast, _is_lent, forecast
 from tl_fastload.quantized.formats import bitsandbytes_kernels
+from tl_fastload.quantized.recipes import QuantizedSource
 
 CPU = torch.device("cpu")
 SIZES: dict[str, dict[str, Any]] = {
@@ -120,3 +122,20 @@ def test_quantized_checkpoints(
         assert parameters == model.load_report.parameter_bytes
         assert (plan.parameter_bytes["quantized"] > 0) == ("dequantize" not in arguments)
         assert plan.stock_peak_host_bytes is None
+
+
+def test_bytes_on_another_device_of_the_kind_take_memory_on_this_one() -> None:
+    outline: Any = SimpleNamespace(shape=(2, 3))
+    for home, device, is_there in (
+        ("cuda:1", "cuda:1", True),
+        ("cuda:1", "cuda:0", False),
+        ("cuda:1", "cuda", False),
+        ("cuda:0", "cuda", True),
+        ("cpu", "cpu", True),
+        ("meta", "cpu", True),
+        ("cpu", "cuda:0", False),
+    ):
+        source = QuantizedSource(
+            lambda: pytest.fail("read"), torch.float32, "w", outline, torch.device(home)
+        )
+        assert _is_lent(source, torch.device(device)) is is_there, (home, device)

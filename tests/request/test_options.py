@@ -247,6 +247,17 @@ def test_cuda_without_cuda(device: Any, zoo: Any, no_reading: None) -> None:
         lean_model(zoo("gpt2"), device=device)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+@pytest.mark.parametrize("case_id", ["gpt2", "llama-gqa"])  # TransformerLens makes zeros there
+def test_cuda_that_does_not_answer(
+    case_id: str, zoo: Any, no_reading: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ArgumentError, match=r"device='cuda' cannot hold weights here: .*CUDA"):
+        lean_model(zoo(case_id), device="cuda")
+
+
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="this machine has it")
 def test_a_device_that_this_machine_lacks(zoo: Any, no_reading: None) -> None:
     with pytest.raises(ArgumentError, match="mps"):

@@ -25,6 +25,7 @@ from tl_fastload.errors import LeanLoadError, SaveError
 from tl_fastload.ground.boundary import boundary
 from tl_fastload.loading import load
 from tl_fastload.printable import printable
+from tl_fastload.request.contradictions import check_usable, device_asked_for
 from tl_fastload.roads.road import Request
 
 _NOT_SHARED = (
@@ -38,7 +39,13 @@ def load_through_cache(request: Request) -> Any:
 
     Args:
         request: the call, resolved.
+
+    Raises:
+        ArgumentError: CUDA is there and answers nothing, such as in a forked process.
     """
+    device = device_asked_for(request.arguments)
+    if device.type == "cuda" and request.options.device_map is None:
+        check_usable(device, f"device={str(device)!r}")  # before a converter makes zeros there
     if request.copy is not None:
         return load_copy(request, request.copy)
     if request.options.mesh is not None:

@@ -373,7 +373,9 @@ def _is_lent(source: Source, device: torch.device) -> bool:
         home = source.home
     if home is None:
         return False
-    return device.type == ("cpu" if home.type == "meta" else home.type)
+    if home.type in ("meta", "cpu"):
+        return device.type == "cpu"
+    return device.type == home.type and (device.index or 0) == (home.index or 0)
 
 
 def _promise_of(node: Node, like: Promise) -> Promise:
