@@ -181,7 +181,7 @@ class Face:
             checkpoint_label: another name of `checkpoint_value`.
             hf_model: a transformers model in memory; read, never changed, and not shared.
             device: where the parameters go; CUDA if there is one, else the CPU.
-            n_devices: how many CUDA devices share the layers; 1 for a bridge.
+            n_devices: how many CUDA devices share the layers, evenly, as in TransformerLens.
             tokenizer: the tokenizer; by default the one that lies with the model, or none.
             move_to_device: False leaves the parameters on the CPU.
             fold_value_biases: fold the value biases into the output bias.

@@ -99,4 +99,5 @@ def test_subfolder_home_and_ignored_revision(
     assert "revision='v1' was ignored" in checkpoint.notes[0]
     with pytest.raises(ArgumentError, match="subfolder"):
         resolve("~/m", subfolder="../m/inner")
-    assert "nowhere" in refusal("~/m", subfolder="nowhere")
+    with pytest.raises(UnknownModelError, match="has no folder 'nowhere'"):
+        resolve("~/m", subfolder="nowhere")
