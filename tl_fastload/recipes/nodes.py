@@ -101,7 +101,7 @@ class Node:
     __slots__ = ()
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class SourceView(Node):
     """Elements of a source, seen through views, then cast.
 
@@ -121,7 +121,7 @@ class SourceView(Node):
         return self.casts[-1] if self.casts else self.source.dtype
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Call(Node):
     """One ATen operation. `args` and `kwargs` hold nodes where the operation took tensors."""
 
@@ -131,7 +131,7 @@ class Call(Node):
     meta: Any = field(repr=False)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Pick(Node):
     """One of the tensors that a call returns."""
 
@@ -166,15 +166,17 @@ def as_stored(node: Node) -> Node:
     """The view of a source below copies and casts that leave every value what it is (bfloat16 to
     float32 and back); the node itself where there is none.
     """
-    below, through = node, [dtype_of(node)]
+    below, through = node, set[torch.dtype]()
     while isinstance(below, Call) and below.func in (aten.clone.default, aten._to_copy.default):
-        through.append(below.meta.dtype)
+        through.add(below.meta.dtype)
         below = below.args[0]
     if not isinstance(below, SourceView):
         return node
     stored = below.source.dtype
-    through += below.casts
-    is_wide = all(torch.promote_types(stored, dtype) == dtype for dtype in through)
-    if not stored.is_floating_point or through[0] != stored or not is_wide:
+    if not stored.is_floating_point or dtype_of(node) != stored:
+        return node
+    through.update(below.casts)
+    through.discard(stored)
+    if any(torch.promote_types(stored, dtype) != dtype for dtype in through):
         return node
     return SourceView(below.source, below.geometry)
