@@ -19,6 +19,7 @@ from tl_fastload.recipes.nodes import (
     Pick,
     Source,
     SourceView,
+    aten,
     dtype_of,
     shape_of,
 )
@@ -255,6 +256,17 @@ def test_three_casts() -> None:
                 tensor = torch.tensor([1 / 3, 1e-7, 7e4, 1e30, -0.0, 65519.9])
                 recorded = Promise.of(MemorySource(tensor)).to(first).to(second).to(third)
                 assert_same(value_of(recorded), tensor.to(first).to(second).to(third))
+
+
+def test_a_copy_of_a_step_is_that_step() -> None:
+    made: Any = promise(4, 6, dtype=torch.bfloat16).T.contiguous()
+    assert made.clone().node is made.node
+    assert made.float().clone().to(torch.bfloat16).node is made.node  # as wide, and back
+    assert (made.float() * 3).to(torch.bfloat16).node.func is aten._to_copy.default
+    # Other values, another order of memory, or a part of what would not be freed.
+    assert made.to(torch.float16).to(torch.bfloat16).node.func is aten._to_copy.default
+    assert made.T.clone(memory_format=torch.contiguous_format).node is not made.T.node
+    assert (made * 2)[1:3].clone().node.func is aten.clone.default
 
 
 def test_one_expert_of_a_stack_does_not_read_the_others() -> None:

@@ -330,12 +330,30 @@ def _simplify(
             return node
         if func is aten._to_copy.default and same_layout:
             return SourceView(node.source, node.geometry, _shorten(node, meta.dtype))
+    if isinstance(node, Call) and func in (aten.clone.default, aten._to_copy.default):
+        return _copied_already(node, meta)
     if isinstance(node, Call) and func in (aten.select.int, aten.slice.Tensor):
         found = _look_inside(node, func, args, meta)
         if found is None or dtype_of(found) != meta.dtype:
             return None
         return found if meta_of(found).stride() == meta.stride() else None
     return None
+
+
+def _copied_already(node: Call, meta: torch.Tensor) -> Node | None:
+    """The step that has the values of a copy of a step, in memory that is not a part of another's:
+    that step itself, or what it made wider, if the copy is as narrow as before.
+    """
+    found: Node = node
+    if node.meta.dtype != meta.dtype:
+        is_cast = node.func is aten._to_copy.default
+        if not is_cast or meta.dtype not in _HOLDS.get(node.meta.dtype, ()):
+            return None
+        found = node.args[0]
+    if dtype_of(found) != meta.dtype or meta_of(found).stride() != meta.stride():
+        return None
+    is_part = isinstance(found, Call) and _kind_of(found.func).takes_views
+    return None if is_part or isinstance(found, Pick) else found
 
 
 def _shorten(node: SourceView, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
