@@ -116,6 +116,11 @@ class Placer:
         self._trim_bytes = max(_TRIM_LEAST_BYTES, int(total_bytes * _TRIM_FRACTION))
         self.progress.start(total_bytes)
         self._waiting = _Waiting(todo, targets, self.assign)
+        self._views = {
+            name: view
+            for name, promise in todo.items()
+            if (view := self.mappable(name, promise, targets[name])) is not None
+        }
         quantized = {name: self._quantized_sources(name, todo[name]) for name in todo}
         readers = Counter(source for read in quantized.values() for source in read)
         try:
@@ -129,6 +134,7 @@ class Placer:
                             source.release()
         except BaseException:
             targets.clear()  # the traceback holds them as long as the exception lives
+            self._views.clear()
             self._waiting.forget()
             self._spares.limit(0)
             raise
@@ -171,7 +177,7 @@ class Placer:
         for the next group has as well.
         """
         order = groups(todo)
-        fresh = [self._fresh(group, todo, targets) for group in order]
+        fresh = [self._fresh(group) for group in order]
         rest_bytes = sum(bytes_of(targets[name]) for names in fresh for name in names)
         waiting: list[tuple[list[str], Evaluation | None]] = []
         for group, names in zip(order, fresh, strict=True):
@@ -189,17 +195,12 @@ class Placer:
             self._spares.limit(rest_bytes // _KEPT_PART)
         yield from waiting
 
-    def _fresh(
-        self, group: list[str], todo: dict[str, Promise], targets: dict[str, torch.Tensor]
-    ) -> list[str]:
+    def _fresh(self, group: list[str]) -> list[str]:
         """Parameters of a group that will certainly be evaluated into new memory of the host."""
         if self.quantizer is not None or not self.assign:
             return []
         return [
-            name
-            for name in group
-            if self.device_of(name).type == "cpu"
-            and self.mappable(name, todo[name], targets[name]) is None
+            name for name in group if name not in self._views and self.device_of(name).type == "cpu"
         ]
 
     def _quantized_sources(self, name: str, promise: Promise) -> set[QuantizedSource]:
@@ -248,7 +249,7 @@ class Placer:
             quantizer = None  # a live parameter stays the kind of tensor that it is
         if quantizer is not None and not quantizer.stays_dense(name, promise):
             return quantizer.keep(name, promise, target.dtype, self.device_of(name))
-        mapped = self._map(name, promise, target)
+        mapped = self._map(name)
         if mapped is not None:
             self.mapped_bytes += bytes_of(mapped)
             self._search(name, mapped)
@@ -270,19 +271,19 @@ class Placer:
         home = "cpu" if target.is_meta else target.device
         return _is_itself(promise, target) and torch.device(home) == self.device_of(name)
 
-    def _map(self, name: str, promise: Promise, target: torch.Tensor) -> torch.Tensor | None:
-        view = self.mappable(name, promise, target)
-        if view is None or self.maps is None:
+    def _map(self, name: str) -> torch.Tensor | None:
+        view = self._views.pop(name, None)
+        if view is None or self.maps is None or not isinstance(view.source, FileSource):
             return None
-        source = view.source
-        return (
-            self.maps.view(source.entry, view.geometry) if isinstance(source, FileSource) else None
-        )
+        return self.maps.view(view.source.entry, view.geometry)
 
+    @looking_only
     def mappable(self, name: str, promise: Promise, target: torch.Tensor) -> SourceView | None:
         """The part of a file that is this parameter as it stands, if it may be mapped."""
+        if self.maps is None or not self.assign:
+            return None
         node = as_stored(promise.node) if self.map_gaps else promise.node
-        if self.maps is None or not self.assign or not isinstance(node, SourceView):
+        if not isinstance(node, SourceView):
             return None
         if node.casts or not isinstance(node.source, FileSource) or has_overlap(node.geometry):
             return None
