@@ -89,8 +89,13 @@ def role(name: str) -> Role:
     bare = without_wrapper_parts(name)
     block = _LAYER.match(bare)
     # Underscores are in front of what several query heads share.
-    found = _ROLES.get(_NUMBER.sub("", bare).replace("._", "."), Role())
-    return found if block is None else replace(found, layer=int(block.group(1)))
+    kind = _NUMBER.sub("", bare).replace("._", ".")
+    return _role_in(kind if kind in _ROLES else "", None if block is None else int(block.group(1)))
+
+
+@lru_cache(maxsize=1 << 13)  # a layer's experts share it
+def _role_in(kind: str, layer: int | None) -> Role:
+    return replace(_ROLES.get(kind, Role()), layer=layer)
 
 
 def folded_norms(cfg: Any) -> Iterator[tuple[str, int]]:

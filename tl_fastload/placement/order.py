@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable
 
 from tl_fastload.ground.own_defaults import looking_only
 from tl_fastload.ground.sizes import bytes_of
@@ -22,7 +21,7 @@ def groups(recipes: dict[str, Promise]) -> list[list[str]]:
     """
     size = {name: bytes_of(promise) for name, promise in recipes.items()}
     views = {name: sources(promise.node) for name, promise in recipes.items()}
-    large = {name: {id(view.source) for view in _large(found)} for name, found in views.items()}
+    large = {name: _large(found) for name, found in views.items()}
     names = sorted(recipes, key=lambda name: -size[name])
     big = {source: name for name in reversed(names) for source in large[name]}
     joined: dict[str, list[str]] = {}
@@ -64,6 +63,10 @@ def _small_before_big(
     return list(order)
 
 
-def _large(views: list[SourceView]) -> Iterable[SourceView]:
-    largest = max((view.source.shape.numel() for view in views), default=0)
-    return [view for view in views if view.source.shape.numel() * 8 > largest]
+def _large(views: list[SourceView]) -> tuple[int, ...]:
+    """The `id`s of the sources of some views that are large among them."""
+    sizes = [view.source.shape.numel() for view in views]
+    largest = max(sizes, default=0)
+    return tuple(
+        id(view.source) for view, size in zip(views, sizes, strict=True) if size * 8 > largest
+    )
