@@ -19,7 +19,7 @@ from tests.support.comparison import lean_model
 from tests.support.quantized_kinds import dense_matrix, save_and_load
 from tl_fastload.errors import QuantizationError, UnsupportedArchitectureError
 from tl_fastload.huggingface.lora.merge import requantized
-from tl_fastload.quantized import formats
+from tl_fastload.quantized import formats, views
 from tl_fastload.quantized.assemble import combine
 from tl_fastload.quantized.formats.base import Format, QuantizedBytes, runs_of, take
 from tl_fastload.quantized.recipes import follow
@@ -189,3 +189,22 @@ def test_stacked_experts_under_other_names(monkeypatch: pytest.MonkeyPatch) -> N
     bytes_ = follow(expert.node, torch.device("cpu")).compact()
     assert bytes_.content.stored.shape == (8, 32)
     assert torch.equal(bytes_.dequantize(), made.dense(torch.float32)[8:16].T)
+
+
+def test_row_numbers_equally_far_apart_are_a_range() -> None:
+    """Columns 1, 3, 5 ... of stacked experts, as gpt-oss's gates are, and rows in other orders."""
+    stored = formats.of_kind("mxfp4").sample("mxfp4", torch.device("cpu"))
+    whole = views.whole(stored.shape)
+    for geometry in (whole, whole.view(2, 32, -1)[1, 1::2], whole[7], whole[3:9].t()):
+        view = views.row_view(geometry, stored.shape[1])
+        assert view is not None
+        assert view.run is not None
+        assert torch.equal(torch.tensor(view.run), view.index())
+        some = stored.run(view.run)
+        assert torch.equal(
+            some.dense(torch.float32), stored.rows(view.index()).dense(torch.float32)
+        )
+        assert torch.equal(QuantizedBytes.run(stored, view.run).packed, some.packed)
+    apart = views.row_view(whole.view(4, 16, -1)[:, :3], stored.shape[1])
+    assert apart is not None
+    assert apart.run is None

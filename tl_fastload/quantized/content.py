@@ -71,7 +71,7 @@ class Content(Declared):
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
         return cls(formats.bytes_class(tag)(**options, **inner), **beside, **own)
 
-    def rows(self, index: torch.Tensor) -> Content:
+    def rows(self, index: torch.Tensor | range) -> Content:
         """Some rows of the matrix.
 
         Raises:
@@ -79,8 +79,11 @@ class Content(Declared):
         """
         if self.center_out and len(index) != self.stored.shape[0]:
             raise QuantizationError("the matrix is centred over rows that this part does not have")
-        out_shift = None if self.out_shift is None else self.out_shift[index.to(self.stored.device)]
-        return replace(self, stored=self.stored.rows(index), out_shift=out_shift)
+        stored = self.stored.run(index) if isinstance(index, range) else self.stored.rows(index)
+        out_shift = self.out_shift
+        if out_shift is not None:
+            out_shift = out_shift[torch.as_tensor(index, device=out_shift.device)]
+        return replace(self, stored=stored, out_shift=out_shift)
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`x @ W.T + bias` as the bytes multiply, for x [..., in]; in x's dtype."""

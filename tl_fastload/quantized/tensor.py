@@ -204,7 +204,8 @@ class QuantizedTensor(torch.Tensor):
             raise QuantizationError("the view does not show whole rows of the quantized matrix")
         if in_order:
             view = replace(view, row_dims=tuple(sorted(view.row_dims)))
-        return self.content.rows(view.index()), view.packed()
+        run = view.run
+        return self.content.rows(view.index() if run is None else run), view.packed()
 
     def __getattr__(self, name: str) -> Any:
         # The names that __tensor_flatten__ gives are attributes; everything else is torch's.

@@ -86,6 +86,16 @@ class RowView:
     columns: int
     geometry: torch.Tensor
 
+    @property
+    def run(self) -> range | None:
+        """The numbers of `index`, where they are equally far apart."""
+        first = self.geometry.storage_offset() // self.columns
+        if not self.row_dims:
+            return range(first, first + 1)
+        dim, *others = self.row_dims
+        step = self.geometry.stride(dim) // self.columns
+        return None if others else range(first, first + self.geometry.shape[dim] * step, step)
+
     @untraced()
     def index(self) -> torch.Tensor:
         """The number of each row that the view shows, [n] int64, the last of `row_dims` fastest."""
