@@ -79,7 +79,7 @@ def build_on_meta(
     """
     cfg.tokenizer_name = None
     model: Any = object.__new__(cls)
-    with torch.device("meta"), SkipInitializers(), SkipRandomInit():  # type: ignore[no-untyped-call]
+    with torch.device("meta"), SkipInitializers():
         # Of a class with an `__init__` of its own, what it calls says what it says.
         silenced(model.__init__)(cfg, None, move_to_device=False)
     _as_transformers(model, hf_config, [] if notes is None else notes)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from types import FunctionType
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,7 +19,12 @@ from tl_fastload.report.memory import return_freed_memory
 
 _UNIFORM, _NORMAL = aten.uniform_.default, aten.normal_.default
 _EMPTY, _TRIL = aten.empty.memory_format, aten.tril.default
-_DRAWS: frozenset[Any] = frozenset((init.kaiming_uniform_, init.uniform_, init.normal_))
+_DRAWS: frozenset[Any] = frozenset(
+    (
+        *(init.kaiming_uniform_, init.uniform_, init.normal_),
+        *(torch.Tensor.uniform_, torch.Tensor.normal_),
+    )
+)
 
 
 class SkipRandomInit(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -44,13 +49,13 @@ class SkipRandomInit(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class SkipInitializers(TorchFunctionMode):
-    """Answers for torch's initializers, which would find out how to draw numbers that nobody draws:
-    a third of what a linear layer takes to be made on the meta device.
+    """As `SkipRandomInit`, for modules on the meta device: asked of torch's initializers, not of
+    every operation, which is half of what a linear layer takes to be made there.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if type(func) is FunctionType and func in _DRAWS:
+        if type(func) is not OpOverload and func in _DRAWS:  # whose hash is Python's
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
 
