@@ -153,10 +153,10 @@ def device_map(model: Any, move_to_device: bool) -> Callable[[str], torch.device
     with the first block and the final norm and unembedding with the last.
     """
     cfg = model.cfg
-    if not move_to_device or cfg.device is None:
-        return lambda name: torch.device("cpu")
-    if cfg.n_devices <= 1:
-        return lambda name: torch.device(cfg.device)
+    is_host = not move_to_device or cfg.device is None
+    if is_host or cfg.n_devices <= 1:
+        only = torch.device("cpu" if is_host else cfg.device)
+        return lambda name: only
 
     used = {str(device_of_block(index, cfg)) for index in range(cfg.n_layers)}
     if len(used) < cfg.n_devices:

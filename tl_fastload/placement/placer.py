@@ -350,7 +350,8 @@ class Placer:
 
     def _put(self, name: str, tensor: torch.Tensor) -> None:
         parent_name, _, leaf = name.rpartition(".")
-        parent = self.model.get_submodule(parent_name)
+        find = self._modules.__getitem__ if self.assign else self.model.get_submodule
+        parent = find(parent_name)
         self.writing(name)
         with torch.no_grad():
             if leaf in parent._buffers:

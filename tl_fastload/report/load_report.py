@@ -87,7 +87,7 @@ class LoadReport:
         parameters = list(model.parameters())
         return cls(
             dtype=model.cfg.dtype,
-            device=", ".join(sorted({str(parameter.device) for parameter in parameters})),
+            device=", ".join(sorted(map(str, {parameter.device for parameter in parameters}))),
             parameter_bytes=unique_bytes(parameters),
             layout=getattr(model, "_layout", FORWARD),
             **said,
