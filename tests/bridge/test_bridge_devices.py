@@ -183,6 +183,13 @@ def test_names_of_parts(bridge_zoo_folder: BridgeZoo, no_reading: None) -> None:
                 load_(folder, device_map=given)
 
 
+def test_maps_that_are_made_take_a_bridge_with_tied_embeddings(
+    bridge_zoo_folder: BridgeZoo,
+) -> None:
+    booted = load(bridge_zoo_folder("gpt2"), raw=True, device_map="auto")
+    assert booted.load_report.notes[-1].endswith("embed, pos_embed, blocks.0-1, ln_final, unembed.")
+
+
 def test_the_command_line(bridge_zoo_folder: BridgeZoo) -> None:
     given = ("--road", "bridge", "--device-map", '{"": "disk", "embed": "cpu"}')
     found = commands.run("plan", bridge_zoo_folder("gpt2"), *given, code=0)

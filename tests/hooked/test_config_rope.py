@@ -139,6 +139,20 @@ def test_the_notation_of_transformers_5() -> None:
     assert largest_difference(make_config("Gemma3ForCausalLM", rope_parameters=nested)) < 1e-4
 
 
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "MistralForCausalLM"])
+def test_a_fraction_that_transformers_does_not_read(architecture: str) -> None:
+    plain = {"rope_type": "default", "rope_theta": 700.0}
+    for changes in (
+        {"partial_rotary_factor": 0.5},
+        {"rope_parameters": {**plain, "partial_rotary_factor": 0.5}},
+    ):
+        config = make_config(architecture, **changes)
+        fields, _ = translate(config)
+        assert fields.get("rotary_dim", fields["d_head"]) == fields["d_head"]
+        if Version("5.0") <= TRANSFORMERS:  # before, it could not run
+            assert largest_difference(config) < 1e-4
+
+
 def test_longrope_takes_the_factors_that_transformers_takes_for_n_ctx() -> None:
     factors = {"short_factor": [1.0, 1.1, 1.3, 1.5], "long_factor": [2.0, 3.0, 4.0, 5.0]}
     config = make_config(

@@ -102,6 +102,19 @@ def test_maps_that_are_made_split_no_block() -> None:
     assert found("auto").disk == set()
 
 
+def test_maps_that_are_made_keep_what_is_tied_together() -> None:
+    """Under names of which one is the end of another, as well."""
+    names = ("embed", "pos_embed", "blocks.0", "blocks.1", "unembed")
+    parts = Parts({name: name for name in names}, (frozenset({"embed", "unembed"}),))
+    sizes = {f"{name}.weight": 100 for name in names}
+    for kind in ("auto", "balanced", "sequential"):
+        where = spread(parts, kind, None, lambda device: None, lambda: sizes)
+        assert where.homes == dict.fromkeys(names, CPU), kind
+        few = spread(parts, kind, {"cpu": 350}, lambda device: None, lambda: sizes)
+        assert ("embed" in few.disk) == ("unembed" in few.disk), kind
+        assert 0 < len(few.disk) < len(names), kind
+
+
 def test_what_is_on_disk_has_to_be_mapped() -> None:
     where = found({"": "cpu", "blocks.1": "disk"})
     where.require_mapped({"blocks.1.inner.bias": 8, "blocks.2.inner.weight": 1 << 30})

@@ -49,6 +49,8 @@ _READS_LAYER_TYPES = (
 _LAYER_TYPES = {"full_attention": "global", "sliding_attention": "local"}
 # Their model classes read neither `rope_parameters` nor `head_dim`.
 _FIXED_ROPE = ("GPTJForCausalLM",)
+# transformers rotates a part of their heads, and whole heads of others, whatever a config says.
+_ROTATES_A_PART = ("GPTNeoXForCausalLM", "Phi3ForCausalLM", "PhiForCausalLM", "QWenLMHeadModel")
 _FIXED_HEADS = ("GPTJForCausalLM", "GPTNeoXForCausalLM", "QWenLMHeadModel")
 
 _Test = Callable[[Any], bool]
@@ -244,7 +246,9 @@ def _repair_rope(fields: dict[str, Any], config: Any, architecture: str) -> None
     if found is None:
         return
     pair, context = found
-    width = int(pair.full.partial * fields["d_head"])
+    width = fields["d_head"]
+    if architecture in _ROTATES_A_PART:
+        width = int(pair.full.partial * width)
     if width % 2:
         raise UnsupportedArchitectureError(
             f"This {architecture} rotates {width} of the {fields['d_head']} dimensions of a head; "

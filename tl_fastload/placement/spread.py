@@ -23,6 +23,8 @@ from tl_fastload.ground.words import listed
 
 # Biases and norms that no file has are in memory in any case.
 _SMALL_BYTES = 1 << 20
+# Before a part's name in what accelerate is shown, which takes "embed" for a part of "unembed".
+_MARK = "/"
 CPU = torch.device("cpu")
 
 
@@ -290,7 +292,7 @@ def _inferred(
     )
 
     outline = _outline(parts, sizes)
-    kinds = sorted({type(outline.get_submodule(part)).__name__ for part in parts.places})
+    kinds = sorted({type(outline.get_submodule(_MARK + part)).__name__ for part in parts.places})
     limits: Any = None if max_memory is None else dict(max_memory)
     try:
         if kind != "sequential":
@@ -300,6 +302,7 @@ def _inferred(
         )
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise ArgumentError(f"max_memory={max_memory!r} is of no use: {error}") from error
+    found = {key.removeprefix(_MARK): device for key, device in found.items()}
     covered = _covered(found, parts)
     by_part = {part: found[key] for key, names in covered.items() for part in names}
     for tied in parts.tied:  # which accelerate takes apart where they do not fit together
@@ -309,7 +312,7 @@ def _inferred(
 
 
 def _outline(parts: Parts, sizes: Mapping[str, int]) -> nn.Module:
-    """A module with the parts' names, in which each has as many bytes as it will have."""
+    """A module with the parts' names, marked, in which each has as many bytes as it will have."""
     bytes_in = dict.fromkeys(parts.places, 0)
     for name, size in sizes.items():
         part = parts.part_of(name)
@@ -319,8 +322,8 @@ def _outline(parts: Parts, sizes: Mapping[str, int]) -> nn.Module:
     # The bytes of what is tied are those of the part that has its name.
     together = [nn.Parameter(torch.empty(0, device="meta"), False) for _ in parts.tied]
     for part, size in bytes_in.items():
-        stem, _, index = part.rpartition(".")
-        kind: Any = type(stem or part, (nn.Module,), {})
+        stem, _, index = (_MARK + part).rpartition(".")
+        kind: Any = type(stem or index, (nn.Module,), {})
         one = kind()
         one.bytes = nn.Parameter(torch.empty(size, dtype=torch.uint8, device="meta"), False)
         for number, tied in enumerate(parts.tied):
@@ -328,7 +331,7 @@ def _outline(parts: Parts, sizes: Mapping[str, int]) -> nn.Module:
                 one.register_parameter(f"tied_{number}", together[number])
         if stem and stem not in dict(outline.named_children()):
             outline.add_module(stem, nn.Module())
-        outline.get_submodule(stem).add_module(index or part, one)
+        outline.get_submodule(stem).add_module(index, one)
     return outline
 
 
