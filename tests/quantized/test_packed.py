@@ -34,6 +34,22 @@ def case_of(name: str) -> str:
     return "gpt-oss" if packed.PACKINGS[name].stacked else "llama-gqa"
 
 
+def load_told(name: str, source: Path, **arguments: Any) -> Any:
+    """A model of a packing, which says once, in a warning and a note, what the runtime that the
+    checkpoint was made for rounds besides.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = lean_model(source, **arguments)
+    told = [w for w in caught if issubclass(w.category, NumbersWarning)]
+    said = [str(w.message) for w in told]
+    assert len(said) == (0 if packed.PACKINGS[name].weights_only else 1)
+    assert all("runtime that rounds activations" in text for text in said)
+    assert [note for note in model.load_report.notes if "runtime" in note] == said
+    assert all(Path(w.filename).name == "comparison.py" for w in told)
+    return model
+
+
 @pytest.fixture(scope="module")
 def ordinary(zoo: Any) -> Callable[[str, bool], Any]:
     """`ordinary(name, processed)`: the model of what a packing stands for, to be read only."""
@@ -50,7 +66,9 @@ def ordinary(zoo: Any) -> Callable[[str, bool], Any]:
 @pytest.fixture(scope="module")
 def packed_model(zoo: Any) -> Callable[[str], Any]:
     """`packed_model(name)`: the processed model of a packing, to be read only."""
-    return functools.cache(lambda name: qz.load(qz.build(zoo, case_of(name)), name))
+    return functools.cache(
+        lambda name: load_told(name, qz.saved(qz.build(zoo, case_of(name)), name))
+    )
 
 
 def _mapped(file: Path) -> list[range]:
@@ -66,10 +84,11 @@ def test_bytes_stay_bytes_with_the_numbers_of_their_values(
 ) -> None:
     case_id = case_of(name)
     folder = qz.build(zoo, case_id)
-    file = next(qz.saved(folder, name).glob("model.*"))
+    source = qz.saved(folder, name)
+    file = next(source.glob("model.*"))
     expected = qz.hf_log_probs(folder, name, case_id)
     for processed, flags in FLAGS.items():
-        model = packed_model(name) if processed else qz.load(folder, name, **flags)
+        model = packed_model(name) if processed else load_told(name, source, **flags)
         plain = ordinary(name, processed)
         assert qz.gap(qz.log_probs(model, case_id), expected) < 1e-4
         assert model.load_report.quantization == f"{packed.kind_of(name)}, as in the checkpoint"
@@ -108,7 +127,7 @@ def test_dequantized_on_the_way(
     monkeypatch.setattr(
         "transformers.AutoModelForCausalLM.from_pretrained", lambda *a, **k: pytest.fail("loads")
     )
-    model = lean_model(source, dequantize=True, mmap=mmap, **FLAGS[processed])
+    model = load_told(name, source, dequantize=True, mmap=mmap, **FLAGS[processed])
     assert not qz.quantized_parameters(model)
     assert (model.load_report.quantization, model.load_report.not_quantized) == (None, {})
     assert model.cfg.quantization_method is None
@@ -117,22 +136,6 @@ def test_dequantized_on_the_way(
         assert torch.equal(found, value), key
         assert found.stride() == value.stride(), key
         assert found.untyped_storage().nbytes() == found.numel() * 4, key
-
-
-@every_packing
-def test_what_the_runtime_rounds_besides_is_said_once(name: str, zoo: Any) -> None:
-    source = qz.saved(qz.build(zoo, case_of(name)), name)
-    for arguments in ({}, {"dequantize": True}):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            model = lean_model(source, **arguments)
-        said = [str(w.message) for w in caught if issubclass(w.category, NumbersWarning)]
-        assert len(said) == (0 if packed.PACKINGS[name].weights_only else 1)
-        assert all("runtime that rounds activations" in text for text in said)
-        assert [note for note in model.load_report.notes if "runtime" in note] == said
-        assert all(
-            Path(w.filename).name == "comparison.py" for w in caught if str(w.message) in said
-        )
 
 
 @every_packing
