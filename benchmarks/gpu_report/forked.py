@@ -27,6 +27,7 @@ def main(folder: str) -> None:
         torch.zeros(1, device="cuda")
     child = os.fork()
     if child == 0:
+        torch.set_num_threads(1)  # OpenMP's threads have not come along
         try:
             load()
         except BaseException:

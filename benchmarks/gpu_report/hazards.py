@@ -22,7 +22,7 @@ from tl_fastload.cli.bench.loads import lean_load
 from tl_fastload.errors import NotEnoughMemory
 from tl_fastload.report.memory import stored_parts
 
-_CHILD_SECONDS = 150
+_CHILD_SECONDS = 90
 _BUSY_CYCLES = 50_000_000
 _HELD_BYTES = 1 << 20
 _TF32_DIFFERENCE = 1e-4  # of log-probs in float32; TF32 alone makes ten times as much

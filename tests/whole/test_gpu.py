@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import signal
+
 import pytest
 import torch
 import transformers
 
 from tests.support import environments, reference
 from tests.support import zoo as zoo_module
-from tl_fastload import LeanHookedTransformer
+from tl_fastload import LeanHookedTransformer, load_weights_
+from tl_fastload.errors import ArgumentError, NotEnoughMemory
+from tl_fastload.quantized import quantize as quantize_matrix
+from tl_fastload.report.memory import stored_parts
 
 pytestmark = [
     pytest.mark.gpu,
@@ -141,3 +148,152 @@ def test_a_quantized_hf_model_on_the_device(zoo, kind):
     contents = [p.content for p in model.parameters() if hasattr(p, "content")]
     ours = {t.data_ptr() for content in contents for t in content.tensors().values()}
     assert len(theirs & ours) == len(theirs)
+
+
+def state(model):
+    torch.cuda.synchronize()
+    return {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+
+
+def bytes_of(model):
+    """The tensors that hold a model's parameters, of a quantized one its bytes, on the CPU."""
+    torch.cuda.synchronize()
+    named = model.named_parameters()
+    return {name: [part.detach().cpu() for part in stored_parts(p)] for name, p in named}
+
+
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    for name, parts in expected.items():
+        assert all(map(torch.equal, found[name], parts)), name
+
+
+def test_without_device_the_model_goes_to_the_current_one(zoo):
+    model = load(zoo("gpt2"))
+    assert {parameter.device for parameter in model.parameters()} == {torch.device("cuda", 0)}
+
+
+@pytest.mark.parametrize("quantize", [None, "8bit", "nf4", "fp4"])
+def test_a_load_in_a_busy_side_stream(big_folder, quantize):
+    expected = bytes_of(load(big_folder, device="cuda", quantize=quantize))
+    for _ in range(2):
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(100_000_000)
+            model = load(big_folder, device="cuda", quantize=quantize)
+            assert torch.cuda.current_stream() == side
+            found = bytes_of(model)
+        assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4", "fp4"])
+def test_matrices_are_quantized_to_the_bytes_of_bitsandbytes_layers(kind):
+    import bitsandbytes as bnb
+
+    dense = torch.randn(768, 512)
+    if kind == "int8":
+        layer = bnb.nn.Int8Params(dense.clone(), requires_grad=False).to("cuda")
+        expected = [layer.data, layer.SCB]
+    else:
+        layer = bnb.nn.Params4bit(
+            dense.clone(), requires_grad=False, quant_type=kind, compress_statistics=False
+        ).to("cuda")
+        expected = [layer.data, layer.quant_state.absmax]
+    found = stored_parts(quantize_matrix(dense.cuda(), kind))
+    for one, other in zip(found, expected, strict=False):
+        assert torch.equal(one.reshape(-1), other.detach().reshape(-1))
+
+
+def test_what_the_caller_has_set_changes_no_number(zoo):
+    expected = state(load(zoo("gpt2"), device="cuda"))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with torch.device("cuda"), torch.autocast("cuda", torch.bfloat16), torch.inference_mode():
+            model = load(zoo("gpt2"), device="cuda")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+    found = state(model)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_weights_into_a_model_that_is_there(zoo):
+    expected = state(load(zoo("gpt2"), device="cuda", **reference.NO_PROCESSING))
+    model = load(zoo("gpt2"), device="cuda", **reference.NO_PROCESSING)
+    addresses = [parameter.data_ptr() for parameter in model.parameters()]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    load_weights_(model, zoo("gpt2"))
+    assert [parameter.data_ptr() for parameter in model.parameters()] == addresses
+    found = state(model)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_a_processed_copy_of_the_cpu_on_the_device(zoo, tmp_path, quantize):
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 1}
+    folder = zoo("llama-gqa", hidden_size=192, intermediate_size=256, **heads)
+    on_cpu = load(folder, device="cpu", quantize=quantize)
+    on_cpu.save_lean(tmp_path / "copy", progress=False)
+    model = load(tmp_path / "copy", device="cuda")
+    assert {part.device.type for p in model.parameters() for part in stored_parts(p)} == {"cuda"}
+    assert_equal(bytes_of(model), bytes_of(on_cpu))
+
+
+@pytest.mark.parametrize("check_memory", [True, False])
+def test_without_room_nothing_is_held(big_folder, check_memory):
+    load(big_folder, device="cuda")
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    total = torch.cuda.get_device_properties(0).total_memory
+    room = torch.cuda.memory_reserved() + 128 * MIB
+    torch.cuda.set_per_process_memory_fraction(room / total, 0)
+    try:
+        with pytest.raises(NotEnoughMemory) as caught:
+            load(big_folder, device="cuda", check_memory=check_memory)
+        assert torch.cuda.memory_allocated() - before < MIB
+        assert "cuda" in str(caught.value).lower()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, 0)
+    load(big_folder, device="cuda")
+
+
+def test_a_forked_process_loads_onto_the_cpu_and_is_told_of_cuda(zoo):
+    folder = zoo("gpt2")
+    torch.zeros(1, device="cuda")
+    child = os.fork()
+    if child == 0:
+        status = 1
+        signal.alarm(120)
+        torch.set_num_threads(1)  # OpenMP's threads have not come along
+        try:
+            load(folder, device="cpu")
+            with pytest.raises(ArgumentError, match="fork"):
+                load(folder, device="cuda")
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_peak_statistics_are_the_callers(zoo):
+    torch.empty(64 * MIB, dtype=torch.uint8, device="cuda")
+    before = torch.cuda.max_memory_allocated()
+    load(zoo("gpt2"), device="cpu")
+    assert torch.cuda.max_memory_allocated() == before
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+@pytest.mark.parametrize("quantize", [None, "8bit", "nf4"])
+def test_a_second_device(big_folder, quantize):
+    first = load(big_folder, device="cuda:0", quantize=quantize)
+    second = load(big_folder, device="cuda:1", quantize=quantize)
+    assert {str(p.device) for p in second.parameters()} == {"cuda:1"}
+    assert torch.cuda.current_device() == 0
+    torch.cuda.synchronize(1)
+    assert_equal(bytes_of(second), bytes_of(first))
+    tokens = torch.arange(8)[None]
+    assert torch.equal(first(tokens.to("cuda:0")).cpu(), second(tokens.to("cuda:1")).cpu())
