@@ -230,7 +230,7 @@ def test_plan_tells_without_loading(tmp_path: Path, zoo: Any) -> None:
 
 def test_doctor_names_what_it_tried() -> None:
     done = run("doctor")
-    for word in ("int8 on cpu", "nf4 on cpu", "transformer_lens", "strategy", "can be had"):
+    for word in ("int8 on cpu", "nf4 on cpu", "transformer_lens", "strategy", "available"):
         assert word in done.stdout
     values = json.loads(run("doctor", "--json", "-").stdout)
     compressed = {f"compressed-tensors-{kind}" for kind in ("fp8", "int8", "packed4", "packed8")}

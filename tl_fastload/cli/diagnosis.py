@@ -63,7 +63,7 @@ class Device:
 
     def row(self) -> tuple[str, str]:
         free = "unknown" if self.available_bytes is None else format_bytes(self.available_bytes)
-        room = f"{free} of {format_bytes(self.total_bytes)} can be had"
+        room = f"{free} of {format_bytes(self.total_bytes)} available"
         return self.name, f"{self.description}; {room}"
 
 
@@ -303,6 +303,6 @@ def _fixes_for_memory(cpu: Device) -> list[str]:
     if free is None or free > total / 4:
         return []
     return [
-        f"Only {format_bytes(free)} of {format_bytes(total)} of memory can be had: end what uses "
-        "it, or raise the limit of this container."
+        f"Only {format_bytes(free)} of {format_bytes(total)} of memory are available: end what "
+        "uses it, or raise the limit of this container."
     ]
