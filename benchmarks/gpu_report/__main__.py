@@ -158,12 +158,15 @@ def _environment(run: Run) -> Facts:
     run.attempt(found, "machine", environment.machine)
     run.attempt(found, "versions", environment.versions)
     if run.has_cuda:
-        card = torch.cuda.get_device_properties(run.device)
-        found["card"] = {"name": card.name, "memory_bytes": card.total_memory}
+        run.attempt(found, "card", lambda: _card(torch.cuda.get_device_properties(run.device)))
         asked = "pcie.link.gen.current,pcie.link.width.current,driver_version"
         command = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv"]
         run.attempt(found, "driver", lambda: subprocess.check_output(command, text=True).strip())
     return found
+
+
+def _card(properties: Any) -> Facts:
+    return {"name": properties.name, "memory_bytes": properties.total_memory}
 
 
 def _write(found: Facts, folder: Path | None) -> str:
