@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.fake_devices import FIRST, FakeDevices, back
 from tests.support.programs import (
     CPU,
     DTYPES,
@@ -24,6 +25,7 @@ from tests.support.programs import (
 )
 from tl_fastload.errors import RecordingError
 from tl_fastload.ground.geometry import is_dense, same_layout
+from tl_fastload.recipes import nodes
 from tl_fastload.recipes.evaluate import Evaluation, Value, evaluate, operands, sources
 from tl_fastload.recipes.nodes import MemorySource, SourceView
 from tl_fastload.recipes.promise import Promise, node_of
@@ -375,3 +377,29 @@ def test_evaluation_needs_no_gradients() -> None:
     value = value_of(Promise.of(MemorySource(weight)) * 2)
     assert not value.requires_grad
     assert isinstance(Promise.of(MemorySource(weight)).node, SourceView)
+
+
+@pytest.mark.parametrize("casts", [(torch.float32,), (torch.bfloat16, torch.float32)])
+def test_memory_goes_to_a_device_as_it_is_and_is_cast_there(
+    casts: tuple[torch.dtype, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nodes, "PIECE_ELEMENTS", 64)
+    monkeypatch.setattr(nodes, "_CASTING", ("lazy",))
+    copy_, copied = torch.Tensor.copy_, []
+
+    def spied(target: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        copied.append((values.device.type, values.numel()))
+        return copy_(target, values)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", spied)
+    value = torch.randn(12, 32).half().T
+    expected = value
+    for dtype in casts:
+        expected = expected.to(dtype)
+    geometry = torch.empty(12, 32, dtype=value.dtype, device="meta").T
+    with FakeDevices():
+        out = torch.empty(32, 12, dtype=expected.dtype, device=FIRST)
+        MemorySource(value).read_into(out, geometry, casts)
+    assert_same(back(out), expected.contiguous())
+    assert {device for device, _ in copied} == {"lazy"}
+    assert max(count for _, count in copied) <= 64

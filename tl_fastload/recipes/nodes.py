@@ -16,6 +16,7 @@ import torch
 
 aten = torch.ops.aten
 PIECE_ELEMENTS = 2 << 20
+_CASTING = ("cuda",)  # devices that get values as they are, and cast them
 
 
 class Source(ABC):
@@ -78,14 +79,17 @@ class MemorySource(Source):
     ) -> None:
         value = self._view(geometry)
         pieces = [(value, out)]
-        if len(casts) > 1 and value.dim() and type(value) is torch.Tensor:
-            # In pieces: what lies between two casts is never held whole.
+        # torch casts on the host what goes to a device; some devices lack dtypes to cast from.
+        is_cast_there = bool(casts) and value.device.type == "cpu" and out.device.type in _CASTING
+        if (len(casts) > 1 or is_cast_there) and value.dim() and type(value) is torch.Tensor:
+            # In pieces: what lies between two casts, or devices, is never held whole.
             slowest = max(range(value.dim()), key=value.stride)
             least = PIECE_ELEMENTS * value.shape[slowest] // max(value.numel(), 1)
             cut = max(least, 1), slowest
             pieces = list(zip(torch.split(value, *cut), torch.split(out, *cut), strict=True))
         for piece, target in pieces:
-            target.copy_(cast_but_last(piece, casts))
+            sent = piece.to(out.device) if is_cast_there else piece
+            target.copy_(cast_but_last(sent, casts))
 
 
 def cast_but_last(tensor: torch.Tensor, casts: tuple[torch.dtype, ...]) -> torch.Tensor:
