@@ -272,6 +272,23 @@ def test_a_load_that_stops_in_the_middle_returns_nothing(
         booted.enable_compatibility_mode()
 
 
+def test_some_layers_of_an_encoder_and_a_decoder(
+    bridge_zoo_folder: BridgeZoo, no_reading: None
+) -> None:
+    for case_id in {"blenderbot", "t5"} & bridge_zoo.CASES.keys():
+        for way in (LeanTransformerBridge.from_pretrained_lean, LeanTransformerBridge.plan):
+            with pytest.raises(ArgumentError, match=r"first_n_layers= is for one stack"), quiet():
+                way(bridge_zoo_folder(case_id), device="cpu", first_n_layers=1)
+
+
+def test_some_layers_of_an_encoder(bridge_zoo_folder: BridgeZoo) -> None:
+    with quiet():
+        bridge = LeanTransformerBridge.from_pretrained_lean(
+            bridge_zoo_folder("bert"), device="cpu", progress=False, first_n_layers=1
+        )
+    assert len(bridge.blocks) == 1
+
+
 @pytest.mark.parametrize(
     ("module", "name"), [("bridge.processing", "BridgeShelf"), ("placement.placer", "groups")]
 )

@@ -168,6 +168,18 @@ def test_same_bridge_with_flags(case_id: str, flags: Flags, bridge_zoo_folder: B
     assert apart == []
 
 
+def test_same_parameters_of_one_memory_in_place(bridge_zoo_folder: BridgeZoo) -> None:
+    """TransformerLens gives an embedding that it has not changed another parameter there."""
+    flags = dict.fromkeys(STEPS[-2:], False)
+    for case_id in {"bart", "t5", "gpt2"} & CASES.keys():
+        folder = bridge_zoo_folder(case_id)
+        wanted = snapshot(bridge_stock.process(bridge_stock.boot(folder), **flags), case_id)
+        with quiet():
+            booted = LeanTransformerBridge.of(bridge_stock.boot(folder))
+            booted.enable_compatibility_mode(disable_warnings=True, **flags)
+        assert differences(wanted, snapshot(booted, case_id)) == []
+
+
 @pytest.mark.parametrize("case_id", ["gpt2", "opt", "bloom"])
 def test_same_bridge_with_even_factors(case_id: str, bridge_zoo_folder: BridgeZoo) -> None:
     folder, flags = bridge_zoo_folder(case_id), {"refactor_factored_attn_matrices": True}

@@ -147,6 +147,7 @@ class _Before:
         }
         self._tensors: dict[_Key, torch.Tensor] = {k: s.tensor for k, s in self._slots.items()}
         self._unchanged: dict[_Key, torch.Tensor] = {}
+        self._standing: set[int] = set()  # those of them that stand for a promise
         # For each memory: its promises' home and source, and a tensor that lies in it.
         self._memories: list[tuple[Memory, MemorySource, torch.Tensor]] = []
 
@@ -200,7 +201,7 @@ class _Before:
             if isinstance(slot.tensor, LivePromise):
                 slot.tensor.require_fresh()
         homes = {id(home): (home, tensor) for home, _, tensor in self._memories}
-        made: dict[tuple[int, ...], torch.Tensor] = {}
+        made: dict[tuple[int, int], torch.Tensor] = {}
         for slot in slots:
             home, held = homes.get(id(getattr(slot.tensor, "home", None)), (None, None))
             if home is not None and held is not None and home.version == 0:
@@ -256,17 +257,24 @@ class _Before:
         slot: Slot,
         promise: LivePromise,
         held: torch.Tensor,
-        made: dict[tuple[int, ...], torch.Tensor],
+        made: dict[tuple[int, int], torch.Tensor],
     ) -> torch.Tensor:
-        """The tensor of an unchanged promise: the one that the slot had, if it fits."""
+        """The tensor of an unchanged promise: the one that the slot had, if it fits and stands for
+        no other promise. Several of one memory stay several, as TransformerLens made them.
+        """
         form = promise.node.geometry  # type: ignore[attr-defined]
-        place = (id(promise.home), form.storage_offset(), *form.shape, *form.stride())
+        place = (id(promise.home), id(promise))
         if place not in made:
             old = self._tensors.get(_key(slot))
-            if old is None or not _is_at(old, held, form, promise.requires_grad):
+            if (
+                old is None
+                or id(old) in self._standing
+                or not _is_at(old, held, form, promise.requires_grad)
+            ):
                 view = held.detach().as_strided(form.shape, form.stride(), form.storage_offset())
                 old = nn.Parameter(view, promise.requires_grad) if promise._is_param else view
             made[place] = old
+            self._standing.add(id(old))
         return made[place]
 
 

@@ -46,7 +46,7 @@ BOOT_ARGUMENTS = ("hf_config_overrides", "model_class", "checkpoint_index", "n_c
 """Arguments of `boot_transformers` that it gets as they are."""
 
 _DeviceOf = Callable[[str], torch.device]
-_LAYER = re.compile(r"\.(?:h|layers|blocks)\.(\d+)\.")
+_LAYER = re.compile(r"\.(?:h|layers?|blocks?)\.(\d+)\.")
 
 
 def record(
@@ -181,6 +181,11 @@ class _Answers:
         part = text_config(config)
         if self._n_layers is None:
             return config
+        if any(getattr(one, "is_encoder_decoder", False) for one in (config, part)):
+            raise ArgumentError(
+                f"first_n_layers= is for one stack of layers, and {self._pretrained.label} has an "
+                "encoder and a decoder. Leave it out."
+            )
         if not 0 < self._n_layers <= part.num_hidden_layers:
             raise ArgumentError(
                 f"first_n_layers={self._n_layers}, but {self._pretrained.label} has "
