@@ -11,10 +11,8 @@ from torch import nn
 from tl_fastload.bridge.quantizing import role_in
 from tl_fastload.errors import ArgumentError
 
-_COMPARED = ("gpt2", "llama")
-"""`model_type` of what has been compared with one process."""
-
 _SIDES = {"attention": "d_attn", "MLP": "d_mlp"}
+_LAYERS = ("attn", "mlp")
 _KEPT = ("query, key and value",)  # which nothing is computed with
 
 
@@ -26,15 +24,15 @@ def dims_to_share(held: Any, n_ranks: int) -> Callable[[str, torch.Size], list[i
         n_ranks: how many processes there are.
 
     Raises:
-        ArgumentError: another architecture, or heads or columns that do not divide.
+        ArgumentError: heads or columns that do not divide, or matrices that are in neither.
     """
-    config = held.shared_model.root.config
-    if config.model_type not in _COMPARED:
+    cfg, places, bridge = held.cfg, held.shared_model.places, held.shared_model.model
+    if not hasattr(bridge, "blocks") or not bridge.adapter.supports_generation:
+        kind = type(bridge.original_model).__name__
         raise ArgumentError(
-            f'parallel="tp" shares bridges of {" and ".join(_COMPARED)}, and this is a '
-            f'{config.model_type}: use parallel="fsdp", or LeanHookedTransformer.'
+            f'parallel="tp" shares the blocks of decoder-only models, and {kind} is '
+            'built otherwise: use parallel="fsdp".'
         )
-    cfg = held.cfg
     n_kv_heads = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
     if cfg.n_heads % n_ranks or n_kv_heads % n_ranks or cfg.d_mlp % n_ranks:
         raise ArgumentError(
@@ -42,20 +40,30 @@ def dims_to_share(held: Any, n_ranks: int) -> Callable[[str, torch.Size], list[i
             f"divide n_heads={cfg.n_heads}, n_key_value_heads={n_kv_heads} and d_mlp={cfg.d_mlp}: "
             'use parallel="fsdp", or fewer processes.'
         )
-
-    places = held.shared_model.places
+    blocks = {id(part) for part in bridge.blocks.modules()}
+    inside = {id(part) for layer in layers(bridge) for part in layer.modules()}
 
     def shared(name: str, shape: torch.Size) -> list[int] | None:
-        found = role_in(name, places[name][0][0], places)
-        if found.kind not in ("matrix", "bias") or found.what in _KEPT:
+        module = places[name][0][0]
+        found = role_in(name, module, places)
+        if found.kind not in ("matrix", "bias") or found.what in _KEPT or id(module) not in blocks:
             return None
         dim = found.dim(_SIDES.get(found.part, ""))
+        if found.kind == "matrix" and (dim is None or id(module) not in inside):
+            raise ArgumentError(
+                f'parallel="tp" shares attention heads and MLP columns, and {name} is of neither '
+                '(as experts, routers and recurrent layers are): use parallel="fsdp".'
+            )
         return None if dim is None else [dim]
 
     return shared
 
 
-def layers(bridge: Any, shared: Iterable[str]) -> list[nn.Module]:
+def layers(bridge: Any, shared: Iterable[str] = ()) -> list[nn.Module]:
     """The modules that compute with parts: attention and MLP layers."""
     lists: list[Any] = [child for child in bridge.children() if isinstance(child, nn.ModuleList)]
-    return [layer for blocks in lists for block in blocks for layer in (block.attn, block.mlp)]
+    found: list[Any] = [
+        getattr(block, part, None) for blocks in lists for block in blocks for part in _LAYERS
+    ]
+    # Those without a name stand for what a model does in its block itself: they are never called.
+    return [layer for layer in found if getattr(layer, "name", None) is not None]

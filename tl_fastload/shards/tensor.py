@@ -60,7 +60,7 @@ def _shared(forward: Callable[..., Any], mesh: Any) -> Callable[..., Any]:
         trains = torch.is_grad_enabled() and not infers
         with torch.inference_mode(False), torch.set_grad_enabled(trains), _Replicas(mesh):
             out = forward(layer, *args, **kwargs)
-        return tuple(map(_whole, out)) if isinstance(out, tuple) else _whole(out)
+        return type(out)(map(_whole, out)) if type(out) in (tuple, list) else _whole(out)
 
     return run
 
@@ -75,7 +75,11 @@ def _with_whole_hooks(call: Callable[..., Any], mesh: Any) -> Callable[..., Any]
     def run(point: Any, x: Any) -> Any:
         if not isinstance(x, DTensor) or not (point._forward_hooks or point._backward_hooks):
             return call(point, x)
-        given = call(point, x.full_tensor().clone())  # hooks may write into it
+        whole = x.full_tensor().clone()  # hooks may write into it
+        before = whole._version
+        given = call(point, whole)
+        if given is whole and whole._version == before:
+            return x  # by which TransformerLens knows that no hook has changed it
         placements = [Replicate() if p.is_partial() else p for p in x.placements]
         return _replica(given, mesh).redistribute(placements=placements)
 
