@@ -1,4 +1,4 @@
-"""Run by tests/shards/test_bridge.py under torchrun: `shared_zoo.py FOLDER CASE...`.
+"""Run by tests/shards/test_bridge.py in several processes.
 
 Of each case of the bridge's zoo, two processes have half of the heads and columns each, or the load
 says why not.
@@ -6,7 +6,6 @@ says why not.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ def check(case: str, folder: Path, mesh: Any) -> None:
     # Norms compute in float32 all the same, where what is added in another order shows.
     exact: dict[str, Any] = {"dtype": torch.float64, "mmap": False}
     for kind, load in LOADS.items():
-        if kind == "processed" and case in {**RAW_ONLY, **WRONG_WHEN_PROCESSED}:
+        if kind == "processed" and case in {*RAW_ONLY, *WRONG_WHEN_PROCESSED}:
             continue
         try:
             model = load(folder, mesh=mesh, parallel="tp", **exact)
@@ -71,14 +70,10 @@ def check(case: str, folder: Path, mesh: Any) -> None:
             raise AssertionError(f"{case}, {kind}: {error}") from error
 
 
-def main(folder: Path, *cases: str) -> None:
+def main(folder: Path, cases: list[str]) -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
     for case in cases:
         check(case, folder / case, mesh)
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
