@@ -27,7 +27,7 @@ def dims_to_share(held: Any, n_ranks: int) -> Callable[[str, torch.Size], list[i
         ArgumentError: heads or columns that do not divide, or matrices that are in neither.
     """
     cfg, places, bridge = held.cfg, held.shared_model.places, held.shared_model.model
-    if not hasattr(bridge, "blocks") or not bridge.adapter.supports_generation:
+    if len(_stacks(bridge)) != 1 or not bridge.adapter.supports_generation:
         kind = type(bridge.original_model).__name__
         raise ArgumentError(
             f'parallel="tp" shares the blocks of decoder-only models, and {kind} is '
@@ -40,7 +40,7 @@ def dims_to_share(held: Any, n_ranks: int) -> Callable[[str, torch.Size], list[i
             f"divide n_heads={cfg.n_heads}, n_key_value_heads={n_kv_heads} and d_mlp={cfg.d_mlp}: "
             'use parallel="fsdp", or fewer processes.'
         )
-    blocks = {id(part) for part in bridge.blocks.modules()}
+    blocks = {id(part) for stack in _stacks(bridge) for part in stack.modules()}
     inside = {id(part) for layer in layers(bridge) for part in layer.modules()}
 
     def shared(name: str, shape: torch.Size) -> list[int] | None:
@@ -61,9 +61,12 @@ def dims_to_share(held: Any, n_ranks: int) -> Callable[[str, torch.Size], list[i
 
 def layers(bridge: Any, shared: Iterable[str] = ()) -> list[nn.Module]:
     """The modules that compute with parts: attention and MLP layers."""
-    lists: list[Any] = [child for child in bridge.children() if isinstance(child, nn.ModuleList)]
-    found: list[Any] = [
-        getattr(block, part, None) for blocks in lists for block in blocks for part in _LAYERS
-    ]
+    blocks: list[Any] = [block for stack in _stacks(bridge) for block in stack]
+    found: list[Any] = [getattr(block, part, None) for block in blocks for part in _LAYERS]
     # Those without a name stand for what a model does in its block itself: they are never called.
     return [layer for layer in found if getattr(layer, "name", None) is not None]
+
+
+def _stacks(bridge: Any) -> list[nn.ModuleList]:
+    """The blocks of a bridge: of a decoder, or of an encoder and a decoder."""
+    return [child for child in bridge.children() if isinstance(child, nn.ModuleList)]
