@@ -58,10 +58,8 @@ def same_in_any_width(
     sizes = [operand.shape[dim] for dim in kept]
     if prod(sizes) < 2:
         return False
-    # A dimension of one element has whatever stride.
-    if any(
-        operand.stride(dim) == 1 < operand.shape[dim] for dim in summed
-    ):  # rows, each summed by itself
+    # Rows, each summed by itself; a dimension of one element has whatever stride.
+    if any(operand.stride(dim) == 1 < operand.shape[dim] for dim in summed):
         return True
     if operand.stride(kept[-1]) != 1:
         return False
